@@ -1,0 +1,51 @@
+"""The command line: parse, call a stage, print. No logic lives here.
+
+Stages (and with them torch and lhotse) are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from asrkit import __version__
+from asrkit.cli import data, evaluate, inspect, train
+from asrkit.errors import UserError
+
+app = typer.Typer(
+    name="asrkit",
+    help="Turn real speech into small, fast, streaming speech recognisers.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Turn real speech into small, fast, streaming speech recognisers."""
+
+
+for _group in (data, train, evaluate, inspect):
+    _group.register(app)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is printed line by line and ends with exit code 1."""
+    try:
+        app()
+    except UserError as error:
+        for line in error.lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)

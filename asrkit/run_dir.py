@@ -1,0 +1,138 @@
+"""A run directory on disk: what a stage writes and the next stage, the evaluator and the exporter read.
+
+    config.yaml        the stage's resolved configuration
+    model.yaml         the model's spec
+    model.safetensors  the weights to use
+    tokenizer.model    sentencepiece model; tokens.txt beside it
+    lineage.yaml       every stage from the first, with digests
+    metrics.jsonl      one line a logged step
+    state/             what resuming needs
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from asrkit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, MODEL, WEIGHTS = "config.yaml", "model.yaml", "model.safetensors"
+TOKENIZER, TOKENS, LINEAGE = "tokenizer.model", "tokens.txt", "lineage.yaml"
+METRICS, STATE = "metrics.jsonl", "state"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it becomes ``path`` only when the block succeeds.
+
+    The bytes are on disk before the rename, so a reader sees the old file or the new one, never a part.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written; ``path`` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffixes stay last: writers choose the format (.jsonl.gz) by them.
+    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror or error}); free some space or choose another place") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file; a syntax error names the file and the place."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); mend or regenerate it") from error
+
+
+def write_yaml(path: Path, content: Any) -> None:
+    """Write ``content`` as YAML, atomically, keys in the order given."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """What a finished (or so far best) stage left: plain data; ``models.load_model`` makes a module of it."""
+
+    path: Path
+    model_spec: dict[str, Any]
+    config: dict[str, Any]
+    lineage: list[dict[str, Any]]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / TOKENIZER
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors of ``model.safetensors``, by parameter name, on the CPU."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / WEIGHTS)
+
+
+def open_run(path: Path) -> RunDir:
+    """Read a run directory and check it against the digests of its own lineage.
+
+    Raises:
+        UserError: files are missing, unreadable, or differ from what the stage wrote; all findings at once.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory; --from takes the --out of a training stage")
+    missing = [name for name in (CONFIG, MODEL, WEIGHTS, TOKENIZER, LINEAGE) if not (path / name).is_file()]
+    if missing:
+        raise UserError(f"{path}: not a complete run directory, missing {', '.join(missing)}; run the training stage to its first checkpoint")
+    lineage = read_yaml(path / LINEAGE)
+    if not isinstance(lineage, list) or not lineage or not isinstance(lineage[-1], dict):
+        raise UserError(f"{path / LINEAGE}: holds no stages; the file is damaged, train again or restore a copy")
+    findings = []
+    for name, key in ((WEIGHTS, "weights_sha256"), (MODEL, "model_spec_sha256"), (TOKENIZER, "tokenizer_sha256")):
+        expected, found = lineage[-1].get(key), sha256_of(path / name)
+        if expected != found:
+            findings.append(
+                f"{path / name}: digest {found[:12]} differs from {str(expected)[:12]} in {LINEAGE}; "
+                "the file is truncated, edited or of another run: restore it or train again"
+            )
+    if findings:
+        raise UserError.of(findings)
+    return RunDir(path, read_yaml(path / MODEL), read_yaml(path / CONFIG), lineage)
