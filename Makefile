@@ -1,0 +1,46 @@
+# make help lists the targets. ENV chooses the environment: k2 (the default) or modern.
+ENV ?= k2
+VENV := .venv-$(ENV)
+PY := $(VENV)/bin/python
+TESTS ?= tests
+SHELL := /bin/bash
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo smoke ci clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  ENV=k2      Python 3.11, torch 1.13.1, k2 1.23.4 (the default)"
+	@echo "  ENV=modern  Python 3.11 or newer, torch 2.13.0, no k2"
+
+setup: $(VENV)/.stamp ## install the environment in .venv-$(ENV), without root
+
+# The stamp is the last thing the script writes; a lock file, the project's metadata or the script itself outdates it.
+$(VENV)/.stamp: requirements/$(ENV).txt requirements/k2-wheel.txt pyproject.toml scripts/setup.sh
+	@scripts/setup.sh $(ENV)
+
+test: setup ## run every test (TESTS=tests/test_x.py for some)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(TESTS)
+
+lint: setup ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## format the code and apply safe fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: setup ## from real speech to a measured recogniser
+	$(MAKE) -C recipes/prompts ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit
+
+smoke: setup ## the demo's chain in a minute, on a sliver of the data
+	$(MAKE) -C recipes/prompts smoke ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit
+
+ci: ## what CI runs: tests, style and types in both environments, then the smoke run
+	.ci/run
+
+clean: ## remove environments and caches; data and experiments stay
+	rm -rf .venv-k2 .venv-modern .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
