@@ -71,7 +71,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def to_dict(instance: Any) -> dict[str, Any]:
     """The configuration as plain YAML-able values, every default written out."""
-    return json.loads(json.dumps(dataclasses.asdict(instance)))  # tuples become lists
+    return json.loads(json.dumps(dataclasses.asdict(instance), default=str))  # tuples become lists, paths text
 
 
 def digest(content: Any) -> str:

@@ -16,7 +16,7 @@ from asrkit.errors import UserError
 SAMPLE_RATE = 16000
 NUM_MEL_BINS = 80
 FRAME_SHIFT = 0.01
-LOG_EPSILON = math.log(1e-10)  # what silence is after the log; batches are padded with it
+LOG_EPS = math.log(1e-10)  # what silence is after the log; batches are padded with it
 
 
 @cache

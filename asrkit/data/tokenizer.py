@@ -67,6 +67,12 @@ class Tokenizer:
         pieces = self._model.Encode(text, out_type=str)
         return {ch for piece in pieces if self._model.PieceToId(piece) == UNK_ID for ch in piece if ch != "\u2581"}
 
+    def copy_to(self, path: Path) -> None:
+        """Copy the model to ``path``, with tokens.txt beside it."""
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(self.path.read_bytes())
+        self.write_tokens(path.with_name("tokens.txt"))
+
     def write_tokens(self, path: Path) -> None:
         """Write tokens.txt: one ``piece id`` a line."""
         with atomic_write(path) as temporary:
@@ -101,7 +107,6 @@ def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, 
                     hard_vocab_limit=False,
                     character_coverage=1.0,
                     unk_id=UNK_ID,
-                    user_defined_symbols=[],
                     pad_id=BLANK_ID,
                     pad_piece="<blk>",
                     bos_id=-1,

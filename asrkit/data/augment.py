@@ -1,0 +1,153 @@
+"""Perturbations of training data, on samples and on batches of features.
+
+Every function takes the random generator it draws from; batches build theirs from (seed, step, place in the batch),
+so a resumed run perturbs exactly as the uninterrupted one. Shapes: B batch, T frames, F mel bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from asrkit.config import config
+from asrkit.data.features import LOG_EPS, SAMPLE_RATE, resample
+
+Fraction = Annotated[float, Field(ge=0.0, le=0.5)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@config
+class SpecAugmentConfig:
+    """Masks of SpecAugment (Park et al. 2019, arXiv 1904.08779); masked places take the utterance's mean."""
+
+    num_frequency_masks: Annotated[int, Field(ge=0)] = 2
+    frequency_mask_bins: Annotated[int, Field(ge=0, le=80)] = 27
+    num_time_masks: Annotated[int, Field(ge=0)] = 10
+    time_mask_frames: Annotated[int, Field(ge=0)] = 50
+    max_time_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.15
+
+
+@config
+class AugmentConfig:
+    """How training data are varied; 0 switches a perturbation off.
+
+    ``speed``, ``tempo``, ``vocal_tract`` are half-widths: 0.1 draws factors from 0.9 to 1.1. Speed resamples the
+    samples (pitch and duration change together), tempo stretches the frames (duration alone), the vocal-tract
+    factor warps the mel axis below 4.8 kHz (Jaitly & Hinton 2013). Used together they also vary the pitch alone.
+    """
+
+    speed: Fraction = 0.1
+    tempo: Fraction = 0.0
+    vocal_tract: Fraction = 0.0
+    volume_db: Annotated[float, Field(ge=0.0, le=40.0)] = 6.0
+    noise_probability: Probability = 0.0
+    noise_snr_db: tuple[float, float] = (10.0, 30.0)
+    spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+
+
+def perturb_samples(samples: Tensor, settings: AugmentConfig, random: np.random.Generator, noise: Tensor | None) -> Tensor:
+    """Speed, noise and volume of one recording: (num_samples,) -> (other num_samples,) at 16 kHz."""
+    if settings.speed > 0:
+        # Steps of 1 % keep the resampling filters few and short.
+        span = round(settings.speed * 100)
+        percent = 100 + int(random.integers(-span, span + 1))
+        samples = resample(samples, SAMPLE_RATE * percent // 100, SAMPLE_RATE)
+    if noise is not None:
+        samples = add_noise(samples, noise, float(random.uniform(*settings.noise_snr_db)), random)
+    if settings.volume_db > 0:
+        samples = samples * 10.0 ** (float(random.uniform(-settings.volume_db, settings.volume_db)) / 20.0)
+    return samples
+
+
+def add_noise(samples: Tensor, noise: Tensor, snr_db: float, random: np.random.Generator) -> Tensor:
+    """Mix ``noise`` (any length, repeated or cut) under ``samples`` at ``snr_db`` of mean power."""
+    start = int(random.integers(len(noise)))
+    noise = noise.roll(-start).repeat(-(-len(samples) // len(noise)))[: len(samples)]
+    power, noise_power = samples.square().mean(), noise.square().mean()
+    if noise_power == 0 or power == 0:
+        return samples
+    return samples + noise * torch.sqrt(power / noise_power / 10.0 ** (snr_db / 10.0))
+
+
+def stretch(features: Tensor, factor: float) -> Tensor:
+    """Change the tempo by ``factor`` through linear interpolation in time: (T, F) -> (about T / factor, F)."""
+    num_frames = max(1, round(len(features) / factor))
+    return torch.nn.functional.interpolate(
+        features.t()[None], size=num_frames, mode="linear", align_corners=False
+    )[0].t()
+
+
+def vocal_tract_warp(features: Tensor, factors: Tensor, high_hz: float = 4800.0) -> Tensor:
+    """Warp the frequency axis of log-mel features piecewise linearly, one factor for each utterance.
+
+    Below ``high_hz * min(factor, 1) / factor`` a frequency f moves to factor * f; above, the rest of the band is
+    squeezed or stretched so that the Nyquist frequency stays (Jaitly & Hinton 2013, as Kaldi's --vtln-warp).
+
+    Args:
+        features: (B, T, F).
+        factors: (B,) around 1.
+    """
+    num_bins, nyquist = features.shape[-1], SAMPLE_RATE / 2
+    low_mel, high_mel = _mel(torch.tensor(20.0)), _mel(torch.tensor(nyquist - 400.0))
+    centres = low_mel + (high_mel - low_mel) * torch.arange(1, num_bins + 1) / (num_bins + 1)
+    hertz = 700.0 * (torch.exp(centres / 1127.0) - 1.0)
+    factors = factors[:, None]
+    edge = high_hz * factors.clamp(max=1.0) / factors
+    above = nyquist - (nyquist - edge * factors) / (nyquist - edge) * (nyquist - hertz)
+    source = torch.where(hertz < edge, hertz * factors, above)  # (B, F): where each bin reads from
+    place = ((_mel(source) - low_mel) / (high_mel - low_mel) * (num_bins + 1) - 1).clamp(0, num_bins - 1)
+    lower = place.floor().clamp(max=num_bins - 2)
+    weight = (place - lower).unsqueeze(-1)
+    bins = torch.arange(num_bins)
+    matrix = (bins == lower.unsqueeze(-1)) * (1 - weight) + (bins == lower.unsqueeze(-1) + 1) * weight
+    return features @ matrix.transpose(1, 2).to(features.dtype)
+
+
+def _mel(hertz: Tensor) -> Tensor:
+    return 1127.0 * torch.log1p(hertz / 700.0)
+
+
+def spec_augment(features: Tensor, feature_lens: Tensor, settings: SpecAugmentConfig, random: np.random.Generator) -> Tensor:
+    """Mask bands and stretches of each utterance with its mean, the whole batch at once: (B, T, F) -> (B, T, F).
+
+    The number of time masks grows with the utterance (one for each ``time_mask_frames`` / ``max_time_fraction``
+    frames), so that at most ``max_time_fraction`` of it can be hidden, at most ``num_time_masks``.
+    """
+    batch, num_frames, num_bins = features.shape
+    hidden = torch.zeros(batch, num_frames, num_bins, dtype=torch.bool)
+    lens = feature_lens.numpy()
+
+    def spans(count: int, widest: np.ndarray, extent: np.ndarray, size: int) -> Tensor:
+        width = random.uniform(size=(batch, count)) * widest[:, None]
+        start = random.uniform(size=(batch, count)) * np.maximum(extent[:, None] - width, 0)
+        place = np.arange(size)
+        inside = (place >= start[..., None].astype(int)) & (place < (start + width)[..., None].astype(int))
+        return torch.from_numpy(inside)
+
+    if settings.num_frequency_masks and settings.frequency_mask_bins:
+        widest = np.full(batch, settings.frequency_mask_bins + 1.0)
+        hidden |= spans(settings.num_frequency_masks, widest, np.full(batch, num_bins), num_bins).any(1)[:, None, :]
+    if settings.num_time_masks and settings.time_mask_frames and settings.max_time_fraction > 0:
+        budget = settings.max_time_fraction * lens
+        counts = np.clip(np.ceil(budget / settings.time_mask_frames), 1, settings.num_time_masks)
+        widest = np.minimum(settings.time_mask_frames, budget / counts)
+        masks = spans(settings.num_time_masks, widest, lens, num_frames)
+        masks &= torch.from_numpy(np.arange(settings.num_time_masks) < counts[:, None])[..., None]
+        hidden |= masks.any(1)[:, :, None]
+    real = (torch.arange(num_frames) < feature_lens[:, None]).unsqueeze(-1)
+    mean = (features * real).sum((1, 2)) / (feature_lens.clamp(min=1) * num_bins)
+    return torch.where(hidden & real, mean[:, None, None], features)
+
+
+def pad(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack (T_i, F) into (B, max T, F), padded with the log of silence; and their lengths (B,)."""
+    lens = torch.tensor([len(item) for item in features])
+    batch = features[0].new_full((len(features), int(lens.max()), features[0].shape[1]), LOG_EPS)
+    for row, item in enumerate(features):
+        batch[row, : len(item)] = item
+    return batch, lens

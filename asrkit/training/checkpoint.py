@@ -1,0 +1,90 @@
+"""The state of a run in one safetensors file: tensors by name, everything else as JSON in its header. No pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from asrkit.errors import UserError
+from asrkit.run_dir import STATE, atomic_write
+
+STATE_FILE = "latest.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. ``sums`` are the metrics gathered since the last logged step."""
+
+    step: int = 0
+    config_sha256: str = ""
+    slices: int = 1
+    best: dict[str, float] = field(default_factory=dict)
+    last_dev: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def save_state(run: Path, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """Write ``state/latest.safetensors`` atomically."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    # clone: safetensors refuses tensors that share memory
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_write(run / STATE / STATE_FILE) as temporary:
+        _save(plain, temporary, {"progress": json.dumps(asdict(progress))})
+
+
+def load_state(run: Path, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> Progress | None:
+    """Restore a saved state in place; None when there is none.
+
+    Raises:
+        UserError: the file is damaged or of another model.
+    """
+    path = run / STATE / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration)
+        progress = Progress(**json.loads(metadata["progress"]))
+        model.load_state_dict(_below("model.", tensors))
+        average.load_state_dict(_below("average.", tensors))
+        packed = optimiser.state_dict()
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _below("optimiser.", tensors).items():
+            index, key = name.split(".", 1)
+            states.setdefault(int(index), {})[key] = tensor
+        optimiser.load_state_dict({**packed, "state": states})
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot resume from it ({reason}); delete {path.parent} to start again") from error
+    return progress
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's parameters and buffers, float32, atomically."""
+    with atomic_write(path) as temporary:
+        _save({name: t.detach().float().cpu().contiguous().clone() for name, t in model.state_dict().items()}, temporary, {})
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # it wraps the operating system's error in its own
+        raise OSError(None, str(error)) from error
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,80 @@
+"""Data-parallel processes under torchrun; everything is a no-op in a single process.
+
+Gradients are summed in one flat tensor after the last accumulated part. That is simpler than a wrapper module (a
+stage may call any part of its model), treats unused parameters like any other, and keeps the weights of all
+processes the same bit by bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Join the processes torchrun started (nccl on GPUs, gloo on CPUs), or be the only one."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    place = torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, place)
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def all_sum(world: World, values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if world.size > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
+    """Replace each ``grad`` by its sum over all processes; a missing one counts as zeros."""
+    if world.size == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    torch.distributed.all_reduce(flat)
+    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))
+
+
+def broadcast_object(world: World, value: object) -> object:
+    """The main process's value, everywhere."""
+    if world.size == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=world.device)
+    return box[0]

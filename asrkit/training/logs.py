@@ -1,0 +1,138 @@
+"""What a run tells: a progress display, metrics.jsonl, TensorBoard events. All three show the same numbers."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Display
+from torch import Tensor
+
+from asrkit.run_dir import METRICS, atomic_write
+from asrkit.training.checkpoint import Progress
+
+
+class RunLog:
+    """Gathers sums between logged steps and writes them out as means.
+
+    Lines of steps after ``start`` are dropped from an existing metrics.jsonl: the resumed run writes them again.
+    ``timing`` holds what depends on the clock; everything else is reproducible.
+    """
+
+    def __init__(self, run: Path, settings: Any, start: int, steps_per_epoch: int, active: bool) -> None:
+        self._path, self._settings, self._active = run / METRICS, settings, active
+        self._steps_per_epoch = steps_per_epoch
+        self._console = Console(stderr=True)
+        self._writer: Any = None
+        self._display: Display | None = None
+        self._clock, self._waited, self._audio = time.monotonic(), 0.0, 0.0
+        self._start = start
+        if active and self._path.exists():
+            with atomic_write(self._path) as temporary:
+                kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= start]
+                temporary.write_text("".join(f"{line}\n" for line in kept))
+
+    def __enter__(self) -> RunLog:
+        if not self._active:
+            return self
+        if self._settings.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=self._start)
+            except ImportError:
+                self.note("no TensorBoard events: pip install tensorboard, or set training.tensorboard=false")
+        if self._console.is_terminal:
+            self._display = Display(
+                TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[text]}"), console=self._console,
+            )
+            self._bar = self._display.add_task("", total=self._settings.steps, completed=self._start, text="")
+            self._display.start()
+        if self._start:
+            self.note(f"resuming after step {self._start} of {self._settings.steps}")
+        self._clock = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._display is not None:
+            self._display.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen."""
+        if self._active:
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def count(self, progress: Progress, sums: dict[str, float], totals: Tensor, norm: float, waited: float) -> None:
+        """Add one step to the running sums."""
+        count, audio = (float(value) for value in totals)
+        if sums:
+            gathered = {**sums, "count": count, "steps": 1.0, "gradient_norm": norm, "audio": audio}
+            for name, value in gathered.items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
+        self._waited += waited
+        self._audio += audio
+        if self._display is not None:
+            self._display.update(self._bar, completed=progress.step)
+
+    def step(self, progress: Progress, lr: float) -> None:
+        """Write the means since the last call; losses are per encoder frame."""
+        sums, progress.sums = progress.sums, {}
+        count, steps = sums.pop("count", 0.0), sums.pop("steps", 0.0)
+        norm, audio = sums.pop("gradient_norm", 0.0), sums.pop("audio", 0.0)
+        left_out = sums.pop("ctc_left_out", 0.0)
+        elapsed = max(1e-9, time.monotonic() - self._clock)
+        row: dict[str, Any] = {
+            "step": progress.step,
+            "epoch": round(progress.step / self._steps_per_epoch, 3),
+            **{name: value / count for name, value in sorted(sums.items()) if count},
+            "lr": lr,
+            "gradient_norm": norm / steps if steps else None,
+            "audio_seconds": audio,
+            "ctc_left_out": left_out,
+            "timing": {
+                "audio_per_second": round(self._audio / elapsed, 2),
+                "data_wait": round(self._waited / elapsed, 4),
+            },
+        }
+        self._clock, self._waited, self._audio = time.monotonic(), 0.0, 0.0
+        self._write(row, "train")
+        wer = f"  dev WER {progress.last_dev['wer']:.2%}" if progress.last_dev else ""
+        text = f"loss {row.get('loss', float('nan')):.4f}  lr {lr:.2e}  {row['timing']['audio_per_second']:.0f} s audio/s{wer}"
+        if self._display is not None:
+            self._display.update(self._bar, text=text)
+        else:
+            left = (self._settings.steps - progress.step) * elapsed / max(1.0, steps)
+            self.note(f"step {progress.step}/{self._settings.steps}  epoch {row['epoch']:.1f}  {text}  left {left / 60:.1f} min")
+
+    def dev(self, progress: Progress, measured: dict[str, float], seconds: float) -> None:
+        """Write a dev measurement."""
+        self._write({"step": progress.step, **{f"dev_{k}": v for k, v in measured.items()},
+                     "timing": {"seconds": round(seconds, 2)}}, "dev")
+        best = "  best so far" if progress.best.get("step") == progress.step else f"  best {progress.best['wer']:.2%}"
+        self.note(f"step {progress.step}: dev WER {measured['wer']:.2%}{best}")
+        self._clock = time.monotonic()
+
+    def skipped(self, step: int, cut_ids: list[str]) -> None:
+        """Write that a step was left out, with every cut; the screen shows the first ten."""
+        self._write({"step": step, "skipped_cuts": cut_ids}, "train")
+        more = f" and {len(cut_ids) - 10} more (metrics.jsonl names all)" if len(cut_ids) > 10 else ""
+        self.note(f"step {step}: loss or gradient is not finite, the weights stay as they were; "
+                  f"cuts {', '.join(cut_ids[:10])}{more}")
+
+    def _write(self, row: dict[str, Any], group: str) -> None:
+        if not self._active:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._writer is not None:
+            for name, value in row.items():
+                if isinstance(value, float | int) and name != "step":
+                    self._writer.add_scalar(f"{group}/{name}", value, row["step"])

@@ -1,0 +1,122 @@
+"""Optimisers and the learning-rate schedule, as functions of the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from asrkit.config import config
+
+
+@config
+class OptimiserConfig:
+    """``scaled_adam`` moves each tensor in proportion to its own root mean square (Zipformer, arXiv 2310.11230).
+
+    ``learning_rate`` None takes the optimiser's default: 2e-3 for adamw, 2.5e-2 for scaled_adam.
+    The rate rises linearly over ``warm_up_steps`` and then falls as ``decay`` says, to ``final_fraction`` of its peak.
+    """
+
+    name: Literal["adamw", "scaled_adam"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 2.0
+    warm_up_steps: Annotated[int, Field(ge=0)] = 200
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate or {"adamw": 2e-3, "scaled_adam": 2.5e-2}[self.name]
+
+
+def learning_rate(step: int, total_steps: int, settings: OptimiserConfig) -> float:
+    """The rate of ``step`` (from 0)."""
+    if step < settings.warm_up_steps:
+        return settings.peak_learning_rate * (step + 1) / settings.warm_up_steps
+    done = min(1.0, (step - settings.warm_up_steps) / max(1, total_steps - settings.warm_up_steps))
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[settings.decay]
+    floor = 0.0 if settings.decay == "constant" else settings.final_fraction
+    return settings.peak_learning_rate * (floor + (1 - floor) * shape)
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], settings: OptimiserConfig) -> torch.optim.Optimizer:
+    """The optimiser over ``parameters``; vectors (norms, biases) are not decayed."""
+    trained = list(parameters)
+    if settings.name == "scaled_adam":
+        return ScaledAdam(trained, lr=settings.peak_learning_rate, betas=settings.betas)
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.peak_learning_rate,
+        betas=settings.betas,
+        eps=1e-8,
+        foreach=True,
+    )
+
+
+class ScaledAdam(torch.optim.Optimizer):
+    """Adam whose step for a tensor is proportional to the tensor's root mean square, with a learned scale.
+
+    delta = -lr * rms(w) * m_hat / (sqrt(v_hat) + eps), plus a step of the scale itself along w, from the
+    gradient h = sum(g * w) treated by Adam with rate ``scale_rate * lr``. rms is kept within [1e-5, 3];
+    vectors and scalars take a tenth of the rate, as they have no scale of their own to learn.
+    Source: Zipformer (arXiv 2310.11230), section 3.5; eta = 0.1.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.98),
+                 eps: float = 1e-8, scale_rate: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "scale_rate": scale_rate})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                self._update(group, weights)
+
+    def _update(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        grads = [p.grad for p in weights]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                    "scale_avg": torch.zeros((), device=weight.device),
+                    "scale_avg_sq": torch.zeros((), device=weight.device),
+                }
+        states = [self.state[p] for p in weights]
+        first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        rms = [p.square().mean().sqrt().clamp(1e-5, 3.0) for p in weights]
+        # The scale's own gradient: how the loss changes when the whole tensor grows.
+        slopes = [(g * p).sum() for g, p in zip(grads, weights, strict=True)]
+        torch._foreach_mul_(first, beta1)
+        torch._foreach_add_(first, grads, alpha=1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        for state in states:
+            state["step"] += 1
+        count = float(states[0]["step"])
+        bias = math.sqrt(1 - beta2**count) / (1 - beta1**count)
+        denominator = torch._foreach_sqrt(second)
+        torch._foreach_add_(denominator, group["eps"] * math.sqrt(1 - beta2**count))
+        steps = torch._foreach_div(first, denominator)
+        for weight, state, change, size, slope in zip(weights, states, steps, rms, slopes, strict=True):
+            rate = group["lr"] * (1.0 if weight.ndim > 1 else 0.1)
+            growth: Tensor | float = 0.0
+            if weight.ndim > 1:
+                state["scale_avg"].mul_(beta1).add_(slope, alpha=1 - beta1)
+                state["scale_avg_sq"].mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
+                scale_step = state["scale_avg"] * bias / (state["scale_avg_sq"].sqrt() + group["eps"])
+                growth = scale_step.clamp(-10, 10) * (rate * group["scale_rate"])
+            weight.mul_(1.0 - growth).sub_(change * (size * rate * bias))

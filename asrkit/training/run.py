@@ -1,0 +1,212 @@
+"""What every training stage does around the loop: claim the run directory, choose usable cuts, publish weights."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lhotse import CutSet
+from rich.console import Console
+from torch import nn
+
+from asrkit import __version__
+from asrkit.config import differences, digest
+from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, evaluation_batches
+from asrkit.data.checks import find_bad_cuts
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.errors import UserError
+from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.training.checkpoint import STATE_FILE, save_weights
+from asrkit.training.distributed import World, broadcast_object
+
+DONE = "done"
+
+
+@dataclass
+class RunWriter:
+    """The run directory of a training stage, locked for this run."""
+
+    path: Path
+    stage: str
+    config_sha256: str
+    fresh: bool
+    finished: bool
+    world: World
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    _began: float = field(default_factory=time.monotonic)
+    _console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, stage: str, settings: dict[str, Any], inputs: dict[str, Path | None], command: str,
+             world: World, parent: Path | None = None) -> Iterator[RunWriter]:
+        """Claim ``path`` for ``stage``; an earlier run of the very same settings and inputs is continued.
+
+        Raises:
+            UserError: another process trains there, or what lies there is of another stage, settings or inputs.
+        """
+        missing = [f"{file}: no such file (--{name})" for name, file in inputs.items() if file is not None and not file.exists()]
+        if missing:
+            raise UserError.of(missing)
+        manifests = {name: str(file) for name, file in inputs.items() if file is not None}
+        content = {"stage": stage, **settings, "inputs": manifests}
+        with _lock(path, world):
+            existing = _existing(path, stage, content)
+            run = cls(path, stage, digest(content), existing is None or not (path / "state" / STATE_FILE).is_file(),
+                      (path / DONE).is_file(), world)
+            run.lineage = [] if parent is None else open_run(parent).lineage
+            run.lineage = [*run.lineage, {
+                "stage": stage,
+                "command": command or " ".join(["asrkit", *sys.argv[1:]]),
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "config_sha256": run.config_sha256,
+                "manifests": {str(file): sha256_of(file) for file in inputs.values() if file is not None and file.is_file()},
+                "versions": _versions(),
+            }]
+            if world.is_main and existing is None:
+                write_yaml(path / CONFIG, content)
+            if run.finished:
+                run.note(f"{path}: already trained to the last step; nothing to do (another --out trains anew)")
+            yield run
+
+    def note(self, text: str) -> None:
+        """A line on the screen, from the main process alone."""
+        if self.world.is_main:
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def describe(self, spec: dict[str, Any], table: CutTable, world: World) -> None:
+        """Write model.yaml and say what is going to be trained on what."""
+        if world.is_main:
+            write_yaml(self.path / MODEL, spec)
+            self.note(f"{self.path}: {len(table)} utterances, {table.durations.sum() / 60:.1f} min, "
+                      f"vocabulary {spec['vocab_size']}, {world.size} process(es) on {world.device}")
+
+    def batches(self, table: CutTable, data: DataConfig, tokenizer: Tokenizer, noise: CutTable | None,
+                accumulate: int, seed: int, world: World) -> TrainBatches:
+        """The stage's training batches, every step shared by all processes and accumulated parts."""
+        slices = world.size * accumulate
+        # What the slowest perturbation makes of a batch still fits.
+        longest = (1 + data.augment.speed) * (1 + data.augment.tempo)
+        plan = BucketPlan(table.durations, data.max_duration * slices / longest, data.num_buckets, slices, seed)
+        return TrainBatches(table, plan, slices, data, tokenizer, noise, seed)
+
+    def publish(self, model: nn.Module, step: int, metrics: dict[str, float]) -> None:
+        """Replace the run's weights.
+
+        The lineage accepts the new digest and the one before it, so whatever instant the run dies at, the weights
+        on disk are whole and known.
+        """
+        weights = self.path / WEIGHTS
+        before = sha256_of(weights) if weights.is_file() else None
+        staged = self.path / "state" / f"next-{WEIGHTS}"
+        save_weights(staged, model)
+        entry = {
+            **self.lineage[-1],
+            "step": step,
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "seconds": round(time.monotonic() - self._began, 1),
+            "weights_sha256": sha256_of(staged),
+            "previous_weights_sha256": before,
+            "model_spec_sha256": sha256_of(self.path / MODEL),
+            "tokenizer_sha256": sha256_of(self.path / TOKENIZER),
+        }
+        write_yaml(self.path / LINEAGE, [*self.lineage[:-1], entry])
+        os.replace(staged, weights)
+
+    def finish(self) -> None:
+        """Mark the run as complete; recipes take this file as their target."""
+        if self.world.is_main:
+            (self.path / DONE).write_text("")
+
+
+def usable_cuts(cuts: CutSet, tokenizer: Tokenizer | None, policy: str, note: Callable[[str], None],
+                read_audio: bool = False) -> CutSet:
+    """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says.
+
+    Raises:
+        UserError: bad cuts under ``refuse``, or none left.
+    """
+    findings = find_bad_cuts(cuts, tokenizer, read_audio=read_audio)
+    if findings and policy == "refuse":
+        raise UserError.of([f"cut {f.cut_id}: {f.kind}: {f.detail}" for f in findings]
+                           + [f"{len(findings)} unusable cuts: mend the manifest, or leave them out with --set bad_cuts=skip"])
+    for finding in findings:
+        note(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}")
+    bad = {finding.cut_id for finding in findings}
+    kept = CutSet.from_cuts(cut for cut in cuts if cut.id not in bad) if bad else cuts
+    if not len(kept):
+        raise UserError("no usable cut is left in the manifest")
+    return kept
+
+
+def dev_measure(cuts: CutSet, tokenizer: Tokenizer, device: Any, max_duration: float, max_cuts: int,
+                method: str) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a model to its dev WER and CER, on the first ``max_cuts`` cuts by a fixed, even choice."""
+    from asrkit.decoding.acoustic import TorchAcousticModel
+    from asrkit.decoding.evaluation import measure_wer
+
+    every = list(cuts)
+    chosen = every[:: -(-len(every) // max_cuts)]
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        words, characters, _ = measure_wer(
+            TorchAcousticModel(model), evaluation_batches(chosen, max_duration), tokenizer, method=method)  # type: ignore[arg-type]
+        return {"wer": words.rate, "cer": characters.rate}
+
+    return measure
+
+
+@contextmanager
+def _lock(path: Path, world: World) -> Iterator[None]:
+    """Hold the directory's lock in the main process; the file stays, the lock goes with the process."""
+    refused = ""
+    handle = None
+    if world.is_main:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            handle = open(path / ".lock", "w")  # noqa: SIM115 (held until the run ends)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused = f"{path}: another run is training there; wait for it or choose another --out"
+        except OSError as error:
+            refused = f"{path}: cannot write there ({error.strerror}); choose another --out"
+    refused = str(broadcast_object(world, refused))
+    if refused:
+        raise UserError(refused)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.close()
+
+
+def _existing(path: Path, stage: str, content: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration already in ``path``, which must be this one; None in an unused directory."""
+    if not (path / CONFIG).is_file():
+        strangers = [item.name for item in path.iterdir() if item.name != ".lock" and not item.name.startswith(".tmp-")]
+        if strangers:
+            raise UserError(f"{path}: holds other files ({', '.join(sorted(strangers)[:3])}) and no run; choose another --out")
+        return None
+    found = read_yaml(path / CONFIG)
+    if not isinstance(found, dict) or found.get("stage") != stage:
+        other = found.get("stage") if isinstance(found, dict) else "unknown"
+        raise UserError(f"{path}: is a run of {other}, not of {stage}; choose another --out")
+    if changed := differences(found, content):
+        raise UserError.of([f"{path}: was begun with other settings: {line}" for line in changed]
+                           + [f"{path}: repeat the settings to resume, or choose another --out"])
+    return found
+
+
+def _versions() -> dict[str, str]:
+    import lhotse
+    import torch
+
+    return {"asrkit": __version__, "python": platform.python_version(), "torch": str(torch.__version__), "lhotse": lhotse.__version__}
