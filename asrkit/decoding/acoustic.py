@@ -1,0 +1,75 @@
+"""What a search needs of a model, whether it runs in torch or was exported.
+
+Shapes: B utterances, T feature frames of 10 ms, T' encoder frames of 40 ms, N hypotheses of any utterances,
+J joiner dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from asrkit.models import AsrModel
+
+FRAME_SECONDS = 0.04  # of an encoder frame: 10 ms features, subsampled by 4
+MIN_FEATURE_FRAMES = 7  # T' = (T - 3) // 4 >= 1
+
+
+class EncoderOutput(NamedTuple):
+    """What the searches read: each frame's vector in joiner space, and the CTC head's log-probabilities."""
+
+    joiner_in: Tensor  # (B, T', J)
+    lens: Tensor  # (B,) int64, 0 for an utterance too short for one frame
+    ctc_log_probs: Tensor | None  # (B, T', V); None for a model without a CTC head
+
+
+class AcousticModel(Protocol):
+    """A transducer cut at the places where a search enters it; every call is batched."""
+
+    vocab_size: int
+    context_size: int
+    blank: int
+
+    def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
+        """Features (B, T, 80) and their lengths (B,) to encoder frames."""
+
+    def predict(self, contexts: Tensor) -> Tensor:
+        """The last ``context_size`` tokens (N, context_size), -1 for none, to predictor vectors (N, J)."""
+
+    def join(self, encoded: Tensor, predicted: Tensor) -> Tensor:
+        """One encoder frame (N, J) and one predictor vector (N, J) to logits (N, V)."""
+
+
+class TorchAcousticModel:
+    """An ``AsrModel`` in evaluation mode as an ``AcousticModel``; inputs are moved to the model's device."""
+
+    def __init__(self, model: AsrModel) -> None:
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self.context_size = model.context_size
+        self.blank = model.blank
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
+        missing = MIN_FEATURE_FRAMES - features.shape[1]
+        if missing > 0:  # the subsampling needs a minimum; lens still say that nothing is there
+            features = pad(features, (0, 0, 0, missing))
+        encoder_out, lens = self.model.encode(features.to(self.device), feature_lens.to(self.device))
+        joiner_in = self.model.joiner.project_encoder(encoder_out)
+        return EncoderOutput(joiner_in, lens.clamp(min=0), self.model.ctc_log_probs(encoder_out))
+
+    @torch.no_grad()
+    def predict(self, contexts: Tensor) -> Tensor:
+        return self.model.joiner.project_predictor(self.model.predictor(contexts))
+
+    @torch.no_grad()
+    def join(self, encoded: Tensor, predicted: Tensor) -> Tensor:
+        return self.model.joiner(encoded, predicted)

@@ -1,0 +1,29 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One utterance's recognised tokens, the encoder frame that emitted each, and the log-probability.
+
+    The score is the path's (greedy) or the sum over the paths the beam kept (beam), natural logarithm.
+    """
+
+    tokens: list[int]
+    frames: list[int]
+    score: float
+
+
+def collect(emitted: Tensor, scores: Tensor, blank: int, slots_per_frame: int = 1) -> list[Hypothesis]:
+    """Hypotheses of a grid ``emitted`` (B, T' * slots) of tokens and ``blank``, with their scores (B,)."""
+    emitted, scores = emitted.cpu(), scores.cpu()
+    hypotheses = []
+    for row, score in zip(emitted, scores.tolist(), strict=True):
+        slots = (row != blank).nonzero().squeeze(1)
+        hypotheses.append(Hypothesis(row[slots].tolist(), (slots // slots_per_frame).tolist(), score))
+    return hypotheses

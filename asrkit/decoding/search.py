@@ -1,0 +1,42 @@
+"""One entry to every search: ``decode``."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
+from asrkit.decoding.ctc import ctc_greedy_search
+from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.decoding.transducer import beam_search, greedy_search
+from asrkit.errors import UserError
+
+Method = Literal["greedy", "beam", "ctc"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+def search(
+    model: AcousticModel, encoded: EncoderOutput, method: Method = "greedy", beam: int = 4
+) -> list[Hypothesis]:
+    """Hypotheses of already encoded utterances, in their order.
+
+    Raises:
+        UserError: ``ctc`` is asked of a model without a CTC head.
+    """
+    if method == "greedy":
+        return greedy_search(model, encoded.joiner_in, encoded.lens)
+    if method == "beam":
+        return beam_search(model, encoded.joiner_in, encoded.lens, beam)
+    if method == "ctc":
+        if encoded.ctc_log_probs is None:
+            raise UserError("this model has no CTC head; decode with --method greedy or --method beam")
+        return ctc_greedy_search(encoded.ctc_log_probs, encoded.lens, model.blank)
+    raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+
+
+def decode(
+    model: AcousticModel, features: Tensor, feature_lens: Tensor, method: Method = "greedy", beam: int = 4
+) -> list[Hypothesis]:
+    """Recognise a batch: features (B, T, 80), padded, with lengths (B,)."""
+    return search(model, model.encode(features, feature_lens), method, beam)

@@ -1,0 +1,127 @@
+"""Greedy and modified beam search for a transducer with a stateless predictor, batched by tensor operations.
+
+Both follow the rules of the runtime the models are exported to (sherpa-onnx): at most one symbol a frame, and
+``<unk>`` counts as blank, so it is never emitted.
+
+Shapes: B utterances, T' encoder frames, K hypotheses an utterance, C context size, J joiner dimension,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from asrkit.decoding.acoustic import AcousticModel
+from asrkit.decoding.hypothesis import Hypothesis, collect
+
+UNK = 1
+_ODD_CONSTANT = 0x1E3779B97F4A7C15  # spreads a hash's bits (the golden ratio, as in Fibonacci hashing)
+
+
+def _start_context(model: AcousticModel, device: torch.device) -> Tensor:
+    """The context (C,) before any token: -1 = no token, then a blank."""
+    context = torch.full((model.context_size,), -1, dtype=torch.int64, device=device)
+    context[-1] = model.blank
+    return context
+
+
+def _extend(
+    model: AcousticModel, contexts: Tensor, predicted: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Append ``tokens`` (N,) to ``contexts`` (N, C) and update ``predicted`` (N, J); blank rows stay."""
+    emits = tokens != model.blank
+    rows = emits.nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return contexts, predicted
+    shifted = torch.cat([contexts[rows, 1:], tokens[rows, None]], dim=1)
+    contexts = contexts.index_copy(0, rows, shifted)
+    return contexts, predicted.index_copy(0, rows, model.predict(shifted))
+
+
+@torch.no_grad()
+def greedy_search(
+    model: AcousticModel, joiner_in: Tensor, lens: Tensor, max_symbols: int = 1
+) -> list[Hypothesis]:
+    """The best symbol at each frame of ``joiner_in`` (B, T', J), at most ``max_symbols`` of them a frame."""
+    batch, num_frames, _ = joiner_in.shape
+    contexts = _start_context(model, joiner_in.device).repeat(batch, 1)
+    predicted = model.predict(contexts)
+    scores = joiner_in.new_zeros(batch)
+    blank = contexts.new_tensor(model.blank)
+    emitted = contexts.new_full((num_frames, max_symbols, batch), model.blank)
+    for t in range(num_frames):
+        active = t < lens
+        for slot in range(max_symbols):
+            best, tokens = model.join(joiner_in[:, t], predicted).log_softmax(dim=-1).max(dim=-1)
+            scores = torch.where(active, scores + best, scores)
+            tokens = torch.where(active & (tokens != UNK), tokens, blank)
+            contexts, predicted = _extend(model, contexts, predicted, tokens)
+            emitted[t, slot] = tokens
+            active = tokens != blank
+            if slot + 1 < max_symbols and not active.any():
+                break
+    return collect(emitted.flatten(0, 1).T, scores, model.blank, max_symbols)
+
+
+def _merge(scores: Tensor, prefixes: Tensor) -> Tensor:
+    """Add up the probabilities of equal prefixes (B, K) in the first of them; the others get -inf.
+
+    Expects ``scores`` (B, K) best first, so that the likeliest path's frames represent the merged hypothesis.
+    """
+    same = prefixes.unsqueeze(2) == prefixes.unsqueeze(1)  # (B, K, K)
+    added = scores.unsqueeze(1).masked_fill(~same, -torch.inf).logsumexp(dim=2)
+    return added.masked_fill(same.tril(-1).any(dim=2), -torch.inf)
+
+
+def _append(prefixes: Tensor, tokens: Tensor) -> Tensor:
+    """64-bit hashes of token sequences, each with one token appended; the product wraps around on purpose."""
+    mixed = (prefixes ^ (tokens + 1)) * _ODD_CONSTANT
+    return mixed ^ (mixed >> 31)
+
+
+@torch.no_grad()
+def beam_search(model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int = 4) -> list[Hypothesis]:
+    """Modified beam search over ``joiner_in`` (B, T', J) with ``beam`` hypotheses an utterance.
+
+    At each frame the ``beam`` best of all (hypothesis, symbol) pairs survive, then those with equal tokens
+    are merged by adding their probabilities. The final choice is by log-probability over length, where the
+    length counts the start context as the runtime does.
+    """
+    batch, num_frames, _ = joiner_in.shape
+    vocab, device = model.vocab_size, joiner_in.device
+    contexts = _start_context(model, device).repeat(batch * beam, 1)  # (B * K, C)
+    predicted = model.predict(contexts[:1]).repeat(batch * beam, 1)  # (B * K, J)
+    scores = joiner_in.new_full((batch, beam), -torch.inf)
+    scores[:, 0] = 0.0
+    prefixes = torch.zeros(batch, beam, dtype=torch.int64, device=device)
+    sizes = torch.zeros_like(prefixes)
+    first_row = torch.arange(batch, device=device).unsqueeze(1) * beam
+    # An utterance that has ended takes blanks of probability one: its hypotheses stay.
+    ended = joiner_in.new_full((vocab,), -torch.inf)
+    ended[model.blank] = 0.0
+    blank = prefixes.new_tensor(model.blank)
+    parents, emitted = [], []
+    for t in range(num_frames):
+        frame = joiner_in[:, t].repeat_interleave(beam, dim=0)
+        log_probs = model.join(frame, predicted).log_softmax(dim=-1).view(batch, beam, vocab)
+        log_probs = torch.where((t < lens)[:, None, None], log_probs, ended)
+        scores, pairs = (scores.unsqueeze(2) + log_probs).flatten(1).topk(beam, dim=1)
+        parent, tokens = torch.div(pairs, vocab, rounding_mode="floor"), pairs % vocab
+        tokens = torch.where(tokens == UNK, blank, tokens)
+        emits = tokens != blank
+        prefixes, sizes = prefixes.gather(1, parent), sizes.gather(1, parent) + emits
+        prefixes = torch.where(emits, _append(prefixes, tokens), prefixes)
+        scores = _merge(scores, prefixes)
+        rows = (first_row + parent).flatten()
+        contexts, predicted = _extend(model, contexts[rows], predicted[rows], tokens.flatten())
+        parents.append(parent)
+        emitted.append(tokens)
+    best = (scores / (sizes + model.context_size)).argmax(dim=1, keepdim=True)  # (B, 1)
+    best_scores = scores.gather(1, best).squeeze(1)
+    path = []
+    for parent, tokens in zip(reversed(parents), reversed(emitted), strict=True):
+        path.append(tokens.gather(1, best))
+        best = parent.gather(1, best)
+    tokens = torch.cat(path[::-1], dim=1) if path else prefixes[:, :0]
+    return collect(tokens, best_scores, model.blank)

@@ -1,0 +1,231 @@
+"""Searches against slow references that keep every hypothesis in a dictionary or enumerate every path."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
+from asrkit.decoding.search import METHODS, Method, decode, search
+from asrkit.decoding.transducer import UNK, _append, beam_search, greedy_search
+from asrkit.errors import UserError
+
+BLANK = 0
+
+
+class SmallModel(nn.Module):
+    """A transducer of real layers, small and sharp enough that searches have something to choose."""
+
+    def __init__(self, vocab_size: int = 7, seed: int = 0, sharpness: float = 3.0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.vocab_size, self.context_size, self.blank = vocab_size, 2, BLANK
+        self.encoder = nn.Linear(4 * 80, 8)
+        self.embedding = nn.Embedding(vocab_size, 8)
+        self.mix = nn.Linear(16, 8)
+        self.output = nn.Linear(8, vocab_size)
+        self.ctc = nn.Linear(8, vocab_size)
+        self.sharpness = sharpness
+        self.predicted_rows = 0
+        self.double().eval()
+
+    def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
+        lens = ((feature_lens - 3) // 4).clamp(min=0)
+        steps = (features.shape[1] - 3) // 4
+        encoded = self.encoder(features[:, : steps * 4].reshape(len(features), steps, -1).double())
+        return EncoderOutput(encoded, lens, (self.sharpness * self.ctc(encoded)).log_softmax(-1))
+
+    def predict(self, contexts: Tensor) -> Tensor:
+        self.predicted_rows += len(contexts)
+        embedded = self.embedding(contexts.clamp(min=0)) * (contexts >= 0).unsqueeze(-1)
+        return self.mix(embedded.flatten(1))
+
+    def join(self, encoded: Tensor, predicted: Tensor) -> Tensor:
+        return self.sharpness * self.output(torch.tanh(encoded + predicted))
+
+
+def random_batch(lens: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Encoder frames (B, T', 8) whose padding is not a number, so that reading it shows."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = 2 * torch.randn(len(lens), max(lens, default=0), 8, dtype=torch.float64, generator=generator)
+    for row, length in enumerate(lens):
+        frames[row, length:] = math.nan
+    return frames, torch.tensor(lens)
+
+
+def frame_log_probs(model: AcousticModel, frame: Tensor, prefix: tuple[int, ...]) -> list[float]:
+    context = (-1, BLANK, *prefix)[-2:]
+    predicted = model.predict(torch.tensor([context]))
+    return model.join(frame.unsqueeze(0), predicted).log_softmax(-1)[0].tolist()
+
+
+def reference_greedy(
+    model: AcousticModel, frames: Tensor, max_symbols: int
+) -> tuple[list[int], list[int], float]:
+    tokens: list[int] = []
+    at: list[int] = []
+    score = 0.0
+    for t, frame in enumerate(frames):
+        for _ in range(max_symbols):
+            log_probs = frame_log_probs(model, frame, tuple(tokens))
+            token = max(range(len(log_probs)), key=log_probs.__getitem__)
+            score += log_probs[token]
+            if token in (BLANK, UNK):
+                break
+            tokens.append(token)
+            at.append(t)
+    return tokens, at, score
+
+
+def reference_beam(model: AcousticModel, frames: Tensor, beam: int) -> tuple[list[int], list[int], float]:
+    kept: dict[tuple[int, ...], tuple[float, list[int]]] = {(): (0.0, [])}
+    for t, frame in enumerate(frames):
+        grown = []
+        for prefix, (score, at) in kept.items():
+            for token, log_prob in enumerate(frame_log_probs(model, frame, prefix)):
+                emits = token not in (BLANK, UNK)
+                grown.append(
+                    (score + log_prob, (*prefix, token) if emits else prefix, [*at, t] if emits else at)
+                )
+        kept = {}
+        for score, prefix, at in sorted(grown, key=lambda entry: -entry[0])[:beam]:
+            if prefix in kept:
+                kept[prefix] = (
+                    float(torch.tensor([kept[prefix][0], score]).double().logsumexp(0)),
+                    kept[prefix][1],
+                )
+            else:
+                kept[prefix] = (score, at)
+    tokens, (score, at) = max(kept.items(), key=lambda entry: entry[1][0] / (len(entry[0]) + 2))
+    return list(tokens), at, score
+
+
+lengths = st.lists(st.integers(0, 9), min_size=1, max_size=5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lens=lengths, seed=st.integers(0, 1000), max_symbols=st.integers(1, 3))
+def test_greedy_equals_one_utterance_at_a_time(lens: list[int], seed: int, max_symbols: int) -> None:
+    model, (frames, frame_lens) = SmallModel(seed=seed), random_batch(lens, seed)
+    for row, found in enumerate(greedy_search(model, frames, frame_lens, max_symbols)):
+        tokens, at, score = reference_greedy(model, frames[row, : lens[row]], max_symbols)
+        assert (found.tokens, found.frames) == (tokens, at)
+        assert found.score == pytest.approx(score)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lens=lengths, seed=st.integers(0, 1000), beam=st.integers(1, 6))
+def test_beam_equals_the_dictionary_of_hypotheses(lens: list[int], seed: int, beam: int) -> None:
+    model, (frames, frame_lens) = SmallModel(seed=seed), random_batch(lens, seed)
+    for row, found in enumerate(beam_search(model, frames, frame_lens, beam)):
+        tokens, at, score = reference_beam(model, frames[row, : lens[row]], beam)
+        assert (found.tokens, found.frames) == (tokens, at)
+        assert found.score == pytest.approx(score)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_beam_that_holds_everything_sums_every_path(seed: int) -> None:
+    """All V ** T' paths: the winner's score is the log of the sum over the paths with its tokens."""
+    steps, model = 4, SmallModel(vocab_size=4, seed=seed, sharpness=1.0)
+    frames, frame_lens = random_batch([steps], seed)
+    totals: dict[tuple[int, ...], float] = defaultdict(float)
+    for path in itertools.product(range(model.vocab_size), repeat=steps):
+        prefix: tuple[int, ...] = ()
+        log_prob = 0.0
+        for frame, token in zip(frames[0], path, strict=True):
+            log_prob += frame_log_probs(model, frame, prefix)[token]
+            prefix = prefix if token in (BLANK, UNK) else (*prefix, token)
+        totals[prefix] += math.exp(log_prob)
+    assert sum(totals.values()) == pytest.approx(1.0)
+    tokens, total = max(totals.items(), key=lambda entry: math.log(entry[1]) / (len(entry[0]) + 2))
+    (found,) = beam_search(model, frames, frame_lens, beam=4 * 31)
+    assert tuple(found.tokens) == tokens
+    assert found.score == pytest.approx(math.log(total))
+
+
+def test_a_beam_of_one_is_greedy() -> None:
+    model, (frames, lens) = SmallModel(seed=3), random_batch([12, 7, 0, 1], 3)
+    for one, greedy in zip(
+        beam_search(model, frames, lens, 1), greedy_search(model, frames, lens), strict=True
+    ):
+        assert (one.tokens, one.frames) == (greedy.tokens, greedy.frames)
+        assert one.score == pytest.approx(greedy.score)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_and_company_change_nothing(method: Method) -> None:
+    model = SmallModel(seed=5)
+    lens = [43, 7, 30, 3, 6]
+    features = torch.randn(len(lens), 60, 80)
+    together = decode(model, features, torch.tensor(lens), method)
+    for row, length in enumerate(lens):
+        (alone,) = decode(model, features[row : row + 1, : max(length, 7)], torch.tensor([length]), method)
+        assert (alone.tokens, alone.frames) == (together[row].tokens, together[row].frames)
+        assert alone.score == pytest.approx(together[row].score)
+    assert together[3].tokens == [] and together[3].score == 0.0
+
+
+def test_unk_is_never_emitted_by_the_transducer() -> None:
+    model, (frames, lens) = SmallModel(seed=1), random_batch([30, 20], 1)
+    with torch.no_grad():
+        model.output.bias[UNK] += 0.5
+    assert any(
+        int(model.join(frames[:1, t], model.predict(torch.tensor([[-1, 0]]))).argmax()) == UNK
+        for t in range(30)
+    )
+    for found in greedy_search(model, frames, lens) + beam_search(model, frames, lens):
+        assert UNK not in found.tokens
+
+
+def test_the_predictor_runs_only_for_new_tokens() -> None:
+    model, (frames, lens) = SmallModel(seed=2), random_batch([40, 40], 2)
+    found = greedy_search(model, frames, lens)
+    assert model.predicted_rows == 2 + sum(len(hypothesis.tokens) for hypothesis in found)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=12), st.integers(1, 12))
+def test_ctc_joins_repeats_and_drops_blanks(path: list[int], length: int) -> None:
+    path = [max(token, BLANK) for token in path]  # half of the frames are blank
+    length = min(length, len(path))
+    log_probs = torch.full((1, len(path), 4), -5.0)
+    log_probs[0, range(len(path)), path] = -0.25
+    encoded = EncoderOutput(torch.zeros(1, len(path), 8), torch.tensor([length]), log_probs)
+    (found,) = search(SmallModel(), encoded, "ctc")
+    runs = [
+        (token, next(run)[0])
+        for token, run in itertools.groupby(enumerate(path[:length]), key=lambda e: e[1])
+    ]
+    assert found.tokens == [token for token, _ in runs if token != BLANK]
+    assert found.frames == [frame for token, frame in runs if token != BLANK]
+    assert found.score == pytest.approx(-0.25 * length)
+
+
+def test_ctc_without_a_head_says_so() -> None:
+    encoded = EncoderOutput(torch.zeros(1, 3, 8), torch.tensor([3]), None)
+    with pytest.raises(UserError, match="no CTC head"):
+        search(SmallModel(), encoded, "ctc")
+
+
+def test_no_frames_at_all() -> None:
+    model = SmallModel()
+    for method in METHODS:
+        empty = EncoderOutput(torch.zeros(2, 0, 8).double(), torch.tensor([0, 0]), torch.zeros(2, 0, 7))
+        assert [found.tokens for found in search(model, empty, method)] == [[], []]
+
+
+def test_hashes_of_all_short_sequences_differ() -> None:
+    hashes = torch.zeros(1, dtype=torch.int64)
+    everything = [hashes]
+    for _ in range(4):
+        hashes = torch.cat([_append(hashes, torch.full_like(hashes, token)) for token in range(1, 21)])
+        everything.append(hashes)
+    flat = torch.cat(everything)
+    assert len(flat.unique()) == len(flat)
