@@ -5,6 +5,10 @@ PY := $(VENV)/bin/python
 TESTS ?= tests
 SHELL := /bin/bash
 
+ifeq ($(filter k2 modern,$(ENV)),)
+$(error ENV=$(ENV) is no environment; use ENV=k2 or ENV=modern)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format demo smoke ci clean
 
