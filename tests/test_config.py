@@ -1,0 +1,61 @@
+"""Configuration: precedence, and every mistake at once with the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asrkit.config import differences, digest, from_dict, resolve, to_dict
+from asrkit.errors import UserError
+from asrkit.stages.train_backbone import TrainBackboneConfig, model_spec
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 5\ntraining:\n  steps: 10\n  optimiser:\n    learning_rate: 1e-3\n")
+    settings = resolve(TrainBackboneConfig, file, ["training.steps=20", "data.augment.spec_augment=null"])
+    assert (settings.seed, settings.training.steps, settings.training.log_every) == (5, 20, 50)
+    assert settings.training.optimiser.learning_rate == 1e-3
+    assert settings.data.augment.spec_augment is None
+
+
+def test_resolved_settings_round_trip() -> None:
+    settings = resolve(TrainBackboneConfig, None, ["model.subsampling_channels=[4, 16]", "data.noise=noise.jsonl.gz"])
+    plain = to_dict(settings)
+    assert from_dict(TrainBackboneConfig, plain, "again") == settings
+    assert digest(plain) == digest(to_dict(from_dict(TrainBackboneConfig, plain, "again")))
+
+
+def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(TrainBackboneConfig, None, ["training.stepz=20", "data.max_duration=-1", "model.siz=tiny", "seed=x"])
+    text = "\n".join(caught.value.lines)
+    assert len(caught.value.lines) == 4
+    assert "training.stepz" in text and "did you mean training.steps" in text
+    assert "model.siz" in text and "did you mean model.size" in text
+    assert "data.max_duration" in text and "greater than 0" in text
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "seed.deeper=1", "training.steps=[1"])
+def test_unreadable_overrides(override: str) -> None:
+    with pytest.raises(UserError):
+        resolve(TrainBackboneConfig, None, ["seed=1", override])
+
+
+def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: [1\n")
+    with pytest.raises(UserError, match="c.yaml"):
+        resolve(TrainBackboneConfig, file)
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(UserError, match="odd"):
+        model_spec(resolve(TrainBackboneConfig, None, ["model.kernel_size=30"]).model, 100)
+    with pytest.raises(UserError, match="model.dim"):
+        resolve(TrainBackboneConfig, None, ["model.dim=0"])
+
+
+def test_differences_name_the_leaves() -> None:
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
