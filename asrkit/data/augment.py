@@ -39,12 +39,15 @@ class AugmentConfig:
     ``speed``, ``tempo``, ``vocal_tract`` are half-widths: 0.1 draws factors from 0.9 to 1.1. Speed resamples the
     samples (pitch and duration change together), tempo stretches the frames (duration alone), the vocal-tract
     factor warps the mel axis below 4.8 kHz (Jaitly & Hinton 2013). Used together they also vary the pitch alone.
+    ``channel_db`` is the deviation of a random smooth gain over frequency, as other microphones and rooms have.
+    Noise comes from the manifest data.noise, or, without one, is Gaussian of a random colour.
     """
 
     speed: Fraction = 0.1
     tempo: Fraction = 0.0
     vocal_tract: Fraction = 0.0
     volume_db: Annotated[float, Field(ge=0.0, le=40.0)] = 6.0
+    channel_db: Annotated[float, Field(ge=0.0, le=20.0)] = 0.0
     noise_probability: Probability = 0.0
     noise_snr_db: tuple[float, float] = (10.0, 30.0)
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
@@ -62,6 +65,22 @@ def perturb_samples(samples: Tensor, settings: AugmentConfig, random: np.random.
     if settings.volume_db > 0:
         samples = samples * 10.0 ** (float(random.uniform(-settings.volume_db, settings.volume_db)) / 20.0)
     return samples
+
+
+def coloured_noise(length: int, random: np.random.Generator) -> Tensor:
+    """Gaussian noise whose spectrum falls by a random 0 (white) to 6 dB (brown) an octave: (length,)."""
+    white = torch.from_numpy(random.standard_normal(length).astype(np.float32))
+    frequency = torch.arange(length // 2 + 1).clamp(min=1)
+    return torch.fft.irfft(torch.fft.rfft(white) * frequency ** -float(random.uniform(0.0, 1.0)), n=length)
+
+
+def channel_curves(batch: int, num_bins: int, deviation_db: float, random: np.random.Generator) -> Tensor:
+    """Random gains over the mel axis, smooth (six cosines of falling weight), in the log of energy: (B, F)."""
+    order = np.arange(6)
+    basis = np.cos(np.pi * order[:, None] * (np.arange(num_bins) + 0.5) / num_bins)
+    weights = random.standard_normal((batch, len(order))) / (1 + order)
+    nepers = deviation_db * np.log(10.0) / 10.0
+    return torch.from_numpy((weights @ basis * nepers).astype(np.float32))
 
 
 def add_noise(samples: Tensor, noise: Tensor, snr_db: float, random: np.random.Generator) -> Tensor:

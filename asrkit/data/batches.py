@@ -21,7 +21,16 @@ from pydantic import Field
 from torch import Tensor
 
 from asrkit.config import config
-from asrkit.data.augment import AugmentConfig, pad, perturb_samples, spec_augment, stretch, vocal_tract_warp
+from asrkit.data.augment import (
+    AugmentConfig,
+    channel_curves,
+    coloured_noise,
+    pad,
+    perturb_samples,
+    spec_augment,
+    stretch,
+    vocal_tract_warp,
+)
 from asrkit.data.features import FRAME_SHIFT, LOG_EPS, NUM_MEL_BINS, fbank, resample
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
@@ -162,6 +171,8 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             cut = self.table[int(chosen[position])]
             item = cut_features(cut, augment, random, self.noise)
             warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
+            if augment.channel_db > 0:
+                item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
             symbols.append(self.tokenizer.encode(
                 text_of(cut), self.settings.bpe_dropout, seed=int(random.integers(1 << 31))))
             features.append(item)
@@ -217,8 +228,9 @@ def cut_features(cut: Cut, augment: AugmentConfig | None, random: np.random.Gene
         samples = cut_samples(cut)
         if augment is not None and random is not None:
             hum = None
-            if noise is not None and random.uniform() < augment.noise_probability:
-                hum = cut_samples(noise[int(random.integers(len(noise)))])
+            if random.uniform() < augment.noise_probability:
+                hum = (coloured_noise(len(samples), random) if noise is None
+                       else cut_samples(noise[int(random.integers(len(noise)))]))
             samples = perturb_samples(samples, augment, random, hum)
         features = fbank(samples)
     if augment is not None and random is not None and augment.tempo > 0:
@@ -266,6 +278,7 @@ def loader(batches: TrainBatches, places: Sequence[int], num_workers: int) -> An
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None if torch.__version__ >= "2" else 2,
         worker_init_fn=_single_thread,
+        generator=torch.Generator(),  # else it draws from the one that seeds dropout
     )
 
 

@@ -23,7 +23,7 @@ from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, 
 from asrkit.data.checks import find_bad_cuts
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
-from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, TOKENS, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.training.checkpoint import STATE_FILE, save_weights
 from asrkit.training.distributed import World, broadcast_object
 
@@ -40,6 +40,7 @@ class RunWriter:
     fresh: bool
     finished: bool
     world: World
+    began: bool = False
     lineage: list[dict[str, Any]] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
     _console: Console = field(default_factory=lambda: Console(stderr=True))
@@ -75,7 +76,12 @@ class RunWriter:
                 write_yaml(path / CONFIG, content)
             if run.finished:
                 run.note(f"{path}: already trained to the last step; nothing to do (another --out trains anew)")
-            yield run
+            try:
+                yield run
+            except UserError:
+                if world.is_main and existing is None and not run.began:
+                    _clear(path)
+                raise
 
     def note(self, text: str) -> None:
         """A line on the screen, from the main process alone."""
@@ -83,7 +89,8 @@ class RunWriter:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def describe(self, spec: dict[str, Any], table: CutTable, world: World) -> None:
-        """Write model.yaml and say what is going to be trained on what."""
+        """Write model.yaml and say what is going to be trained on what; from here on the directory is kept."""
+        self.began = True
         if world.is_main:
             write_yaml(self.path / MODEL, spec)
             self.note(f"{self.path}: {len(table)} utterances, {table.durations.sum() / 60:.1f} min, "
@@ -203,6 +210,14 @@ def _existing(path: Path, stage: str, content: dict[str, Any]) -> dict[str, Any]
         raise UserError.of([f"{path}: was begun with other settings: {line}" for line in changed]
                            + [f"{path}: repeat the settings to resume, or choose another --out"])
     return found
+
+
+def _clear(path: Path) -> None:
+    """Leave no trace of a run that was refused before it began."""
+    for name in (CONFIG, TOKENIZER, TOKENS, ".lock"):
+        (path / name).unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
 
 
 def _versions() -> dict[str, str]:
