@@ -199,6 +199,15 @@ def test_noise_has_the_asked_ratio() -> None:
     assert torch.equal(add_noise(torch.zeros(100), noise, 10.0, random), torch.zeros(100))
 
 
+def test_joined_utterances_join_their_texts(corpus: tuple[CutSet, Tokenizer]) -> None:
+    batch = _batches(corpus, augment={"join": 1.0, "silence": 0.2, "channel_db": 3.0, "noise_probability": 1.0})[0]
+    texts = {cut.id: text_of(cut) for cut in corpus[0]}
+    for row, (cut_id, text) in enumerate(zip(batch.cut_ids, batch.texts, strict=True)):
+        assert text.startswith(texts[cut_id] + " ") and text[len(texts[cut_id]) + 1 :] in texts.values()
+        assert corpus[1].decode(batch.symbols[row, : batch.symbol_lens[row]].tolist()) == text
+    assert bool(batch.features.isfinite().all())
+
+
 def test_augmentation_off_is_the_plain_features(corpus: tuple[CutSet, Tokenizer]) -> None:
     off = AugmentConfig(speed=0.0, volume_db=0.0, spec_augment=None)
     cut = next(iter(corpus[0]))

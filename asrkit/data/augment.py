@@ -41,6 +41,8 @@ class AugmentConfig:
     factor warps the mel axis below 4.8 kHz (Jaitly & Hinton 2013). Used together they also vary the pitch alone.
     ``channel_db`` is the deviation of a random smooth gain over frequency, as other microphones and rooms have.
     Noise comes from the manifest data.noise, or, without one, is Gaussian of a random colour.
+    ``silence`` is the most seconds of faint noise before and after an utterance; ``join`` is the probability that an
+    utterance is followed by another of its batch, which gives words new neighbours.
     """
 
     speed: Fraction = 0.1
@@ -48,18 +50,25 @@ class AugmentConfig:
     vocal_tract: Fraction = 0.0
     volume_db: Annotated[float, Field(ge=0.0, le=40.0)] = 6.0
     channel_db: Annotated[float, Field(ge=0.0, le=20.0)] = 0.0
+    silence: Annotated[float, Field(ge=0.0, le=5.0)] = 0.0
+    join: Probability = 0.0
     noise_probability: Probability = 0.0
     noise_snr_db: tuple[float, float] = (10.0, 30.0)
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
 
 
 def perturb_samples(samples: Tensor, settings: AugmentConfig, random: np.random.Generator, noise: Tensor | None) -> Tensor:
-    """Speed, noise and volume of one recording: (num_samples,) -> (other num_samples,) at 16 kHz."""
+    """Speed, silence, noise and volume of one recording: (num_samples,) -> (other num_samples,) at 16 kHz."""
     if settings.speed > 0:
         # Steps of 1 % keep the resampling filters few and short.
         span = round(settings.speed * 100)
         percent = 100 + int(random.integers(-span, span + 1))
         samples = resample(samples, SAMPLE_RATE * percent // 100, SAMPLE_RATE)
+    if settings.silence > 0:
+        before, after = (random.uniform(0.0, settings.silence, size=2) * SAMPLE_RATE).astype(int)
+        level = 10.0 ** (float(random.uniform(-80.0, -45.0)) / 20.0)
+        faint = torch.from_numpy(level * random.standard_normal(before + after).astype(np.float32))
+        samples = torch.cat([faint[:before], samples, faint[before:]])
     if noise is not None:
         samples = add_noise(samples, noise, float(random.uniform(*settings.noise_snr_db)), random)
     if settings.volume_db > 0:

@@ -164,20 +164,21 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         chosen = self.plan(step)
         mine = range(part, len(chosen), self.slices)
         augment = self.settings.augment
-        features, symbols, cuts, durations, warps = [], [], [], [], []
+        features, symbols, cuts, texts, warps = [], [], [], [], []
         for position in mine:
             # Seeded by the place in the whole batch, so that the number of processes does not change the data.
             random = np.random.default_rng((self.seed, 2, step, position))
-            cut = self.table[int(chosen[position])]
-            item = cut_features(cut, augment, random, self.noise)
-            warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
+            joined = [self.table[int(chosen[position])]]
+            if random.uniform() < augment.join:
+                joined.append(self.table[int(random.choice(chosen))])
+            item = torch.cat([cut_features(cut, augment, random, self.noise) for cut in joined])
             if augment.channel_db > 0:
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
-            symbols.append(self.tokenizer.encode(
-                text_of(cut), self.settings.bpe_dropout, seed=int(random.integers(1 << 31))))
+            warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
+            texts.append(" ".join(text_of(cut) for cut in joined))
+            symbols.append(self.tokenizer.encode(texts[-1], self.settings.bpe_dropout, seed=int(random.integers(1 << 31))))
             features.append(item)
-            durations.append(len(item) * FRAME_SHIFT)
-            cuts.append(cut)
+            cuts.append(joined[0])
         batch, lens = pad(features)
         if augment.vocal_tract > 0:
             batch = vocal_tract_warp(batch, torch.tensor(warps))
@@ -188,8 +189,9 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         padded = torch.zeros(len(symbols), int(symbol_lens.max()), dtype=torch.int64)
         for row, ids in enumerate(symbols):
             padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        return Batch(batch, lens, [cut.id for cut in cuts], [text_of(cut) for cut in cuts],
-                     [language_of(cut) for cut in cuts], durations, padded, symbol_lens)
+        durations = [len(item) * FRAME_SHIFT for item in features]
+        return Batch(batch, lens, [cut.id for cut in cuts], texts, [language_of(cut) for cut in cuts], durations,
+                     padded, symbol_lens)
 
 
 def text_of(cut: Cut) -> str:

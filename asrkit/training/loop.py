@@ -280,7 +280,7 @@ def _fetch(batches: TrainBatches, places: Sequence[int], num_workers: int, devic
 
 def _mix(*numbers: int) -> int:
     """One seed from several numbers, without the collisions of adding them."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextmanager

@@ -100,8 +100,8 @@ class RunWriter:
                 accumulate: int, seed: int, world: World) -> TrainBatches:
         """The stage's training batches, every step shared by all processes and accumulated parts."""
         slices = world.size * accumulate
-        # What the slowest perturbation makes of a batch still fits.
-        longest = (1 + data.augment.speed) * (1 + data.augment.tempo)
+        # What the slowest perturbation makes of a batch still fits; joins count as they come on average.
+        longest = (1 + data.augment.speed) * (1 + data.augment.tempo) * (1 + data.augment.join)
         plan = BucketPlan(table.durations, data.max_duration * slices / longest, data.num_buckets, slices, seed)
         return TrainBatches(table, plan, slices, data, tokenizer, noise, seed)
 
