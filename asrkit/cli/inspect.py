@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -9,6 +11,7 @@ import typer
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command("doctor")(doctor)
+    app.command("info")(info)
 
 
 def doctor(
@@ -29,3 +32,28 @@ def doctor(
     else:
         typer.echo("\n".join(describe(checks)))
     raise typer.Exit(0 if can_train(checks) else 1)
+
+
+def info(
+    run: Annotated[Path, typer.Argument(help="Run directory of any stage.")],
+    as_json: bool = typer.Option(False, "--json", help="Print everything as JSON, for scripts."),
+) -> None:
+    """Say what a run directory holds: its stages, parameters, vocabulary, features and measured error rates.
+
+    Example: `asrkit info exp/backbone`
+    """
+    from rich.console import Console
+
+    from asrkit.reporting.tables import run_tables
+    from asrkit.stages.info import describe_run
+
+    description = describe_run(run)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    for table in run_tables(description):
+        console.print(table, width=None if console.is_terminal else 160)
+    features = ", ".join(f"{key} {value}" for key, value in (description["features"] or {}).items())
+    typer.echo(f"vocabulary: {description['vocabulary']} tokens; features: {features}")
+    typer.echo(f"configurations: {', '.join(description['configurations']) or 'none'}")

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from asrkit.models import AsrModel
 
 FRAME_SECONDS = 0.04  # of an encoder frame: 10 ms features, subsampled by 4
-MIN_FEATURE_FRAMES = 7  # T' = (T - 3) // 4 >= 1
 
 
 class EncoderOutput(NamedTuple):
@@ -59,9 +57,6 @@ class TorchAcousticModel:
 
     @torch.no_grad()
     def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
-        missing = MIN_FEATURE_FRAMES - features.shape[1]
-        if missing > 0:  # the subsampling needs a minimum; lens still say that nothing is there
-            features = pad(features, (0, 0, 0, missing))
         encoder_out, lens = self.model.encode(features.to(self.device), feature_lens.to(self.device))
         joiner_in = self.model.joiner.project_encoder(encoder_out)
         return EncoderOutput(joiner_in, lens.clamp(min=0), self.model.ctc_log_probs(encoder_out))

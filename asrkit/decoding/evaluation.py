@@ -1,0 +1,33 @@
+"""Decoding against references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from asrkit.data.batches import Batch
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import AcousticModel
+from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.decoding.search import Method, decode
+from asrkit.reporting.wer import ErrorCounts, Scored, total_chars, total_words
+
+
+def score(batch: Batch, hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer) -> list[Scored]:
+    """Each utterance of a batch beside its reference."""
+    texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
+    rows = zip(batch.cut_ids, batch.texts, texts, batch.languages, strict=True)
+    return [Scored(cut_id, ref, hyp, language) for cut_id, ref, hyp, language in rows]
+
+
+def measure_wer(
+    model: AcousticModel,
+    batches: Iterable[Batch],
+    tokenizer: Tokenizer,
+    method: Method = "greedy",
+    beam: int = 4,
+) -> tuple[ErrorCounts, ErrorCounts, list[tuple[str, str, str]]]:
+    """Word errors, character errors, and (cut id, reference, hypothesis) of every utterance."""
+    scored: list[Scored] = []
+    for batch in batches:
+        scored += score(batch, decode(model, batch.features, batch.feature_lens, method, beam), tokenizer)
+    return total_words(scored), total_chars(scored), [(s.cut_id, s.ref, s.hyp) for s in scored]

@@ -1,0 +1,36 @@
+"""Words and when they begin, from pieces and frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import FRAME_SECONDS
+from asrkit.decoding.hypothesis import Hypothesis
+
+WORD_START = "\u2581"  # sentencepiece's visible space
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and the time its first piece was emitted, in seconds; a transducer emits somewhat late."""
+
+    text: str
+    start: float
+
+
+def timed_words(hypothesis: Hypothesis, tokenizer: Tokenizer, offset: float = 0.0) -> list[Word]:
+    """The words of a hypothesis whose first frame lies ``offset`` seconds into the recording."""
+    groups: list[list[tuple[int, int]]] = []
+    for token, frame in zip(hypothesis.tokens, hypothesis.frames, strict=True):
+        if not groups or tokenizer.id_to_piece(token).startswith(WORD_START):
+            groups.append([])
+        groups[-1].append((token, frame))
+    words = []
+    for group in groups:
+        text = tokenizer.decode([token for token, _ in group]).strip()
+        # A piece that is only the space says nothing of when the word begins.
+        spoken = [frame for token, frame in group if tokenizer.id_to_piece(token) != WORD_START]
+        if text and spoken:
+            words.append(Word(text, round(offset + spoken[0] * FRAME_SECONDS, 2)))
+    return words

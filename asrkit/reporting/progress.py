@@ -1,0 +1,34 @@
+"""How far a long task is: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(title: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+    """Yield a function that is told how much more of ``total`` is done; shows it on standard error."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda amount: bar.advance(task, amount)
+        return
+    done, told = 0.0, time.monotonic()
+
+    def advance(amount: float) -> None:
+        nonlocal done, told
+        done += amount
+        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            console.print(f"{title}: {done:.0f} of {total:.0f} {unit}", highlight=False, soft_wrap=True)
+
+    yield advance

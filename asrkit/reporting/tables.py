@@ -1,0 +1,85 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+def percent(rate: float | None) -> str:
+    """``12.34`` of 0.1234; a dash where there is no rate."""
+    return "-" if rate is None else f"{100 * rate:.2f}"
+
+
+def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
+    """One block a method: a row for each language, where there are several, and the total."""
+    table = Table(title=f"{results[0]['manifest']} by {results[0]['run']}", title_justify="left")
+    table.add_column("method")
+    table.add_column("language")
+    for column in ("utterances", "words", "WER %", "95 %", "sub", "ins", "del", "CER %", "RTF"):
+        table.add_column(column, justify="right")
+    for result in results:
+        languages = result["languages"]
+        rows = list(languages.items()) if len(languages) > 1 else []
+        for language, counts in rows:
+            table.add_row(result["method"], language or "unknown", *_cells(counts), "")
+        name = "all" if rows else next(iter(languages), "")
+        speed = f"{result['real_time_factor']:.4f}"
+        table.add_row(result["method"], name, *_cells(result["total"]), speed, style="bold", end_section=True)
+    threads = f", {results[0]['threads']} thread(s)" if results[0]["device"] == "cpu" else ""
+    table.caption = (
+        f"RTF: seconds of work, features included, per second of audio ({results[0]['device']}{threads})"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _cells(counts: dict[str, Any]) -> list[str]:
+    interval = counts["wer_95"]
+    return [
+        str(counts["utterances"]),
+        str(counts["words"]),
+        percent(counts["wer"]),
+        "-" if interval is None else f"{percent(interval[0])}-{percent(interval[1])}",
+        str(counts["substitutions"]),
+        str(counts["insertions"]),
+        str(counts["deletions"]),
+        percent(counts["cer"]),
+    ]
+
+
+def run_tables(description: dict[str, Any]) -> list[Table]:
+    """Stages, parts and evaluations of a run, as ``describe_run`` gives them."""
+    stages = Table(
+        "stage", "created", "seconds", "step", "metrics", "command", title="stages", title_justify="left"
+    )
+    for entry in description["stages"]:
+        metrics = ", ".join(
+            f"{name} {_number(value)}" for name, value in (entry.get("metrics") or {}).items()
+        )
+        texts = (entry.get(key, "-") for key in ("stage", "created", "seconds", "step"))
+        stages.add_row(*(str(text) for text in texts), metrics or "-", entry.get("command", "-"))
+    parts = Table("part", title="parameters", title_justify="left")
+    parts.add_column("parameters", justify="right")
+    parts.add_column("bytes", justify="right")
+    for part in description["parts"]:
+        parts.add_row(part["part"], f"{part['parameters']:,}", f"{part['bytes']:,}")
+    parts.add_section()
+    parts.add_row("all", f"{description['parameters']:,}", f"{description['bytes']:,}", style="bold")
+    tables = [stages, parts]
+    if description["evaluations"]:
+        scores = Table("manifest", "method", title="evaluations", title_justify="left")
+        for column in ("words", "WER %", "CER %", "RTF", "weights"):
+            scores.add_column(column, justify="right")
+        for row in description["evaluations"]:
+            rates = (percent(row["wer"]), percent(row["cer"]), f"{row['real_time_factor']:.4f}")
+            weights = "these" if row["current"] else "earlier"
+            scores.add_row(row["manifest"], row["method"], str(row["words"]), *rates, weights)
+        tables.append(scores)
+    return tables
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,205 @@
+"""evaluate: decode a manifest, count the errors, and write what a person and a script want to know."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lhotse import CutSet
+
+from asrkit.data.batches import evaluation_batches
+from asrkit.data.checks import find_bad_cuts
+from asrkit.data.manifests import open_cuts
+from asrkit.decoding.evaluation import score
+from asrkit.decoding.recogniser import Recogniser, load_recogniser
+from asrkit.decoding.search import Method, search
+from asrkit.errors import UserError
+from asrkit.reporting.progress import progress
+from asrkit.reporting.wer import (
+    Scored,
+    by_language,
+    confidence_interval,
+    confusions,
+    format_alignment,
+    format_confusions,
+    format_summary,
+    total_chars,
+    total_words,
+)
+from asrkit.run_dir import atomic_write, sha256_of
+
+RESULT, ALIGNMENTS, CONFUSIONS, UTTERANCES = (
+    "result.json",
+    "alignments.txt",
+    "confusions.txt",
+    "utterances.jsonl",
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One method's result: the utterances, and ``result``, which is result.json."""
+
+    directory: Path
+    result: dict[str, Any]
+    utterances: list[Scored]
+
+
+def evaluate(
+    run_path: Path,
+    manifest: Path,
+    *,
+    methods: Sequence[Method] = ("greedy",),
+    beam: int = 4,
+    max_duration: float = 200.0,
+    device: str = "auto",
+    threads: int | None = None,
+    out: Path | None = None,
+) -> list[Evaluation]:
+    """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
+
+    Each method has its directory ``<out>/<manifest>-<method>``, by default in ``<run>/evaluation``.
+
+    Args:
+        max_duration: seconds of padded audio decoded at once.
+        threads: of torch; None leaves what is set.
+
+    Raises:
+        UserError: everything wrong with the run directory, the manifest and the options, before any decoding.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    findings: list[str] = []
+    if beam < 1:
+        findings.append(f"--beam {beam}: must be at least 1")
+    recogniser = _gather(findings, lambda: load_recogniser(run_path, device))
+    checked = _gather(findings, lambda: _usable(manifest))
+    if findings or recogniser is None or checked is None:
+        raise UserError.of(findings)
+    cuts, warnings = checked
+    methods = list(dict.fromkeys(methods))
+    scored, seconds = _decode(recogniser, cuts, methods, beam, max_duration)
+    audio_seconds = float(sum(cut.duration for cut in cuts))
+    place = {cut.id: number for number, cut in enumerate(cuts)}
+    evaluations = []
+    for method in methods:
+        utterances = sorted(scored[method], key=lambda utterance: place[utterance.cut_id])
+        result = {
+            "run": str(run_path),
+            "weights_sha256": recogniser.weights_sha256,
+            "manifest": str(manifest),
+            "manifest_sha256": sha256_of(manifest) if manifest.is_file() else None,
+            "method": method,
+            "beam": beam if method == "beam" else None,
+            "total": summarise(utterances),
+            "languages": {language: summarise(part) for language, part in by_language(utterances).items()},
+            "audio_seconds": round(audio_seconds, 3),
+            "decode_seconds": round(seconds[method], 3),
+            "real_time_factor": round(seconds[method] / audio_seconds, 6),
+            "device": str(recogniser.device),
+            "threads": torch.get_num_threads(),
+            "warnings": warnings,
+        }
+        directory = (out or run_path / "evaluation") / f"{_stem(manifest)}-{method}"
+        _write(directory, result, utterances)
+        evaluations.append(Evaluation(directory, result, utterances))
+    return evaluations
+
+
+def summarise(utterances: Sequence[Scored]) -> dict[str, Any]:
+    """Error rates (fractions, not per cent; null where there is nothing to divide by) with their counts."""
+    words, chars = total_words(utterances), total_chars(utterances)
+    return {
+        "utterances": len(utterances),
+        "words": words.words,
+        "wer": words.rate if words.words else None,
+        "wer_95": confidence_interval(utterances),
+        "substitutions": words.substitutions,
+        "insertions": words.insertions,
+        "deletions": words.deletions,
+        "characters": chars.words,
+        "cer": chars.rate if chars.words else None,
+    }
+
+
+def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
+    """Do ``action``; what it finds wrong joins ``findings``, so that all checks speak at once."""
+    try:
+        return action()
+    except UserError as error:
+        findings += error.lines
+        return None
+
+
+def _usable(manifest: Path) -> tuple[CutSet, list[str]]:
+    """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others."""
+    cuts = open_cuts(manifest)
+    found = find_bad_cuts(cuts, None, read_audio=True)
+    lines = {
+        finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}" for finding in found
+    }
+    fatal = [line for finding, line in lines.items() if finding.kind != "silent"]
+    if fatal:
+        raise UserError.of([*fatal, f"{manifest}: {len(fatal)} cuts cannot be decoded; mend or remove them"])
+    return cuts, list(lines.values())
+
+
+def _decode(
+    recogniser: Recogniser, cuts: CutSet, methods: Sequence[Method], beam: int, max_duration: float
+) -> tuple[dict[Method, list[Scored]], dict[Method, float]]:
+    """Decode every cut by every method; seconds of each count what they share: audio, features, encoder."""
+    scored: dict[Method, list[Scored]] = {method: [] for method in methods}
+    seconds: dict[Method, float] = dict.fromkeys(methods, 0.0)
+    with progress("decoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
+        began = time.perf_counter()
+        for batch in evaluation_batches(cuts, max_duration):
+            encoded = recogniser.model.encode(batch.features, batch.feature_lens)
+            if recogniser.device.type == "cuda":
+                torch.cuda.synchronize(recogniser.device)
+            shared = time.perf_counter() - began
+            for method in methods:
+                began = time.perf_counter()
+                hypotheses = search(recogniser.model, encoded, method, beam)
+                seconds[method] += shared + time.perf_counter() - began
+                scored[method] += score(batch, hypotheses, recogniser.tokenizer)
+            advance(sum(batch.durations))
+            began = time.perf_counter()
+    return scored, seconds
+
+
+def _stem(manifest: Path) -> str:
+    """``test`` of ``data/test.jsonl.gz``; a Shar directory gives its own name."""
+    return manifest.name.removesuffix(".gz").removesuffix(".jsonl") or manifest.resolve().name
+
+
+def _write(directory: Path, result: dict[str, Any], utterances: Sequence[Scored]) -> None:
+    """Write the files of one method; result.json comes last, so where it is new, all are."""
+    total = format_summary(total_words(utterances))
+    heading = f"{result['manifest']} by {result['run']}, {result['method']}: {total}\n\n"
+    rows = [
+        {
+            "id": utterance.cut_id,
+            "language": utterance.language,
+            "ref": utterance.ref,
+            "hyp": utterance.hyp,
+            "words": utterance.words.words,
+            "errors": utterance.words.errors,
+        }
+        for utterance in utterances
+    ]
+    contents = {
+        ALIGNMENTS: heading + "\n".join(format_alignment(utterance) for utterance in utterances),
+        CONFUSIONS: heading + format_confusions(confusions(utterances)),
+        UTTERANCES: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        RESULT: json.dumps(result, indent=2, ensure_ascii=False) + "\n",
+    }
+    for name, content in contents.items():
+        with atomic_write(directory / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
