@@ -1,0 +1,263 @@
+"""Real speech anyone can get: the telephone prompts of Debian's archive, one speaker for each of five languages.
+
+The packages are asterisk-core-sounds-XX (the texts) and asterisk-core-sounds-XX-g722 (16 kHz), CC-BY-SA-3.0 (it, ru: CC-BY-3.0).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import soundfile
+from lhotse.cut import Cut
+
+from asrkit.data.manifests import make_cut, write_cuts
+from asrkit.data.text import SPLITS, TextError, as_written, normalise, split_of
+from asrkit.errors import UserError
+from asrkit.run_dir import atomic_write
+
+LANGUAGES = ("en", "es", "fr", "it", "ru")
+SAMPLE_RATE = 16000  # of G.722
+SILENCE_PEAK = 1e-3  # -60 dBFS
+RECORD = "prompts.json"  # written last: its presence says that the folder is complete
+_ELSEWHERE = "'asrkit data import' takes recordings of your own"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An utterance that is not in the manifests, and why."""
+
+    cut_id: str
+    reason: str
+    text: str
+
+
+@dataclass
+class Prompts:
+    """What the folder holds: cuts by split and the utterances left out."""
+
+    cuts: dict[str, list[Cut]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    dropped: list[Dropped] = field(default_factory=list)
+
+
+def fetch_prompts(
+    languages: Sequence[str],
+    out: Path,
+    *,
+    cache: Path | None = None,
+    style: str = "words",
+    dev: float = 0.1,
+    test: float = 0.1,
+    say: Callable[[str], None] = print,
+) -> Prompts | None:
+    """Make OUT/{train,dev,test}.jsonl.gz (and one set a language) and OUT/audio/LANG/*.flac, 16 kHz mono.
+
+    Returns:
+        What was made, or None where ``out`` already holds exactly this.
+
+    Raises:
+        UserError: an unknown language, no apt-get, a failed download, a damaged package.
+    """
+    languages = sorted(set(languages))
+    if unknown := [language for language in languages if language not in LANGUAGES]:
+        raise UserError(f"--lang {', '.join(unknown)}: there are prompts in {', '.join(LANGUAGES)}; {_ELSEWHERE}")
+    wanted = {"languages": languages, "text": style, "dev": dev, "test": test}
+    record = out / RECORD
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted:
+        return None
+    names = [f"asterisk-core-sounds-{language}{kind}" for language in languages for kind in ("", "-g722")]
+    packages = fetch_packages(names, cache or out / "packages", say)
+    record.unlink(missing_ok=True)  # from here on the folder is between two states
+    prompts = Prompts()
+    for language, texts, sounds in zip(languages, packages[::2], packages[1::2], strict=True):
+        say(f"{language}: decoding {sounds.name}")
+        _add_language(prompts, language, texts, sounds, out, style=style, dev=dev, test=test)
+    for split, cuts in prompts.cuts.items():
+        write_cuts(out / f"{split}.jsonl.gz", cuts)
+        for language in languages if len(languages) > 1 else ():
+            write_cuts(out / f"{split}-{language}.jsonl.gz", (c for c in cuts if c.supervisions[0].language == language))
+    with atomic_write(out / "dropped.tsv") as temporary:
+        lines = ["id\treason\ttext", *(f"{d.cut_id}\t{d.reason}\t{d.text}" for d in prompts.dropped)]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_write(record) as temporary:
+        temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    return prompts
+
+
+def _add_language(
+    prompts: Prompts, language: str, texts: Path, sounds: Path, out: Path, *, style: str, dev: float, test: float
+) -> None:
+    listing = f"core-sounds-{language}.txt.gz"
+    found = [content for name, content in members_of(texts) if name.endswith(listing)]
+    if not found:
+        raise UserError(f"{texts}: holds no {listing}; delete the file, so that it is downloaded again")
+    raw_texts = parse_listing(gzip.decompress(found[0]).decode("utf-8-sig"))
+    recordings = {}
+    for name, content in members_of(sounds):
+        if name.endswith(".g722"):  # ./usr/share/asterisk/sounds/en_US_f_Allison/digits/1.g722
+            voice, _, prompt = name.partition("/sounds/")[2].removesuffix(".g722").partition("/")
+            recordings[prompt] = (voice, content)
+
+    def drop(prompt: str, reason: str, text: str = "") -> None:
+        prompts.dropped.append(Dropped(_cut_id(language, prompt), reason, text))
+
+    def add(prompt: str, raw_text: str) -> tuple[str, Cut] | None:
+        if prompt not in recordings:
+            return drop(prompt, "no recording", raw_text)
+        if any(other in raw_text for other in raw_texts if "-" in other and len(other) > 8):
+            return drop(prompt, "two prompts on one line", raw_text)
+        try:
+            text = as_written(raw_text) if style == "raw" else normalise(raw_text, language)
+        except TextError as error:
+            return drop(prompt, error.reason, raw_text)
+        if language == "ru" and re.search("[A-Za-z]", text):
+            return drop(prompt, "Latin letters", raw_text)  # names spelled in English
+        voice, content = recordings[prompt]
+        samples = decode_g722(content)
+        if np.abs(samples.astype(np.int32)).max(initial=0) < SILENCE_PEAK * 2**15:
+            return drop(prompt, "silent", raw_text)
+        cut_id = _cut_id(language, prompt)
+        audio = out / "audio" / language / f"{cut_id.removeprefix(language + '-')}.flac"
+        with atomic_write(audio) as temporary:
+            soundfile.write(temporary, samples, SAMPLE_RATE, format="FLAC")
+        cut = make_cut(
+            cut_id,
+            audio,
+            sampling_rate=SAMPLE_RATE,
+            num_samples=len(samples),
+            text=text,
+            language=language,
+            speaker=voice,
+            custom={"raw_text": raw_text},
+        )
+        return split_of(text, dev, test), cut
+
+    with ThreadPoolExecutor() as pool:  # libsndfile and the disk work outside Python's lock
+        for added in pool.map(lambda item: add(*item), sorted(raw_texts.items())):
+            if added is not None:
+                prompts.cuts[added[0]].append(added[1])
+    for prompt in sorted(set(recordings) - set(raw_texts)):
+        drop(prompt, "no text")
+    prompts.dropped.sort(key=lambda dropped: dropped.cut_id)
+
+
+def _cut_id(language: str, prompt: str) -> str:
+    return f"{language}-{prompt.replace('/', '_')}"
+
+
+def parse_listing(text: str) -> dict[str, str]:
+    """The texts by prompt name, from lines ``name: text``; a line that starts with ``;`` is a comment."""
+    texts = {}
+    for line in text.splitlines():
+        name, colon, said = line.partition(":")
+        if colon and not line.startswith(";"):
+            texts[name.strip()] = said.strip().removeprefix(f"{name}:").strip()  # one line has its name twice
+    return texts
+
+
+def decode_g722(content: bytes) -> np.ndarray:
+    """(num_samples,) int16 at 16 kHz from G.722 at 64 kbit/s, which holds two samples a byte.
+
+    Raises:
+        UserError: the decoder is not installed.
+    """
+    try:
+        from G722 import G722
+    except ImportError as error:
+        raise UserError("the prompts are G.722 and its decoder is not installed; run: pip install G722") from error
+    return np.array(G722(SAMPLE_RATE, 64000).decode(content), dtype=np.int16)
+
+
+def fetch_packages(names: Sequence[str], cache: Path, say: Callable[[str], None] = print) -> list[Path]:
+    """The newest .deb of each package, from ``cache`` or downloaded into it; needs neither root nor package lists.
+
+    Raises:
+        UserError: apt-get is missing or fails.
+    """
+    missing = [name for name in names if not _cached(name, cache)]
+    if missing:
+        if shutil.which("apt-get") is None:
+            raise UserError(
+                f"{', '.join(missing)}: downloading takes apt-get, and this machine has none; "
+                f"copy the .deb files of Debian's archive to {cache}, or {_ELSEWHERE}"
+            )
+        say(f"downloading {', '.join(missing)} to {cache}")
+        with _private_apt(cache) as apt_get:
+            apt_get("update")
+            apt_get("download", *missing)
+    return [_cached(name, cache)[-1] for name in names]
+
+
+def _cached(name: str, cache: Path) -> list[Path]:
+    return sorted(cache.glob(f"{name}_*.deb"))
+
+
+@contextmanager
+def _private_apt(cache: Path) -> Iterator[Callable[..., None]]:
+    """apt-get with lists and caches of its own; what it downloads moves to ``cache`` when all of it is there."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-apt-", dir=cache) as folder:
+        for name in ("lists/partial", "cache/archives/partial", "new"):
+            (Path(folder) / name).mkdir(parents=True)
+
+        def apt_get(*arguments: str) -> None:
+            private = ("Dir::State::Lists=lists", "Dir::Cache=cache", "APT::Sandbox::User=root")
+            settings = [word for s in private for word in ("-o", re.sub("=(?=lists|cache)", f"={folder}/", s))]
+            done = subprocess.run(
+                ["apt-get", "-q", *settings, *arguments], cwd=Path(folder) / "new", capture_output=True, text=True
+            )
+            if done.returncode != 0:
+                lines = [line for line in done.stderr.splitlines() if line.startswith("E:")]
+                reason = " ".join(lines[:2]) or done.stderr.strip()[-200:] or f"exit code {done.returncode}"
+                raise UserError(f"apt-get {' '.join(arguments)}: {reason}; is the network there? Otherwise {_ELSEWHERE}")
+
+        yield apt_get
+        for package in (Path(folder) / "new").glob("*.deb"):
+            package.replace(cache / package.name)
+
+
+def members_of(package: Path) -> Iterable[tuple[str, bytes]]:
+    """Name and content of each file in a .deb, which is an ``ar`` archive that holds data.tar.*
+
+    Raises:
+        UserError: the file is not a whole .deb.
+    """
+    try:
+        name, content = _data_archive(package.read_bytes())
+        if PurePosixPath(name).suffix == ".zst":  # Ubuntu's; the standard library cannot open it before Python 3.14
+            content = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            for member in archive:
+                if member.isfile() and (file := archive.extractfile(member)):
+                    yield member.name, file.read()
+    except (ValueError, EOFError, OSError, tarfile.TarError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{package}: not a whole Debian package ({error}); delete it, so that it is downloaded again") from error
+
+
+def _data_archive(content: bytes) -> tuple[str, bytes]:
+    """Name and bytes of data.tar.*; ar is a magic word, then a 60-byte header and the bytes, padded to even, for each file."""
+    if not content.startswith(b"!<arch>\n"):
+        raise ValueError("no ar archive")
+    at = 8
+    while at + 60 <= len(content):
+        name = content[at : at + 16].decode().strip().rstrip("/")
+        size = int(content[at + 48 : at + 58])
+        at += 60
+        if name.startswith("data.tar"):
+            if at + size > len(content):
+                raise ValueError("truncated")
+            return name, content[at : at + size]
+        at += size + size % 2
+    raise ValueError("no data.tar in it")
