@@ -30,7 +30,7 @@ test: setup ## run every test (TESTS=tests/test_x.py for some)
 lint: setup ## check style, formatting and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+	$(PY) -m mypy --cache-dir .mypy_cache/$(ENV)
 
 format: setup ## format the code and apply safe fixes
 	$(PY) -m ruff check --fix .
