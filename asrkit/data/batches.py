@@ -7,7 +7,7 @@ loader processes without copies, and any one is reached at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,12 +60,18 @@ class Batch:
 
 @config
 class DataConfig:
-    """Batching and perturbation. ``max_duration`` is seconds of audio for each process and step."""
+    """Batching and perturbation. ``max_duration`` is seconds of audio for each process and step.
+
+    ``also`` names further manifests to train on (synthetic speech, say); ``repeat`` is how often the main manifest
+    comes in an epoch for each time these come.
+    """
 
     max_duration: Annotated[float, Field(gt=0)] = 120.0
     num_buckets: Annotated[int, Field(ge=1)] = 20
     num_workers: Annotated[int, Field(ge=0)] = 1
     bpe_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    also: tuple[Path, ...] = ()
+    repeat: Annotated[int, Field(ge=1)] = 1
     noise: Path | None = None  # a manifest of noise recordings, for augment.noise_probability
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -77,14 +83,13 @@ class CutTable:
         cuts: read once, in order; each has one supervision. Cuts whose audio is in memory (Shar) keep it there.
     """
 
-    def __init__(self, cuts: CutSet) -> None:
+    def __init__(self, cuts: Iterable[Cut]) -> None:
         lines, durations = [], []
-        self._live: list[Cut] | None = [] if _in_memory(cuts) else None
-        for cut in cuts:
-            if self._live is not None:
-                self._live.append(cut)
-            else:
-                lines.append(json.dumps(cut.to_dict(), ensure_ascii=False).encode())
+        self._live: dict[int, Cut] = {}
+        for number, cut in enumerate(cuts):
+            if cut.is_in_memory:
+                self._live[number] = cut
+            lines.append(b"" if cut.is_in_memory else json.dumps(cut.to_dict(), ensure_ascii=False).encode())
             durations.append(cut.duration)
         self.durations = np.asarray(durations)
         self._ends = np.cumsum([len(line) for line in lines])
@@ -94,16 +99,10 @@ class CutTable:
         return len(self.durations)
 
     def __getitem__(self, index: int) -> Cut:
-        if self._live is not None:
+        if index in self._live:
             return self._live[index]
         start = self._ends[index - 1] if index else 0
         return deserialize_item(json.loads(self._text[start : self._ends[index]].tobytes()))
-
-
-def _in_memory(cuts: CutSet) -> bool:
-    for cut in cuts:
-        return bool(cut.is_in_memory)
-    return False
 
 
 class BucketPlan:

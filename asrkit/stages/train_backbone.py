@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
+from lhotse.cut import Cut
 from pydantic import Field
 
 from asrkit.config import config, from_dict, to_dict
@@ -96,14 +99,20 @@ def train_backbone(
     """
     with join_world(device) as world:
         inputs = {"manifest": manifest, "dev": dev, "tokenizer": tokenizer}
+        inputs |= {f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}
         with RunWriter.open(out, "train-backbone", to_dict(settings), inputs, command, world) as run:
             if run.finished:
                 return out
-            cuts = usable_cuts(open_cuts(manifest), None, settings.bad_cuts, run.note)
-            pieces = _tokenizer(world, out, tokenizer, cuts, settings.tokenizer)
-            cuts = usable_cuts(cuts, pieces, settings.bad_cuts, run.note, read_audio=run.fresh and world.is_main)
-            dev_cuts = None if dev is None else usable_cuts(open_cuts(dev), None, settings.bad_cuts, run.note)
-            table = CutTable(cuts)
+            main = usable_cuts(open_cuts(manifest), None, settings.bad_cuts, run)
+            others = [usable_cuts(open_cuts(path), None, settings.bad_cuts, run) for path in settings.data.also]
+            every = [cut for cuts in (main, *others) for cut in cuts]
+            pieces = _tokenizer(world, out, tokenizer, every, settings.tokenizer)
+            main, *others = (
+                usable_cuts(cuts, pieces, settings.bad_cuts, run, read_audio=True)
+                for cuts in (main, *others)
+            )
+            dev_cuts = None if dev is None else usable_cuts(open_cuts(dev), None, settings.bad_cuts, run)
+            table = CutTable(chain(*[main] * settings.data.repeat, *others))
             noise = None if settings.data.noise is None else CutTable(open_cuts(settings.data.noise))
 
             import torch
@@ -130,7 +139,7 @@ def train_backbone(
     return out
 
 
-def _tokenizer(world: World, out: Path, given: Path | None, cuts: Any, settings: TokenizerConfig) -> Tokenizer:
+def _tokenizer(world: World, out: Path, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig) -> Tokenizer:
     """The run's tokenizer: what is there already, else a copy of the given one, else one trained on the texts."""
     path = out / TOKENIZER
     if world.is_main and not path.is_file():

@@ -20,14 +20,14 @@ from torch import nn
 from asrkit import __version__
 from asrkit.config import differences, digest
 from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, evaluation_batches
-from asrkit.data.checks import find_bad_cuts
+from asrkit.data.checks import Finding, find_bad_cuts
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
 from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, TOKENS, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.training.checkpoint import STATE_FILE, save_weights
 from asrkit.training.distributed import World, broadcast_object
 
-DONE = "done"
+DONE, LEFT_OUT = "done", "left_out.yaml"
 
 
 @dataclass
@@ -42,6 +42,7 @@ class RunWriter:
     world: World
     began: bool = False
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
     _console: Console = field(default_factory=lambda: Console(stderr=True))
 
@@ -74,6 +75,8 @@ class RunWriter:
             }]
             if world.is_main and existing is None:
                 write_yaml(path / CONFIG, content)
+            if not run.fresh and (path / LEFT_OUT).is_file():
+                run.left_out = read_yaml(path / LEFT_OUT)
             if run.finished:
                 run.note(f"{path}: already trained to the last step; nothing to do (another --out trains anew)")
             try:
@@ -93,6 +96,8 @@ class RunWriter:
         self.began = True
         if world.is_main:
             write_yaml(self.path / MODEL, spec)
+            if self.fresh and self.left_out:
+                write_yaml(self.path / LEFT_OUT, self.left_out)
             self.note(f"{self.path}: {len(table)} utterances, {table.durations.sum() / 60:.1f} min, "
                       f"vocabulary {spec['vocab_size']}, {world.size} process(es) on {world.device}")
 
@@ -134,21 +139,25 @@ class RunWriter:
             (self.path / DONE).write_text("")
 
 
-def usable_cuts(cuts: CutSet, tokenizer: Tokenizer | None, policy: str, note: Callable[[str], None],
-                read_audio: bool = False) -> CutSet:
+def usable_cuts(cuts: CutSet, tokenizer: Tokenizer | None, policy: str, run: RunWriter, read_audio: bool = False) -> CutSet:
     """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says.
+
+    A resumed run leaves out what the run left out when it began, without looking again.
 
     Raises:
         UserError: bad cuts under ``refuse``, or none left.
     """
-    findings = find_bad_cuts(cuts, tokenizer, read_audio=read_audio)
+    findings: list[Finding] = []
+    if run.fresh:
+        found = find_bad_cuts(cuts, tokenizer, read_audio=read_audio) if run.world.is_main else []
+        findings = broadcast_object(run.world, found)  # type: ignore[assignment]
     if findings and policy == "refuse":
         raise UserError.of([f"cut {f.cut_id}: {f.kind}: {f.detail}" for f in findings]
                            + [f"{len(findings)} unusable cuts: mend the manifest, or leave them out with --set bad_cuts=skip"])
     for finding in findings:
-        note(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}")
-    bad = {finding.cut_id for finding in findings}
-    kept = CutSet.from_cuts(cut for cut in cuts if cut.id not in bad) if bad else cuts
+        run.note(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}")
+        run.left_out[finding.cut_id] = f"{finding.kind}: {finding.detail}"
+    kept = CutSet.from_cuts(cut for cut in cuts if cut.id not in run.left_out) if run.left_out else cuts
     if not len(kept):
         raise UserError("no usable cut is left in the manifest")
     return kept
