@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Get, make and check data.", no_args_is_help=True)
     group.command("prompts")(prompts)
     group.command("import")(import_)
+    group.command("synthesise")(synthesise)
     app.add_typer(group, name="data")
 
 
@@ -31,6 +32,10 @@ def _one_of(value: str, *choices: str) -> str:
 
 def _text_style(value: str) -> str:
     return _one_of(value, "words", "raw")
+
+
+def _band(value: str) -> str:
+    return _one_of(value, "wide", "telephone")
 
 
 def _list(value: str) -> frozenset[str]:
@@ -136,3 +141,49 @@ def import_(
     _print_splits(made.cuts, out)
     if made.skipped:
         typer.echo(f"skipped {len(made.skipped)} bad rows ({out / 'skipped.txt'})")
+
+
+def synthesise(
+    lang: Annotated[list[str], typer.Option(help="Language of each --text or --manifest, in their order.", show_default=False)],
+    out: Out,
+    text: Annotated[list[Path] | None, typer.Option(help="File with one sentence a line. Repeatable.")] = None,
+    manifest: Annotated[list[Path] | None, typer.Option(help="Manifest to take the texts of. Repeatable.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="How much speech.")] = 60.0,
+    voices: Annotated[str, typer.Option(help="espeak-ng voices, with commas: en-us or en-us+f2; left out, the language's.")] = "",
+    chains: Annotated[float, typer.Option(min=0, max=0.95, help="Share of new sentences, of word pairs in the texts.")] = 0.0,
+    exclude: Annotated[list[Path] | None, typer.Option(help="Manifest whose sentences are not said: dev, test. Repeatable.")] = None,
+    band: Annotated[str, typer.Option(callback=_band, help="wide or telephone (nothing above 4 kHz).")] = "wide",
+    seed: Annotated[int, typer.Option(help="Another seed draws other voices, speeds and pitches.")] = 0,
+) -> None:
+    """Make speech to train on with espeak-ng, in many voices, speeds and pitches; never for test data.
+
+    Example:
+
+        asrkit data synthesise --manifest data/prompts/train.jsonl.gz --lang en --out data/synthetic --minutes 60 \\
+            --chains 0.5 --exclude data/prompts/dev.jsonl.gz --exclude data/prompts/test.jsonl.gz
+
+    Several languages: --text en.txt --lang en --text fr.txt --lang fr, or one --manifest and several --lang.
+    To train on real and synthetic speech: lhotse combine real.jsonl.gz synthetic.jsonl.gz both.jsonl.gz
+    """
+    from asrkit.data.synthesise import synthesise as run
+
+    files = [*(text or []), *(manifest or [])]
+    if len(files) == 1:
+        files *= len(lang)
+    if not files or len(files) != len(lang):
+        raise typer.BadParameter(f"{len(files)} --text and --manifest for {len(lang)} --lang; give one language for each")
+    made = run(
+        list(zip(files, lang, strict=True)),
+        out,
+        minutes=minutes,
+        seed=seed,
+        voices=[voice.strip() for voice in voices.split(",") if voice.strip()],
+        band=band,
+        chains=chains,
+        exclude=exclude or (),
+    )
+    if made is None:
+        typer.echo(f"{out}: already there")
+        return
+    _print_splits({"train": made.cuts}, out)
+    typer.echo(f"from {made.texts} sentences; {made.excluded} excluded, {made.unusable} lines not usable")

@@ -6,23 +6,18 @@ The packages are asterisk-core-sounds-XX (the texts) and asterisk-core-sounds-XX
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import re
-import shutil
-import subprocess
-import tarfile
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import soundfile
 from lhotse.cut import Cut
 
+from asrkit.data.debian import ELSEWHERE, fetch_packages, members_of
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text import SPLITS, TextError, as_written, normalise, split_of
 from asrkit.errors import UserError
@@ -30,9 +25,9 @@ from asrkit.run_dir import atomic_write
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 SAMPLE_RATE = 16000  # of G.722
+MAX_CHARACTERS_A_SECOND = 25  # the fastest of these speakers says 22
 SILENCE_PEAK = 1e-3  # -60 dBFS
 RECORD = "prompts.json"  # written last: its presence says that the folder is complete
-_ELSEWHERE = "'asrkit data import' takes recordings of your own"
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def fetch_prompts(
     """
     languages = sorted(set(languages))
     if unknown := [language for language in languages if language not in LANGUAGES]:
-        raise UserError(f"--lang {', '.join(unknown)}: there are prompts in {', '.join(LANGUAGES)}; {_ELSEWHERE}")
+        raise UserError(f"--lang {', '.join(unknown)}: there are prompts in {', '.join(LANGUAGES)}; {ELSEWHERE}")
     wanted = {"languages": languages, "text": style, "dev": dev, "test": test}
     record = out / RECORD
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted:
@@ -128,6 +123,8 @@ def _add_language(
         samples = decode_g722(content)
         if np.abs(samples.astype(np.int32)).max(initial=0) < SILENCE_PEAK * 2**15:
             return drop(prompt, "silent", raw_text)
+        if len(text) > MAX_CHARACTERS_A_SECOND * len(samples) / SAMPLE_RATE:
+            return drop(prompt, "too much text for the recording", raw_text)  # "a beep", and the like
         cut_id = _cut_id(language, prompt)
         audio = out / "audio" / language / f"{cut_id.removeprefix(language + '-')}.flac"
         with atomic_write(audio) as temporary:
@@ -178,86 +175,3 @@ def decode_g722(content: bytes) -> np.ndarray:
     except ImportError as error:
         raise UserError("the prompts are G.722 and its decoder is not installed; run: pip install G722") from error
     return np.array(G722(SAMPLE_RATE, 64000).decode(content), dtype=np.int16)
-
-
-def fetch_packages(names: Sequence[str], cache: Path, say: Callable[[str], None] = print) -> list[Path]:
-    """The newest .deb of each package, from ``cache`` or downloaded into it; needs neither root nor package lists.
-
-    Raises:
-        UserError: apt-get is missing or fails.
-    """
-    missing = [name for name in names if not _cached(name, cache)]
-    if missing:
-        if shutil.which("apt-get") is None:
-            raise UserError(
-                f"{', '.join(missing)}: downloading takes apt-get, and this machine has none; "
-                f"copy the .deb files of Debian's archive to {cache}, or {_ELSEWHERE}"
-            )
-        say(f"downloading {', '.join(missing)} to {cache}")
-        with _private_apt(cache) as apt_get:
-            apt_get("update")
-            apt_get("download", *missing)
-    return [_cached(name, cache)[-1] for name in names]
-
-
-def _cached(name: str, cache: Path) -> list[Path]:
-    return sorted(cache.glob(f"{name}_*.deb"))
-
-
-@contextmanager
-def _private_apt(cache: Path) -> Iterator[Callable[..., None]]:
-    """apt-get with lists and caches of its own; what it downloads moves to ``cache`` when all of it is there."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-apt-", dir=cache) as folder:
-        for name in ("lists/partial", "cache/archives/partial", "new"):
-            (Path(folder) / name).mkdir(parents=True)
-
-        def apt_get(*arguments: str) -> None:
-            private = ("Dir::State::Lists=lists", "Dir::Cache=cache", "APT::Sandbox::User=root")
-            settings = [word for s in private for word in ("-o", re.sub("=(?=lists|cache)", f"={folder}/", s))]
-            done = subprocess.run(
-                ["apt-get", "-q", *settings, *arguments], cwd=Path(folder) / "new", capture_output=True, text=True
-            )
-            if done.returncode != 0:
-                lines = [line for line in done.stderr.splitlines() if line.startswith("E:")]
-                reason = " ".join(lines[:2]) or done.stderr.strip()[-200:] or f"exit code {done.returncode}"
-                raise UserError(f"apt-get {' '.join(arguments)}: {reason}; is the network there? Otherwise {_ELSEWHERE}")
-
-        yield apt_get
-        for package in (Path(folder) / "new").glob("*.deb"):
-            package.replace(cache / package.name)
-
-
-def members_of(package: Path) -> Iterable[tuple[str, bytes]]:
-    """Name and content of each file in a .deb, which is an ``ar`` archive that holds data.tar.*
-
-    Raises:
-        UserError: the file is not a whole .deb.
-    """
-    try:
-        name, content = _data_archive(package.read_bytes())
-        if PurePosixPath(name).suffix == ".zst":  # Ubuntu's; the standard library cannot open it before Python 3.14
-            content = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True).stdout
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            for member in archive:
-                if member.isfile() and (file := archive.extractfile(member)):
-                    yield member.name, file.read()
-    except (ValueError, EOFError, OSError, tarfile.TarError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{package}: not a whole Debian package ({error}); delete it, so that it is downloaded again") from error
-
-
-def _data_archive(content: bytes) -> tuple[str, bytes]:
-    """Name and bytes of data.tar.*; ar is a magic word, then a 60-byte header and the bytes, padded to even, for each file."""
-    if not content.startswith(b"!<arch>\n"):
-        raise ValueError("no ar archive")
-    at = 8
-    while at + 60 <= len(content):
-        name = content[at : at + 16].decode().strip().rstrip("/")
-        size = int(content[at + 48 : at + 58])
-        at += 60
-        if name.startswith("data.tar"):
-            if at + size > len(content):
-                raise ValueError("truncated")
-            return name, content[at : at + size]
-        at += size + size % 2
-    raise ValueError("no data.tar in it")

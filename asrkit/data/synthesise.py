@@ -1,14 +1,16 @@
-"""Synthetic speech by espeak-ng, to train on beside real speech when there is little of it. Never test data.
+"""Synthetic speech to train on: espeak-ng reads texts in many voices. Never for test data.
 
-espeak-ng comes in the wheel ``espeakng-loader`` (GPL-3, hence the optional extra ``synth``): a shared library with its
-data, called through ctypes. Voice, rate and pitch are drawn for each utterance from (seed, number).
+The extra ``synth`` brings espeak-ng with its data (GPL-3); it is a C library with one global state, called by ctypes.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,138 +19,249 @@ import torch
 from lhotse.cut import Cut
 
 from asrkit.data.features import SAMPLE_RATE, resample
-from asrkit.data.manifests import make_cut
-from asrkit.data.text import TextError, normalise
+from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
+from asrkit.data.text import TextError, normalise, sentence_key
 from asrkit.errors import UserError
+from asrkit.run_dir import atomic_write, sha256_of
 
-# espeak-ng's own names: voices of a language, and the variants that make each of them another speaker.
-VOICES = {
-    "en": ["en-us", "en-gb", "en-gb-x-rp", "en-029"],
-    "es": ["es", "es-419"],
-    "fr": ["fr-fr", "fr-be", "fr-ch"],
-    "it": ["it"],
-    "ru": ["ru"],
-}
-VARIANTS = ["", "+f1", "+f2", "+f3", "+f4", "+f5", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m7", "+Annie",
-            "+belinda", "+Alicia", "+linda", "+steph", "+Andrea", "+anika"]  # fmt: skip
-_RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
+VARIANTS = ("", *(f"+f{i}" for i in range(1, 6)), *(f"+m{i}" for i in range(1, 9)))
+BASE_VOICES = {"en": ("en-us", "en-us", "en", "en-gb-x-rp")}  # en is British; twice is twice as often
+TELEPHONE_RATE = 8000
+RECORD = "synthesis.json"
 _SYNCHRONOUS, _UTF8 = 2, 1
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
 
 
-class Espeak:
-    """espeak-ng in this process; one voice at a time.
+@dataclass(frozen=True)
+class Draw:
+    """How one utterance is said: words a minute, pitch and its range in 0..100 (50 is the voice's own)."""
 
-    Raises:
-        UserError: the wheel is not installed.
-    """
-
-    def __init__(self) -> None:
-        try:
-            import espeakng_loader
-        except ImportError as error:
-            raise UserError("synthetic speech needs espeak-ng: pip install 'asrkit[synth]'") from error
-        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        self._pieces: list[np.ndarray] = []
-        self._receive = _CALLBACK(self._keep)  # held: the library calls it as long as it lives
-        self.sample_rate: int = self._library.espeak_Initialize(
-            _SYNCHRONOUS, 0, str(espeakng_loader.get_data_path()).encode(), 0)
-        if self.sample_rate <= 0:
-            raise UserError("espeak-ng does not start; reinstall espeakng-loader")
-        self._library.espeak_SetSynthCallback(self._receive)
-
-    def _keep(self, samples: ctypes._Pointer, count: int, events: object) -> int:
-        if samples and count > 0:
-            self._pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    def say(self, text: str, voice: str, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """Speak ``text``: float32 samples at ``sample_rate``; ``rate`` in words a minute, the others 0 to 100."""
-        if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise UserError(f"espeak-ng has no voice {voice}; `espeak-ng --voices` lists them")
-        for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range)):
-            self._library.espeak_SetParameter(parameter, value, 0)
-        self._pieces.clear()
-        encoded = text.encode()
-        self._library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, _UTF8, None, None)
-        self._library.espeak_Synchronize()
-        if not self._pieces:
-            return np.zeros(0, np.float32)
-        return np.concatenate(self._pieces).astype(np.float32) / 32768.0
+    voice: str
+    rate: int
+    pitch: int
+    pitch_range: int
 
 
-def synthesise(texts: Sequence[str], language: str, folder: Path, *, minutes: float, voices: Sequence[str] = (),
-               telephone: bool = False, seed: int = 1, advance: Callable[[float], None] = lambda seconds: None) -> list[Cut]:
-    """Speak ``texts`` in turn, again and again in other voices, until ``minutes`` are full; FLACs below ``folder``.
+@dataclass
+class Synthesised:
+    """The cuts made, how many texts they were drawn from, and how many lines were unusable or excluded."""
+
+    cuts: list[Cut]
+    texts: int
+    unusable: int
+    excluded: int
+
+
+def synthesise(
+    sources: Sequence[tuple[Path, str]],
+    out: Path,
+    *,
+    minutes: float,
+    seed: int = 0,
+    voices: Sequence[str] = (),
+    band: str = "wide",
+    chains: float = 0.0,
+    exclude: Sequence[Path] = (),
+) -> Synthesised | None:
+    """Write OUT/train.jsonl.gz and OUT/audio/*.flac: at least ``minutes`` of speech, 16 kHz mono.
 
     Args:
-        voices: espeak-ng voice names, as ``en-us+f3``; by default all variants of the language's voices.
-        telephone: limit the band to 4 kHz, as an 8 kHz line does.
-        advance: called with the seconds of each utterance.
+        sources: (file, language): text with one sentence a line, or a manifest, of which the language's cuts count.
+        voices: espeak-ng voices of every language, with a variant (en-us+f2) or, without, in all of VARIANTS.
+        band: "wide", or "telephone": nothing above 4 kHz.
+        chains: share of the utterances that are new sentences, made of word pairs that occur in the texts.
+        exclude: manifests whose sentences must not be said, such as test and dev.
+
+    Returns:
+        What was made, or None where ``out`` already holds exactly this.
 
     Raises:
-        UserError: no text, an unknown voice, espeak-ng missing.
+        UserError: espeak-ng is missing, an unknown voice, no usable text.
     """
-    if not texts:
-        raise UserError("nothing to say: no text is left; give more --text or fewer --exclude")
-    engine = Espeak()
-    every = list(voices) or [voice + variant for voice in VOICES.get(language, [language]) for variant in VARIANTS]
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
-    cuts: list[Cut] = []
-    seconds, number = 0.0, 0
-    while seconds < minutes * 60:
-        random = np.random.default_rng((seed, number))
-        text, voice = texts[number % len(texts)], every[random.integers(len(every))]
-        samples = torch.from_numpy(engine.say(
-            text, voice, int(random.integers(120, 200)), int(random.integers(25, 80)), int(random.integers(25, 80))))
-        number += 1
-        if len(samples) < engine.sample_rate // 5:
-            if number > 10 * len(texts) and not cuts:
-                raise UserError(f"espeak-ng says nothing in {language}; is it one of its languages?")
-            continue
-        samples = resample(samples, engine.sample_rate)
-        if telephone:
-            samples = resample(resample(samples, SAMPLE_RATE, 8000), 8000, SAMPLE_RATE)
-        path = folder / "audio" / f"{language}-{number:06d}.flac"
-        soundfile.write(path, samples.numpy(), SAMPLE_RATE)
-        cuts.append(make_cut(
-            f"synthetic-{language}-{number:06d}", path, sampling_rate=SAMPLE_RATE, num_samples=len(samples),
-            text=text, language=language, speaker=f"espeak-{voice}"))
-        seconds += cuts[-1].duration
-        advance(cuts[-1].duration)
-    return cuts
+    wanted = {
+        "sources": [[sha256_of(path), language] for path, language in sources if path.is_file()],
+        "exclude": [sha256_of(path) for path in exclude if path.is_file()],
+        "minutes": minutes,
+        "seed": seed,
+        "voices": list(voices),
+        "band": band,
+        "chains": chains,
+    }
+    record = out / RECORD
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted:
+        return None
+    speaker = _Espeak()
+    unseen = {sentence_key(text_of(cut)) for path in exclude for cut in open_cuts(path)}
+    result = Synthesised([], 0, 0, 0)
+    lists = []
+    for path, language in sources:
+        texts, unusable = read_texts(path, language)
+        allowed = [text for text in texts if sentence_key(text) not in unseen]
+        if not allowed:
+            raise UserError(f"{path}: no usable text for language {language} ({unusable} lines cannot be read, "
+                            f"{len(texts)} are excluded); give one sentence a line")
+        mine = all_voices(language, voices)
+        for voice in sorted(set(mine)):
+            speaker.use(voice)
+        lists.append((language, mine, allowed))
+        result.texts += len(allowed)
+        result.unusable += unusable
+        result.excluded += len(texts) - len(allowed)
+
+    waiting: list[Future[Cut]] = []
+    seconds = 0.0
+    with ThreadPoolExecutor() as pool:  # encoding works outside Python's lock
+        for number, (language, mine, text) in enumerate(_plan(lists, seed, chains, unseen)):
+            if seconds >= minutes * 60:
+                break
+            random = np.random.default_rng((seed, number))
+            draw = Draw(
+                str(random.choice(mine)), *(int(random.integers(*limits)) for limits in ((130, 211), (25, 81), (25, 81)))
+            )
+            samples, rate = speaker.say(text, draw)
+            seconds += len(samples) / rate
+            cut_id = f"syn-{language}-{number:06d}"
+            waiting.append(pool.submit(_store, out, cut_id, samples, rate, text, language, draw, band))
+        result.cuts = [future.result() for future in waiting]
+    write_cuts(out / "train.jsonl.gz", result.cuts)
+    with atomic_write(record) as temporary:
+        temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    return result
 
 
-def remix(texts: Sequence[str], count: int, seed: int, max_words: int = 14) -> list[str]:
-    """``count`` new word sequences, each word drawn from those that follow its predecessor in ``texts``.
+def read_texts(path: Path, language: str) -> tuple[list[str], int]:
+    """The different sentences of a text file or manifest in the language, as words, in order; and how many lines were unusable.
 
-    They give known words other neighbours, within the manner of the texts. Fewer come back when the texts hold no
-    more different ones.
+    Raises:
+        UserError: the file cannot be read.
     """
-    random = np.random.default_rng(seed)
+    if path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz")):
+        lines = [text_of(cut) for cut in open_cuts(path) if (cut.supervisions[0].language or language) == language]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot read ({error}); give a UTF-8 file with one sentence a line, or a manifest") from error
+    texts, unusable = {}, 0
+    for line in filter(str.strip, lines):
+        try:
+            texts[normalise(line, language)] = None
+        except TextError:
+            unusable += 1
+    return list(texts), unusable
+
+
+def all_voices(language: str, voices: Sequence[str] = ()) -> list[str]:
+    """Voices to draw from: those given, else the language's own; each without a variant in every variant."""
+    named = voices or BASE_VOICES.get(language, (language,))
+    return [name + variant for name in named for variant in (("",) if "+" in name else VARIANTS)]
+
+
+def _plan(
+    lists: Sequence[tuple[str, list[str], list[str]]], seed: int, chains: float, unseen: set[str]
+) -> Iterator[tuple[str, list[str], str]]:
+    """Language, voices and text of each utterance, without end: languages in turn, each text once before any comes again."""
+    streams = [(language, voices, _sentences(texts, seed, chains, unseen)) for language, voices, texts in lists]
+    while True:
+        for language, voices, sentences in streams:
+            yield language, voices, next(sentences)
+
+
+def _sentences(texts: list[str], seed: int, chains: float, unseen: set[str]) -> Iterator[str]:
+    random = np.random.default_rng((seed, len(texts)))
+    made = chain_sentences(texts, random)
+    while True:
+        for place in random.permutation(len(texts)):
+            while random.uniform() < chains:
+                text = next(made)
+                if sentence_key(text) not in unseen:
+                    yield text
+            yield texts[place]
+
+
+def chain_sentences(texts: Iterable[str], random: np.random.Generator, max_words: int = 12) -> Iterator[str]:
+    """New sentences without end: words drawn by what follows the word before in ``texts``, ends of sentences included."""
     followers: dict[str, list[str]] = {}
     for text in texts:
         words = ["", *text.split(), ""]
-        for word, after in zip(words, words[1:], strict=False):
-            followers.setdefault(word, []).append(after)
-    found: dict[str, None] = {}
-    for _ in range(20 * count):
-        words, word = [], ""
-        while len(words) < max_words and (word := str(random.choice(followers[word]))):
-            words.append(word)
-        if words:
-            found[" ".join(words)] = None
-        if len(found) == count:
-            break
-    return list(found)
+        for word, following in zip(words, words[1:], strict=False):
+            followers.setdefault(word, []).append(following)
+    while True:
+        words = [""]
+        while len(words) <= max_words:
+            words.append(followers[words[-1]][random.integers(len(followers[words[-1]]))])
+            if not words[-1]:
+                break
+        yield " ".join(filter(None, words))
 
 
-def sentences(raw: str, language: str, shortest: int = 3, longest: int = 12) -> Iterable[str]:
-    """Normalised sentences of ``shortest`` to ``longest`` words from running text; those that cannot be spelled are left."""
-    for part in re.split(r'[.!?;:%"()\[\]]|--|\n\s*\n', raw):
-        try:
-            text = normalise(" ".join(part.split()), language)
-        except TextError:
-            continue
-        if shortest <= len(text.split()) <= longest:
-            yield text
+def _store(
+    out: Path, cut_id: str, samples: np.ndarray, rate: int, text: str, language: str, draw: Draw, band: str
+) -> Cut:
+    wave = torch.from_numpy(samples.astype(np.float32) / 2**15)
+    if band == "telephone":
+        wave, rate = resample(wave, rate, TELEPHONE_RATE), TELEPHONE_RATE
+    wave = resample(wave, rate).clamp(-1, 1)
+    audio = out / "audio" / f"{cut_id}.flac"
+    audio.parent.mkdir(parents=True, exist_ok=True)
+    # Not atomic, as fsync takes longer than all the rest: the manifest, written last, is what makes a file count.
+    soundfile.write(audio, wave.numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return make_cut(
+        cut_id,
+        audio,
+        sampling_rate=SAMPLE_RATE,
+        num_samples=len(wave),
+        text=text,
+        language=language,
+        speaker=draw.voice,
+        custom={"synthetic": asdict(draw)},
+    )
+
+
+class _Espeak:
+    """espeak-ng in this process: one text at a time.
+
+    Raises:
+        UserError: the extra is not installed, or a voice is unknown.
+    """
+
+    def __init__(self) -> None:
+        self._library, self.rate, self._pieces = _load_espeak()
+
+    def use(self, voice: str) -> None:
+        if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise UserError(f"voice {voice}: espeak-ng has none of that name; see its list of languages, such as en-us, fr, it+f2")
+
+    def say(self, text: str, draw: Draw) -> tuple[np.ndarray, int]:
+        """(num_samples,) int16 and their rate."""
+        self.use(draw.voice)
+        for parameter, value in ((_RATE, draw.rate), (_PITCH, draw.pitch), (_RANGE, draw.pitch_range)):
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._pieces.clear()
+        encoded = text.encode() + b"\0"
+        if self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, _UTF8, None, None) != 0 or not self._pieces:
+            raise UserError(f"espeak-ng says nothing for '{text}' as {draw.voice}; remove the line or choose another voice")
+        return np.concatenate(self._pieces), self.rate
+
+
+@cache  # the library keeps its callback for good, so both live as long as the process
+def _load_espeak() -> tuple[ctypes.CDLL, int, list[np.ndarray]]:
+    try:
+        import espeakng_loader
+    except ImportError as error:
+        raise UserError("synthetic speech needs espeak-ng; run: pip install 'asrkit[synth]' (GPL-3)") from error
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    pieces: list[np.ndarray] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def collect(samples: ctypes._Pointer[ctypes.c_short], count: int, events: int) -> int:
+        if samples and count > 0:
+            pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, str(espeakng_loader.get_data_path()).encode(), 0)
+    if rate <= 0:
+        raise UserError("espeak-ng does not start; reinstall it: pip install --force-reinstall espeakng-loader")
+    library.espeak_SetSynthCallback(collect)
+    library.collect = collect
+    return library, rate, pieces

@@ -100,13 +100,15 @@ def _kept(text: str, i: int) -> str:
     return " "
 
 
-def split_of(text: str, dev: float = 0.1, test: float = 0.1) -> str:
-    """The split a sentence belongs to, by the SHA-256 of its letters: the same on every machine and for every speaker.
+def sentence_key(text: str) -> str:
+    """What makes two texts the same sentence: its words, without case and punctuation."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFC", text).lower()))
 
-    Case and punctuation do not count, so that "Thank you." and "thank you" are never in two splits.
-    """
-    key = " ".join(re.findall(r"\w+", unicodedata.normalize("NFC", text).lower()))
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+def split_of(text: str, dev: float = 0.1, test: float = 0.1) -> str:
+    """The split a sentence belongs to, by the SHA-256 of its key: the same on every machine and for every speaker."""
+    digest = hashlib.sha256(sentence_key(text).encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
     if share < test:
         return "test"
     return "dev" if share < test + dev else "train"
