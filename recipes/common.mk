@@ -14,7 +14,7 @@ PYTHON := $(BIN)python
 LHOTSE := $(BIN)lhotse
 # Processes of data-parallel training, one a GPU.
 NPROC ?= 1
-TRAIN := $(if $(filter 1,$(NPROC)),$(ASRKIT),$(BIN)torchrun --nproc-per-node $(NPROC) -m asrkit) train-backbone
+TRAIN := $(if $(filter 1,$(NPROC)),$(ASRKIT),$(BIN)torchrun --nproc_per_node $(NPROC) -m asrkit) train-backbone
 # Recordings are read from, and manifests and runs written to, these folders of the recipe.
 DATA ?= data
 EXP ?= exp

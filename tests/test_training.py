@@ -124,7 +124,7 @@ def test_two_processes_equal_one_with_twice_the_batch(corpus: Path, tmp_path: Pa
         "training.steps=6", "training.log_every=2", "model.dropout=0", "model.predictor_dropout=0",
         "data.augment.spec_augment=null",
     ]  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     two = run([*command(corpus, tmp_path / "two", *same, prefix=launcher)], OMP_NUM_THREADS="1")
     assert two.returncode == 0, two.stderr
     # accumulating two parts is the third way to the same batch

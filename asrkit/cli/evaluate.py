@@ -52,10 +52,9 @@ def evaluate(
     Writes evaluation/MANIFEST-METHOD/ in the run directory: result.json, alignments.txt, confusions.txt and
     utterances.jsonl.
     """
-    from rich.console import Console
 
     from asrkit.decoding.search import METHODS
-    from asrkit.reporting.tables import evaluation_table
+    from asrkit.reporting.tables import evaluation_table, table_console
     from asrkit.stages.evaluate import evaluate as run_evaluation
 
     names: list[Any] = [name.value for name in method or [MethodOrAll.greedy]]
@@ -76,9 +75,7 @@ def evaluate(
         for result in results:
             typer.echo(json.dumps(result, ensure_ascii=False))
         return
-    console = Console()
-    # Where nobody looks, nothing is cut off to fit a terminal's width.
-    console.print(evaluation_table(results), width=None if console.is_terminal else 160)
+    table_console().print(evaluation_table(results))
     for evaluation in evaluations:
         typer.echo(f"alignments, confusions, JSON: {evaluation.directory}")
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -12,6 +12,7 @@ def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command("doctor")(doctor)
     app.command("info")(info)
+    app.command("summary")(summary)
 
 
 def doctor(
@@ -42,18 +43,29 @@ def info(
 
     Example: `asrkit info exp/backbone`
     """
-    from rich.console import Console
-
-    from asrkit.reporting.tables import run_tables
+    from asrkit.reporting.tables import run_tables, table_console
     from asrkit.stages.info import describe_run
 
     description = describe_run(run)
     if as_json:
         typer.echo(json.dumps(description, indent=2, ensure_ascii=False))
         return
-    console = Console()
     for table in run_tables(description):
-        console.print(table, width=None if console.is_terminal else 160)
+        table_console().print(table)
     features = ", ".join(f"{key} {value}" for key, value in (description["features"] or {}).items())
     typer.echo(f"vocabulary: {description['vocabulary']} tokens; features: {features}")
     typer.echo(f"configurations: {', '.join(description['configurations']) or 'none'}")
+
+
+def summary(
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories, in the order of the chain.")],
+    out: Annotated[Optional[Path], typer.Option(help="Also write the rows as JSON.")] = None,
+) -> None:
+    """Put what a chain of stages achieved into one table.
+
+    Example: `asrkit summary exp/backbone exp/attention --out exp/summary.json`
+    """
+    from asrkit.reporting.tables import summary_table, table_console
+    from asrkit.stages.summary import summarise_runs
+
+    table_console().print(summary_table(summarise_runs(runs, out)))

@@ -5,7 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.console import Console
 from rich.table import Table
+
+
+def table_console() -> Console:
+    """Standard output; where it is no terminal, wide enough that nothing is cut off."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
+    """A table that fits 80 columns: texts on the left, numbers on the right."""
+    table = Table(
+        *columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def percent(rate: float | None) -> str:
@@ -13,13 +32,16 @@ def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.2f}"
 
 
+def table_console() -> Console:
+    """A console on stdout that cuts no column off where nobody looks (a file, a log) or where a terminal is narrow."""
+    console = Console()
+    return Console(width=max(console.width, 120))
+
+
 def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
     """One block a method: a row for each language, where there are several, and the total."""
-    table = Table(title=f"{results[0]['manifest']} by {results[0]['run']}", title_justify="left")
-    table.add_column("method")
-    table.add_column("language")
-    for column in ("utterances", "words", "WER %", "95 %", "sub", "ins", "del", "CER %", "RTF"):
-        table.add_column(column, justify="right")
+    numbers = ("cuts", "words", "WER %", "95 %", "sub", "ins", "del", "CER %", "RTF")
+    table = _table(f"{results[0]['manifest']} by {results[0]['run']}", "method", "language", numbers=numbers)
     for result in results:
         languages = result["languages"]
         rows = list(languages.items()) if len(languages) > 1 else []
@@ -83,3 +105,23 @@ def run_tables(description: dict[str, Any]) -> list[Table]:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What a chain of stages achieved, as ``summarise_runs`` gives it."""
+    table = Table(title="summary", title_justify="left")
+    for column in ("stage", "configuration", "manifest", "method"):
+        table.add_column(column)
+    for column in ("WER %", "CER %", "words", "bytes", "seconds", "RTF"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            *(row[key] for key in ("stage", "configuration", "manifest", "method")),
+            percent(row["wer"]),
+            percent(row["cer"]),
+            str(row["words"]),
+            f"{row['bytes']:,}",
+            f"{row['seconds']:.0f}",
+            f"{row['real_time_factor']:.4f}",
+        )
+    return table

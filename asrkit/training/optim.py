@@ -17,11 +17,11 @@ from asrkit.config import config
 class OptimiserConfig:
     """``scaled_adam`` moves each tensor in proportion to its own root mean square (Zipformer, arXiv 2310.11230).
 
-    ``learning_rate`` None takes the optimiser's default: 2e-3 for adamw, 2.5e-2 for scaled_adam.
+    ``learning_rate`` None takes the optimiser's default: 2e-3 for adamw, 5e-2 for scaled_adam.
     The rate rises linearly over ``warm_up_steps`` and then falls as ``decay`` says, to ``final_fraction`` of its peak.
     """
 
-    name: Literal["adamw", "scaled_adam"] = "adamw"
+    name: Literal["adamw", "scaled_adam"] = "scaled_adam"
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
@@ -32,7 +32,7 @@ class OptimiserConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or {"adamw": 2e-3, "scaled_adam": 2.5e-2}[self.name]
+        return self.learning_rate or {"adamw": 2e-3, "scaled_adam": 5e-2}[self.name]
 
 
 def learning_rate(step: int, total_steps: int, settings: OptimiserConfig) -> float:
