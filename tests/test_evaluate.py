@@ -386,6 +386,12 @@ def test_a_damaged_run_is_refused_in_one_line(
     assert code == 1 and "no such run directory" in err
 
 
+def test_a_place_that_cannot_be_written(run: Path, manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="choose another --out"):
+        evaluate(run, manifest, out=tmp_path / "file")
+
+
 def test_a_device_that_is_not_there(run: Path, manifest: Path) -> None:
     with pytest.raises(UserError, match="--device warp"):
         evaluate(run, manifest, device="warp")

@@ -17,7 +17,7 @@ MethodOrAll = StrEnum("MethodOrAll", ["greedy", "beam", "ctc", "all"])
 Run = Annotated[Path, typer.Option("--from", help="Run directory of any stage.", show_default=False)]
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept by --method beam.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; left out, all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; left out, its own choice.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -55,6 +55,8 @@ def info(
     features = ", ".join(f"{key} {value}" for key, value in (description["features"] or {}).items())
     typer.echo(f"vocabulary: {description['vocabulary']} tokens; features: {features}")
     typer.echo(f"configurations: {', '.join(description['configurations']) or 'none'}")
+    for entry in description["stages"]:
+        typer.echo(f"command: {entry.get('command', 'unknown')}")
 
 
 def summary(

@@ -41,8 +41,8 @@ def quietest_point(samples: np.ndarray, rate: int) -> int:
     return first + quietest * hop + span * hop // 2
 
 
-def read_pieces(path: Path, max_seconds: float = MAX_SECONDS) -> Iterator[Piece]:
-    """Read any file soundfile can, downmixed and resampled, parted at pauses into at most ``max_seconds``.
+def read_pieces(path: Path) -> Iterator[Piece]:
+    """Read any file soundfile can, downmixed and resampled, parted at pauses into at most ``MAX_SECONDS``.
 
     Raises:
         UserError: missing, unreadable or empty file, or samples that are not numbers.
@@ -55,7 +55,7 @@ def read_pieces(path: Path, max_seconds: float = MAX_SECONDS) -> Iterator[Piece]
     try:
         with soundfile.SoundFile(str(path)) as file:
             rate = file.samplerate
-            limit = round(max_seconds * rate)
+            limit = round(MAX_SECONDS * rate)
             for block in file.blocks(blocksize=limit, dtype="float32", always_2d=True):
                 waiting = np.concatenate([waiting, block.mean(axis=1)])
                 if not np.isfinite(waiting).all():

@@ -7,14 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.console import Console
 from rich.table import Table
-
-
-def table_console() -> Console:
-    """Standard output; where it is no terminal, wide enough that nothing is cut off."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
 
 
 def _table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
@@ -33,7 +26,7 @@ def percent(rate: float | None) -> str:
 
 
 def table_console() -> Console:
-    """A console on stdout that cuts no column off where nobody looks (a file, a log) or where a terminal is narrow."""
+    """Standard output as a console that cuts no column off, in a file or in a narrow terminal."""
     console = Console()
     return Console(width=max(console.width, 120))
 
@@ -41,7 +34,7 @@ def table_console() -> Console:
 def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
     """One block a method: a row for each language, where there are several, and the total."""
     numbers = ("cuts", "words", "WER %", "95 %", "sub", "ins", "del", "CER %", "RTF")
-    table = _table(f"{results[0]['manifest']} by {results[0]['run']}", "method", "language", numbers=numbers)
+    table = _table(f"{results[0]['manifest']} by {results[0]['run']}", "method", "lang", numbers=numbers)
     for result in results:
         languages = result["languages"]
         rows = list(languages.items()) if len(languages) > 1 else []
@@ -49,11 +42,11 @@ def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
             table.add_row(result["method"], language or "unknown", *_cells(counts), "")
         name = "all" if rows else next(iter(languages), "")
         speed = f"{result['real_time_factor']:.4f}"
-        table.add_row(result["method"], name, *_cells(result["total"]), speed, style="bold", end_section=True)
+        table.add_row(
+            result["method"], name, *_cells(result["total"]), speed, style="bold", end_section=bool(rows)
+        )
     threads = f", {results[0]['threads']} thread(s)" if results[0]["device"] == "cpu" else ""
-    table.caption = (
-        f"RTF: seconds of work, features included, per second of audio ({results[0]['device']}{threads})"
-    )
+    table.caption = f"RTF: seconds, features included, per second of audio ({results[0]['device']}{threads})"
     table.caption_justify = "left"
     return table
 
@@ -74,31 +67,26 @@ def _cells(counts: dict[str, Any]) -> list[str]:
 
 def run_tables(description: dict[str, Any]) -> list[Table]:
     """Stages, parts and evaluations of a run, as ``describe_run`` gives them."""
-    stages = Table(
-        "stage", "created", "seconds", "step", "metrics", "command", title="stages", title_justify="left"
-    )
+    stages = _table("stages", "stage", "created", "metrics", numbers=("step", "seconds"))
     for entry in description["stages"]:
         metrics = ", ".join(
             f"{name} {_number(value)}" for name, value in (entry.get("metrics") or {}).items()
         )
-        texts = (entry.get(key, "-") for key in ("stage", "created", "seconds", "step"))
-        stages.add_row(*(str(text) for text in texts), metrics or "-", entry.get("command", "-"))
-    parts = Table("part", title="parameters", title_justify="left")
-    parts.add_column("parameters", justify="right")
-    parts.add_column("bytes", justify="right")
+        texts = (entry.get("stage"), entry.get("created"), metrics, entry.get("step"), entry.get("seconds"))
+        stages.add_row(*("-" if text in (None, "") else str(text) for text in texts))
+    parts = _table("parameters, statistics included", "part", numbers=("parameters", "bytes"))
     for part in description["parts"]:
         parts.add_row(part["part"], f"{part['parameters']:,}", f"{part['bytes']:,}")
     parts.add_section()
     parts.add_row("all", f"{description['parameters']:,}", f"{description['bytes']:,}", style="bold")
     tables = [stages, parts]
     if description["evaluations"]:
-        scores = Table("manifest", "method", title="evaluations", title_justify="left")
-        for column in ("words", "WER %", "CER %", "RTF", "weights"):
-            scores.add_column(column, justify="right")
+        numbers = ("words", "WER %", "CER %", "RTF")
+        scores = _table("evaluations", "manifest", "method", "weights", numbers=numbers)
         for row in description["evaluations"]:
             rates = (percent(row["wer"]), percent(row["cer"]), f"{row['real_time_factor']:.4f}")
             weights = "these" if row["current"] else "earlier"
-            scores.add_row(row["manifest"], row["method"], str(row["words"]), *rates, weights)
+            scores.add_row(row["manifest"], row["method"], weights, str(row["words"]), *rates)
         tables.append(scores)
     return tables
 
@@ -109,11 +97,8 @@ def _number(value: Any) -> str:
 
 def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
     """What a chain of stages achieved, as ``summarise_runs`` gives it."""
-    table = Table(title="summary", title_justify="left")
-    for column in ("stage", "configuration", "manifest", "method"):
-        table.add_column(column)
-    for column in ("WER %", "CER %", "words", "bytes", "seconds", "RTF"):
-        table.add_column(column, justify="right")
+    numbers = ("WER %", "CER %", "words", "bytes", "seconds", "RTF")
+    table = _table("summary", "stage", "configuration", "manifest", "method", numbers=numbers)
     for row in rows:
         table.add_row(
             *(row[key] for key in ("stage", "configuration", "manifest", "method")),

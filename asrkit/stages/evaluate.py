@@ -85,6 +85,11 @@ def evaluate(
         raise UserError.of(findings)
     cuts, warnings = checked
     methods = list(dict.fromkeys(methods))
+    directories = {
+        method: (out or run_path / "evaluation") / f"{_stem(manifest)}-{method}" for method in methods
+    }
+    for directory in directories.values():
+        _make(directory)
     scored, seconds = _decode(recogniser, cuts, methods, beam, max_duration)
     audio_seconds = float(sum(cut.duration for cut in cuts))
     place = {cut.id: number for number, cut in enumerate(cuts)}
@@ -107,9 +112,8 @@ def evaluate(
             "threads": torch.get_num_threads(),
             "warnings": warnings,
         }
-        directory = (out or run_path / "evaluation") / f"{_stem(manifest)}-{method}"
-        _write(directory, result, utterances)
-        evaluations.append(Evaluation(directory, result, utterances))
+        _write(directories[method], result, utterances)
+        evaluations.append(Evaluation(directories[method], result, utterances))
     return evaluations
 
 
@@ -172,6 +176,16 @@ def _decode(
             advance(sum(batch.durations))
             began = time.perf_counter()
     return scored, seconds
+
+
+def _make(directory: Path) -> None:
+    """Create ``directory`` before the work, so that a place that cannot be written is known at once."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot write there ({error.strerror}); choose another --out"
+        ) from error
 
 
 def _stem(manifest: Path) -> str:
