@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Get, make and check data.", no_args_is_help=True)
     group.command("prompts")(prompts)
     group.command("import")(import_)
+    group.command("check")(check)
     group.command("synthesise")(synthesise)
     app.add_typer(group, name="data")
 
@@ -54,7 +55,9 @@ def _print_splits(splits: Mapping[str, list[Cut]], out: Path) -> None:
             minutes = sum(cut.duration for cut in mine) / 60
             words = sum(len(cut.supervisions[0].text.split()) for cut in mine)
             speakers = len({cut.supervisions[0].speaker for cut in mine} - {None})
-            table.add_row(f"{split}.jsonl.gz", language, str(len(mine)), f"{minutes:.1f}", str(words), str(speakers or "-"))
+            table.add_row(
+                f"{split}.jsonl.gz", language, str(len(mine)), f"{minutes:.1f}", str(words), str(speakers or "-")
+            )
     for column in table.columns[2:]:
         column.justify = "right"
     Console().print(table)
@@ -65,7 +68,9 @@ def prompts(
     lang: Annotated[list[str], typer.Option(help="en, es, fr, it or ru. Repeatable.", show_default=False)],
     out: Out,
     cache: Annotated[Path | None, typer.Option(help="Where downloads are kept; left out, OUT/packages.")] = None,
-    text: Annotated[str, typer.Option(callback=_text_style, help="words: lower case, numbers spelled; raw: as written.")] = "words",
+    text: Annotated[
+        str, typer.Option(callback=_text_style, help="words: lower case, numbers spelled; raw: as written.")
+    ] = "words",
     dev: Annotated[float, typer.Option(min=0, max=0.4, help="Share of the sentences for dev.")] = 0.1,
     test: Annotated[float, typer.Option(min=0, max=0.4, help="Share of the sentences for test.")] = 0.1,
 ) -> None:
@@ -93,18 +98,28 @@ def prompts(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="TSV with columns path, text[, id, split, lang, speaker]; or a folder.")],
+    source: Annotated[
+        Path, typer.Argument(help="TSV with columns path, text[, id, split, lang, speaker]; or a folder.")
+    ],
     out: Out,
-    root: Annotated[Path | None, typer.Option(help="Where relative paths start; left out, the TSV's folder or the one above.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Where relative paths start; left out, the TSV's folder or the one above.")
+    ] = None,
     lang: Annotated[str | None, typer.Option(help="Language of rows that name none.")] = None,
-    text: Annotated[str, typer.Option(callback=_text_style, help="words: lower case, numbers spelled; raw: as written.")] = "words",
+    text: Annotated[
+        str, typer.Option(callback=_text_style, help="words: lower case, numbers spelled; raw: as written.")
+    ] = "words",
     split: Annotated[str, typer.Option(help="auto, column, hash (of the text) or none.")] = "auto",
-    split_by: Annotated[str | None, typer.Option(help="Column whose values --test and --dev list; the rest is train.")] = None,
+    split_by: Annotated[
+        str | None, typer.Option(help="Column whose values --test and --dev list; the rest is train.")
+    ] = None,
     test: Annotated[str, typer.Option(help="Values of --split-by for test, with commas.")] = "",
     dev: Annotated[str, typer.Option(help="Values of --split-by for dev, with commas.")] = "",
     where: Annotated[list[str] | None, typer.Option(help="Keep rows with column=value[,value]. Repeatable.")] = None,
     bad: Annotated[str, typer.Option(help="refuse: stop at bad rows; skip: leave them out and list them.")] = "refuse",
-    convert: Annotated[bool, typer.Option("--convert", help="Write 16 kHz mono FLAC instead of pointing to the files.")] = False,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Write 16 kHz mono FLAC instead of pointing to the files.")
+    ] = False,
 ) -> None:
     """Make manifests of recordings of your own.
 
@@ -143,15 +158,53 @@ def import_(
         typer.echo(f"skipped {len(made.skipped)} bad rows ({out / 'skipped.txt'})")
 
 
+def check(
+    manifest: Annotated[list[Path], typer.Argument(help="Manifests to train on.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="sentencepiece model: characters and lengths are checked too.")
+    ] = None,
+    test: Annotated[
+        list[Path] | None, typer.Option(help="Held-out manifest, to find what it shares. Repeatable.")
+    ] = None,
+    audio: Annotated[bool, typer.Option(help="Read every recording.")] = True,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write everything found to this file.")] = None,
+) -> None:
+    """Say what manifests hold, list the cuts that cannot be trained on, and what training and test data share.
+
+    Example:
+
+        asrkit data check data/prompts/train.jsonl.gz --test data/prompts/dev.jsonl.gz --test data/prompts/test.jsonl.gz
+
+    Exits with 1 when a cut is unusable, or a recording is in both sets.
+    """
+    from asrkit.stages.data_check import check_manifests, describe
+
+    report = check_manifests(manifest, test or [], tokenizer, read_audio=audio)
+    if json_out is not None:
+        report.write(json_out)
+    for line in describe(report):
+        typer.echo(line)
+    if report.failed:
+        raise typer.Exit(1)
+
+
 def synthesise(
-    lang: Annotated[list[str], typer.Option(help="Language of each --text or --manifest, in their order.", show_default=False)],
+    lang: Annotated[
+        list[str], typer.Option(help="Language of each --text or --manifest, in their order.", show_default=False)
+    ],
     out: Out,
     text: Annotated[list[Path] | None, typer.Option(help="File with one sentence a line. Repeatable.")] = None,
     manifest: Annotated[list[Path] | None, typer.Option(help="Manifest to take the texts of. Repeatable.")] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="How much speech.")] = 60.0,
-    voices: Annotated[str, typer.Option(help="espeak-ng voices, with commas: en-us or en-us+f2; left out, the language's.")] = "",
-    chains: Annotated[float, typer.Option(min=0, max=0.95, help="Share of new sentences, of word pairs in the texts.")] = 0.0,
-    exclude: Annotated[list[Path] | None, typer.Option(help="Manifest whose sentences are not said: dev, test. Repeatable.")] = None,
+    voices: Annotated[
+        str, typer.Option(help="espeak-ng voices, with commas: en-us or en-us+f2; left out, the language's.")
+    ] = "",
+    chains: Annotated[
+        float, typer.Option(min=0, max=0.95, help="Share of new sentences, of word pairs in the texts.")
+    ] = 0.0,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="Manifest whose sentences are not said: dev, test. Repeatable.")
+    ] = None,
     band: Annotated[str, typer.Option(callback=_band, help="wide or telephone (nothing above 4 kHz).")] = "wide",
     seed: Annotated[int, typer.Option(help="Another seed draws other voices, speeds and pitches.")] = 0,
 ) -> None:
@@ -171,7 +224,9 @@ def synthesise(
     if len(files) == 1:
         files *= len(lang)
     if not files or len(files) != len(lang):
-        raise typer.BadParameter(f"{len(files)} --text and --manifest for {len(lang)} --lang; give one language for each")
+        raise typer.BadParameter(
+            f"{len(files)} --text and --manifest for {len(lang)} --lang; give one language for each"
+        )
     made = run(
         list(zip(files, lang, strict=True)),
         out,

@@ -80,7 +80,9 @@ def members_of(package: Path) -> Iterator[tuple[str, bytes]]:
                 if member.isfile() and (file := archive.extractfile(member)):
                     yield member.name, file.read()
     except (ValueError, EOFError, OSError, tarfile.TarError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{package}: not a whole Debian package ({error}); delete it, so that it is downloaded again") from error
+        raise UserError(
+            f"{package}: not a whole Debian package ({error}); delete it, so that it is downloaded again"
+        ) from error
 
 
 def _data_archive(content: bytes) -> tuple[str, bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,14 +91,18 @@ def import_recordings(
     """
     splitting = splitting or Splitting()
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder; give a TSV with the columns path and text, or a folder of audio")
+        raise UserError(
+            f"{source}: no such file or folder; give a TSV with the columns path and text, or a folder of audio"
+        )
     rows = _folder_rows(source) if source.is_dir() else _tsv_rows(source, root)
     for column in [*(where or {}), *(() if splitting.by in ("auto", "none", "hash") else (_column(splitting),))]:
         if rows and column not in rows[0].fields:
             raise UserError(f"{source}: no column '{column}'; it has {', '.join(rows[0].fields)}")
     chosen = [row for row in rows if all(row.get(name) in values for name, values in (where or {}).items())]
     if not chosen:
-        raise UserError(f"{source}: nothing to import; {f'--where leaves none of {len(rows)} rows' if rows else 'it is empty'}")
+        raise UserError(
+            f"{source}: nothing to import; {f'--where leaves none of {len(rows)} rows' if rows else 'it is empty'}"
+        )
 
     def read(row: Row) -> tuple[str, Cut] | UserError:
         try:
@@ -115,14 +119,24 @@ def import_recordings(
                 continue
             split, cut = found
             if cut.id in place_of_id:
-                result.skipped.append(f"{row.place}: id {cut.id} is also at {place_of_id[cut.id]}; give each row its own")
+                result.skipped.append(
+                    f"{row.place}: id {cut.id} is also at {place_of_id[cut.id]}; give each row its own"
+                )
                 continue
             place_of_id[cut.id] = row.place
             result.cuts.setdefault(split, []).append(cut)
     if result.skipped and (refuse or not result.cuts):
         shown = result.skipped[:MAX_FINDINGS]
-        rest = [f"{source}: {len(result.skipped) - len(shown)} more bad rows"] if len(result.skipped) > len(shown) else []
-        way_out = [] if not refuse else [f"{source}: {len(result.skipped)} of {len(chosen)} rows are bad; mend them, or leave them out with --bad skip"]
+        rest = (
+            [f"{source}: {len(result.skipped) - len(shown)} more bad rows"] if len(result.skipped) > len(shown) else []
+        )
+        way_out = (
+            []
+            if not refuse
+            else [
+                f"{source}: {len(result.skipped)} of {len(chosen)} rows are bad; mend them, or leave them out with --bad skip"
+            ]
+        )
         raise UserError.of([*shown, *rest, *way_out])
     for split, cuts in result.cuts.items():
         write_cuts(out / f"{split}.jsonl.gz", cuts)
@@ -215,7 +229,9 @@ def _audio_facts(path: Path) -> tuple[Path, int, int, int]:
     try:
         info = soundfile.info(str(path))
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"path: {path} is not audio that libsndfile reads ({error}); convert it to WAV or FLAC") from error
+        raise ValueError(
+            f"path: {path} is not audio that libsndfile reads ({error}); convert it to WAV or FLAC"
+        ) from error
     if info.frames == 0:
         raise ValueError(f"path: {path} holds no samples; remove the row or restore the file")
     return path, info.samplerate, info.frames, info.channels

@@ -38,7 +38,9 @@ def open_cuts(path: Path) -> CutSet:
 def _open_shar(folder: Path) -> CutSet:
     shards = sorted([*folder.glob("cuts.*.jsonl"), *folder.glob("cuts.*.jsonl.gz")])
     if not shards:
-        raise UserError(f"{folder}: not a Shar directory (no cuts.*.jsonl.gz in it); give a manifest file or a Shar directory")
+        raise UserError(
+            f"{folder}: not a Shar directory (no cuts.*.jsonl.gz in it); give a manifest file or a Shar directory"
+        )
     _read_cuts(shards)
     return CutSet.from_shar(in_dir=folder)
 
@@ -79,7 +81,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line
     except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}:{number + 1}: cannot read on ({error}); the file is truncated or damaged, make it again") from error
+        raise UserError(
+            f"{path}:{number + 1}: cannot read on ({error}); the file is truncated or damaged, make it again"
+        ) from error
 
 
 def _parse_cut(line: str) -> Cut:
@@ -93,7 +97,9 @@ def _parse_cut(line: str) -> Cut:
     except Exception as error:  # whatever a constructor says about fields it did not expect
         raise ValueError(f"cut {name}: not a Lhotse cut ({error}); mend or remove the line") from error
     if not isinstance(cut, Cut):
-        raise ValueError(f"{name}: a {type(cut).__name__}, not a cut; 'lhotse cut simple' joins recordings and supervisions")
+        raise ValueError(
+            f"{name}: a {type(cut).__name__}, not a cut; 'lhotse cut simple' joins recordings and supervisions"
+        )
     if not cut.supervisions:
         raise ValueError(f"cut {name}: no supervision; add one with the text, or remove the line")
     if not all((supervision.text or "").strip() for supervision in cut.supervisions):
@@ -150,9 +156,7 @@ def make_cut(
         speaker=speaker,
         custom=custom or None,
     )
-    return MonoCut(
-        id=cut_id, start=0, duration=duration, channel=0, recording=recording, supervisions=[supervision]
-    )
+    return MonoCut(id=cut_id, start=0, duration=duration, channel=0, recording=recording, supervisions=[supervision])
 
 
 def text_of(cut: Cut) -> str:

@@ -27,6 +27,7 @@ LANGUAGES = ("en", "es", "fr", "it", "ru")
 SAMPLE_RATE = 16000  # of G.722
 MAX_CHARACTERS_A_SECOND = 25  # the fastest of these speakers says 22
 SILENCE_PEAK = 1e-3  # -60 dBFS
+RULES = 2  # counts up when what is kept, or how it is written, changes
 RECORD = "prompts.json"  # written last: its presence says that the folder is complete
 
 
@@ -68,7 +69,7 @@ def fetch_prompts(
     languages = sorted(set(languages))
     if unknown := [language for language in languages if language not in LANGUAGES]:
         raise UserError(f"--lang {', '.join(unknown)}: there are prompts in {', '.join(LANGUAGES)}; {ELSEWHERE}")
-    wanted = {"languages": languages, "text": style, "dev": dev, "test": test}
+    wanted = {"rules": RULES, "languages": languages, "text": style, "dev": dev, "test": test}
     record = out / RECORD
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted:
         return None
@@ -82,7 +83,9 @@ def fetch_prompts(
     for split, cuts in prompts.cuts.items():
         write_cuts(out / f"{split}.jsonl.gz", cuts)
         for language in languages if len(languages) > 1 else ():
-            write_cuts(out / f"{split}-{language}.jsonl.gz", (c for c in cuts if c.supervisions[0].language == language))
+            write_cuts(
+                out / f"{split}-{language}.jsonl.gz", (c for c in cuts if c.supervisions[0].language == language)
+            )
     with atomic_write(out / "dropped.tsv") as temporary:
         lines = ["id\treason\ttext", *(f"{d.cut_id}\t{d.reason}\t{d.text}" for d in prompts.dropped)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -105,31 +108,30 @@ def _add_language(
             voice, _, prompt = name.partition("/sounds/")[2].removesuffix(".g722").partition("/")
             recordings[prompt] = (voice, content)
 
-    def drop(prompt: str, reason: str, text: str = "") -> None:
-        prompts.dropped.append(Dropped(_cut_id(language, prompt), reason, text))
-
-    def add(prompt: str, raw_text: str) -> tuple[str, Cut] | None:
+    def read(prompt: str) -> tuple[str, Cut] | Dropped:
+        cut_id, raw_text = _cut_id(language, prompt), raw_texts.get(prompt, "")
+        if prompt not in raw_texts:
+            return Dropped(cut_id, "no text", "")
         if prompt not in recordings:
-            return drop(prompt, "no recording", raw_text)
+            return Dropped(cut_id, "no recording", raw_text)
         if any(other in raw_text for other in raw_texts if "-" in other and len(other) > 8):
-            return drop(prompt, "two prompts on one line", raw_text)
+            return Dropped(cut_id, "two prompts on one line", raw_text)
         try:
             text = as_written(raw_text) if style == "raw" else normalise(raw_text, language)
         except TextError as error:
-            return drop(prompt, error.reason, raw_text)
+            return Dropped(cut_id, error.reason, raw_text)
         if language == "ru" and re.search("[A-Za-z]", text):
-            return drop(prompt, "Latin letters", raw_text)  # names spelled in English
+            return Dropped(cut_id, "Latin letters", raw_text)  # names spelled in English
         voice, content = recordings[prompt]
         samples = decode_g722(content)
         if np.abs(samples.astype(np.int32)).max(initial=0) < SILENCE_PEAK * 2**15:
-            return drop(prompt, "silent", raw_text)
+            return Dropped(cut_id, "silent", raw_text)
         if len(text) > MAX_CHARACTERS_A_SECOND * len(samples) / SAMPLE_RATE:
-            return drop(prompt, "too much text for the recording", raw_text)  # "a beep", and the like
-        cut_id = _cut_id(language, prompt)
+            return Dropped(cut_id, "too much text for the recording", raw_text)  # "a beep", and the like
         audio = out / "audio" / language / f"{cut_id.removeprefix(language + '-')}.flac"
         with atomic_write(audio) as temporary:
             soundfile.write(temporary, samples, SAMPLE_RATE, format="FLAC")
-        cut = make_cut(
+        return split_of(text, dev, test), make_cut(
             cut_id,
             audio,
             sampling_rate=SAMPLE_RATE,
@@ -139,15 +141,13 @@ def _add_language(
             speaker=voice,
             custom={"raw_text": raw_text},
         )
-        return split_of(text, dev, test), cut
 
     with ThreadPoolExecutor() as pool:  # libsndfile and the disk work outside Python's lock
-        for added in pool.map(lambda item: add(*item), sorted(raw_texts.items())):
-            if added is not None:
-                prompts.cuts[added[0]].append(added[1])
-    for prompt in sorted(set(recordings) - set(raw_texts)):
-        drop(prompt, "no text")
-    prompts.dropped.sort(key=lambda dropped: dropped.cut_id)
+        for made in pool.map(read, sorted({*raw_texts, *recordings})):
+            if isinstance(made, Dropped):
+                prompts.dropped.append(made)
+            else:
+                prompts.cuts[made[0]].append(made[1])
 
 
 def _cut_id(language: str, prompt: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,10 @@ def synthesise(
         texts, unusable = read_texts(path, language)
         allowed = [text for text in texts if sentence_key(text) not in unseen]
         if not allowed:
-            raise UserError(f"{path}: no usable text for language {language} ({unusable} lines cannot be read, "
-                            f"{len(texts)} are excluded); give one sentence a line")
+            raise UserError(
+                f"{path}: no usable text for language {language} ({unusable} lines cannot be read, "
+                f"{len(texts)} are excluded); give one sentence a line"
+            )
         mine = all_voices(language, voices)
         for voice in sorted(set(mine)):
             speaker.use(voice)
@@ -116,7 +119,8 @@ def synthesise(
                 break
             random = np.random.default_rng((seed, number))
             draw = Draw(
-                str(random.choice(mine)), *(int(random.integers(*limits)) for limits in ((130, 211), (25, 81), (25, 81)))
+                str(random.choice(mine)),
+                *(int(random.integers(*limits)) for limits in ((130, 211), (25, 81), (25, 81))),
             )
             samples, rate = speaker.say(text, draw)
             seconds += len(samples) / rate
@@ -141,8 +145,11 @@ def read_texts(path: Path, language: str) -> tuple[list[str], int]:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot read ({error}); give a UTF-8 file with one sentence a line, or a manifest") from error
-    texts, unusable = {}, 0
+            raise UserError(
+                f"{path}: cannot read ({error}); give a UTF-8 file with one sentence a line, or a manifest"
+            ) from error
+    texts: dict[str, None] = {}
+    unusable = 0
     for line in filter(str.strip, lines):
         try:
             texts[normalise(line, language)] = None
@@ -184,7 +191,7 @@ def chain_sentences(texts: Iterable[str], random: np.random.Generator, max_words
     followers: dict[str, list[str]] = {}
     for text in texts:
         words = ["", *text.split(), ""]
-        for word, following in zip(words, words[1:], strict=False):
+        for word, following in pairwise(words):
             followers.setdefault(word, []).append(following)
     while True:
         words = [""]
@@ -230,7 +237,9 @@ class _Espeak:
 
     def use(self, voice: str) -> None:
         if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise UserError(f"voice {voice}: espeak-ng has none of that name; see its list of languages, such as en-us, fr, it+f2")
+            raise UserError(
+                f"voice {voice}: espeak-ng has none of that name; see its list of languages, such as en-us, fr, it+f2"
+            )
 
     def say(self, text: str, draw: Draw) -> tuple[np.ndarray, int]:
         """(num_samples,) int16 and their rate."""
@@ -240,11 +249,16 @@ class _Espeak:
         self._pieces.clear()
         encoded = text.encode() + b"\0"
         if self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, _UTF8, None, None) != 0 or not self._pieces:
-            raise UserError(f"espeak-ng says nothing for '{text}' as {draw.voice}; remove the line or choose another voice")
+            raise UserError(
+                f"espeak-ng says nothing for '{text}' as {draw.voice}; remove the line or choose another voice"
+            )
         return np.concatenate(self._pieces), self.rate
 
 
-@cache  # the library keeps its callback for good, so both live as long as the process
+_held: list[object] = []  # the library calls its callback as long as the process lives
+
+
+@cache
 def _load_espeak() -> tuple[ctypes.CDLL, int, list[np.ndarray]]:
     try:
         import espeakng_loader
@@ -263,5 +277,5 @@ def _load_espeak() -> tuple[ctypes.CDLL, int, list[np.ndarray]]:
     if rate <= 0:
         raise UserError("espeak-ng does not start; reinstall it: pip install --force-reinstall espeakng-loader")
     library.espeak_SetSynthCallback(collect)
-    library.collect = collect
+    _held.append(collect)
     return library, rate, pieces

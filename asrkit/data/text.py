@@ -8,7 +8,8 @@ import unicodedata
 from functools import cache
 
 SPLITS = ("train", "dev", "test")
-_QUOTES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "´": "'"})
+# Typographic quotes, the modifier letter, grave and acute accents standing alone: all of them typed for an apostrophe.
+_APOSTROPHES = str.maketrans("\u2019\u2018\u02bc\u0060\u00b4", "'" * 5)
 _BRACKETED = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>|\{[^}]*\}")
 _NUMBER = re.compile(r"\d+")
 
@@ -30,11 +31,11 @@ def normalise(text: str, language: str) -> str:
     Raises:
         TextError: nothing is said, or the words cannot be known.
     """
-    text = unicodedata.normalize("NFC", text).translate(_QUOTES)
+    text = unicodedata.normalize("NFC", text).translate(_APOSTROPHES)
     text = _without_brackets(text)
     text = _NUMBER.sub(lambda found: f" {_spell(found, language)} ", text)
     if language.partition("-")[0].lower() in ("tr", "az"):
-        text = text.replace("I", "ı").replace("İ", "i")
+        text = text.replace("I", "\u0131").replace("\u0130", "i")  # dotless and dotted i
     words = "".join(_kept(text, i) for i in range(len(text))).lower().split()
     if not words:
         raise TextError("no words", f"'{text.strip()}'")
@@ -93,9 +94,7 @@ def _kept(text: str, i: int) -> str:
         return character
     if category == "Cf":  # byte order mark, soft hyphen, joiners: never heard
         return ""
-    if category[0] in "SN" or character in "#*@&%§":
-        if character == "'":
-            return " "
+    if category[0] in "SN" or character in "#*@&%\u00a7":
         raise TextError("symbol that is said", f"'{character}'")
     return " "
 
