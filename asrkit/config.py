@@ -27,7 +27,7 @@ T = TypeVar("T")
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
     """Make a frozen, keyword-only, checked dataclass; unknown keys are errors."""
-    return pydantic_dataclass(cls, kw_only=True, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload, no-any-return]
+    return pydantic_dataclass(cls, kw_only=True, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload, return-value, unused-ignore]
 
 
 def resolve(cls: type[T], file: Path | None = None, overrides: Iterable[str] = ()) -> T:

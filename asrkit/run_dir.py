@@ -1,21 +1,20 @@
 """A run directory on disk: what a stage writes and the next stage, the evaluator and the exporter read.
 
-    config.yaml        the stage's resolved configuration
-    model.yaml         the model's spec
-    model.safetensors  the weights to use
-    tokenizer.model    sentencepiece model; tokens.txt beside it
-    lineage.yaml       every stage from the first, with digests
-    metrics.jsonl      one line a logged step
-    state/             what resuming needs
+config.yaml        the stage's resolved configuration
+model.yaml         the model's spec
+model.safetensors  the weights to use
+tokenizer.model    sentencepiece model; tokens.txt beside it
+lineage.yaml       every stage from the first, with digests
+metrics.jsonl      one line a logged step
+state/             what resuming needs
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,20 +49,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
         UserError: the disk is full or the place cannot be written; ``path`` is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The suffixes stay last: writers choose the format (.jsonl.gz) by them.
     temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error}); free some space or choose another place") from error
+        raise UserError(
+            f"{path}: cannot write ({error.strerror or error}); free some space or choose another place"
+        ) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -110,6 +109,12 @@ class RunDir:
         return load_file(self.path / WEIGHTS)
 
 
+def accepted_digests(entry: dict[str, Any], key: str = "weights_sha256") -> tuple[str | None, ...]:
+    """The digests a file of the run may have: a run that dies while it replaces its weights leaves the ones before,
+    which are as good."""
+    return entry.get(key), entry.get(f"previous_{key}")
+
+
 def open_run(path: Path) -> RunDir:
     """Read a run directory and check it against the digests of its own lineage.
 
@@ -121,15 +126,20 @@ def open_run(path: Path) -> RunDir:
         raise UserError(f"{path}: no such run directory; --from takes the --out of a training stage")
     missing = [name for name in (CONFIG, MODEL, WEIGHTS, TOKENIZER, LINEAGE) if not (path / name).is_file()]
     if missing:
-        raise UserError(f"{path}: not a complete run directory, missing {', '.join(missing)}; run the training stage to its first checkpoint")
+        raise UserError(
+            f"{path}: not a complete run directory, missing {', '.join(missing)}; run the training stage to its first checkpoint"
+        )
     lineage = read_yaml(path / LINEAGE)
     if not isinstance(lineage, list) or not lineage or not isinstance(lineage[-1], dict):
         raise UserError(f"{path / LINEAGE}: holds no stages; the file is damaged, train again or restore a copy")
     findings = []
-    for name, key in ((WEIGHTS, "weights_sha256"), (MODEL, "model_spec_sha256"), (TOKENIZER, "tokenizer_sha256")):
+    for name, key in (
+        (WEIGHTS, "weights_sha256"),
+        (MODEL, "model_spec_sha256"),
+        (TOKENIZER, "tokenizer_sha256"),
+    ):
         expected, found = lineage[-1].get(key), sha256_of(path / name)
-        # A run that dies while it replaces its weights leaves the ones before, which are as good.
-        if found not in (expected, lineage[-1].get(f"previous_{key}")):
+        if found not in accepted_digests(lineage[-1], key):
             findings.append(
                 f"{path / name}: digest {found[:12]} differs from {str(expected)[:12]} in {LINEAGE}; "
                 "the file is truncated, edited or of another run: restore it or train again"

@@ -21,7 +21,9 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
 
 
 def test_resolved_settings_round_trip() -> None:
-    settings = resolve(TrainBackboneConfig, None, ["model.subsampling_channels=[4, 16]", "data.noise=noise.jsonl.gz"])
+    settings = resolve(
+        TrainBackboneConfig, None, ["model.subsampling_channels=[4, 16]", "data.noise=noise.jsonl.gz"]
+    )
     plain = to_dict(settings)
     assert from_dict(TrainBackboneConfig, plain, "again") == settings
     assert digest(plain) == digest(to_dict(from_dict(TrainBackboneConfig, plain, "again")))
@@ -29,7 +31,11 @@ def test_resolved_settings_round_trip() -> None:
 
 def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        resolve(TrainBackboneConfig, None, ["training.stepz=20", "data.max_duration=-1", "model.siz=tiny", "seed=x"])
+        resolve(
+            TrainBackboneConfig,
+            None,
+            ["training.stepz=20", "data.max_duration=-1", "model.siz=tiny", "seed=x"],
+        )
     text = "\n".join(caught.value.lines)
     assert len(caught.value.lines) == 4
     assert "training.stepz" in text and "did you mean training.steps" in text
@@ -58,4 +64,7 @@ def test_impossible_sizes_are_refused() -> None:
 
 
 def test_differences_name_the_leaves() -> None:
-    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        "a.c: 2 -> 3",
+        "d: None -> 4",
+    ]

@@ -16,7 +16,14 @@ def small_model(**encoder: int) -> AsrModel:
     torch.manual_seed(0)
     spec = {
         "vocab_size": 11,
-        "encoder": {"dim": 16, "num_layers": 2, "feedforward_dim": 24, "kernel_size": 5, "subsampling_channels": [4, 6], **encoder},
+        "encoder": {
+            "dim": 16,
+            "num_layers": 2,
+            "feedforward_dim": 24,
+            "kernel_size": 5,
+            "subsampling_channels": [4, 6],
+            **encoder,
+        },
         "predictor": {"dim": 12},
         "joiner_dim": 14,
     }
@@ -61,8 +68,16 @@ def test_every_parameter_learns() -> None:
     from asrkit.training.objective import LossConfig, recogniser_loss
 
     model = small_model().train()
-    batch = Batch(torch.randn(2, 80, 80), torch.tensor([80, 61]), ["a", "b"], ["", ""], ["", ""], [0.8, 0.6],
-                  torch.tensor([[2, 3, 4], [5, 5, 0]]), torch.tensor([3, 2]))
+    batch = Batch(
+        torch.randn(2, 80, 80),
+        torch.tensor([80, 61]),
+        ["a", "b"],
+        ["", ""],
+        ["", ""],
+        [0.8, 0.6],
+        torch.tensor([[2, 3, 4], [5, 5, 0]]),
+        torch.tensor([3, 2]),
+    )
     output = recogniser_loss(model, batch, 5, LossConfig(backend="torch"))
     assert output.loss.shape == (2,) and output.count == 19 + 14
     output.loss.sum().backward()
@@ -75,15 +90,25 @@ def test_an_impossible_alignment_leaves_finite_gradients() -> None:
     from asrkit.training.objective import LossConfig, recogniser_loss
 
     model = small_model().train()
-    batch = Batch(torch.randn(2, 20, 80), torch.tensor([20, 20]), ["a", "b"], ["", ""], ["", ""], [0.2, 0.2],
-                  torch.tensor([[2, 2, 4, 5, 6], [5, 0, 0, 0, 0]]), torch.tensor([5, 1]))
+    batch = Batch(
+        torch.randn(2, 20, 80),
+        torch.tensor([20, 20]),
+        ["a", "b"],
+        ["", ""],
+        ["", ""],
+        [0.2, 0.2],
+        torch.tensor([[2, 2, 4, 5, 6], [5, 0, 0, 0, 0]]),
+        torch.tensor([5, 1]),
+    )
     output = recogniser_loss(model, batch, 5, LossConfig(backend="torch"))
     output.loss.sum().backward()
     assert int(output.parts["ctc_left_out"]) == 1
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize(("size", "millions"), [("tiny", 1.5), ("small", 4.9), ("medium", 24.8), ("large", 103.6)])
+@pytest.mark.parametrize(
+    ("size", "millions"), [("tiny", 1.5), ("small", 4.9), ("medium", 24.8), ("large", 103.6)]
+)
 def test_sizes(size: str, millions: float) -> None:
     with torch.no_grad():
         model = AsrModel(from_dict(ModelSpec, {"vocab_size": 500, **SIZES[size]}, "test"))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -61,7 +61,7 @@ def info(
 
 def summary(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories, in the order of the chain.")],
-    out: Annotated[Optional[Path], typer.Option(help="Also write the rows as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the rows as JSON.")] = None,
 ) -> None:
     """Put what a chain of stages achieved into one table.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 Overrides = Annotated[
-    Optional[list[str]], typer.Option("--set", help="Replace a setting: key.subkey=value. Repeatable.", show_default=False)
+    list[str] | None,
+    typer.Option("--set", help="Replace a setting: key.subkey=value. Repeatable.", show_default=False),
 ]
 
 
@@ -19,14 +20,19 @@ def register(app: typer.Typer) -> None:
 
 def train_backbone(
     manifest: Annotated[Path, typer.Option(help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory.")],
-    out: Annotated[Path, typer.Option(help="Run directory; repeated with the same settings, the run goes on.")],
-    dev: Annotated[Optional[Path], typer.Option(help="Cuts whose WER chooses the best weights.")] = None,
-    tokenizer: Annotated[Optional[Path], typer.Option(help="sentencepiece model; left out, one is trained.")] = None,
-    config: Annotated[Optional[Path], typer.Option(help="YAML file of settings.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Run directory; repeated with the same settings, the run goes on.")
+    ],
+    dev: Annotated[Path | None, typer.Option(help="Cuts whose WER chooses the best weights.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="sentencepiece model; left out, one is trained.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     overrides: Overrides = None,
-    seed: Annotated[Optional[int], typer.Option(help="Short for --set seed=N.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
     max_duration: Annotated[
-        Optional[float], typer.Option(help="Seconds of audio a step and process; short for --set data.max_duration=N.")
+        float | None,
+        typer.Option(help="Seconds of audio a step and process; short for --set data.max_duration=N."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -50,7 +56,14 @@ def train_backbone(
     changes += [f"seed={seed}"] if seed is not None else []
     changes += [f"data.max_duration={max_duration}"] if max_duration is not None else []
     try:
-        run(manifest, out, resolve(TrainBackboneConfig, config, changes), dev=dev, tokenizer=tokenizer, device=device)
+        run(
+            manifest,
+            out,
+            resolve(TrainBackboneConfig, config, changes),
+            dev=dev,
+            tokenizer=tokenizer,
+            device=device,
+        )
     except Interrupted as stop:
         typer.echo(f"stopped; the state is saved, the same command goes on from it ({out})", err=True)
         raise typer.Exit(stop.code) from None

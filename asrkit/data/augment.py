@@ -57,7 +57,9 @@ class AugmentConfig:
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
 
 
-def perturb_samples(samples: Tensor, settings: AugmentConfig, random: np.random.Generator, noise: Tensor | None) -> Tensor:
+def perturb_samples(
+    samples: Tensor, settings: AugmentConfig, random: np.random.Generator, noise: Tensor | None
+) -> Tensor:
     """Speed, silence, noise and volume of one recording: (num_samples,) -> (other num_samples,) at 16 kHz."""
     if settings.speed > 0:
         # Steps of 1 % keep the resampling filters few and short.
@@ -140,7 +142,9 @@ def _mel(hertz: Tensor) -> Tensor:
     return 1127.0 * torch.log1p(hertz / 700.0)
 
 
-def spec_augment(features: Tensor, feature_lens: Tensor, settings: SpecAugmentConfig, random: np.random.Generator) -> Tensor:
+def spec_augment(
+    features: Tensor, feature_lens: Tensor, settings: SpecAugmentConfig, random: np.random.Generator
+) -> Tensor:
     """Mask bands and stretches of each utterance with its mean, the whole batch at once: (B, T, F) -> (B, T, F).
 
     The number of time masks grows with the utterance (one for each ``time_mask_frames`` / ``max_time_fraction``
@@ -159,7 +163,9 @@ def spec_augment(features: Tensor, feature_lens: Tensor, settings: SpecAugmentCo
 
     if settings.num_frequency_masks and settings.frequency_mask_bins:
         widest = np.full(batch, settings.frequency_mask_bins + 1.0)
-        hidden |= spans(settings.num_frequency_masks, widest, np.full(batch, num_bins), num_bins).any(1)[:, None, :]
+        hidden |= spans(settings.num_frequency_masks, widest, np.full(batch, num_bins), num_bins).any(1)[
+            :, None, :
+        ]
     if settings.num_time_masks and settings.time_mask_frames and settings.max_time_fraction > 0:
         budget = settings.max_time_fraction * lens
         counts = np.clip(np.ceil(budget / settings.time_mask_frames), 1, settings.num_time_masks)

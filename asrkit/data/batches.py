@@ -32,11 +32,11 @@ from asrkit.data.augment import (
     vocal_tract_warp,
 )
 from asrkit.data.features import FRAME_SHIFT, LOG_EPS, NUM_MEL_BINS, fbank, resample
+from asrkit.data.manifests import text_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
 
-
-__all__ = ["LOG_EPS", "Batch", "BucketPlan", "CutTable", "DataConfig", "TrainBatches", "evaluation_batches"]
+__all__ = ["LOG_EPS", "Batch", "BucketPlan", "CutTable", "DataConfig", "TrainBatches", "evaluation_batches", "text_of"]
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,16 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         rank: added to the number of the accumulated part, gives the slice.
     """
 
-    def __init__(self, table: CutTable, plan: BucketPlan, slices: int, settings: DataConfig, tokenizer: Tokenizer,
-                 noise: CutTable | None, seed: int) -> None:
+    def __init__(
+        self,
+        table: CutTable,
+        plan: BucketPlan,
+        slices: int,
+        settings: DataConfig,
+        tokenizer: Tokenizer,
+        noise: CutTable | None,
+        seed: int,
+    ) -> None:
         self.table, self.plan, self.slices = table, plan, slices
         self.settings, self.tokenizer, self.noise, self.seed = settings, tokenizer, noise, seed
 
@@ -175,7 +183,9 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
             warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
             texts.append(" ".join(text_of(cut) for cut in joined))
-            symbols.append(self.tokenizer.encode(texts[-1], self.settings.bpe_dropout, seed=int(random.integers(1 << 31))))
+            symbols.append(
+                self.tokenizer.encode(texts[-1], self.settings.bpe_dropout, seed=int(random.integers(1 << 31)))
+            )
             features.append(item)
             cuts.append(joined[0])
         batch, lens = pad(features)
@@ -189,12 +199,16 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         for row, ids in enumerate(symbols):
             padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         durations = [len(item) * FRAME_SHIFT for item in features]
-        return Batch(batch, lens, [cut.id for cut in cuts], texts, [language_of(cut) for cut in cuts], durations,
-                     padded, symbol_lens)
-
-
-def text_of(cut: Cut) -> str:
-    return cut.supervisions[0].text or ""
+        return Batch(
+            batch,
+            lens,
+            [cut.id for cut in cuts],
+            texts,
+            [language_of(cut) for cut in cuts],
+            durations,
+            padded,
+            symbol_lens,
+        )
 
 
 def language_of(cut: Cut) -> str:
@@ -210,12 +224,18 @@ def cut_samples(cut: Cut) -> Tensor:
     try:
         samples = torch.from_numpy(np.ascontiguousarray(cut.load_audio())).float()
     except Exception as error:  # lhotse raises many kinds
-        raise UserError(f"cut {cut.id}: cannot read its audio ({' '.join(str(error).split())[:200]}); run `asrkit data check`") from error
+        raise UserError(
+            f"cut {cut.id}: cannot read its audio ({' '.join(str(error).split())[:200]}); run `asrkit data check`"
+        ) from error
     return resample(samples.mean(dim=0), cut.sampling_rate)
 
 
-def cut_features(cut: Cut, augment: AugmentConfig | None, random: np.random.Generator | None = None,
-                 noise: CutTable | None = None) -> Tensor:
+def cut_features(
+    cut: Cut,
+    augment: AugmentConfig | None,
+    random: np.random.Generator | None = None,
+    noise: CutTable | None = None,
+) -> Tensor:
     """(T, 80) features of a cut: precomputed when the manifest has them, else from its audio; perturbed on request.
 
     Raises:
@@ -224,14 +244,19 @@ def cut_features(cut: Cut, augment: AugmentConfig | None, random: np.random.Gene
     if cut.has_features:
         features = torch.from_numpy(cut.load_features())
         if features.shape[1] != NUM_MEL_BINS:
-            raise UserError(f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them")
+            raise UserError(
+                f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them"
+            )
     else:
         samples = cut_samples(cut)
         if augment is not None and random is not None:
             hum = None
             if random.uniform() < augment.noise_probability:
-                hum = (coloured_noise(len(samples), random) if noise is None
-                       else cut_samples(noise[int(random.integers(len(noise)))]))
+                hum = (
+                    coloured_noise(len(samples), random)
+                    if noise is None
+                    else cut_samples(noise[int(random.integers(len(noise)))])
+                )
             samples = perturb_samples(samples, augment, random, hum)
         features = fbank(samples)
     if augment is not None and random is not None and augment.tempo > 0:
@@ -253,14 +278,24 @@ def evaluation_batches(cuts: CutSet | Sequence[Cut], max_duration: float) -> Ite
 
 def _plain_batch(cuts: list[Cut]) -> Batch:
     features, lens = pad([cut_features(cut, None) for cut in cuts])
-    return Batch(features, lens, [cut.id for cut in cuts], [text_of(cut) for cut in cuts],
-                 [language_of(cut) for cut in cuts], [cut.duration for cut in cuts])
+    return Batch(
+        features,
+        lens,
+        [cut.id for cut in cuts],
+        [text_of(cut) for cut in cuts],
+        [language_of(cut) for cut in cuts],
+        [cut.duration for cut in cuts],
+    )
 
 
 def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each mel bin over (at most, evenly chosen) ``max_cuts`` cuts: (80,), (80,)."""
     chosen = np.unique(np.linspace(0, len(table) - 1, min(max_cuts, len(table))).astype(int))
-    count, total, squares = 0, torch.zeros(NUM_MEL_BINS, dtype=torch.float64), torch.zeros(NUM_MEL_BINS, dtype=torch.float64)
+    count, total, squares = (
+        0,
+        torch.zeros(NUM_MEL_BINS, dtype=torch.float64),
+        torch.zeros(NUM_MEL_BINS, dtype=torch.float64),
+    )
     for index in chosen:
         features = cut_features(table[int(index)], None).double()
         count += len(features)
@@ -272,14 +307,16 @@ def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, T
 
 def loader(batches: TrainBatches, places: Sequence[int], num_workers: int) -> Any:
     """A DataLoader over the given places, in order, prefetching in ``num_workers`` processes (0: in this one)."""
+    # Without worker processes torch 2 wants no prefetch_factor, and torch 1 its default.
+    options: dict[str, Any] = {"prefetch_factor": 4} if num_workers else {}
     return torch.utils.data.DataLoader(
         batches,
         batch_size=None,
-        sampler=places,  # type: ignore[arg-type]
+        sampler=places,
         num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None if torch.__version__ >= "2" else 2,
         worker_init_fn=_single_thread,
         generator=torch.Generator(),  # else it draws from the one that seeds dropout
+        **options,
     )
 
 

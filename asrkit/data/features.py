@@ -16,6 +16,7 @@ from asrkit.errors import UserError
 SAMPLE_RATE = 16000
 NUM_MEL_BINS = 80
 FRAME_SHIFT = 0.01
+SHORTEST = 400  # samples of one 25 ms window; less is filled up with silence
 LOG_EPS = math.log(1e-10)  # what silence is after the log; batches are padded with it
 
 
@@ -33,6 +34,8 @@ def fbank(samples: Tensor) -> Tensor:
     Returns:
         (T, 80) float32, one frame each 10 ms.
     """
+    if len(samples) < SHORTEST:
+        samples = torch.nn.functional.pad(samples, (0, SHORTEST - len(samples)))
     return torch.as_tensor(_extractor().extract(samples, SAMPLE_RATE))
 
 

@@ -27,14 +27,20 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         if not Path(path).is_file():
-            raise UserError(f"{path}: no such tokenizer; give a sentencepiece model or leave --tokenizer out to train one")
+            raise UserError(
+                f"{path}: no such tokenizer; give a sentencepiece model or leave --tokenizer out to train one"
+            )
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.Load(str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: not a sentencepiece model; train one by leaving --tokenizer out") from error
+            raise UserError(
+                f"{path}: not a sentencepiece model; train one by leaving --tokenizer out"
+            ) from error
         if self._model.IdToPiece(BLANK_ID) != "<blk>":
-            raise UserError(f"{path}: piece 0 is {self._model.IdToPiece(BLANK_ID)!r}, not <blk>; use a tokenizer made by asrkit")
+            raise UserError(
+                f"{path}: piece 0 is {self._model.IdToPiece(BLANK_ID)!r}, not <blk>; use a tokenizer made by asrkit"
+            )
         self.path = Path(path)
         self.vocab_size: int = self._model.GetPieceSize()
 
@@ -65,7 +71,9 @@ class Tokenizer:
     def missing_characters(self, text: str) -> set[str]:
         """The characters of ``text`` this tokenizer has no piece for."""
         pieces = self._model.Encode(text, out_type=str)
-        return {ch for piece in pieces if self._model.PieceToId(piece) == UNK_ID for ch in piece if ch != "\u2581"}
+        return {
+            ch for piece in pieces if self._model.PieceToId(piece) == UNK_ID for ch in piece if ch != "\u2581"
+        }
 
     def copy_to(self, path: Path) -> None:
         """Copy the model to ``path``, with tokens.txt beside it."""
@@ -96,28 +104,31 @@ def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, 
         raise UserError(
             f"tokenizer.vocab_size={vocab_size} is smaller than the {characters} characters of the text need; raise it or use tokenizer.kind=char"
         )
-    with atomic_write(out) as temporary:
-        with open(temporary, "wb") as file:
-            try:
-                sentencepiece.SentencePieceTrainer.Train(
-                    sentence_iterator=iter(sentences),
-                    model_writer=file,
-                    model_type=kind,
-                    vocab_size=vocab_size,
-                    hard_vocab_limit=False,
-                    character_coverage=1.0,
-                    unk_id=UNK_ID,
-                    pad_id=BLANK_ID,
-                    pad_piece="<blk>",
-                    bos_id=-1,
-                    eos_id=-1,
-                    minloglevel=2,
-                    max_sentence_length=1 << 16,
-                )
-            except RuntimeError as error:
-                if kind != "bpe" or "Vocabulary size" not in str(error):
-                    raise UserError(f"cannot train a {kind} tokenizer of {vocab_size} pieces: {error}") from error
-                raise UserError(f"tokenizer.vocab_size={vocab_size} is too high for this text; lower it or use tokenizer.kind=char") from error
+    with atomic_write(out) as temporary, open(temporary, "wb") as file:
+        try:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(sentences),
+                model_writer=file,
+                model_type=kind,
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,
+                character_coverage=1.0,
+                unk_id=UNK_ID,
+                pad_id=BLANK_ID,
+                pad_piece="<blk>",
+                bos_id=-1,
+                eos_id=-1,
+                minloglevel=2,
+                max_sentence_length=1 << 16,
+            )
+        except RuntimeError as error:
+            if kind != "bpe" or "Vocabulary size" not in str(error):
+                raise UserError(
+                    f"cannot train a {kind} tokenizer of {vocab_size} pieces: {error}"
+                ) from error
+            raise UserError(
+                f"tokenizer.vocab_size={vocab_size} is too high for this text; lower it or use tokenizer.kind=char"
+            ) from error
     tokenizer = Tokenizer(out)
     tokenizer.write_tokens(out.with_name("tokens.txt"))
     return tokenizer

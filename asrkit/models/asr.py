@@ -148,5 +148,7 @@ def load_model(run: RunDir) -> AsrModel:
     try:
         model.load_state_dict(run.weights(), strict=True)
     except RuntimeError as error:
-        raise UserError(f"{run.path}: weights and model.yaml disagree ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(
+            f"{run.path}: weights and model.yaml disagree ({' '.join(str(error).split())[:300]})"
+        ) from error
     return model.eval()

@@ -230,9 +230,7 @@ def k2_built_for() -> str:
     spec = importlib.util.find_spec("k2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         file = Path(folder) / "torch_version.py"
-        match = (
-            re.search(r'^k2_torch_version = "([\d.]+)', file.read_text(), re.M) if file.is_file() else None
-        )
+        match = re.search(r'^k2_torch_version = "([\d.]+)', file.read_text(), re.M) if file.is_file() else None
         if match:
             return match[1]
     match = re.search(r"torch(\d+\.\d+\.\d+)", _version("k2"))  # 1.24.4.dev20250715+cpu.torch2.7.1
@@ -308,19 +306,13 @@ def describe(checks: list[Check]) -> list[str]:
     lines = []
     for group in ("machine", "packages", "stages"):
         lines.append(f"{group}:")
-        lines += [
-            f"  {_mark(check)}  {check.name:<{width}}  {check.found}"
-            for check in checks
-            if check.group == group
-        ]
+        lines += [f"  {_mark(check)}  {check.name:<{width}}  {check.found}" for check in checks if check.group == group]
     fixes = [check for check in checks if check.fix and check.status != "ok"]
     if fixes:
         lines.append("to get what is missing:")
         for check in fixes:
             lines += [f"  {check.name}{'' if check.required else ' (optional)'}:", f"    {check.fix}"]
-    lines.append(
-        "asrkit can train here." if can_train(checks) else "asrkit cannot train here: mend what is marked NO."
-    )
+    lines.append("asrkit can train here." if can_train(checks) else "asrkit cannot train here: mend what is marked NO.")
     return lines
 
 

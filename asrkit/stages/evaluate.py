@@ -85,9 +85,7 @@ def evaluate(
         raise UserError.of(findings)
     cuts, warnings = checked
     methods = list(dict.fromkeys(methods))
-    directories = {
-        method: (out or run_path / "evaluation") / f"{_stem(manifest)}-{method}" for method in methods
-    }
+    directories = {method: (out or run_path / "evaluation") / f"{_stem(manifest)}-{method}" for method in methods}
     for directory in directories.values():
         _make(directory)
     scored, seconds = _decode(recogniser, cuts, methods, beam, max_duration)
@@ -146,9 +144,7 @@ def _usable(manifest: Path) -> tuple[CutSet, list[str]]:
     """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others."""
     cuts = open_cuts(manifest)
     found = find_bad_cuts(cuts, None, read_audio=True)
-    lines = {
-        finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}" for finding in found
-    }
+    lines = {finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}" for finding in found}
     fatal = [line for finding, line in lines.items() if finding.kind != "silent"]
     if fatal:
         raise UserError.of([*fatal, f"{manifest}: {len(fatal)} cuts cannot be decoded; mend or remove them"])
@@ -183,9 +179,7 @@ def _make(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{directory}: cannot write there ({error.strerror}); choose another --out"
-        ) from error
+        raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
 
 
 def _stem(manifest: Path) -> str:

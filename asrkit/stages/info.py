@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.errors import UserError
-from asrkit.run_dir import WEIGHTS, RunDir, open_run
+from asrkit.run_dir import WEIGHTS, RunDir, open_run, sha256_of
 
 
 def describe_run(path: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _bytes_of(dtype: str) -> int:
 
 def _evaluations(run: RunDir) -> list[dict[str, Any]]:
     """What ``evaluate`` left in the run directory; ``current`` where it was these very weights."""
-    weights = run.lineage[-1].get("weights_sha256")
+    weights = sha256_of(run.path / WEIGHTS)
     found = []
     for file in sorted(run.path.glob("evaluation/*/result.json")):
         try:

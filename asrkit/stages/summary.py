@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.errors import UserError
-from asrkit.run_dir import WEIGHTS, atomic_write, open_run
+from asrkit.run_dir import WEIGHTS, atomic_write, open_run, sha256_of
 
 
 def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[str, Any]]:
@@ -23,29 +23,31 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
     rows, findings = [], []
     for path in runs:
         run = open_run(path)
-        entry = run.lineage[-1]
+        entry, present = run.lineage[-1], sha256_of(path / WEIGHTS)
         results = [json.loads(file.read_text()) for file in sorted(path.glob("evaluation/*/result.json"))]
-        current = [result for result in results if result["weights_sha256"] == entry["weights_sha256"]]
+        current = [result for result in results if result["weights_sha256"] == present]
         if not current:
-            findings.append(f"{path}: not evaluated with its present weights; run `asrkit evaluate --from {path} --manifest ...`")
+            findings.append(
+                f"{path}: not evaluated with its present weights; run `asrkit evaluate --from {path} --manifest ...`"
+            )
         for result in current:
-            rows.append({
-                "stage": entry["stage"],
-                "configuration": "backbone",
-                "manifest": Path(result["manifest"]).name.split(".")[0],
-                "method": result["method"],
-                "wer": result["total"]["wer"],
-                "cer": result["total"]["cer"],
-                "words": result["total"]["words"],
-                "bytes": (path / WEIGHTS).stat().st_size,
-                "seconds": entry["seconds"],
-                "real_time_factor": result["real_time_factor"],
-            })
+            rows.append(
+                {
+                    "stage": entry["stage"],
+                    "configuration": "backbone",
+                    "manifest": Path(result["manifest"]).name.split(".")[0],
+                    "method": result["method"],
+                    "wer": result["total"]["wer"],
+                    "cer": result["total"]["cer"],
+                    "words": result["total"]["words"],
+                    "bytes": (path / WEIGHTS).stat().st_size,
+                    "seconds": entry["seconds"],
+                    "real_time_factor": result["real_time_factor"],
+                }
+            )
     if findings:
         raise UserError.of(findings)
     if out is not None:
         with atomic_write(out) as temporary:
             temporary.write_text(json.dumps(rows, indent=2) + "\n")
     return rows
-
-

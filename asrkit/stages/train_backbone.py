@@ -15,7 +15,6 @@ from asrkit.config import config, from_dict, to_dict
 from asrkit.data.batches import CutTable, DataConfig, feature_statistics, text_of
 from asrkit.data.manifests import open_cuts
 from asrkit.data.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
-from asrkit.errors import UserError
 from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.models.spec import Positive, Probability, Size
 from asrkit.run_dir import TOKENIZER
@@ -75,7 +74,11 @@ def model_spec(settings: BackboneConfig, vocab_size: int) -> ModelSpec:
         ModelSpec,
         {
             "vocab_size": vocab_size,
-            "encoder": {**encoder, "subsampling_channels": settings.subsampling_channels, "dropout": settings.dropout},
+            "encoder": {
+                **encoder,
+                "subsampling_channels": settings.subsampling_channels,
+                "dropout": settings.dropout,
+            },
             "predictor": {
                 "dim": settings.predictor_dim or preset["predictor"]["dim"],
                 "context_size": settings.context_size,
@@ -88,8 +91,14 @@ def model_spec(settings: BackboneConfig, vocab_size: int) -> ModelSpec:
 
 
 def train_backbone(
-    manifest: Path, out: Path, settings: TrainBackboneConfig, *, dev: Path | None = None,
-    tokenizer: Path | None = None, device: str = "auto", command: str = "",
+    manifest: Path,
+    out: Path,
+    settings: TrainBackboneConfig,
+    *,
+    dev: Path | None = None,
+    tokenizer: Path | None = None,
+    device: str = "auto",
+    command: str = "",
 ) -> Path:
     """Train a backbone, or go on with a run that was interrupted; returns ``out``.
 
@@ -108,8 +117,7 @@ def train_backbone(
             every = [cut for cuts in (main, *others) for cut in cuts]
             pieces = _tokenizer(world, out, tokenizer, every, settings.tokenizer)
             main, *others = (
-                usable_cuts(cuts, pieces, settings.bad_cuts, run, read_audio=True)
-                for cuts in (main, *others)
+                usable_cuts(cuts, pieces, settings.bad_cuts, run, read_audio=True) for cuts in (main, *others)
             )
             dev_cuts = None if dev is None else usable_cuts(open_cuts(dev), None, settings.bad_cuts, run)
             table = CutTable(chain(*[main] * settings.data.repeat, *others))
@@ -124,22 +132,43 @@ def train_backbone(
                 model.encoder.normalise.mean.copy_(mean)
                 model.encoder.normalise.std.copy_(std)
             run.describe(to_dict(model.spec), table, world)
-            measure = None if dev_cuts is None else dev_measure(
-                dev_cuts, pieces, world.device, settings.data.max_duration, settings.dev_max_cuts,
-                "greedy" if settings.loss.transducer_scale > 0 else "ctc")
+            measure = (
+                None
+                if dev_cuts is None
+                else dev_measure(
+                    dev_cuts,
+                    pieces,
+                    world.device,
+                    settings.data.max_duration,
+                    settings.dev_max_cuts,
+                    "greedy" if settings.loss.transducer_scale > 0 else "ctc",
+                )
+            )
             task = Task(
                 model=model,
                 loss=lambda model, batch, step: recogniser_loss(model, batch, step, settings.loss),
-                batches=run.batches(table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world),
+                batches=run.batches(
+                    table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world
+                ),
                 measure=measure,
                 publish=lambda average, step, metrics: run.publish(average, step, metrics),
             )
-            train(task, out, settings.training, settings.data.num_workers, settings.seed, run.config_sha256, world)
+            train(
+                task,
+                out,
+                settings.training,
+                settings.data.num_workers,
+                settings.seed,
+                run.config_sha256,
+                world,
+            )
             run.finish()
     return out
 
 
-def _tokenizer(world: World, out: Path, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig) -> Tokenizer:
+def _tokenizer(
+    world: World, out: Path, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig
+) -> Tokenizer:
     """The run's tokenizer: what is there already, else a copy of the given one, else one trained on the texts."""
     path = out / TOKENIZER
     if world.is_main and not path.is_file():

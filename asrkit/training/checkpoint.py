@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ class Progress:
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def save_state(run: Path, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+def save_state(
+    run: Path, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+) -> None:
     """Write ``state/latest.safetensors`` atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
@@ -76,14 +79,25 @@ def load_state(run: Path, model: nn.Module, average: nn.Module, optimiser: torch
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write a model's parameters and buffers, float32, atomically."""
     with atomic_write(path) as temporary:
-        _save({name: t.detach().float().cpu().contiguous().clone() for name, t in model.state_dict().items()}, temporary, {})
+        _save(
+            {name: t.detach().float().cpu().contiguous().clone() for name, t in model.state_dict().items()},
+            temporary,
+            {},
+        )
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
         save_file(tensors, path, metadata)
+        path.chmod(0o666 & ~_umask())  # it writes files that only their owner may read
     except SafetensorError as error:  # it wraps the operating system's error in its own
         raise OSError(None, str(error)) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -49,8 +49,12 @@ class RunLog:
                 self.note("no TensorBoard events: pip install tensorboard, or set training.tensorboard=false")
         if self._console.is_terminal:
             self._display = Display(
-                TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[text]}"), console=self._console,
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
             )
             self._bar = self._display.add_task("", total=self._settings.steps, completed=self._start, text="")
             self._display.start()
@@ -59,7 +63,9 @@ class RunLog:
         self._clock = time.monotonic()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._display is not None:
             self._display.stop()
         if self._writer is not None:
@@ -110,12 +116,20 @@ class RunLog:
             self._display.update(self._bar, text=text)
         else:
             left = (self._settings.steps - progress.step) * elapsed / max(1.0, steps)
-            self.note(f"step {progress.step}/{self._settings.steps}  epoch {row['epoch']:.1f}  {text}  left {left / 60:.1f} min")
+            self.note(
+                f"step {progress.step}/{self._settings.steps}  epoch {row['epoch']:.1f}  {text}  left {left / 60:.1f} min"
+            )
 
     def dev(self, progress: Progress, measured: dict[str, float], seconds: float) -> None:
         """Write a dev measurement."""
-        self._write({"step": progress.step, **{f"dev_{k}": v for k, v in measured.items()},
-                     "timing": {"seconds": round(seconds, 2)}}, "dev")
+        self._write(
+            {
+                "step": progress.step,
+                **{f"dev_{k}": v for k, v in measured.items()},
+                "timing": {"seconds": round(seconds, 2)},
+            },
+            "dev",
+        )
         best = "  best so far" if progress.best.get("step") == progress.step else f"  best {progress.best['wer']:.2%}"
         self.note(f"step {progress.step}: dev WER {measured['wer']:.2%}{best}")
         self._clock = time.monotonic()
@@ -124,8 +138,10 @@ class RunLog:
         """Write that a step was left out, with every cut; the screen shows the first ten."""
         self._write({"step": step, "skipped_cuts": cut_ids}, "train")
         more = f" and {len(cut_ids) - 10} more (metrics.jsonl names all)" if len(cut_ids) > 10 else ""
-        self.note(f"step {step}: loss or gradient is not finite, the weights stay as they were; "
-                  f"cuts {', '.join(cut_ids[:10])}{more}")
+        self.note(
+            f"step {step}: loss or gradient is not finite, the weights stay as they were; "
+            f"cuts {', '.join(cut_ids[:10])}{more}"
+        )
 
     def _write(self, row: dict[str, Any], group: str) -> None:
         if not self._active:

@@ -93,7 +93,15 @@ def resolve_precision(settings: TrainingConfig, device: torch.device) -> torch.d
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
-def train(task: Task, run: Path, settings: TrainingConfig, num_workers: int, seed: int, config_sha256: str, world: World) -> Progress:
+def train(
+    task: Task,
+    run: Path,
+    settings: TrainingConfig,
+    num_workers: int,
+    seed: int,
+    config_sha256: str,
+    world: World,
+) -> Progress:
     """Train to ``settings.steps``, resuming from ``run`` when it holds a state.
 
     Raises:
@@ -119,8 +127,11 @@ def train(task: Task, run: Path, settings: TrainingConfig, num_workers: int, see
     if scaler is not None and progress.scaler:
         scaler.load_state_dict(progress.scaler)
     start = progress.step
-    places = [step * slices + world.size * part + world.rank
-              for step in range(start, settings.steps) for part in range(settings.accumulate)]
+    places = [
+        step * slices + world.size * part + world.rank
+        for step in range(start, settings.steps)
+        for part in range(settings.accumulate)
+    ]
     log = RunLog(run, settings, start, task.batches.plan.steps_per_epoch, world.is_main)
     began, shadow = time.monotonic() - progress.seconds, _Shadow(model, average)
 
@@ -189,8 +200,15 @@ class _Done:
     bad_cut_ids: list[str] = field(default_factory=list)
 
 
-def _accumulate(task: Task, model: nn.Module, source: Iterator[tuple[Batch, float]], step: int, parts: int,
-                dtype: torch.dtype, scaler: Any) -> _Done:
+def _accumulate(
+    task: Task,
+    model: nn.Module,
+    source: Iterator[tuple[Batch, float]],
+    step: int,
+    parts: int,
+    dtype: torch.dtype,
+    scaler: Any,
+) -> _Done:
     done = _Done()
     for _ in range(parts):
         batch, waited = next(source)
@@ -202,7 +220,9 @@ def _accumulate(task: Task, model: nn.Module, source: Iterator[tuple[Batch, floa
         (scaler.scale(total) if scaler is not None else total).backward()
         finite = output.loss.detach().isfinite()
         if not bool(finite.all()):
-            done.bad_cut_ids += [cut_id for cut_id, fine in zip(batch.cut_ids, finite.tolist(), strict=True) if not fine]
+            done.bad_cut_ids += [
+                cut_id for cut_id, fine in zip(batch.cut_ids, finite.tolist(), strict=True) if not fine
+            ]
         done.count += output.count
         done.audio += sum(batch.durations)
         done.waited += waited
@@ -224,7 +244,9 @@ def _skip(progress: Progress, settings: TrainingConfig, done: _Done, step: int, 
         )
 
 
-def _measure(task: Task, average: nn.Module, progress: Progress, settings: TrainingConfig, world: World, log: RunLog) -> None:
+def _measure(
+    task: Task, average: nn.Module, progress: Progress, settings: TrainingConfig, world: World, log: RunLog
+) -> None:
     measured: dict[str, float] = {}
     if world.is_main and task.measure is not None:
         began = time.monotonic()
@@ -242,7 +264,9 @@ def _measure(task: Task, average: nn.Module, progress: Progress, settings: Train
 def _share_sums(world: World, progress: Progress) -> None:
     if world.size > 1:
         names = sorted(progress.sums)
-        values = all_sum(world, torch.tensor([progress.sums[n] for n in names], dtype=torch.float64, device=world.device))
+        values = all_sum(
+            world, torch.tensor([progress.sums[n] for n in names], dtype=torch.float64, device=world.device)
+        )
         shared = {"count", "audio", "steps", "gradient_norm"}  # already of the whole world
         for name, value in zip(names, values.tolist(), strict=True):
             progress.sums[name] = value / world.size if name in shared else value
@@ -252,9 +276,13 @@ class _Shadow:
     """The running average of the weights: average += (1 - decay) (weights - average), buffers copied."""
 
     def __init__(self, model: nn.Module, average: nn.Module) -> None:
-        pairs = [(mine, theirs) for mine, theirs in zip(average.parameters(), model.parameters(), strict=True)
-                 if theirs.requires_grad]
-        self._average, self._weights = [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
+        pairs = [
+            (mine, theirs)
+            for mine, theirs in zip(average.parameters(), model.parameters(), strict=True)
+            if theirs.requires_grad
+        ]
+        self._average: list[torch.Tensor] = [mine for mine, _ in pairs]
+        self._weights: list[torch.Tensor] = [theirs for _, theirs in pairs]
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
@@ -262,7 +290,9 @@ class _Shadow:
         torch._foreach_add_(self._average, self._weights, alpha=1 - decay)
 
 
-def _fetch(batches: TrainBatches, places: Sequence[int], num_workers: int, device: torch.device) -> Iterator[tuple[Batch, float]]:
+def _fetch(
+    batches: TrainBatches, places: Sequence[int], num_workers: int, device: torch.device
+) -> Iterator[tuple[Batch, float]]:
     """Batches on the device, each with the seconds training waited for it."""
     source = iter(loader(batches, places, num_workers))
     while True:
@@ -271,11 +301,16 @@ def _fetch(batches: TrainBatches, places: Sequence[int], num_workers: int, devic
             batch = next(source)
         except StopIteration:
             return
-        yield replace(
-            batch,
-            **{name: getattr(batch, name).to(device, non_blocking=True)
-               for name in ("features", "feature_lens", "symbols", "symbol_lens")},
-        ), time.monotonic() - began
+        yield (
+            replace(
+                batch,
+                **{
+                    name: getattr(batch, name).to(device, non_blocking=True)
+                    for name in ("features", "feature_lens", "symbols", "symbol_lens")
+                },
+            ),
+            time.monotonic() - began,
+        )
 
 
 def _mix(*numbers: int) -> int:

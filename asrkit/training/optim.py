@@ -54,13 +54,8 @@ def make_optimiser(parameters: Iterable[nn.Parameter], settings: OptimiserConfig
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.peak_learning_rate,
-        betas=settings.betas,
-        eps=1e-8,
-        foreach=True,
-    )
+    options: dict[str, Any] = {"lr": settings.peak_learning_rate, "betas": settings.betas, "foreach": True}
+    return torch.optim.AdamW([group for group in groups if group["params"]], **options)
 
 
 class ScaledAdam(torch.optim.Optimizer):
@@ -72,8 +67,14 @@ class ScaledAdam(torch.optim.Optimizer):
     Source: Zipformer (arXiv 2310.11230), section 3.5; eta = 0.1.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.98),
-                 eps: float = 1e-8, scale_rate: float = 0.1) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        scale_rate: float = 0.1,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "scale_rate": scale_rate})
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        grads = [p.grad for p in weights]
+        grads = [p.grad for p in weights if p.grad is not None]
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight] = {

@@ -22,8 +22,23 @@ from asrkit.config import differences, digest
 from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, evaluation_batches
 from asrkit.data.checks import Finding, find_bad_cuts
 from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import TorchAcousticModel
+from asrkit.decoding.evaluation import measure_wer
+from asrkit.decoding.search import Method
 from asrkit.errors import UserError
-from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, TOKENS, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.models.asr import AsrModel
+from asrkit.run_dir import (
+    CONFIG,
+    LINEAGE,
+    MODEL,
+    TOKENIZER,
+    TOKENS,
+    WEIGHTS,
+    open_run,
+    read_yaml,
+    sha256_of,
+    write_yaml,
+)
 from asrkit.training.checkpoint import STATE_FILE, save_weights
 from asrkit.training.distributed import World, broadcast_object
 
@@ -48,31 +63,54 @@ class RunWriter:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, stage: str, settings: dict[str, Any], inputs: dict[str, Path | None], command: str,
-             world: World, parent: Path | None = None) -> Iterator[RunWriter]:
+    def open(
+        cls,
+        path: Path,
+        stage: str,
+        settings: dict[str, Any],
+        inputs: dict[str, Path | None],
+        command: str,
+        world: World,
+        parent: Path | None = None,
+    ) -> Iterator[RunWriter]:
         """Claim ``path`` for ``stage``; an earlier run of the very same settings and inputs is continued.
 
         Raises:
             UserError: another process trains there, or what lies there is of another stage, settings or inputs.
         """
-        missing = [f"{file}: no such file (--{name})" for name, file in inputs.items() if file is not None and not file.exists()]
+        missing = [
+            f"{file}: no such file (--{name})"
+            for name, file in inputs.items()
+            if file is not None and not file.exists()
+        ]
         if missing:
             raise UserError.of(missing)
         manifests = {name: str(file) for name, file in inputs.items() if file is not None}
         content = {"stage": stage, **settings, "inputs": manifests}
         with _lock(path, world):
             existing = _existing(path, stage, content)
-            run = cls(path, stage, digest(content), existing is None or not (path / "state" / STATE_FILE).is_file(),
-                      (path / DONE).is_file(), world)
+            run = cls(
+                path,
+                stage,
+                digest(content),
+                existing is None or not (path / "state" / STATE_FILE).is_file(),
+                (path / DONE).is_file(),
+                world,
+            )
             run.lineage = [] if parent is None else open_run(parent).lineage
-            run.lineage = [*run.lineage, {
-                "stage": stage,
-                "command": command or " ".join(["asrkit", *sys.argv[1:]]),
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "config_sha256": run.config_sha256,
-                "manifests": {str(file): sha256_of(file) for file in inputs.values() if file is not None and file.is_file()},
-                "versions": _versions(),
-            }]
+            run.lineage = [
+                *run.lineage,
+                {
+                    "stage": stage,
+                    "command": command or " ".join(["asrkit", *sys.argv[1:]]),
+                    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "config_sha256": run.config_sha256,
+                    "manifests": {
+                        str(file): sha256_of(file) for file in inputs.values() if file is not None and file.is_file()
+                    },
+                    "versions": _versions(),
+                },
+            ]
             if world.is_main and existing is None:
                 write_yaml(path / CONFIG, content)
             if not run.fresh and (path / LEFT_OUT).is_file():
@@ -98,11 +136,21 @@ class RunWriter:
             write_yaml(self.path / MODEL, spec)
             if self.fresh and self.left_out:
                 write_yaml(self.path / LEFT_OUT, self.left_out)
-            self.note(f"{self.path}: {len(table)} utterances, {table.durations.sum() / 60:.1f} min, "
-                      f"vocabulary {spec['vocab_size']}, {world.size} process(es) on {world.device}")
+            self.note(
+                f"{self.path}: {len(table)} utterances, {table.durations.sum() / 60:.1f} min, "
+                f"vocabulary {spec['vocab_size']}, {world.size} process(es) on {world.device}"
+            )
 
-    def batches(self, table: CutTable, data: DataConfig, tokenizer: Tokenizer, noise: CutTable | None,
-                accumulate: int, seed: int, world: World) -> TrainBatches:
+    def batches(
+        self,
+        table: CutTable,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        noise: CutTable | None,
+        accumulate: int,
+        seed: int,
+        world: World,
+    ) -> TrainBatches:
         """The stage's training batches, every step shared by all processes and accumulated parts."""
         slices = world.size * accumulate
         # What the slowest perturbation makes of a batch still fits; joins count as they come on average.
@@ -139,7 +187,9 @@ class RunWriter:
             (self.path / DONE).write_text("")
 
 
-def usable_cuts(cuts: CutSet, tokenizer: Tokenizer | None, policy: str, run: RunWriter, read_audio: bool = False) -> CutSet:
+def usable_cuts(
+    cuts: CutSet, tokenizer: Tokenizer | None, policy: str, run: RunWriter, read_audio: bool = False
+) -> CutSet:
     """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says.
 
     A resumed run leaves out what the run left out when it began, without looking again.
@@ -152,8 +202,10 @@ def usable_cuts(cuts: CutSet, tokenizer: Tokenizer | None, policy: str, run: Run
         found = find_bad_cuts(cuts, tokenizer, read_audio=read_audio) if run.world.is_main else []
         findings = broadcast_object(run.world, found)  # type: ignore[assignment]
     if findings and policy == "refuse":
-        raise UserError.of([f"cut {f.cut_id}: {f.kind}: {f.detail}" for f in findings]
-                           + [f"{len(findings)} unusable cuts: mend the manifest, or leave them out with --set bad_cuts=skip"])
+        raise UserError.of(
+            [f"cut {f.cut_id}: {f.kind}: {f.detail}" for f in findings]
+            + [f"{len(findings)} unusable cuts: mend the manifest, or leave them out with --set bad_cuts=skip"]
+        )
     for finding in findings:
         run.note(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}")
         run.left_out[finding.cut_id] = f"{finding.kind}: {finding.detail}"
@@ -163,18 +215,18 @@ def usable_cuts(cuts: CutSet, tokenizer: Tokenizer | None, policy: str, run: Run
     return kept
 
 
-def dev_measure(cuts: CutSet, tokenizer: Tokenizer, device: Any, max_duration: float, max_cuts: int,
-                method: str) -> Callable[[nn.Module], dict[str, float]]:
+def dev_measure(
+    cuts: CutSet, tokenizer: Tokenizer, device: Any, max_duration: float, max_cuts: int, method: Method
+) -> Callable[[nn.Module], dict[str, float]]:
     """A function from a model to its dev WER and CER, on the first ``max_cuts`` cuts by a fixed, even choice."""
-    from asrkit.decoding.acoustic import TorchAcousticModel
-    from asrkit.decoding.evaluation import measure_wer
-
     every = list(cuts)
     chosen = every[:: -(-len(every) // max_cuts)]
 
     def measure(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, AsrModel)
         words, characters, _ = measure_wer(
-            TorchAcousticModel(model), evaluation_batches(chosen, max_duration), tokenizer, method=method)  # type: ignore[arg-type]
+            TorchAcousticModel(model), evaluation_batches(chosen, max_duration), tokenizer, method=method
+        )  # type: ignore[arg-type]
         return {"wer": words.rate, "cer": characters.rate}
 
     return measure
@@ -209,15 +261,19 @@ def _existing(path: Path, stage: str, content: dict[str, Any]) -> dict[str, Any]
     if not (path / CONFIG).is_file():
         strangers = [item.name for item in path.iterdir() if item.name != ".lock" and not item.name.startswith(".tmp-")]
         if strangers:
-            raise UserError(f"{path}: holds other files ({', '.join(sorted(strangers)[:3])}) and no run; choose another --out")
+            raise UserError(
+                f"{path}: holds other files ({', '.join(sorted(strangers)[:3])}) and no run; choose another --out"
+            )
         return None
     found = read_yaml(path / CONFIG)
     if not isinstance(found, dict) or found.get("stage") != stage:
         other = found.get("stage") if isinstance(found, dict) else "unknown"
         raise UserError(f"{path}: is a run of {other}, not of {stage}; choose another --out")
     if changed := differences(found, content):
-        raise UserError.of([f"{path}: was begun with other settings: {line}" for line in changed]
-                           + [f"{path}: repeat the settings to resume, or choose another --out"])
+        raise UserError.of(
+            [f"{path}: was begun with other settings: {line}" for line in changed]
+            + [f"{path}: repeat the settings to resume, or choose another --out"]
+        )
     return found
 
 
@@ -233,4 +289,9 @@ def _versions() -> dict[str, str]:
     import lhotse
     import torch
 
-    return {"asrkit": __version__, "python": platform.python_version(), "torch": str(torch.__version__), "lhotse": lhotse.__version__}
+    return {
+        "asrkit": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "lhotse": lhotse.__version__,
+    }

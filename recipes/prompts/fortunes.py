@@ -1,6 +1,6 @@
 """English sentences for espeak-ng to read: Debian's `fortunes` package, one sentence of 3 to 12 words a line.
 
-    python fortunes.py --out data/fortunes.txt
+python fortunes.py --out data/fortunes.txt
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def sentences(raw: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("data/cache"))
     arguments = parser.parse_args()
