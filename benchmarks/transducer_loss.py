@@ -4,7 +4,8 @@ A batch holds 10,000 encoder frames (T' after subsampling by 4, summed over the 
 loss sees, and what gives memory of the size published with Kuang et al. 2022). Batches are sorted by
 duration: lengths differ by at most a tenth. A step is the joiner (tanh, then a linear layer to the
 vocabulary) and the loss, from projected encoder and predictor outputs. Every case runs in its own process, so
-that its peak memory, above that of the inputs, is its own; cases take turns; medians are printed.
+that its peak memory, above that of the inputs, is its own; cases take turns; medians are printed. On a shared
+machine compare the CPU seconds, which waiting for a core does not lengthen.
 
     python benchmarks/transducer_loss.py
     python benchmarks/transducer_loss.py --shape 200x50 --loss k2-pruned --loss torch-pruned --repeats 5
@@ -63,7 +64,7 @@ def main() -> None:
     print(f"V {options.vocab_size}, J {options.joiner_dim}, S {options.prune_range}, float32")
     print(
         f"{'device':6} {'T x U':>9} {'batch':>5}  {'loss':12} "
-        f"{'seconds':>8} {'min':>8} {'max':>8} {'peak MB':>8}"
+        f"{'seconds':>8} {'min':>8} {'max':>8} {'CPU s':>8} {'peak MB':>8}"
     )
     for device in devices:
         for shape in options.shape or SHAPES:
@@ -81,8 +82,9 @@ def summary(found: list[dict]) -> str:
     if failed:
         return failed[0]
     seconds = [second for one in found for second in one["seconds"]]
+    cpu = statistics.median(second for one in found for second in one["cpu_seconds"])
     peak = statistics.median(one["peak_mb"] for one in found)
-    return f"{statistics.median(seconds):8.3f} {min(seconds):8.3f} {max(seconds):8.3f} {peak:8.0f}"
+    return f"{statistics.median(seconds):8.3f} {min(seconds):8.3f} {max(seconds):8.3f} {cpu:8.3f} {peak:8.0f}"
 
 
 def run_alone(options: argparse.Namespace, case: str) -> dict:
@@ -108,14 +110,19 @@ def measure(options: argparse.Namespace, device: str, shape: str, loss: str) -> 
     frames, symbols = (int(x) for x in shape.split("x"))
     step = make_step(options, device, frames, symbols, loss)
     before = peak_bytes(device)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(options.steps + 1):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         step()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[1:], "peak_mb": (peak_bytes(device) - before) / 1e6}
+        cpu_seconds.append(time.process_time() - cpu_start)
+    return {
+        "seconds": seconds[1:],
+        "cpu_seconds": cpu_seconds[1:],
+        "peak_mb": (peak_bytes(device) - before) / 1e6,
+    }
 
 
 def peak_bytes(device: str) -> int:
