@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from asrkit.errors import UserError
+
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
@@ -25,18 +27,18 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="data")
 
 
-def _one_of(value: str, *choices: str) -> str:
+def _one_of(option: str, value: str, *choices: str) -> str:
     if value not in choices:
-        raise typer.BadParameter(f"{value}: choose from {', '.join(choices)}")
+        raise UserError(f"{option} {value}: choose from {', '.join(choices)}")
     return value
 
 
 def _text_style(value: str) -> str:
-    return _one_of(value, "words", "raw")
+    return _one_of("--text", value, "words", "raw")
 
 
 def _band(value: str) -> str:
-    return _one_of(value, "wide", "telephone")
+    return _one_of("--band", value, "wide", "telephone")
 
 
 def _list(value: str) -> frozenset[str]:
@@ -132,15 +134,15 @@ def import_(
     """
     from asrkit.data.importing import Splitting, import_recordings
 
-    _one_of(bad, "refuse", "skip")
-    _one_of(split, "auto", "column", "hash", "none")
+    _one_of("--bad", bad, "refuse", "skip")
+    _one_of("--split", split, "auto", "column", "hash", "none")
     if (test or dev) and not split_by:
-        raise typer.BadParameter("--test and --dev list values of a column; name it with --split-by")
+        raise UserError("--test and --dev list values of a column; name it with --split-by")
     conditions = {}
     for condition in where or []:
         name, equals, values = condition.partition("=")
         if not equals:
-            raise typer.BadParameter(f"--where {condition}: write column=value")
+            raise UserError(f"--where {condition}: write column=value")
         conditions[name] = _list(values)
     made = import_recordings(
         source,
@@ -224,9 +226,7 @@ def synthesise(
     if len(files) == 1:
         files *= len(lang)
     if not files or len(files) != len(lang):
-        raise typer.BadParameter(
-            f"{len(files)} --text and --manifest for {len(lang)} --lang; give one language for each"
-        )
+        raise UserError(f"{len(files)} --text and --manifest for {len(lang)} --lang; give one language for each")
     made = run(
         list(zip(files, lang, strict=True)),
         out,

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 
 from asrkit.data.features import SAMPLE_RATE, resample
@@ -35,12 +36,13 @@ _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
 
 @dataclass(frozen=True)
 class Draw:
-    """How one utterance is said: words a minute, pitch and its range in 0..100 (50 is the voice's own)."""
+    """How one utterance is said: words a minute, pitch and its range in 0..100 (50 is the voice's own), seed of its noise."""
 
     voice: str
     rate: int
     pitch: int
     pitch_range: int
+    seed: int
 
 
 @dataclass
@@ -118,10 +120,8 @@ def synthesise(
             if seconds >= minutes * 60:
                 break
             random = np.random.default_rng((seed, number))
-            draw = Draw(
-                str(random.choice(mine)),
-                *(int(random.integers(*limits)) for limits in ((130, 211), (25, 81), (25, 81))),
-            )
+            limits = ((130, 211), (25, 81), (25, 81), (0, 1 << 31))
+            draw = Draw(str(random.choice(mine)), *(int(random.integers(*pair)) for pair in limits))
             samples, rate = speaker.say(text, draw)
             seconds += len(samples) / rate
             cut_id = f"syn-{language}-{number:06d}"
@@ -206,9 +206,10 @@ def _store(
     out: Path, cut_id: str, samples: np.ndarray, rate: int, text: str, language: str, draw: Draw, band: str
 ) -> Cut:
     wave = torch.from_numpy(samples.astype(np.float32) / 2**15)
+    wave = resample(wave, rate)
     if band == "telephone":
-        wave, rate = resample(wave, rate, TELEPHONE_RATE), TELEPHONE_RATE
-    wave = resample(wave, rate).clamp(-1, 1)
+        wave = _steep(TELEPHONE_RATE, SAMPLE_RATE)(_steep(SAMPLE_RATE, TELEPHONE_RATE)(wave))
+    wave = wave.clamp(-1, 1)
     audio = out / "audio" / f"{cut_id}.flac"
     audio.parent.mkdir(parents=True, exist_ok=True)
     # Not atomic, as fsync takes longer than all the rest: the manifest, written last, is what makes a file count.
@@ -223,6 +224,12 @@ def _store(
         speaker=draw.voice,
         custom={"synthetic": asdict(draw)},
     )
+
+
+@cache
+def _steep(rate: int, new_rate: int) -> Resample:
+    """A resampler with a longer filter than lhotse's default, which lets a third of the band above through."""
+    return Resample(rate, new_rate, lowpass_filter_width=64)
 
 
 class _Espeak:
@@ -246,6 +253,7 @@ class _Espeak:
         self.use(draw.voice)
         for parameter, value in ((_RATE, draw.rate), (_PITCH, draw.pitch), (_RANGE, draw.pitch_range)):
             self._library.espeak_SetParameter(parameter, value, 0)
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(draw.seed))
         self._pieces.clear()
         encoded = text.encode() + b"\0"
         if self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, _UTF8, None, None) != 0 or not self._pieces:
