@@ -33,12 +33,16 @@ def held_out(folder, *said):
     return folder / "test.jsonl.gz"
 
 
+def drawn(cut):
+    return cut.supervisions[0].text, cut.supervisions[0].custom
+
+
 def test_speech_of_the_texts(texts, tmp_path):
     pytest.importorskip("espeakng_loader")
     test = held_out(tmp_path, "Please hang up.")
     made = synthesise([(texts, "en")], tmp_path / "out", minutes=0.5, exclude=[test])
     cuts = list(open_cuts(tmp_path / "out" / "train.jsonl.gz"))
-    assert cuts == made.cuts
+    assert made is not None and cuts == made.cuts
     assert (made.texts, made.unusable, made.excluded) == (4, 1, 1)
     assert {text_of(cut) for cut in cuts} == {
         "press one to go on", "you have two messages", "please go on", "hang up to go home"
@@ -50,9 +54,10 @@ def test_speech_of_the_texts(texts, tmp_path):
     assert synthesise([(texts, "en")], tmp_path / "out", minutes=0.5, exclude=[test]) is None
     again = synthesise([(texts, "en")], tmp_path / "again", minutes=0.5, exclude=[test])
     # Not the samples: the phase espeak-ng starts with is where it stopped before. A new process gives those too.
-    assert [(c.supervisions, c.num_samples) for c in again.cuts] == [(c.supervisions, c.num_samples) for c in cuts]
+    assert again is not None
+    assert [drawn(cut) for cut in again.cuts] == [drawn(cut) for cut in cuts]
     other = synthesise([(texts, "en")], tmp_path / "other", minutes=0.1, seed=1)
-    assert other.cuts[0].supervisions[0].custom != cuts[0].supervisions[0].custom
+    assert other is not None and drawn(other.cuts[0]) != drawn(cuts[0])
 
 
 def test_telephone_band_has_nothing_above_4_khz(texts, tmp_path):
@@ -64,6 +69,7 @@ def test_telephone_band_has_nothing_above_4_khz(texts, tmp_path):
 
     for band, limits in (("telephone", (0, 1e-5)), ("wide", (1e-4, 1))):
         made = synthesise([(texts, "en")], tmp_path / band, minutes=0.1, band=band)
+        assert made is not None
         assert all(limits[0] <= share_above(cut, 4100) <= limits[1] for cut in made.cuts)
 
 
@@ -71,6 +77,7 @@ def test_new_sentences_keep_word_pairs_and_avoid_the_held_out(texts, tmp_path):
     pytest.importorskip("espeakng_loader")
     test = held_out(tmp_path, "please go home", "press one to go home")
     made = synthesise([(texts, "en")], tmp_path / "out", minutes=1, chains=0.7, exclude=[test])
+    assert made is not None
     said = {text_of(cut) for cut in made.cuts}
     assert said - {
         "press one to go on",
