@@ -416,3 +416,91 @@ def test_a_backend_that_is_not_there_is_refused() -> None:
             Case(0, 1, 3, 2).simple("k2")
     else:
         assert Case(0, 1, 3, 2).simple("k2")[0].isfinite().all()
+
+
+def sum_over_modified_alignments(log_probs: list, symbols: list[int], first: list[int], width: int) -> float:
+    """As sum_over_alignments, each frame taking either one symbol or blank."""
+    total, frames, num_symbols = 0.0, len(log_probs), len(symbols)
+    for places in itertools.combinations(range(frames), num_symbols):
+        score, u, kept = 0.0, 0, True
+        for t in range(frames):
+            kept = kept and first[t] <= u < first[t] + width
+            if u < num_symbols and places[u] == t:
+                score += log_probs[t][u][symbols[u]]
+                u += 1
+            else:
+                score += log_probs[t][u][0]
+        total += math.exp(score) if kept else 0.0
+    return -math.log(total) if total else math.inf
+
+
+def modified_case(seed: int, batch: int, frames: int, symbols: int, dtype: torch.dtype = torch.float64) -> Case:
+    """A case in which every utterance has a frame for each of its symbols."""
+    case = Case(seed, batch, max(frames, symbols), symbols, dtype)
+    case.symbol_lens = torch.minimum(case.symbol_lens, case.encoder_out_lens)
+    case.lens = (case.encoder_out_lens, case.symbol_lens)
+    return case
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(0, 5), st.integers(2, 6))
+@few_examples
+def test_modified_losses_equal_the_sum_over_alignments(seed: int, frames: int, symbols: int, prune_range: int) -> None:
+    case = modified_case(seed, 3, frames, symbols)
+    log_probs = case.full_logits.log_softmax(3)
+    simple, px_grad, py_grad = simple_loss(
+        case.encoder_logits, case.predictor_logits, case.symbols, *case.lens, 0.0, 0.0, "torch", "modified"
+    )
+    ranges = prune_ranges(px_grad, py_grad, *case.lens, prune_range, "torch", "modified")
+    steps = ranges[:, :, 0].diff(dim=1)
+    assert ((steps >= 0) & (steps <= 1)).all() and (ranges[:, 0, 0] == 0).all()
+    index = ranges.unsqueeze(3).expand(-1, -1, -1, VOCAB)
+    full = full_loss(case.full_logits, case.symbols, *case.lens, "torch", "modified")
+    pruned = pruned_loss(case.full_logits.gather(2, index), case.symbols, ranges, *case.lens, "torch", "modified")
+    simple_logits = case.encoder_logits.unsqueeze(2) + case.predictor_logits.unsqueeze(1)
+    for b, (t, u) in enumerate(zip(*(lens.tolist() for lens in case.lens), strict=True)):
+        y, everything = case.symbols[b, :u].tolist(), [0] * t
+        rows = log_probs[b, :t].tolist()
+        assert full[b].item() == pytest.approx(sum_over_modified_alignments(rows, y, everything, u + 1), rel=1e-9)
+        expected = sum_over_modified_alignments(simple_logits[b, :t].log_softmax(2).tolist(), y, everything, u + 1)
+        assert simple[b].item() == pytest.approx(expected, rel=1e-9)
+        expected = sum_over_modified_alignments(rows, y, ranges[b, :t, 0].tolist(), ranges.shape[2])
+        assert pruned[b].item() == pytest.approx(expected, rel=1e-9)
+        # every real frame is left by one arc
+        torch.testing.assert_close(
+            px_grad[b].sum(0) + py_grad[b].sum(0), (torch.arange(case.frames) < t).double()
+        )
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 9), st.integers(2, 6))
+@few_examples
+def test_modified_losses_equal_k2(seed: int, frames: int, symbols: int, prune_range: int) -> None:
+    pytest.importorskip("k2")
+    case = modified_case(seed, 3, frames, symbols)
+    inputs = (case.encoder_logits, case.predictor_logits)
+    results = []
+    for backend in ("torch", "k2"):
+        simple, px_grad, py_grad = simple_loss(*inputs, case.symbols, *case.lens, 0.25, 0.0, backend, "modified")
+        full = full_loss(case.full_logits, case.symbols, *case.lens, backend, "modified")
+        gradients = (*weighted_grads(simple, *inputs), *weighted_grads(full, case.full_logits))
+        results.append((simple, px_grad, py_grad, full, *gradients))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    ranges = prune_ranges(*results[1][1:3], *case.lens, prune_range, "torch", "modified")
+    assert torch.equal(ranges, prune_ranges(*results[1][1:3], *case.lens, prune_range, "k2", "modified"))
+    logits = case.normal(*ranges.shape, VOCAB)
+    losses = [
+        pruned_loss(logits, case.symbols, ranges, *case.lens, backend, "modified") for backend in ("torch", "k2")
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*(weighted_grads(loss, logits)[0] for loss in losses), rtol=1e-9, atol=1e-9)
+
+
+def test_more_symbols_than_frames_have_no_modified_alignment() -> None:
+    case = Case(3, 2, 3, 5)
+    case.encoder_out_lens, case.symbol_lens = torch.tensor([3, 3]), torch.tensor([5, 2])
+    loss = full_loss(
+        case.full_logits, case.symbols, case.encoder_out_lens, case.symbol_lens, "torch", "modified"
+    )
+    assert loss[0] == math.inf and bool(loss[1].isfinite())
+    (gradient,) = torch.autograd.grad(loss[1], case.full_logits)
+    assert bool(gradient.isfinite().all())

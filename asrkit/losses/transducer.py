@@ -3,7 +3,8 @@
 Shapes: B batch, T frames, U symbols, S prune range, V vocabulary with blank 0, J joiner dimension.
 A lattice node (t, u) stands for "at frame t, u symbols emitted". Two arcs leave it: the symbol arc
 to (t, u + 1) with log-probability px, and the blank arc to (t + 1, u) with py; the last blank leaves the
-lattice at (T - 1, U). A pruned lattice keeps, in frame t, only the S nodes from u = starts[t] on; the full
+lattice at (T - 1, U). In the modified topology the symbol arc leads to (t + 1, u + 1): one symbol a frame at most,
+as greedy and modified beam search and the runtimes decode. A pruned lattice keeps, in frame t, only the S nodes from u = starts[t] on; the full
 lattice is the same with S = U + 1 and starts 0.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from asrkit.errors import UserError
 
 Backend = Literal["auto", "k2", "torch"]
+Topology = Literal["regular", "modified"]
 Joiner = Callable[[Tensor, Tensor], Tensor]
 
 BLANK = 0
@@ -40,6 +42,7 @@ def transducer_loss(
     lm_scale: float = 0.25,
     am_scale: float = 0.0,
     backend: Backend = "auto",
+    topology: Topology = "regular",
 ) -> tuple[Tensor, Tensor]:
     """Return the simple and the pruned loss of each utterance, both (B,), float32 (float64 for such inputs).
 
@@ -49,11 +52,11 @@ def transducer_loss(
     encoder_out_lens (at least 1) and symbol_lens int64 (B,).
     """
     simple, px_grad, py_grad = simple_loss(
-        encoder_logits, predictor_logits, symbols, encoder_out_lens, symbol_lens, lm_scale, am_scale, backend
+        encoder_logits, predictor_logits, symbols, encoder_out_lens, symbol_lens, lm_scale, am_scale, backend, topology
     )
-    ranges = prune_ranges(px_grad, py_grad, encoder_out_lens, symbol_lens, prune_range, backend)
+    ranges = prune_ranges(px_grad, py_grad, encoder_out_lens, symbol_lens, prune_range, backend, topology)
     logits = joiner(*gather_pruned(encoder, predictor, ranges))
-    return simple, pruned_loss(logits, symbols, ranges, encoder_out_lens, symbol_lens, backend)
+    return simple, pruned_loss(logits, symbols, ranges, encoder_out_lens, symbol_lens, backend, topology)
 
 
 def warm_up_scales(
@@ -83,6 +86,7 @@ def simple_loss(
     lm_scale: float = 0.25,
     am_scale: float = 0.0,
     backend: Backend = "auto",
+    topology: Topology = "regular",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss (B,) of the joiner that adds logits, and arc posteriors (B, U, T) and (B, U + 1, T).
 
@@ -102,12 +106,13 @@ def simple_loss(
                 lm_only_scale=lm_scale,
                 am_only_scale=am_scale,
                 return_grad=True,
+                rnnt_type=topology,
                 **_k2_options(encoder_out_lens, symbol_lens),
             )
-            return loss, px_grad[:, :, :-1], py_grad
+            return loss, px_grad[:, :, :-1] if topology == "regular" else px_grad, py_grad
         px, py = _simple_log_probs(encoder_logits, predictor_logits, symbols, lm_scale, am_scale)
         log_prob, px_grad, py_grad = _LatticeSum.apply(
-            px, py, symbols.new_zeros(1, 1), symbols.shape[1], encoder_out_lens, symbol_lens
+            px, py, symbols.new_zeros(1, 1), symbols.shape[1], encoder_out_lens, symbol_lens, topology
         )
         px_grad, py_grad = px_grad[:, :, :-1].transpose(1, 2), py_grad.transpose(1, 2)
         return -log_prob, px_grad.contiguous(), py_grad.contiguous()
@@ -120,26 +125,33 @@ def prune_ranges(
     symbol_lens: Tensor,
     prune_range: int,
     backend: Backend = "auto",
+    topology: Topology = "regular",
 ) -> Tensor:
     """Return the symbol positions to keep in each frame, int64 (B, T, S), consecutive along S.
 
     px_grad (B, U, T) and py_grad (B, U + 1, T) are the arc posteriors of the simple loss. The first position
-    maximises the retained probability (equation 8), then is made non-decreasing, to step by less than S, to
-    start at 0 and to reach the last symbol in the last frame. S is prune_range, raised where an utterance has
-    (S - 1) T < U, and at most U + 1.
+    maximises the retained probability (equation 8), then is made non-decreasing, to step by less than S (by at
+    most 1 in the modified topology), to start at 0 and to reach the last symbol in the last frame. S is
+    prune_range, raised where an utterance needs longer steps to get there, and at most U + 1.
 
     Raises: UserError when prune_range is below 2, with which no symbol could be emitted.
     """
     if prune_range < 2:
         raise UserError(f"prune_range {prune_range} keeps no symbol arc; give 2 or more (5 is usual)")
     num_symbols, num_frames = px_grad.shape[1:]
-    steps_needed = torch.ceil(symbol_lens / encoder_out_lens.clamp(min=1))
-    width = min(max(prune_range, int(steps_needed.max()) + 1), num_symbols + 1)
+    if topology == "regular":
+        needed = torch.ceil(symbol_lens / encoder_out_lens.clamp(min=1)) + 1
+    else:
+        needed = symbol_lens - encoder_out_lens + 2
+    width = min(max(prune_range, int(needed.max())), num_symbols + 1)
+    longest_step = width - 1 if topology == "regular" else 1
     if _use_k2(backend, num_frames, num_symbols):
         import k2
 
         boundary = _k2_options(encoder_out_lens, symbol_lens)["boundary"]
-        return k2.get_rnnt_prune_ranges(F.pad(px_grad, (0, 1)), py_grad, boundary, width)
+        # k2 knows the topology by the symbol arcs' extra frame
+        px_grad = F.pad(px_grad, (0, 1)) if topology == "regular" else px_grad
+        return k2.get_rnnt_prune_ranges(px_grad, py_grad, boundary, width)
 
     kept = py_grad.unfold(1, width, 1).transpose(2, 3).sum(2)  # blank arcs of positions p .. p + S - 1
     over_counted = F.pad(px_grad, (0, 0, 1, 0))[:, : kept.shape[1]]  # the symbol arc that enters p
@@ -148,9 +160,9 @@ def prune_ranges(
     last = (symbol_lens - width + 1).clamp(min=0).unsqueeze(1)
     starts = torch.where(frames < encoder_out_lens.unsqueeze(1) - 1, starts, last)
     starts = _running_min_from_the_right(starts)
-    # steps below S: starts - (S - 1) t never grows, so the same on its negative; the clamp begins at 0
-    slack = _running_min_from_the_right((width - 1) * frames - starts).clamp(min=0)
-    starts = (width - 1) * frames - slack
+    # steps of at most L: starts - L t never grows, so the same on its negative; the clamp begins at 0
+    slack = _running_min_from_the_right(longest_step * frames - starts).clamp(min=0)
+    starts = longest_step * frames - slack
     return starts.unsqueeze(2) + torch.arange(width, device=starts.device)
 
 
@@ -170,6 +182,7 @@ def pruned_loss(
     encoder_out_lens: Tensor,
     symbol_lens: Tensor,
     backend: Backend = "auto",
+    topology: Topology = "regular",
 ) -> Tensor:
     """Return the loss (B,) over the alignments within ranges (B, T, S), from the joiner's (B, T, S, V)."""
     with _no_autocast(logits):
@@ -177,15 +190,20 @@ def pruned_loss(
             import k2
 
             options = _k2_options(encoder_out_lens, symbol_lens)
-            return k2.rnnt_loss_pruned(_full_precision(logits), symbols, ranges, **options)
+            return k2.rnnt_loss_pruned(_full_precision(logits), symbols, ranges, rnnt_type=topology, **options)
         targets = F.pad(symbols, (0, 1), value=BLANK).unsqueeze(1).expand(-1, logits.shape[1], -1)
         px, py = _ArcLogProbs.apply(logits, targets.gather(2, ranges))
         starts = ranges[:, :, 0]
-        return -_LatticeSum.apply(px, py, starts, symbols.shape[1], encoder_out_lens, symbol_lens)[0]
+        return -_LatticeSum.apply(px, py, starts, symbols.shape[1], encoder_out_lens, symbol_lens, topology)[0]
 
 
 def full_loss(
-    logits: Tensor, symbols: Tensor, encoder_out_lens: Tensor, symbol_lens: Tensor, backend: Backend = "auto"
+    logits: Tensor,
+    symbols: Tensor,
+    encoder_out_lens: Tensor,
+    symbol_lens: Tensor,
+    backend: Backend = "auto",
+    topology: Topology = "regular",
 ) -> Tensor:
     """Return the loss (B,) over all alignments, from the joiner's logits (B, T, U + 1, V)."""
     with _no_autocast(logits):
@@ -193,11 +211,11 @@ def full_loss(
             import k2
 
             options = _k2_options(encoder_out_lens, symbol_lens)
-            return k2.rnnt_loss(_full_precision(logits), symbols, **options)
+            return k2.rnnt_loss(_full_precision(logits), symbols, rnnt_type=topology, **options)
         targets = F.pad(symbols, (0, 1), value=BLANK).unsqueeze(1).expand(-1, logits.shape[1], -1)
         px, py = _ArcLogProbs.apply(logits, targets)
         starts = symbols.new_zeros(1, 1)
-        return -_LatticeSum.apply(px, py, starts, symbols.shape[1], encoder_out_lens, symbol_lens)[0]
+        return -_LatticeSum.apply(px, py, starts, symbols.shape[1], encoder_out_lens, symbol_lens, topology)[0]
 
 
 def _simple_log_probs(
@@ -283,36 +301,49 @@ class _LatticeSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         px_post, py_post = ctx.saved_tensors
         grad = grad.view(-1, 1, 1)
-        return px_post * grad, py_post * grad, None, None, None, None
+        return px_post * grad, py_post * grad, None, None, None, None, None
 
 
 def _forward_backward(
-    px: Tensor, py: Tensor, starts: Tensor, num_symbols: int, encoder_out_lens: Tensor, symbol_lens: Tensor
+    px: Tensor,
+    py: Tensor,
+    starts: Tensor,
+    num_symbols: int,
+    encoder_out_lens: Tensor,
+    symbol_lens: Tensor,
+    topology: Topology,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-probability (B,) of all paths, and the posteriors of the arcs px and py (B, T, S).
 
     starts (B, T), or (1, 1) for a full lattice, is each frame's first position, non-decreasing.
     The lattice is walked by anti-diagonals t + u = step, T + U of them. A diagonal has at most S kept nodes,
     at consecutive u, so node (t, u) has slot u mod S of its step to itself: a blank arc keeps the slot, a
-    symbol arc goes to the next one, circularly.
+    symbol arc goes to the next one, circularly. In the modified topology every arc leads to the next frame, so
+    the steps are the frames, and the slots are the same.
     """
     batch, num_frames, width = px.shape
-    num_steps = num_frames + num_symbols + 1
+    regular = topology == "regular"
+    num_steps = num_frames + 1 + (num_symbols if regular else 0)
     b = torch.arange(batch, device=px.device).view(-1, 1, 1)
     t = torch.arange(num_frames, device=px.device).view(1, -1, 1)
     u = starts.unsqueeze(2) + torch.arange(width, device=px.device)
     frames, last_u = encoder_out_lens.view(-1, 1, 1), symbol_lens.view(-1, 1, 1)
 
     # arcs inside the utterance that lead to a kept node, and the last blank
-    has_px = (t < frames) & (u < last_u)
-    has_px[:, :, -1] = False
     next_starts = F.pad(starts[:, 1:], (0, 1)).unsqueeze(2)
+    has_px = (t < frames) & (u < last_u)
+    if regular:
+        has_px[:, :, -1] = False
+    else:
+        reached = (u + 1 >= next_starts) & (u + 1 < next_starts + width)
+        has_px &= torch.where(t < frames - 1, reached, u + 1 == last_u)
     has_py = ((t < frames - 1) & (u <= last_u) & (u >= next_starts)) | ((t == frames - 1) & (u == last_u))
 
     # arcs stand in cells (step, B, S + 1) at the node they reach; column 0 of the symbol arcs is column S
     columns = width + 1
     row = batch * columns
-    node = ((u * row + u.remainder(width)) + (t * row + b * columns)).flatten()
+    node_step = t + u if regular else t
+    node = (node_step * row + u.remainder(width) + b * columns).flatten()
     arcs = px.new_full((2, num_steps, batch, columns), -math.inf)
     px_cells, py_cells = arcs[0].view(-1)[row + 1 :], arcs[1].view(-1)[row:]
     px_cells.scatter_(0, node, px.masked_fill(~has_px, -math.inf).flatten())
@@ -321,7 +352,8 @@ def _forward_backward(
     # an utterance that ended waits in its slot for the longest one
     step = torch.arange(num_steps, device=px.device).view(-1, 1, 1)
     end_slot = symbol_lens.remainder(width).view(1, -1, 1).expand(num_steps, -1, -1)
-    waiting = step > (encoder_out_lens + symbol_lens).view(1, -1, 1)
+    last_step = encoder_out_lens + symbol_lens if regular else encoder_out_lens
+    waiting = step > last_step.view(1, -1, 1)
     arcs[1].scatter_(2, end_slot, arcs[1].gather(2, end_slot).masked_fill(waiting, 0.0))
 
     # forward: column 0 of the sums is column S, so "the slot before" and "the same slot" are views of one row

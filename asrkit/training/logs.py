@@ -93,7 +93,7 @@ class RunLog:
         sums, progress.sums = progress.sums, {}
         count, steps = sums.pop("count", 0.0), sums.pop("steps", 0.0)
         norm, audio = sums.pop("gradient_norm", 0.0), sums.pop("audio", 0.0)
-        left_out = sums.pop("ctc_left_out", 0.0)
+        left_out = sums.pop("left_out", 0.0)
         elapsed = max(1e-9, time.monotonic() - self._clock)
         row: dict[str, Any] = {
             "step": progress.step,
@@ -102,7 +102,7 @@ class RunLog:
             "lr": lr,
             "gradient_norm": norm / steps if steps else None,
             "audio_seconds": audio,
-            "ctc_left_out": left_out,
+            "left_out": left_out,
             "timing": {
                 "audio_per_second": round(self._audio / elapsed, 2),
                 "data_wait": round(self._waited / elapsed, 4),

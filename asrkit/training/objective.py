@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from asrkit.config import config
 from asrkit.data.batches import Batch
-from asrkit.losses.transducer import Backend, transducer_loss, warm_up_scales
+from asrkit.losses.transducer import Backend, Topology, transducer_loss, warm_up_scales
 from asrkit.models.asr import AsrModel
 
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -23,6 +23,8 @@ class LossConfig:
     """Weights and shape of the loss; the schedule is that of the pruned transducer's reference recipes.
 
     ``ctc_scale`` 0 trains no CTC head, ``transducer_scale`` 0 no transducer. Both together regularise each other.
+    ``topology`` (ours): modified lets a frame hold one symbol at most, as the searches and the runtimes decode;
+    regular, the original, lets a model emit several in one frame, which those then lose.
     """
 
     ctc_scale: NonNegative = 0.3
@@ -32,6 +34,7 @@ class LossConfig:
     prune_range: Annotated[int, Field(ge=2)] = 5
     lm_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
     am_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    topology: Topology = "modified"
     backend: Backend = "auto"
 
 
@@ -48,8 +51,8 @@ class LossOutput:
 def recogniser_loss(model: AsrModel, batch: Batch, step: int, settings: LossConfig) -> LossOutput:
     """CTC and pruned transducer loss of a batch (whose tensors are on the model's device).
 
-    An utterance with fewer encoder frames than its symbols (and repeats) need has no CTC alignment; it is left to
-    the transducer and counted in ``ctc_left_out``.
+    An utterance with fewer encoder frames than an alignment of its symbols needs (a frame for each; for CTC one more
+    between equal neighbours) adds nothing to that loss and is counted in ``left_out``.
     """
     encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens)
     loss = encoder_out.new_zeros(len(batch.cut_ids), dtype=torch.float32)
@@ -67,8 +70,11 @@ def recogniser_loss(model: AsrModel, batch: Batch, step: int, settings: LossConf
             zero_infinity=True,
         )
         loss = loss + settings.ctc_scale * ctc
-        parts |= {"ctc": ctc.detach().sum(), "ctc_left_out": (~possible).sum()}
+        parts |= {"ctc": ctc.detach().sum(), "left_out": (~possible).sum()}
     if settings.transducer_scale > 0:
+        possible = encoder_out_lens >= batch.symbol_lens
+        # Shortened, so that an impossible utterance has a finite loss to be masked.
+        symbol_lens = torch.minimum(batch.symbol_lens, encoder_out_lens)
         predicted = model.predictor(model.predictor.contexts_of(batch.symbols))
         simple, pruned = transducer_loss(
             model.joiner.project_encoder(encoder_out),
@@ -78,13 +84,16 @@ def recogniser_loss(model: AsrModel, batch: Batch, step: int, settings: LossConf
             model.simple_predictor(predicted),
             batch.symbols,
             encoder_out_lens,
-            batch.symbol_lens,
+            symbol_lens,
             prune_range=settings.prune_range,
             lm_scale=settings.lm_scale,
             am_scale=settings.am_scale,
             backend=settings.backend,
+            topology=settings.topology,
         )
+        simple, pruned = (torch.where(possible, part, torch.zeros_like(part)) for part in (simple, pruned))
         simple_scale, pruned_scale = warm_up_scales(step, settings.warm_up_steps, settings.simple_scale)
         loss = loss + settings.transducer_scale * (simple_scale * simple + pruned_scale * pruned)
         parts |= {"simple": simple.detach().sum(), "pruned": pruned.detach().sum()}
+        parts.setdefault("left_out", (~possible).sum())
     return LossOutput(loss, float(encoder_out_lens.sum()), parts)

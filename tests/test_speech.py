@@ -1,0 +1,59 @@
+"""Recordings of a human voice, from Debian's archive: four prompts learned by heart, and read back without an error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asrkit.data.manifests import open_cuts, text_of, write_cuts
+
+needs_apt = pytest.mark.skipif(
+    shutil.which("apt-get") is None, reason="the recordings come through apt-get, and this machine has none"
+)
+
+
+def asrkit(*words: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "asrkit", *map(str, words)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of four English prompts of different lengths."""
+    folder = tmp_path_factory.mktemp("prompts")
+    cache = Path(__file__).parent.parent / ".cache" / "packages"
+    asrkit("data", "prompts", "--lang", "en", "--out", folder, "--cache", cache)
+    by_length = sorted(open_cuts(folder / "train.jsonl.gz"), key=lambda cut: len(text_of(cut).split()))
+    spoken = [cut for cut in by_length if 3 <= len(text_of(cut).split()) <= 9]
+    write_cuts(folder / "four.jsonl.gz", spoken[:: len(spoken) // 4][:4])
+    return folder / "four.jsonl.gz"
+
+
+@needs_apt
+def test_four_prompts_are_learned_without_an_error(four: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [
+        "model.size=tiny", "model.num_layers=2", "model.dropout=0", "model.predictor_dropout=0",
+        "tokenizer.vocab_size=40", "data.num_workers=0", "data.num_buckets=1", "data.augment.spec_augment=null",
+        "data.augment.speed=0", "data.augment.volume_db=0", "loss.warm_up_steps=50", "training.steps=250",
+        "training.optimiser.warm_up_steps=20", "training.average_decay=0.9", "training.evaluate_every=125",
+        "training.tensorboard=false", "training.precision=float32",
+    ]  # fmt: skip
+    asrkit(
+        "train-backbone", "--manifest", four, "--dev", four, "--out", run, *(x for s in settings for x in ("--set", s))
+    )
+    asrkit("evaluate", "--from", run, "--manifest", four, "--method", "all")
+    for method in ("greedy", "beam", "ctc"):
+        result = json.loads((run / "evaluation" / f"four-{method}" / "result.json").read_text())
+        assert result["total"]["words"] >= 12 and result["total"]["wer"] == 0, method
+    cut = next(iter(open_cuts(four)))
+    heard = asrkit("transcribe", "--from", run, cut.recording.sources[0].source).stdout
+    assert text_of(cut) in heard
