@@ -31,23 +31,17 @@ SHAPES = ("100x20", "200x50", "400x100")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", action="append", choices=LOSSES, help="default: all")
     parser.add_argument("--shape", action="append", metavar="TxU", help=f"default: {', '.join(SHAPES)}")
-    parser.add_argument(
-        "--frames", type=int, default=10_000, help="encoder frames a batch (default %(default)s)"
-    )
+    parser.add_argument("--frames", type=int, default=10_000, help="encoder frames a batch (default %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=500)
     parser.add_argument("--joiner-dim", type=int, default=512)
     parser.add_argument("--prune-range", type=int, default=5)
     parser.add_argument("--device", action="append", choices=("cpu", "cuda"), help="default: all there are")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a process, after one untimed")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="processes per case, taking turns with the others"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="processes per case, taking turns with the others")
     parser.add_argument("--one-case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one_case:
@@ -58,9 +52,7 @@ def main() -> None:
 
     losses = options.loss or [x for x in LOSSES if importlib.util.find_spec("k2") or not x.startswith("k2")]
     devices = options.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    print(
-        f"torch {torch.__version__}, {options.threads} thread(s), {options.frames} frames a batch, ", end=""
-    )
+    print(f"torch {torch.__version__}, {options.threads} thread(s), {options.frames} frames a batch, ", end="")
     print(f"V {options.vocab_size}, J {options.joiner_dim}, S {options.prune_range}, float32")
     print(
         f"{'device':6} {'T x U':>9} {'batch':>5}  {'loss':12} "
@@ -133,9 +125,7 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def make_step(
-    options: argparse.Namespace, device: str, frames: int, symbols: int, loss: str
-) -> Callable[[], None]:
+def make_step(options: argparse.Namespace, device: str, frames: int, symbols: int, loss: str) -> Callable[[], None]:
     """Return a function that computes a loss from fixed inputs and all gradients."""
     import torch
 

@@ -264,3 +264,17 @@ def test_a_full_disk_leaves_the_previous_state(corpus: Path, tmp_path: Path) -> 
     assert not list(out.rglob(".tmp-*"))
     assert run(words).returncode == 0
     assert rows(out)[-1]["step"] == 8
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __getitem__(self, place: int) -> None:
+        raise UserError("cut x: gone")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_loader_processes_stay_one_line(workers: int) -> None:
+    from asrkit.training.loop import _fetch
+
+    with pytest.raises(UserError) as caught:
+        next(_fetch(_Broken(), [0], workers, torch.device("cpu")))  # type: ignore[arg-type]
+    assert caught.value.lines == ("cut x: gone",)

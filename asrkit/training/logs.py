@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Display
 from torch import Tensor
 
+from asrkit.errors import UserError
 from asrkit.run_dir import METRICS, atomic_write
 from asrkit.training.checkpoint import Progress
 
@@ -146,8 +147,11 @@ class RunLog:
     def _write(self, row: dict[str, Any], group: str) -> None:
         if not self._active:
             return
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write ({error.strerror}); free some space, then resume") from error
         if self._writer is not None:
             for name, value in row.items():
                 if isinstance(value, float | int) and name != "step":

@@ -301,6 +301,8 @@ def _fetch(
             batch = next(source)
         except StopIteration:
             return
+        except UserError as error:  # from a worker process it comes wrapped in that process's traceback
+            raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
         yield (
             replace(
                 batch,

@@ -113,6 +113,8 @@ class RunWriter:
             ]
             if world.is_main and existing is None:
                 write_yaml(path / CONFIG, content)
+            if not run.fresh and (path / LINEAGE).is_file():
+                run._began -= read_yaml(path / LINEAGE)[-1]["seconds"]  # what the run took before it stopped
             if not run.fresh and (path / LEFT_OUT).is_file():
                 run.left_out = read_yaml(path / LEFT_OUT)
             if run.finished:
