@@ -41,9 +41,7 @@ durations = st.lists(st.floats(0.3, 20.0), min_size=1, max_size=60).map(np.asarr
 
 
 @given(durations, st.floats(1.0, 60.0), st.integers(1, 8), st.integers(1, 4), st.integers(0, 3))
-def test_an_epoch_holds_every_cut(
-    durations: np.ndarray, most: float, buckets: int, slices: int, epoch: int
-) -> None:
+def test_an_epoch_holds_every_cut(durations: np.ndarray, most: float, buckets: int, slices: int, epoch: int) -> None:
     plan = BucketPlan(durations, most, buckets, slices, seed=7)
     first = epoch * plan.steps_per_epoch
     batches = [plan(step) for step in range(first, first + plan.steps_per_epoch)]
@@ -79,9 +77,7 @@ def _batches(corpus: tuple[CutSet, Tokenizer], slices: int = 1, **settings: obje
     cuts, tokenizer = corpus
     table = CutTable(cuts)
     data = from_dict(DataConfig, {"num_buckets": 3, **settings}, "test")
-    return TrainBatches(
-        table, BucketPlan(table.durations, 12.0, 3, slices, 1), slices, data, tokenizer, None, 1
-    )
+    return TrainBatches(table, BucketPlan(table.durations, 12.0, 3, slices, 1), slices, data, tokenizer, None, 1)
 
 
 def test_the_table_gives_back_the_cuts(corpus: tuple[CutSet, Tokenizer]) -> None:
@@ -211,9 +207,7 @@ def test_noise_has_the_asked_ratio() -> None:
 
 
 def test_joined_utterances_join_their_texts(corpus: tuple[CutSet, Tokenizer]) -> None:
-    batch = _batches(
-        corpus, augment={"join": 1.0, "silence": 0.2, "channel_db": 3.0, "noise_probability": 1.0}
-    )[0]
+    batch = _batches(corpus, augment={"join": 1.0, "silence": 0.2, "channel_db": 3.0, "noise_probability": 1.0})[0]
     texts = {cut.id: text_of(cut) for cut in corpus[0]}
     for row, (cut_id, text) in enumerate(zip(batch.cut_ids, batch.texts, strict=True)):
         assert text.startswith(texts[cut_id] + " ") and text[len(texts[cut_id]) + 1 :] in texts.values()

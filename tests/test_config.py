@@ -21,9 +21,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
 
 
 def test_resolved_settings_round_trip() -> None:
-    settings = resolve(
-        TrainBackboneConfig, None, ["model.subsampling_channels=[4, 16]", "data.noise=noise.jsonl.gz"]
-    )
+    settings = resolve(TrainBackboneConfig, None, ["model.subsampling_channels=[4, 16]", "data.noise=noise.jsonl.gz"])
     plain = to_dict(settings)
     assert from_dict(TrainBackboneConfig, plain, "again") == settings
     assert digest(plain) == digest(to_dict(from_dict(TrainBackboneConfig, plain, "again")))

@@ -66,9 +66,7 @@ def frame_log_probs(model: AcousticModel, frame: Tensor, prefix: tuple[int, ...]
     return model.join(frame.unsqueeze(0), predicted).log_softmax(-1)[0].tolist()
 
 
-def reference_greedy(
-    model: AcousticModel, frames: Tensor, max_symbols: int
-) -> tuple[list[int], list[int], float]:
+def reference_greedy(model: AcousticModel, frames: Tensor, max_symbols: int) -> tuple[list[int], list[int], float]:
     tokens: list[int] = []
     at: list[int] = []
     score = 0.0
@@ -91,9 +89,7 @@ def reference_beam(model: AcousticModel, frames: Tensor, beam: int) -> tuple[lis
         for prefix, (score, at) in kept.items():
             for token, log_prob in enumerate(frame_log_probs(model, frame, prefix)):
                 emits = token not in (BLANK, UNK)
-                grown.append(
-                    (score + log_prob, (*prefix, token) if emits else prefix, [*at, t] if emits else at)
-                )
+                grown.append((score + log_prob, (*prefix, token) if emits else prefix, [*at, t] if emits else at))
         kept = {}
         for score, prefix, at in sorted(grown, key=lambda entry: -entry[0])[:beam]:
             if prefix in kept:
@@ -152,9 +148,7 @@ def test_a_beam_that_holds_everything_sums_every_path(seed: int) -> None:
 
 def test_a_beam_of_one_is_greedy() -> None:
     model, (frames, lens) = SmallModel(seed=3), random_batch([12, 7, 0, 1], 3)
-    for one, greedy in zip(
-        beam_search(model, frames, lens, 1), greedy_search(model, frames, lens), strict=True
-    ):
+    for one, greedy in zip(beam_search(model, frames, lens, 1), greedy_search(model, frames, lens), strict=True):
         assert (one.tokens, one.frames) == (greedy.tokens, greedy.frames)
         assert one.score == pytest.approx(greedy.score)
 
@@ -177,8 +171,7 @@ def test_unk_is_never_emitted_by_the_transducer() -> None:
     with torch.no_grad():
         model.output.bias[UNK] += 0.5
     assert any(
-        int(model.join(frames[:1, t], model.predict(torch.tensor([[-1, 0]]))).argmax()) == UNK
-        for t in range(30)
+        int(model.join(frames[:1, t], model.predict(torch.tensor([[-1, 0]]))).argmax()) == UNK for t in range(30)
     )
     for found in greedy_search(model, frames, lens) + beam_search(model, frames, lens):
         assert UNK not in found.tokens
@@ -199,10 +192,7 @@ def test_ctc_joins_repeats_and_drops_blanks(path: list[int], length: int) -> Non
     log_probs[0, range(len(path)), path] = -0.25
     encoded = EncoderOutput(torch.zeros(1, len(path), 8), torch.tensor([length]), log_probs)
     (found,) = search(SmallModel(), encoded, "ctc")
-    runs = [
-        (token, next(run)[0])
-        for token, run in itertools.groupby(enumerate(path[:length]), key=lambda e: e[1])
-    ]
+    runs = [(token, next(run)[0]) for token, run in itertools.groupby(enumerate(path[:length]), key=lambda e: e[1])]
     assert found.tokens == [token for token, _ in runs if token != BLANK]
     assert found.frames == [frame for token, frame in runs if token != BLANK]
     assert found.score == pytest.approx(-0.25 * length)

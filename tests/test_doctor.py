@@ -151,7 +151,5 @@ def test_versions_compare_by_their_leading_numbers() -> None:
         ((12, 0), ["sm_90", "sm_120"], True),
     ],
 )
-def test_which_gpus_a_torch_build_runs_on(
-    capability: tuple[int, int], built_for: list[str], runs: bool
-) -> None:
+def test_which_gpus_a_torch_build_runs_on(capability: tuple[int, int], built_for: list[str], runs: bool) -> None:
     assert has_kernels(capability, built_for) is runs

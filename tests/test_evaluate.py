@@ -40,12 +40,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory whose model knows nothing but emits tokens that depend on what it hears."""
     path = tmp_path_factory.mktemp("exp") / "run"
     tokenizer = train_tokenizer(TEXTS, "char", 100, path / TOKENIZER)
-    encoder = EncoderSpec(
-        dim=16, num_layers=1, feedforward_dim=16, kernel_size=3, subsampling_channels=(2, 2)
-    )
-    spec = ModelSpec(
-        vocab_size=tokenizer.vocab_size, encoder=encoder, predictor=PredictorSpec(dim=8), joiner_dim=16
-    )
+    encoder = EncoderSpec(dim=16, num_layers=1, feedforward_dim=16, kernel_size=3, subsampling_channels=(2, 2))
+    spec = ModelSpec(vocab_size=tokenizer.vocab_size, encoder=encoder, predictor=PredictorSpec(dim=8), joiner_dim=16)
     torch.manual_seed(7)
     model = AsrModel(spec)
     with torch.no_grad():
@@ -309,9 +305,7 @@ def test_a_long_file_is_parted_at_its_pauses(tmp_path: Path) -> None:
     for before, piece in pairwise(pieces):
         assert piece.start == pytest.approx(before.start + before.seconds)
         middle = round(piece.start * rate)
-        assert not samples[middle - rate // 10 : middle + rate // 10].any(), (
-            f"cut in speech at {piece.start} s"
-        )
+        assert not samples[middle - rate // 10 : middle + rate // 10].any(), f"cut in speech at {piece.start} s"
 
 
 def test_a_file_without_pauses_is_parted_too(tmp_path: Path) -> None:
@@ -334,9 +328,7 @@ def test_timestamps_are_one_line_a_word(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soundfile.write(tmp_path / "a.wav", noise(np.random.default_rng(1), 16000), 16000)
-    code, out, _ = command(
-        monkeypatch, capsys, "transcribe", "--from", run, tmp_path / "a.wav", "--timestamps"
-    )
+    code, out, _ = command(monkeypatch, capsys, "transcribe", "--from", run, tmp_path / "a.wav", "--timestamps")
     heading, *lines = out.splitlines()
     assert code == 0 and heading == f"{tmp_path / 'a.wav'}:" and lines
     starts = [float(line.split(maxsplit=1)[0]) for line in lines]

@@ -106,9 +106,7 @@ def test_an_impossible_alignment_leaves_finite_gradients() -> None:
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize(
-    ("size", "millions"), [("tiny", 1.5), ("small", 4.9), ("medium", 24.8), ("large", 103.6)]
-)
+@pytest.mark.parametrize(("size", "millions"), [("tiny", 1.5), ("small", 4.9), ("medium", 24.8), ("large", 103.6)])
 def test_sizes(size: str, millions: float) -> None:
     with torch.no_grad():
         model = AsrModel(from_dict(ModelSpec, {"vocab_size": 500, **SIZES[size]}, "test"))

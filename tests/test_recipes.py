@@ -54,9 +54,7 @@ def test_every_configuration_is_valid(path: Path) -> None:
 def test_the_whole_chain_runs_dry(recipe: Path) -> None:
     outcome = make(recipe, "-n", "ASRKIT=/opt/bin/asrkit")
     assert outcome.returncode == 0, outcome.stderr
-    trained = [
-        line for line in outcome.stdout.splitlines() if line.startswith("/opt/bin/asrkit train-backbone ")
-    ]
+    trained = [line for line in outcome.stdout.splitlines() if line.startswith("/opt/bin/asrkit train-backbone ")]
     assert trained and "/opt/bin/asrkit evaluate" in outcome.stdout
     for line in trained:
         assert (recipe / line.split("--config ")[1].split()[0]).is_file()

@@ -59,9 +59,7 @@ def test_the_locks_are_the_two_environments() -> None:
     assert (k2["torch"], modern["torch"]) == ("1.13.1", "2.13.0")
     assert k2["numpy"].startswith("1.")
     assert "k2" not in {**k2, **modern}
-    shared = {
-        name: version for name, version in k2.items() if name in modern and name not in ("torch", "numpy")
-    }
+    shared = {name: version for name, version in k2.items() if name in modern and name not in ("torch", "numpy")}
     assert all(modern[name] == version for name, version in shared.items())
 
 

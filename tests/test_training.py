@@ -36,9 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(
-    corpus: Path, out: Path, *changes: str, prefix: list[str] | None = None, **options: object
-) -> list[str]:
+def command(corpus: Path, out: Path, *changes: str, prefix: list[str] | None = None, **options: object) -> list[str]:
     flags = {"manifest": corpus / "train.jsonl.gz", "out": out, "max_duration": 8, **options}
     words = [*(prefix or [sys.executable]), "-m", "asrkit", "train-backbone"]
     for name, value in flags.items():
@@ -49,9 +47,7 @@ def command(
 
 
 def run(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
 
 
 def rows(out: Path) -> list[dict]:
@@ -92,9 +88,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     while process.poll() is None and time.monotonic() - began < 120:
-        if (out / "metrics.jsonl").exists() and len(
-            (out / "metrics.jsonl").read_text().splitlines()
-        ) >= wait_for // 3:
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= wait_for // 3:
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

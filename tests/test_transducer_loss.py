@@ -30,9 +30,7 @@ few_examples = settings(max_examples=25, deadline=None, derandomize=True)
 class Case:
     """Random utterances of unequal lengths; frames and symbols are the longest ones."""
 
-    def __init__(
-        self, seed: int, batch: int, frames: int, symbols: int, dtype: torch.dtype = torch.float64
-    ) -> None:
+    def __init__(self, seed: int, batch: int, frames: int, symbols: int, dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def lengths(low: int, high: int) -> Tensor:
@@ -41,12 +39,7 @@ class Case:
             return lens
 
         def normal(*shape: int) -> Tensor:
-            return (
-                torch.randn(*shape, generator=generator, dtype=torch.float64)
-                .to(dtype)
-                .mul(2)
-                .requires_grad_()
-            )
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).mul(2).requires_grad_()
 
         self.normal = normal
         self.encoder_out_lens = lengths(1, frames)
@@ -58,9 +51,7 @@ class Case:
         self.batch, self.frames, self.num_symbols = batch, frames, symbols
         self.lens = (self.encoder_out_lens, self.symbol_lens)
 
-    def simple(
-        self, backend: Backend = "torch", lm_scale: float = 0.25, am_scale: float = 0.0
-    ) -> tuple[Tensor, ...]:
+    def simple(self, backend: Backend = "torch", lm_scale: float = 0.25, am_scale: float = 0.0) -> tuple[Tensor, ...]:
         return simple_loss(
             self.encoder_logits, self.predictor_logits, self.symbols, *self.lens, lm_scale, am_scale, backend
         )
@@ -155,15 +146,11 @@ def test_everything_equals_k2(dtype: torch.dtype) -> None:
         assert torch.equal(ranges, prune_ranges(k2_px_grad, k2_py_grad, *case.lens, prune_range, "k2"))
 
         logits = case.normal(*ranges.shape, VOCAB)
-        losses = [
-            pruned_loss(logits, case.symbols, ranges, *case.lens, backend) for backend in ("torch", "k2")
-        ]
+        losses = [pruned_loss(logits, case.symbols, ranges, *case.lens, backend) for backend in ("torch", "k2")]
         check("pruned loss", *losses)
         check("pruned gradient", *(weighted_grads(loss, logits)[0] for loss in losses))
 
-        losses = [
-            full_loss(case.full_logits, case.symbols, *case.lens, backend) for backend in ("torch", "k2")
-        ]
+        losses = [full_loss(case.full_logits, case.symbols, *case.lens, backend) for backend in ("torch", "k2")]
         check("full loss", *losses)
         check("full gradient", *(weighted_grads(loss, case.full_logits)[0] for loss in losses))
 
@@ -204,9 +191,7 @@ def test_a_range_of_all_symbols_is_the_full_loss(case: Case) -> None:
 
 @given(cases(), st.integers(2, 6))
 @few_examples
-def test_ranges_start_at_zero_never_go_back_nor_leave_a_gap_and_reach_the_end(
-    case: Case, prune_range: int
-) -> None:
+def test_ranges_start_at_zero_never_go_back_nor_leave_a_gap_and_reach_the_end(case: Case, prune_range: int) -> None:
     ranges = case.ranges(prune_range)
     width = ranges.shape[2]
     starts = ranges[:, :, 0]
@@ -466,9 +451,7 @@ def test_modified_losses_equal_the_sum_over_alignments(seed: int, frames: int, s
         expected = sum_over_modified_alignments(rows, y, ranges[b, :t, 0].tolist(), ranges.shape[2])
         assert pruned[b].item() == pytest.approx(expected, rel=1e-9)
         # every real frame is left by one arc
-        torch.testing.assert_close(
-            px_grad[b].sum(0) + py_grad[b].sum(0), (torch.arange(case.frames) < t).double()
-        )
+        torch.testing.assert_close(px_grad[b].sum(0) + py_grad[b].sum(0), (torch.arange(case.frames) < t).double())
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 9), st.integers(2, 6))
@@ -488,9 +471,7 @@ def test_modified_losses_equal_k2(seed: int, frames: int, symbols: int, prune_ra
     ranges = prune_ranges(*results[1][1:3], *case.lens, prune_range, "torch", "modified")
     assert torch.equal(ranges, prune_ranges(*results[1][1:3], *case.lens, prune_range, "k2", "modified"))
     logits = case.normal(*ranges.shape, VOCAB)
-    losses = [
-        pruned_loss(logits, case.symbols, ranges, *case.lens, backend, "modified") for backend in ("torch", "k2")
-    ]
+    losses = [pruned_loss(logits, case.symbols, ranges, *case.lens, backend, "modified") for backend in ("torch", "k2")]
     torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(*(weighted_grads(loss, logits)[0] for loss in losses), rtol=1e-9, atol=1e-9)
 
@@ -498,9 +479,7 @@ def test_modified_losses_equal_k2(seed: int, frames: int, symbols: int, prune_ra
 def test_more_symbols_than_frames_have_no_modified_alignment() -> None:
     case = Case(3, 2, 3, 5)
     case.encoder_out_lens, case.symbol_lens = torch.tensor([3, 3]), torch.tensor([5, 2])
-    loss = full_loss(
-        case.full_logits, case.symbols, case.encoder_out_lens, case.symbol_lens, "torch", "modified"
-    )
+    loss = full_loss(case.full_logits, case.symbols, case.encoder_out_lens, case.symbol_lens, "torch", "modified")
     assert loss[0] == math.inf and bool(loss[1].isfinite())
     (gradient,) = torch.autograd.grad(loss[1], case.full_logits)
     assert bool(gradient.isfinite().all())

@@ -37,9 +37,7 @@ def make_corpus(folder: Path, count: int, seed: int = 0, name: str = "train") ->
         cut = recording.to_cut()
         cut.id = recording.id
         cut.supervisions = [
-            SupervisionSegment(
-                recording.id, recording.id, 0, recording.duration, text=" ".join(words), language="xx"
-            )
+            SupervisionSegment(recording.id, recording.id, 0, recording.duration, text=" ".join(words), language="xx")
         ]
         cuts.append(cut)
     manifest = folder / f"{name}.jsonl.gz"

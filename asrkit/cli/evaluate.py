@@ -39,9 +39,7 @@ def evaluate(
     max_duration: Annotated[float, typer.Option(min=1, help="Seconds of audio decoded at once.")] = 200.0,
     device: Device = "auto",
     threads: Threads = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON, one line a method.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, one line a method.")] = False,
 ) -> None:
     """Decode a manifest and count its word and character errors.
 
@@ -82,17 +80,11 @@ def evaluate(
 
 def transcribe(
     run: Run,
-    audio: Annotated[
-        list[Path], typer.Argument(help="Audio files of any format, rate, channels and length.")
-    ],
+    audio: Annotated[list[Path], typer.Argument(help="Audio files of any format, rate, channels and length.")],
     method: Annotated[Method, typer.Option(help="How to search.")] = Method.greedy,
     beam: Beam = 4,
-    timestamps: Annotated[
-        bool, typer.Option("--timestamps", help="One line a word: its start in seconds.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line and file, words timed.")
-    ] = False,
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="One line a word: its start in seconds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and file, words timed.")] = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:

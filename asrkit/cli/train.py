@@ -20,13 +20,9 @@ def register(app: typer.Typer) -> None:
 
 def train_backbone(
     manifest: Annotated[Path, typer.Option(help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory.")],
-    out: Annotated[
-        Path, typer.Option(help="Run directory; repeated with the same settings, the run goes on.")
-    ],
+    out: Annotated[Path, typer.Option(help="Run directory; repeated with the same settings, the run goes on.")],
     dev: Annotated[Path | None, typer.Option(help="Cuts whose WER chooses the best weights.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="sentencepiece model; left out, one is trained.")
-    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="sentencepiece model; left out, one is trained.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     overrides: Overrides = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,

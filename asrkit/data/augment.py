@@ -107,9 +107,9 @@ def add_noise(samples: Tensor, noise: Tensor, snr_db: float, random: np.random.G
 def stretch(features: Tensor, factor: float) -> Tensor:
     """Change the tempo by ``factor`` through linear interpolation in time: (T, F) -> (about T / factor, F)."""
     num_frames = max(1, round(len(features) / factor))
-    return torch.nn.functional.interpolate(
-        features.t()[None], size=num_frames, mode="linear", align_corners=False
-    )[0].t()
+    return torch.nn.functional.interpolate(features.t()[None], size=num_frames, mode="linear", align_corners=False)[
+        0
+    ].t()
 
 
 def vocal_tract_warp(features: Tensor, factors: Tensor, high_hz: float = 4800.0) -> Tensor:
@@ -163,9 +163,7 @@ def spec_augment(
 
     if settings.num_frequency_masks and settings.frequency_mask_bins:
         widest = np.full(batch, settings.frequency_mask_bins + 1.0)
-        hidden |= spans(settings.num_frequency_masks, widest, np.full(batch, num_bins), num_bins).any(1)[
-            :, None, :
-        ]
+        hidden |= spans(settings.num_frequency_masks, widest, np.full(batch, num_bins), num_bins).any(1)[:, None, :]
     if settings.num_time_masks and settings.time_mask_frames and settings.max_time_fraction > 0:
         budget = settings.max_time_fraction * lens
         counts = np.clip(np.ceil(budget / settings.time_mask_frames), 1, settings.num_time_masks)

@@ -34,9 +34,7 @@ class Tokenizer:
         try:
             self._model.Load(str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"{path}: not a sentencepiece model; train one by leaving --tokenizer out"
-            ) from error
+            raise UserError(f"{path}: not a sentencepiece model; train one by leaving --tokenizer out") from error
         if self._model.IdToPiece(BLANK_ID) != "<blk>":
             raise UserError(
                 f"{path}: piece 0 is {self._model.IdToPiece(BLANK_ID)!r}, not <blk>; use a tokenizer made by asrkit"
@@ -71,9 +69,7 @@ class Tokenizer:
     def missing_characters(self, text: str) -> set[str]:
         """The characters of ``text`` this tokenizer has no piece for."""
         pieces = self._model.Encode(text, out_type=str)
-        return {
-            ch for piece in pieces if self._model.PieceToId(piece) == UNK_ID for ch in piece if ch != "\u2581"
-        }
+        return {ch for piece in pieces if self._model.PieceToId(piece) == UNK_ID for ch in piece if ch != "\u2581"}
 
     def copy_to(self, path: Path) -> None:
         """Copy the model to ``path``, with tokens.txt beside it."""
@@ -123,9 +119,7 @@ def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, 
             )
         except RuntimeError as error:
             if kind != "bpe" or "Vocabulary size" not in str(error):
-                raise UserError(
-                    f"cannot train a {kind} tokenizer of {vocab_size} pieces: {error}"
-                ) from error
+                raise UserError(f"cannot train a {kind} tokenizer of {vocab_size} pieces: {error}") from error
             raise UserError(
                 f"tokenizer.vocab_size={vocab_size} is too high for this text; lower it or use tokenizer.kind=char"
             ) from error

@@ -16,9 +16,7 @@ Method = Literal["greedy", "beam", "ctc"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
-def search(
-    model: AcousticModel, encoded: EncoderOutput, method: Method = "greedy", beam: int = 4
-) -> list[Hypothesis]:
+def search(model: AcousticModel, encoded: EncoderOutput, method: Method = "greedy", beam: int = 4) -> list[Hypothesis]:
     """Hypotheses of already encoded utterances, in their order.
 
     Raises:

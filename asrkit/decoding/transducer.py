@@ -26,9 +26,7 @@ def _start_context(model: AcousticModel, device: torch.device) -> Tensor:
     return context
 
 
-def _extend(
-    model: AcousticModel, contexts: Tensor, predicted: Tensor, tokens: Tensor
-) -> tuple[Tensor, Tensor]:
+def _extend(model: AcousticModel, contexts: Tensor, predicted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Append ``tokens`` (N,) to ``contexts`` (N, C) and update ``predicted`` (N, J); blank rows stay."""
     emits = tokens != model.blank
     rows = emits.nonzero().squeeze(1)
@@ -40,9 +38,7 @@ def _extend(
 
 
 @torch.no_grad()
-def greedy_search(
-    model: AcousticModel, joiner_in: Tensor, lens: Tensor, max_symbols: int = 1
-) -> list[Hypothesis]:
+def greedy_search(model: AcousticModel, joiner_in: Tensor, lens: Tensor, max_symbols: int = 1) -> list[Hypothesis]:
     """The best symbol at each frame of ``joiner_in`` (B, T', J), at most ``max_symbols`` of them a frame."""
     batch, num_frames, _ = joiner_in.shape
     contexts = _start_context(model, joiner_in.device).repeat(batch, 1)

@@ -12,9 +12,7 @@ from rich.table import Table
 
 def _table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
     """A table that fits 80 columns: texts on the left, numbers on the right."""
-    table = Table(
-        *columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     return table
@@ -42,9 +40,7 @@ def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
             table.add_row(result["method"], language or "unknown", *_cells(counts), "")
         name = "all" if rows else next(iter(languages), "")
         speed = f"{result['real_time_factor']:.4f}"
-        table.add_row(
-            result["method"], name, *_cells(result["total"]), speed, style="bold", end_section=bool(rows)
-        )
+        table.add_row(result["method"], name, *_cells(result["total"]), speed, style="bold", end_section=bool(rows))
     threads = f", {results[0]['threads']} thread(s)" if results[0]["device"] == "cpu" else ""
     table.caption = f"RTF: seconds, features included, per second of audio ({results[0]['device']}{threads})"
     table.caption_justify = "left"
@@ -69,9 +65,7 @@ def run_tables(description: dict[str, Any]) -> list[Table]:
     """Stages, parts and evaluations of a run, as ``describe_run`` gives them."""
     stages = _table("stages", "stage", "created", "metrics", numbers=("step", "seconds"))
     for entry in description["stages"]:
-        metrics = ", ".join(
-            f"{name} {_number(value)}" for name, value in (entry.get("metrics") or {}).items()
-        )
+        metrics = ", ".join(f"{name} {_number(value)}" for name, value in (entry.get("metrics") or {}).items())
         texts = (entry.get("stage"), entry.get("created"), metrics, entry.get("step"), entry.get("seconds"))
         stages.add_row(*("-" if text in (None, "") else str(text) for text in texts))
     parts = _table("parameters, statistics included", "part", numbers=("parameters", "bytes"))

@@ -63,9 +63,7 @@ def main() -> None:
     known = [row for row in found if row[1] in SPLIT_OF_SPEAKER]
     if not known:
         place = arguments.recordings or arguments.tsv
-        sys.exit(
-            f"error: {place}: no recordings of the six speakers; give the corpus's own folder or a TSV of it"
-        )
+        sys.exit(f"error: {place}: no recordings of the six speakers; give the corpus's own folder or a TSV of it")
     lines = ["id\tpath\tsplit\tlang\tspeaker\ttext"]
     for digit, speaker, index, path in known:
         where = split_of(arguments.split, speaker, index)

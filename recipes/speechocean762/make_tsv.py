@@ -27,9 +27,7 @@ def main() -> None:
         folder = arguments.corpus / part
         missing = [name for name in ("wav.scp", "text", "utt2spk") if not (folder / name).is_file()]
         if missing:
-            sys.exit(
-                f"error: {folder}: no {', '.join(missing)}; give the folder of a speechocean762 checkout"
-            )
+            sys.exit(f"error: {folder}: no {', '.join(missing)}; give the folder of a speechocean762 checkout")
         paths, texts, speakers = (table(folder / name) for name in ("wav.scp", "text", "utt2spk"))
         dev = set(sorted(set(speakers.values()))[::10]) if part == "train" else set()
         for utterance, path in sorted(paths.items()):
