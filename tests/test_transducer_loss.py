@@ -468,8 +468,9 @@ def test_modified_losses_equal_k2(seed: int, frames: int, symbols: int, prune_ra
         results.append((simple, px_grad, py_grad, full, *gradients))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    ranges = prune_ranges(*results[1][1:3], *case.lens, prune_range, "torch", "modified")
-    assert torch.equal(ranges, prune_ranges(*results[1][1:3], *case.lens, prune_range, "k2", "modified"))
+    _, px_grad, py_grad = results[1][:3]
+    ranges = prune_ranges(px_grad, py_grad, *case.lens, prune_range, "torch", "modified")
+    assert torch.equal(ranges, prune_ranges(px_grad, py_grad, *case.lens, prune_range, "k2", "modified"))
     logits = case.normal(*ranges.shape, VOCAB)
     losses = [pruned_loss(logits, case.symbols, ranges, *case.lens, backend, "modified") for backend in ("torch", "k2")]
     torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
