@@ -1,0 +1,45 @@
+"""The README's own commands, run in order in an empty folder; only the training is cut short."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tones import RATE, WORDS, say
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SHORT = "model.size=tiny model.num_layers=1 training.steps=3 training.tensorboard=false tokenizer.vocab_size=20"
+
+
+def commands(heading: str) -> list[list[str]]:
+    """The asrkit lines of the first shell block under a heading."""
+    block = re.search(rf"## {heading}\n.*?```sh\n(.*?)```", README, re.DOTALL)
+    assert block is not None, heading
+    lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    return [line for line in lines if line and line[0] == "asrkit"]
+
+
+def test_your_own_recordings(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = ["path\ttext\tsplit"]
+    for number in range(14):
+        words = [str(word) for word in random.choice(list(WORDS), size=3)]
+        soundfile.write(tmp_path / f"{number}.wav", say(words, random), RATE)
+        rows.append(f"{number}.wav\t{' '.join(words)}\t{['train', 'train', 'dev', 'test'][number % 4]}")
+    (tmp_path / "transcripts.tsv").write_text("\n".join(rows) + "\n")
+    soundfile.write(tmp_path / "a.wav", say(["alpha"], random), RATE)
+    soundfile.write(tmp_path / "b.flac", say(["bravo", "carol"], random), RATE)
+    listed = commands("Your own recordings")
+    assert [words[1] for words in listed] == ["data", "data", "train-backbone", "evaluate", "transcribe"]
+    for words in listed:
+        if words[1] == "train-backbone":
+            words += [part for setting in SHORT.split() for part in ("--set", setting)]
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "exp/mine/evaluation/test-greedy/result.json").is_file()
+    assert done.stdout.startswith("a.wav: ") and "\nb.flac: " in done.stdout
