@@ -115,7 +115,8 @@ def confidence_interval(utterances: Sequence[Scored]) -> tuple[float, float] | N
         return None
     refs, hyps = [u.ref.split() for u in spoken], [u.hyp.split() for u in spoken]
     found = bootstrap_wer_ci(refs, hyps, replications=1000, seed=0)
-    return float(found["ci95min"]), float(found["ci95max"])
+    # It is the mean and 1.96 deviations of the draws, which near 0 reaches below it.
+    return max(0.0, float(found["ci95min"])), float(found["ci95max"])
 
 
 @dataclass
