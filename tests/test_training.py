@@ -72,7 +72,8 @@ def test_a_run_directory_is_complete(uninterrupted: Path, corpus: Path) -> None:
     entry = opened.lineage[-1]
     assert entry["stage"] == "train-backbone" and "train-backbone" in entry["command"]
     assert set(entry["manifests"]) == {str(corpus / "train.jsonl.gz"), str(corpus / "dev.jsonl.gz")}
-    assert entry["metrics"]["wer"] >= 0
+    measured = [row["dev_wer"] for row in rows(uninterrupted) if "dev_wer" in row]
+    assert len(measured) == 3 and entry["metrics"]["wer"] == min(measured)  # the best weights are kept
     assert opened.config["training"]["optimiser"]["betas"] == [0.9, 0.98]  # defaults are written out
     assert (uninterrupted / "tokens.txt").read_text().startswith("<blk> 0\n<unk> 1\n")
     assert rows(uninterrupted)[-1]["step"] == 30
@@ -258,6 +259,15 @@ def test_a_full_disk_leaves_the_previous_state(corpus: Path, tmp_path: Path) -> 
     assert not list(out.rglob(".tmp-*"))
     assert run(words).returncode == 0
     assert rows(out)[-1]["step"] == 8
+
+
+def test_the_saved_weights_are_the_running_average() -> None:
+    from asrkit.training.loop import _Shadow
+
+    model, average = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    before = average.weight.detach().clone()
+    _Shadow(model, average).follow(0.75)
+    torch.testing.assert_close(average.weight.detach(), 0.75 * before + 0.25 * model.weight.detach())
 
 
 class _Broken(torch.utils.data.Dataset):

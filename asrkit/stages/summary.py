@@ -34,7 +34,7 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
             rows.append(
                 {
                     "stage": entry["stage"],
-                    "configuration": "backbone",
+                    "configuration": ", ".join(run.model_spec["configurations"]),
                     "manifest": Path(result["manifest"]).name.split(".")[0],
                     "method": result["method"],
                     "wer": result["total"]["wer"],

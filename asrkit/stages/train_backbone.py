@@ -159,7 +159,6 @@ def train_backbone(
                 settings.training,
                 settings.data.num_workers,
                 settings.seed,
-                run.config_sha256,
                 world,
             )
             run.finish()

@@ -24,7 +24,6 @@ class Progress:
     """Where a run stands. ``sums`` are the metrics gathered since the last logged step."""
 
     step: int = 0
-    config_sha256: str = ""
     slices: int = 1
     best: dict[str, float] = field(default_factory=dict)
     last_dev: dict[str, float] = field(default_factory=dict)

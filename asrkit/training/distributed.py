@@ -71,6 +71,15 @@ def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
         grad.copy_(summed.view_as(grad))
 
 
+def gather_lists(world: World, mine: list[str]) -> list[str]:
+    """The lists of all processes, one after another, everywhere."""
+    if world.size == 1:
+        return mine
+    boxes: list[list[str]] = [[] for _ in range(world.size)]
+    torch.distributed.all_gather_object(boxes, mine)
+    return [item for box in boxes for item in box]
+
+
 def broadcast_object(world: World, value: object) -> object:
     """The main process's value, everywhere."""
     if world.size == 1:

@@ -25,7 +25,7 @@ from asrkit.config import config
 from asrkit.data.batches import Batch, TrainBatches, loader
 from asrkit.errors import UserError
 from asrkit.training.checkpoint import Progress, load_state, save_state
-from asrkit.training.distributed import World, all_sum, broadcast_object, sum_gradients
+from asrkit.training.distributed import World, all_sum, broadcast_object, gather_lists, sum_gradients
 from asrkit.training.logs import RunLog
 from asrkit.training.objective import LossOutput
 from asrkit.training.optim import OptimiserConfig, learning_rate, make_optimiser
@@ -99,7 +99,6 @@ def train(
     settings: TrainingConfig,
     num_workers: int,
     seed: int,
-    config_sha256: str,
     world: World,
 ) -> Progress:
     """Train to ``settings.steps``, resuming from ``run`` when it holds a state.
@@ -118,7 +117,7 @@ def train(
     scaler = torch.cuda.amp.GradScaler() if dtype == torch.float16 else None
     slices = world.size * settings.accumulate
 
-    progress = load_state(run, model, average, optimiser) or Progress(config_sha256=config_sha256, slices=slices)
+    progress = load_state(run, model, average, optimiser) or Progress(slices=slices)
     if progress.slices != slices:
         raise UserError(
             f"{run}: was trained with {progress.slices} parts a step (processes times training.accumulate), now {slices}; "
@@ -168,10 +167,12 @@ def train(
                 progress.skipped_in_a_row = 0
                 shadow.follow(min(settings.average_decay, (1 + step) / (10 + step)))
             else:
-                _skip(progress, settings, done, step, log)
+                _skip(progress, settings, done, step, log, world)
             progress.step = step + 1
             log.count(progress, done.sums, totals, norm, done.waited)
 
+            # Asked once a step: a signal after this waits for the next, so none is obeyed without a saved state.
+            code = int(broadcast_object(world, stop()))  # type: ignore[call-overload]
             last = progress.step == settings.steps
             if last or progress.step % settings.log_every == 0:
                 _share_sums(world, progress)
@@ -179,12 +180,12 @@ def train(
             if task.measure is not None and (last or progress.step % settings.evaluate_every == 0):
                 _measure(task, average, progress, settings, world, log)
                 save()
-            elif last or progress.step % settings.save_every == 0 or stop():
+            elif last or progress.step % settings.save_every == 0 or code:
                 if world.is_main and (task.measure is None or settings.keep == "last" or not progress.best):
                     task.publish(average, progress.step, progress.last_dev)
                 save()
-            if code := broadcast_object(world, stop()):
-                raise Interrupted(int(code))  # type: ignore[call-overload]
+            if code:
+                raise Interrupted(code)
     return progress
 
 
@@ -232,9 +233,10 @@ def _accumulate(
     return done
 
 
-def _skip(progress: Progress, settings: TrainingConfig, done: _Done, step: int, log: RunLog) -> None:
+def _skip(progress: Progress, settings: TrainingConfig, done: _Done, step: int, log: RunLog, world: World) -> None:
     progress.skipped_in_a_row += 1
-    culprits = done.bad_cut_ids or done.cut_ids
+    # Each process knows its own part of the batch only.
+    culprits = gather_lists(world, done.bad_cut_ids) or gather_lists(world, done.cut_ids)
     log.skipped(step + 1, culprits)
     done.sums.clear()
     if progress.skipped_in_a_row >= settings.max_skipped_in_a_row:
