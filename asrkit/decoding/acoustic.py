@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from asrkit.data.features import LOG_EPS
+from asrkit.nn.conformer import subsampled_lens
+from asrkit.nn.context import FULL, Context
 
 if TYPE_CHECKING:
     from asrkit.models import AsrModel
@@ -43,10 +48,17 @@ class AcousticModel(Protocol):
 
 
 class TorchAcousticModel:
-    """An ``AsrModel`` in evaluation mode as an ``AcousticModel``; inputs are moved to the model's device."""
+    """An ``AsrModel`` in evaluation mode as an ``AcousticModel``; inputs are moved to the model's device.
 
-    def __init__(self, model: AsrModel) -> None:
+    Args:
+        configuration: the active sub-models; None is what the model was last trained in.
+        context: full context in one pass, or a streaming one, which is run chunk by chunk, as on a device.
+    """
+
+    def __init__(self, model: AsrModel, configuration: str | None = None, context: Context = FULL) -> None:
         self.model = model
+        self.configuration = configuration
+        self.context = context
         self.vocab_size = model.vocab_size
         self.context_size = model.context_size
         self.blank = model.blank
@@ -57,9 +69,13 @@ class TorchAcousticModel:
 
     @torch.no_grad()
     def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
-        encoder_out, lens = self.model.encode(features.to(self.device), feature_lens.to(self.device))
+        features, feature_lens = features.to(self.device), feature_lens.to(self.device)
+        if self.context.streaming:
+            encoder_out, lens = encode_by_chunks(self.model, features, feature_lens, self.configuration, self.context)
+        else:
+            encoder_out, lens = self.model.encode(features, feature_lens, self.configuration)
         joiner_in = self.model.joiner.project_encoder(encoder_out)
-        return EncoderOutput(joiner_in, lens.clamp(min=0), self.model.ctc_log_probs(encoder_out))
+        return EncoderOutput(joiner_in, lens, self.model.ctc_log_probs(encoder_out))
 
     @torch.no_grad()
     def predict(self, contexts: Tensor) -> Tensor:
@@ -68,3 +84,22 @@ class TorchAcousticModel:
     @torch.no_grad()
     def join(self, encoded: Tensor, predicted: Tensor) -> Tensor:
         return self.model.joiner(encoded, predicted)
+
+
+def encode_by_chunks(
+    model: AsrModel, features: Tensor, feature_lens: Tensor, configuration: str | None, context: Context
+) -> tuple[Tensor, Tensor]:
+    """What ``model.encode`` gives in a streaming ``context``, from ``streaming_step`` chunk by chunk."""
+    if context.chunk is None:
+        raise ValueError("context must be a streaming one")
+    lens, size = subsampled_lens(feature_lens), context.chunk
+    num_frames = int(lens.max())
+    caches = model.encoder.initial_caches(len(features), context.left, model.submodels_of(configuration))
+    last = -(-num_frames // size) * size * 4 + 3
+    features = pad(features, (0, 0, 0, max(0, last - features.shape[1])), value=LOG_EPS)
+    chunks = [features.new_zeros(len(features), 0, model.spec.encoder.dim)]
+    for begin in range(0, num_frames, size):
+        window = features[:, 4 * begin : 4 * (begin + size) + 3]
+        encoder_out, caches = model.streaming_step(window, caches, configuration, (lens - begin).clamp(0, size))
+        chunks.append(encoder_out)
+    return torch.cat(chunks, dim=1)[:, :num_frames], lens

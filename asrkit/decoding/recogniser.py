@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,17 +11,24 @@ from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, TorchAcousticModel
 from asrkit.errors import UserError
 from asrkit.models import load_model
+from asrkit.nn.context import FRAME_MS, Context, parse_context
 from asrkit.run_dir import WEIGHTS, open_run, sha256_of
 
 
 @dataclass(frozen=True)
 class Recogniser:
-    """A model ready to decode with its tokenizer, and the digest that says which weights these are."""
+    """A model ready to decode with its tokenizer, and the digest that says which weights these are.
+
+    ``configuration`` and ``context`` are those it runs in; ``warnings`` say where that is not what it was trained for.
+    """
 
     model: AcousticModel
     tokenizer: Tokenizer
     weights_sha256: str
     device: torch.device
+    configuration: str
+    context: Context
+    warnings: list[str] = field(default_factory=list)
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,11 +48,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_recogniser(path: Path, device: str = "auto") -> Recogniser:
+def load_recogniser(
+    path: Path, device: str = "auto", configuration: str | None = None, context: Context | None = None
+) -> Recogniser:
     """Load the model and tokenizer of a run directory.
 
+    Args:
+        configuration: None is the one the last stage trained.
+        context: None is the first the configuration was trained in.
+
     Raises:
-        UserError: the directory is incomplete or damaged, or its parts do not fit each other.
+        UserError: the directory is incomplete or damaged, its parts do not fit each other, or it has no such
+            configuration.
     """
     place = choose_device(device)
     run = open_run(path)
@@ -56,4 +70,16 @@ def load_recogniser(path: Path, device: str = "auto") -> Recogniser:
             f"{run.tokenizer_path}: has {tokenizer.vocab_size} pieces but the model has {model.vocab_size}; "
             "restore the tokenizer this model was trained with"
         )
-    return Recogniser(TorchAcousticModel(model.to(place)), tokenizer, sha256_of(run.path / WEIGHTS), place)
+    name = configuration or model.spec.configuration
+    if name not in model.spec.configurations:
+        raise UserError(f"{path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
+    trained = [parse_context(text) for text in model.spec.configurations[name].contexts]
+    chosen = trained[0] if context is None else context
+    warnings = []
+    if chosen not in trained:
+        warnings.append(
+            f"{path}: configuration {name} was never trained in context {chosen}, but in "
+            f"{', '.join(map(str, trained))} (frames of {FRAME_MS:.0f} ms); expect more errors"
+        )
+    acoustic = TorchAcousticModel(model.to(place), name, chosen)
+    return Recogniser(acoustic, tokenizer, sha256_of(run.path / WEIGHTS), place, name, chosen, warnings)

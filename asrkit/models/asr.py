@@ -12,53 +12,10 @@ from torch.nn import functional as F
 
 from asrkit.config import from_dict
 from asrkit.errors import UserError
-from asrkit.models.spec import EncoderSpec, ModelSpec, PredictorSpec
-from asrkit.nn.conformer import BackboneBlock, Subsampling
+from asrkit.models.encoder import Caches, Encoder
+from asrkit.models.spec import ModelSpec, PredictorSpec
+from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import MODEL, RunDir
-
-
-class Normalise(nn.Module):
-    """Subtract the mean and divide by the deviation of each mel bin, both measured on the training manifest."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, num_mel_bins: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(num_mel_bins))
-        self.register_buffer("std", torch.ones(num_mel_bins))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.std
-
-
-class Encoder(nn.Module):
-    """Normalised features through the subsampling and the backbone's blocks."""
-
-    def __init__(self, spec: EncoderSpec, num_mel_bins: int) -> None:
-        super().__init__()
-        self.normalise = Normalise(num_mel_bins)
-        self.subsampling = Subsampling(num_mel_bins, spec.subsampling_channels, spec.dim)
-        self.dropout = nn.Dropout(spec.dropout)
-        self.blocks = nn.ModuleList(
-            BackboneBlock(spec.dim, spec.feedforward_dim, spec.kernel_size, spec.dropout)
-            for _ in range(spec.num_layers)
-        )
-
-    def forward(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, 80), (B,) -> (B, T', D), (B,) with T' = (T - 3) // 4.
-
-        An utterance of fewer than 7 frames has no encoder frame; a batch of only such gives T' = 0.
-        """
-        if features.shape[1] < 7:
-            dim = self.subsampling.out.out_features
-            return features.new_zeros(len(features), 0, dim), torch.zeros_like(feature_lens)
-        x, encoder_out_lens = self.subsampling(self.normalise(features), feature_lens)
-        x = self.dropout(x)
-        padding = (torch.arange(x.shape[1], device=x.device) >= encoder_out_lens[:, None]).unsqueeze(-1)
-        for block in self.blocks:
-            x = block(x, padding)
-        return x, encoder_out_lens
 
 
 class Predictor(nn.Module):
@@ -121,7 +78,7 @@ class AsrModel(nn.Module):
         self.vocab_size = spec.vocab_size
         self.context_size = spec.predictor.context_size
         dim = spec.encoder.dim
-        self.encoder = Encoder(spec.encoder, spec.features.num_mel_bins)
+        self.encoder = Encoder(spec)
         self.predictor = Predictor(spec.predictor, spec.vocab_size)
         self.joiner = Joiner(dim, spec.predictor.dim, spec.joiner_dim, spec.vocab_size)
         self.ctc_head = nn.Linear(dim, spec.vocab_size)
@@ -129,9 +86,33 @@ class AsrModel(nn.Module):
         self.simple_encoder = nn.Linear(dim, spec.vocab_size)
         self.simple_predictor = nn.Linear(spec.predictor.dim, spec.vocab_size)
 
-    def encode(self, features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, 80), (B,) -> (B, T', D), (B,)."""
-        return self.encoder(features, feature_lens)
+    def encode(
+        self,
+        features: Tensor,
+        feature_lens: Tensor,
+        configuration: str | None = None,
+        context: Context = FULL,
+        gates: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, 80), (B,) -> (B, T', D), (B,), in one pass; see ``Encoder.forward``."""
+        return self.encoder(features, feature_lens, self.submodels_of(configuration), context, gates)
+
+    def streaming_step(
+        self, features: Tensor, caches: Caches, configuration: str | None = None, frame_lens: Tensor | None = None
+    ) -> tuple[Tensor, Caches]:
+        """The next chunk, (B, 4 c + 3, 80) -> (B, c, D) and the caches after it; see ``Encoder.streaming_step``."""
+        return self.encoder.streaming_step(features, caches, self.submodels_of(configuration), frame_lens)
+
+    def submodels_of(self, configuration: str | None = None) -> tuple[str, ...]:
+        """The active sub-models of a configuration, None being the one the model was last trained in.
+
+        Raises:
+            UserError: there is no such configuration.
+        """
+        name = self.spec.configuration if configuration is None else configuration
+        if name not in self.spec.configurations:
+            raise UserError(f"no configuration {name}; there are {', '.join(self.spec.configurations)}")
+        return tuple(self.spec.configurations[name].submodels)
 
     def ctc_log_probs(self, encoder_out: Tensor) -> Tensor:
         """(B, T', D) -> (B, T', V), in float32 whatever the precision around it."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from asrkit.config import config
+from asrkit.nn.context import parse_context
 
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+# "full", or "chunk=16,left=64": written in one way only.
+ContextText = Annotated[str, AfterValidator(lambda text: str(parse_context(text)))]
+BACKBONE = "backbone"
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 @config
@@ -30,6 +36,8 @@ class EncoderSpec:
     kernel_size: Positive = 31
     subsampling_channels: tuple[Positive, Positive] = (8, 32)
     dropout: Probability = 0.1
+    # per_mode: a second gain and bias in every norm, for streaming (arXiv 2010.06030); ours is one for both.
+    norms: Literal["shared", "per_mode"] = "shared"
 
     @field_validator("kernel_size")
     @classmethod
@@ -49,16 +57,73 @@ class PredictorSpec:
 
 
 @config
+class SubModelSpec:
+    """Modules added to layers of the backbone under one name.
+
+    ``dim`` is that of attention's queries, keys and values, or an adapter's bottleneck. ``context`` limits what
+    attention sees whatever the model's mode; in streaming the chunk limits it further.
+    """
+
+    kind: Literal["attention", "adapter"]
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    place: Literal["serial", "parallel"] = "serial"
+    dim: Positive
+    heads: Positive = 4
+    context: ContextText = "full"
+    dropout: Probability = 0.1
+
+    @field_validator("layers")
+    @classmethod
+    def _sorted(cls, value: list[int]) -> list[int]:
+        return sorted(set(value))
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Any:
+        if self.kind == "attention" and self.dim % (2 * self.heads):
+            raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
+        return self
+
+
+@config
+class ConfigurationSpec:
+    """A named operating point: the sub-models that are active, and the contexts it was trained in, the first by default."""
+
+    submodels: list[str] = field(default_factory=list)
+    contexts: Annotated[list[ContextText], Field(min_length=1)] = field(default_factory=lambda: ["full"])
+
+
+@config
 class ModelSpec:
-    """A convolutional backbone with a CTC head and a transducer on top."""
+    """A convolutional backbone with a CTC head and a transducer on top, and the sub-models added to it.
+
+    ``configuration`` is the one the last stage trained, which is used where none is named.
+    """
 
     vocab_size: Annotated[int, Field(ge=2)]
     encoder: EncoderSpec
     predictor: PredictorSpec
     joiner_dim: Positive
     features: FeatureSpec = field(default_factory=FeatureSpec)
-    # A configuration is a named list of active sub-models; `backbone` is the empty one.
-    configurations: dict[str, list[str]] = field(default_factory=lambda: {"backbone": []})
+    submodels: dict[str, SubModelSpec] = field(default_factory=dict)
+    configurations: dict[str, ConfigurationSpec] = field(default_factory=lambda: {BACKBONE: ConfigurationSpec()})
+    configuration: str = BACKBONE
+
+    @model_validator(mode="after")
+    def _names_and_layers(self) -> Any:
+        for name, submodel in self.submodels.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"sub-model {name}: a name is letters, digits, - and _, a letter first")
+            if submodel.layers[-1] >= self.encoder.num_layers:
+                raise ValueError(
+                    f"sub-model {name}: layer {submodel.layers[-1]} is out of range; "
+                    f"the encoder has layers 0 to {self.encoder.num_layers - 1}"
+                )
+        for name, configuration in self.configurations.items():
+            if missing := [part for part in configuration.submodels if part not in self.submodels]:
+                raise ValueError(f"configuration {name}: no sub-model {', '.join(missing)}")
+        if self.configuration not in self.configurations:
+            raise ValueError(f"no configuration {self.configuration}")
+        return self
 
 
 Size = Literal["tiny", "small", "medium", "large"]

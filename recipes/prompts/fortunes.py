@@ -13,7 +13,6 @@ from asrkit.data.debian import fetch_packages, members_of
 from asrkit.data.text import TextError, normalise
 from asrkit.run_dir import atomic_write
 
-
 # Debian has no package of French ones.
 PACKAGES = {"en": "fortunes", "es": "fortunes-es", "it": "fortunes-it", "ru": "fortunes-ru"}
 LETTERS = {"en": "a-z", "es": "a-záéíñóúü", "it": "a-zàèéìòù", "ru": "а-яё"}
