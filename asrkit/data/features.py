@@ -16,6 +16,8 @@ from asrkit.errors import UserError
 SAMPLE_RATE = 16000
 NUM_MEL_BINS = 80
 FRAME_SHIFT = 0.01
+SHIFT = 160  # samples of FRAME_SHIFT
+AFTER = 280  # samples a frame sees from its place on; another 120 lie before it
 SHORTEST = 400  # samples of one 25 ms window; less is filled up with silence
 LOG_EPS = math.log(1e-10)  # what silence is after the log; batches are padded with it
 
@@ -37,6 +39,40 @@ def fbank(samples: Tensor) -> Tensor:
     if len(samples) < SHORTEST:
         samples = torch.nn.functional.pad(samples, (0, SHORTEST - len(samples)))
     return torch.as_tensor(_extractor().extract(samples, SAMPLE_RATE))
+
+
+class OnlineFbank:
+    """``fbank`` of a recording that comes in blocks: the same frames, each as soon as the samples it sees are there.
+
+    Frame i sees the samples 160 i - 120 to 160 i + 279; beyond the ends of a recording they are reflected.
+    """
+
+    def __init__(self) -> None:
+        self._samples = torch.zeros(0)  # from sample 160 * _first on
+        self._first = 0
+        self._done = 0  # frames given out
+
+    def accept(self, samples: Tensor) -> Tensor:
+        """The next block (num_samples,) to the frames (T, 80) it completes, perhaps none."""
+        self._samples = torch.cat([self._samples, samples])
+        return self._frames(self._first + (len(self._samples) - AFTER) // SHIFT + 1)
+
+    def finish(self) -> Tensor:
+        """The frames (T, 80) that reach over the recording's end."""
+        missing = 0 if self._first else max(0, SHORTEST - len(self._samples))
+        self._samples = torch.nn.functional.pad(self._samples, (0, missing))
+        return self._frames(self._first + (len(self._samples) + SHIFT // 2) // SHIFT)
+
+    def _frames(self, end: int) -> Tensor:
+        """The frames from the last given out to ``end``."""
+        if end <= self._done:
+            return torch.zeros(0, NUM_MEL_BINS)
+        frames = torch.as_tensor(_extractor().extract(self._samples, SAMPLE_RATE))
+        frames = frames[self._done - self._first : end - self._first]
+        # A frame before the next one is kept: what the extractor reflects at its beginning is then never looked at.
+        self._samples = self._samples[(end - 1 - self._first) * SHIFT :]
+        self._done, self._first = end, end - 1
+        return frames
 
 
 def resample(samples: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:

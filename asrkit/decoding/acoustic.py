@@ -18,6 +18,7 @@ from asrkit.nn.context import FULL, Context
 
 if TYPE_CHECKING:
     from asrkit.models import AsrModel
+    from asrkit.models.encoder import Caches
 
 FRAME_SECONDS = 0.04  # of an encoder frame: 10 ms features, subsampled by 4
 
@@ -74,6 +75,27 @@ class TorchAcousticModel:
             encoder_out, lens = encode_by_chunks(self.model, features, feature_lens, self.configuration, self.context)
         else:
             encoder_out, lens = self.model.encode(features, feature_lens, self.configuration)
+        return self._output(encoder_out, lens)
+
+    def start(self, batch: int = 1) -> Caches:
+        """What ``batch`` streams remember before their first chunk."""
+        submodels = self.model.submodels_of(self.configuration)
+        return self.model.encoder.initial_caches(batch, self.context.left, submodels)
+
+    @torch.no_grad()
+    def step(self, features: Tensor, caches: Caches, frame_lens: Tensor | None = None) -> tuple[EncoderOutput, Caches]:
+        """The next chunk of each stream: (B, 4 c + 3, 80) to c encoder frames, and the caches after it.
+
+        Where a stream ends within the chunk, ``frame_lens`` (B,) says how many of its c frames there are.
+        """
+        features = features.to(self.device)
+        lens = None if frame_lens is None else frame_lens.to(self.device)
+        encoder_out, caches = self.model.streaming_step(features, caches, self.configuration, lens)
+        if lens is None:
+            lens = torch.full((len(features),), encoder_out.shape[1], device=self.device)
+        return self._output(encoder_out, lens), caches
+
+    def _output(self, encoder_out: Tensor, lens: Tensor) -> EncoderOutput:
         joiner_in = self.model.joiner.project_encoder(encoder_out)
         return EncoderOutput(joiner_in, lens, self.model.ctc_log_probs(encoder_out))
 

@@ -1,0 +1,179 @@
+"""Recognition while the sound comes in: samples to features, features to chunks, chunks to text that grows.
+
+Shapes: B streams, T feature frames of 10 ms, T' encoder frames of 40 ms, c encoder frames of a chunk, J joiner
+dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from asrkit.data.features import LOG_EPS, NUM_MEL_BINS, SAMPLE_RATE, OnlineFbank
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import FRAME_SECONDS, AcousticModel, EncoderOutput
+from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.decoding.search import Method, search
+from asrkit.decoding.words import Word, timed_words
+from asrkit.nn.context import LOOK_AHEAD_MS, Context
+
+
+class StreamingModel(AcousticModel, Protocol):
+    """An acoustic model that also runs chunk by chunk; the caches are its own affair."""
+
+    @property
+    def context(self) -> Context:
+        """A streaming one: ``chunk`` is c."""
+
+    def start(self, batch: int = 1) -> Any:
+        """The caches of ``batch`` streams before their first chunk."""
+
+    def step(self, features: Tensor, caches: Any, frame_lens: Tensor | None = None) -> tuple[EncoderOutput, Any]:
+        """The next chunk, (B, 4 c + 3, 80), to c encoder frames and the caches after it.
+
+        Chunks advance by 4 c feature frames. Where a stream ends within the chunk, ``frame_lens`` (B,) says how many
+        of its c frames there are; what the others hold is not used.
+        """
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """When an utterance is over: ``pause`` seconds without a new symbol, or ``longest`` seconds in all.
+
+    The encoder goes on as if nothing had happened; only the search starts afresh, so its work stays bounded.
+    """
+
+    pause: float = 1.0
+    longest: float = 20.0
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What is known of an utterance at ``time``: its whole text so far, which may still change unless it is ``final``.
+
+    time: seconds of sound that had to be heard for it. start: seconds at which the utterance began.
+    words: of a final text, each with the time its first piece was emitted.
+    """
+
+    text: str
+    final: bool
+    time: float
+    start: float
+    words: list[Word] = field(default_factory=list)
+
+
+class ChunkEncoder:
+    """Feature frames of one stream, as they come, to encoder frames, chunk by chunk."""
+
+    def __init__(self, model: StreamingModel) -> None:
+        if model.context.chunk is None:
+            raise ValueError("the model must be in a streaming context")
+        self.model, self.chunk = model, model.context.chunk
+        self._caches = model.start(1)
+        self._waiting = torch.zeros(0, NUM_MEL_BINS)
+
+    def accept(self, features: Tensor) -> Iterator[EncoderOutput]:
+        """(T, 80) to each chunk they complete: c frames."""
+        self._waiting = torch.cat([self._waiting, features])
+        while len(self._waiting) >= 4 * self.chunk + 3:
+            yield self._step(self.chunk)
+
+    def finish(self) -> Iterator[EncoderOutput]:
+        """The frames of the last, incomplete chunk, if there are any: fewer than c."""
+        remaining = (len(self._waiting) - 3) // 4
+        if remaining > 0:
+            missing = 4 * self.chunk + 3 - len(self._waiting)
+            self._waiting = pad(self._waiting, (0, 0, 0, missing), value=LOG_EPS)
+            yield self._step(remaining)
+
+    def _step(self, valid: int) -> EncoderOutput:
+        window = self._waiting[None, : 4 * self.chunk + 3]
+        encoded, self._caches = self.model.step(window, self._caches, torch.tensor([valid]))
+        self._waiting = self._waiting[4 * self.chunk :]
+        ctc = encoded.ctc_log_probs
+        return EncoderOutput(
+            encoded.joiner_in[:, :valid], encoded.lens.clamp(max=valid), None if ctc is None else ctc[:, :valid]
+        )
+
+
+class StreamingRecogniser:
+    """One stream of sound to growing text.
+
+    The frames of the current utterance are kept and searched again after each chunk, by the very search that decodes
+    whole recordings; so a text is final in the same words as if it had been decoded at once.
+
+    Args:
+        endpoint: when an utterance is over; None is a second's pause, or 20 seconds.
+    """
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        tokenizer: Tokenizer,
+        method: Method = "greedy",
+        beam: int = 4,
+        endpoint: Endpoint | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.method, self.beam = model, tokenizer, method, beam
+        self.endpoint = endpoint or Endpoint()
+        self._features, self._encoder = OnlineFbank(), ChunkEncoder(model)
+        self._utterance: list[EncoderOutput] = []
+        self._samples = 0
+        self._frames = 0  # encoder frames of the whole stream
+        self._start = 0  # the one the current utterance began at
+        self._shown = ""
+
+    def accept(self, samples: Tensor) -> Iterator[Heard]:
+        """(num_samples,) float32 at 16 kHz to what they change: a text that grew, or one that is final."""
+        self._samples += len(samples)
+        for encoded in self._encoder.accept(self._features.accept(samples)):
+            yield from self._hear(encoded)
+
+    def finish(self) -> Iterator[Heard]:
+        """The end of the sound: what its last moments change, and the final text."""
+        for encoded in chain(self._encoder.accept(self._features.finish()), self._encoder.finish()):
+            yield from self._hear(encoded)
+        if self._shown:
+            yield self._heard(self._search(), final=True, time=self._samples / SAMPLE_RATE)
+            self._forget()
+
+    def _hear(self, encoded: EncoderOutput) -> Iterator[Heard]:
+        """What one more chunk of encoder frames changes."""
+        self._utterance.append(encoded)
+        self._frames += encoded.joiner_in.shape[1]
+        hypothesis = self._search()
+        length = self._frames - self._start
+        quiet = length - (hypothesis.frames[-1] + 1 if hypothesis.frames else 0)
+        # A chunk is known when the last sample its frames need has been heard.
+        time = min(self._frames * FRAME_SECONDS + LOOK_AHEAD_MS / 1000, self._samples / SAMPLE_RATE)
+        text = self.tokenizer.decode(hypothesis.tokens)
+        if quiet * FRAME_SECONDS >= self.endpoint.pause or length * FRAME_SECONDS >= self.endpoint.longest:
+            if text or self._shown:
+                yield self._heard(hypothesis, final=True, time=time)
+            self._forget()
+        elif text != self._shown:
+            self._shown = text
+            yield self._heard(hypothesis, final=False, time=time)
+
+    def _search(self) -> Hypothesis:
+        """The best hypothesis of the current utterance."""
+        joiner_in = torch.cat([part.joiner_in for part in self._utterance], dim=1)
+        ctc = [part.ctc_log_probs for part in self._utterance if part.ctc_log_probs is not None]
+        lens = torch.tensor([joiner_in.shape[1]], device=joiner_in.device)
+        encoded = EncoderOutput(joiner_in, lens, torch.cat(ctc, dim=1) if ctc else None)
+        return search(self.model, encoded, self.method, self.beam)[0]
+
+    def _heard(self, hypothesis: Hypothesis, final: bool, time: float) -> Heard:
+        start = self._start * FRAME_SECONDS
+        words = timed_words(hypothesis, self.tokenizer, start) if final else []
+        return Heard(self.tokenizer.decode(hypothesis.tokens), final, round(time, 3), round(start, 3), words)
+
+    def _forget(self) -> None:
+        """Begin another utterance with the next frame."""
+        self._utterance, self._start, self._shown = [], self._frames, ""
