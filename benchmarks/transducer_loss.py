@@ -154,7 +154,7 @@ def make_step(options: argparse.Namespace, device: str, frames: int, symbols: in
         return transducer.full_loss(logits, y, lens, symbol_lens, backend).sum()
 
     def torch_pruned() -> torch.Tensor:
-        simple, pruned = transducer.transducer_loss(
+        simple, pruned, *_ = transducer.transducer_loss(
             encoder,
             predictor,
             joiner,

@@ -336,7 +336,7 @@ def test_bfloat16_autocast_gives_a_float32_loss(backend: Backend) -> None:
         return logits
 
     def run(cast: torch.dtype) -> Tensor:
-        simple, pruned = transducer_loss(
+        simple, pruned, *_ = transducer_loss(
             inputs[0].to(cast),
             inputs[1].to(cast),
             joiner,
@@ -361,7 +361,7 @@ def test_bfloat16_autocast_gives_a_float32_loss(backend: Backend) -> None:
 def test_the_combined_loss_is_its_parts() -> None:
     case = Case(4, 3, 15, 8)
     encoder, predictor = case.normal(3, 15, VOCAB), case.normal(3, 9, VOCAB)
-    simple, pruned = transducer_loss(
+    simple, pruned, *_ = transducer_loss(
         encoder,
         predictor,
         torch.add,

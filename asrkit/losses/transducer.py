@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,15 @@ Topology = Literal["regular", "modified"]
 Joiner = Callable[[Tensor, Tensor], Tensor]
 
 BLANK = 0
+
+
+class TransducerLoss(NamedTuple):
+    """The simple and the pruned loss of each utterance, both (B,), and the pruned lattice they come from."""
+
+    simple: Tensor
+    pruned: Tensor
+    ranges: Tensor  # (B, T, S)
+    logits: Tensor  # (B, T, S, V)
 
 
 def transducer_loss(
@@ -43,7 +52,7 @@ def transducer_loss(
     am_scale: float = 0.0,
     backend: Backend = "auto",
     topology: Topology = "regular",
-) -> tuple[Tensor, Tensor]:
+) -> TransducerLoss:
     """Return the simple and the pruned loss of each utterance, both (B,), float32 (float64 for such inputs).
 
     encoder (B, T, J) and predictor (B, U + 1, J) are already projected to the joiner; joiner maps two
@@ -56,7 +65,8 @@ def transducer_loss(
     )
     ranges = prune_ranges(px_grad, py_grad, encoder_out_lens, symbol_lens, prune_range, backend, topology)
     logits = joiner(*gather_pruned(encoder, predictor, ranges))
-    return simple, pruned_loss(logits, symbols, ranges, encoder_out_lens, symbol_lens, backend, topology)
+    pruned = pruned_loss(logits, symbols, ranges, encoder_out_lens, symbol_lens, backend, topology)
+    return TransducerLoss(simple, pruned, ranges, logits)
 
 
 def warm_up_scales(
@@ -191,10 +201,18 @@ def pruned_loss(
 
             options = _k2_options(encoder_out_lens, symbol_lens)
             return k2.rnnt_loss_pruned(_full_precision(logits), symbols, ranges, rnnt_type=topology, **options)
-        targets = F.pad(symbols, (0, 1), value=BLANK).unsqueeze(1).expand(-1, logits.shape[1], -1)
-        px, py = _ArcLogProbs.apply(logits, targets.gather(2, ranges))
+        px, py = arc_log_probs(logits, symbols, ranges)
         starts = ranges[:, :, 0]
         return -_LatticeSum.apply(px, py, starts, symbols.shape[1], encoder_out_lens, symbol_lens, topology)[0]
+
+
+def arc_log_probs(logits: Tensor, symbols: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the symbol and the blank arc at the kept nodes: logits (B, T, S, V) -> px, py (B, T, S).
+
+    At the position after the last symbol px is that of no particular arc.
+    """
+    targets = F.pad(symbols, (0, 1), value=BLANK).unsqueeze(1).expand(-1, logits.shape[1], -1)
+    return _ArcLogProbs.apply(logits, targets.gather(2, ranges))  # type: ignore[no-any-return]
 
 
 def full_loss(

@@ -1,27 +1,37 @@
-"""train-backbone: from manifests to a trained convolutional backbone with a transducer and a CTC head."""
+"""train-backbone: from manifests to a trained convolutional backbone with a transducer and a CTC head.
+
+Stage A of modular training (US20240185839A1): the backbone alone, or with attention that is dropped at random.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import field
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from lhotse.cut import Cut
 from pydantic import Field
 
 from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batches import CutTable, DataConfig, feature_statistics, text_of
-from asrkit.data.manifests import open_cuts
+from asrkit.data.batches import DataConfig, feature_statistics, text_of
 from asrkit.data.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from asrkit.models import SIZES, AsrModel, ModelSpec
-from asrkit.models.spec import Positive, Probability, Size
+from asrkit.models.spec import BACKBONE, ConfigurationSpec, Positive, Probability, Size
+from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import TOKENIZER
 from asrkit.training.distributed import World, broadcast_object, join_world
 from asrkit.training.loop import Task, TrainingConfig, train
-from asrkit.training.objective import LossConfig, recogniser_loss
-from asrkit.training.run import RunWriter, dev_measure, usable_cuts
+from asrkit.training.objective import (
+    AttentionDropoutConfig,
+    ContextsConfig,
+    LossConfig,
+    check_contexts,
+    recogniser_loss,
+)
+from asrkit.training.run import RunWriter, dev_measure, read_material, training_table
+
+JOINT = "joint"  # the sub-model that trains together with the backbone
 
 
 @config
@@ -34,7 +44,11 @@ class TokenizerConfig:
 
 @config
 class BackboneConfig:
-    """``size`` names a preset; any other field set replaces the preset's value."""
+    """``size`` names a preset; any other field set replaces the preset's value.
+
+    Attention, where ``attention_dropout.probability`` is below 1, is a sub-model named ``joint`` in every layer:
+    ``attention_heads`` of it, ``attention_dim`` wide (the backbone's width when none is given).
+    """
 
     size: Size = "small"
     dim: Positive | None = None
@@ -47,6 +61,11 @@ class BackboneConfig:
     predictor_dropout: Probability = 0.1
     context_size: Positive = 2
     joiner_dim: Positive | None = None
+    norms: Literal["shared", "per_mode"] = "shared"
+    attention_dropout: AttentionDropoutConfig = field(default_factory=AttentionDropoutConfig)
+    attention_dim: Positive | None = None
+    attention_heads: Positive = 4
+    attention_place: Literal["serial", "parallel"] = "serial"
 
 
 @config
@@ -60,16 +79,30 @@ class TrainBackboneConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    contexts: ContextsConfig = field(default_factory=ContextsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-def model_spec(settings: BackboneConfig, vocab_size: int) -> ModelSpec:
-    """The full spec of a preset with the replacements of ``settings``."""
+def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:
+    """The full spec of a preset with the replacements of ``settings``, trained in ``contexts``."""
     preset: dict[str, Any] = SIZES[settings.size]
     encoder = {
         key: getattr(settings, key) or preset["encoder"][key]
         for key in ("dim", "num_layers", "feedforward_dim", "kernel_size")
     }
+    trained = ConfigurationSpec(contexts=(contexts or ContextsConfig()).train or [str(FULL)])
+    configurations = {BACKBONE: to_dict(trained)}
+    submodels = {}
+    if settings.attention_dropout.probability < 1:
+        configurations[JOINT] = {**to_dict(trained), "submodels": [JOINT]}
+        submodels[JOINT] = {
+            "kind": "attention",
+            "layers": list(range(encoder["num_layers"])),
+            "place": settings.attention_place,
+            "dim": settings.attention_dim or encoder["dim"],
+            "heads": settings.attention_heads,
+            "dropout": settings.dropout,
+        }
     return from_dict(
         ModelSpec,
         {
@@ -78,6 +111,7 @@ def model_spec(settings: BackboneConfig, vocab_size: int) -> ModelSpec:
                 **encoder,
                 "subsampling_channels": settings.subsampling_channels,
                 "dropout": settings.dropout,
+                "norms": settings.norms,
             },
             "predictor": {
                 "dim": settings.predictor_dim or preset["predictor"]["dim"],
@@ -85,6 +119,10 @@ def model_spec(settings: BackboneConfig, vocab_size: int) -> ModelSpec:
                 "dropout": settings.predictor_dropout,
             },
             "joiner_dim": settings.joiner_dim or preset["joiner_dim"],
+            "submodels": submodels,
+            "configurations": configurations,
+            # With attention dropped now and then it is the backbone that is being made; never dropped, the whole.
+            "configuration": JOINT if settings.attention_dropout.probability == 0 else BACKBONE,
         },
         "model",
     )
@@ -106,51 +144,52 @@ def train_backbone(
         UserError: unusable manifests, tokenizer, output directory or sizes, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
+    check_contexts(settings.contexts, settings.loss)
     with join_world(device) as world:
         inputs = {"manifest": manifest, "dev": dev, "tokenizer": tokenizer}
         inputs |= {f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}
         with RunWriter.open(out, "train-backbone", to_dict(settings), inputs, command, world) as run:
             if run.finished:
                 return out
-            main = usable_cuts(open_cuts(manifest), None, settings.bad_cuts, run)
-            others = [usable_cuts(open_cuts(path), None, settings.bad_cuts, run) for path in settings.data.also]
-            every = [cut for cuts in (main, *others) for cut in cuts]
-            pieces = _tokenizer(world, out, tokenizer, every, settings.tokenizer)
-            main, *others = (
-                usable_cuts(cuts, pieces, settings.bad_cuts, run, read_audio=True) for cuts in (main, *others)
-            )
-            dev_cuts = None if dev is None else usable_cuts(open_cuts(dev), None, settings.bad_cuts, run)
-            table = CutTable(chain(*[main] * settings.data.repeat, *others))
-            noise = None if settings.data.noise is None else CutTable(open_cuts(settings.data.noise))
+            material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
+            pieces = _tokenizer(world, out, tokenizer, material.every, settings.tokenizer)
+            table, noise = training_table(material, settings.data, pieces, settings.bad_cuts, run)
 
             import torch
 
             torch.manual_seed(settings.seed)
-            model = AsrModel(model_spec(settings.model, pieces.vocab_size))
+            model = AsrModel(model_spec(settings.model, pieces.vocab_size, settings.contexts))
             if run.fresh:
                 mean, std = feature_statistics(table)
                 model.encoder.normalise.mean.copy_(mean)
                 model.encoder.normalise.std.copy_(std)
             run.describe(to_dict(model.spec), table, world)
-            measure = (
-                None
-                if dev_cuts is None
-                else dev_measure(
-                    dev_cuts,
-                    pieces,
-                    world.device,
-                    settings.data.max_duration,
-                    settings.dev_max_cuts,
-                    "greedy" if settings.loss.transducer_scale > 0 else "ctc",
-                )
-            )
+            configuration, dropout = model.spec.configuration, settings.model.attention_dropout
             task = Task(
                 model=model,
-                loss=lambda model, batch, step: recogniser_loss(model, batch, step, settings.loss),
+                loss=lambda model, batch, step: recogniser_loss(
+                    model,
+                    batch,
+                    step,
+                    settings.loss,
+                    settings.contexts,
+                    JOINT if dropout.probability < 1 else BACKBONE,
+                    dropout,
+                ),
                 batches=run.batches(
                     table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world
                 ),
-                measure=measure,
+                measure=None
+                if material.dev is None
+                else dev_measure(
+                    material.dev,
+                    pieces,
+                    settings.data.max_duration,
+                    settings.dev_max_cuts,
+                    "greedy" if settings.loss.transducer_scale > 0 else "ctc",
+                    configuration,
+                    parse_context(model.spec.configurations[configuration].contexts[0]),
+                ),
                 publish=lambda average, step, metrics: run.publish(average, step, metrics),
             )
             train(

@@ -63,6 +63,7 @@ class Task:
     loss: (model, batch on the device, step) -> LossOutput.
     measure: the averaged model -> dev metrics (``wer`` chooses the best); None when there is no dev manifest.
     publish: (averaged model, step, metrics): write the run's weights and lineage; main process only.
+    frozen: parts of the model that stay in evaluation mode (no dropout) while the rest trains.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Task:
     batches: TrainBatches
     measure: Callable[[nn.Module], dict[str, float]] | None
     publish: Callable[[nn.Module, int, dict[str, float]], None]
+    frozen: Sequence[nn.Module] = ()
 
 
 class Interrupted(Exception):
@@ -144,6 +146,8 @@ def train(
         source = _fetch(task.batches, places, num_workers, device)
         for step in range(start, settings.steps):
             model.train()
+            for part in task.frozen:
+                part.eval()
             torch.manual_seed(_mix(seed, world.rank, step))
             lr = learning_rate(step, settings.steps, settings.optimiser)
             for group in optimiser.param_groups:

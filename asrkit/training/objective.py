@@ -1,19 +1,31 @@
-"""The recogniser's own loss, shared by every stage that trains it: CTC plus the pruned transducer."""
+"""The recogniser's own loss, shared by every stage that trains it: CTC plus the pruned transducer, in the contexts the
+model is trained for, with attention dropout where the stage asks for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from asrkit.config import config
 from asrkit.data.batches import Batch
-from asrkit.losses.transducer import Backend, Topology, transducer_loss, warm_up_scales
+from asrkit.errors import UserError
+from asrkit.losses.distillation import Classes, node_divergence
+from asrkit.losses.transducer import (
+    Backend,
+    Topology,
+    TransducerLoss,
+    gather_pruned,
+    transducer_loss,
+    warm_up_scales,
+)
 from asrkit.models.asr import AsrModel
+from asrkit.models.spec import ContextText
+from asrkit.nn.context import FULL, Context, parse_context
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 
@@ -38,6 +50,74 @@ class LossConfig:
     backend: Backend = "auto"
 
 
+@config
+class ContextsConfig:
+    """The contexts a stage trains in, ``train``; the first is the one dev WER is measured in.
+
+    ``sampling`` random: each process draws one a batch. joint: every batch is seen in full context and in one drawn of
+    the others, and the losses are added (dual-mode training, arXiv 2010.06030, section 3). Joint training can distil in
+    place: ``distillation_scale`` times the divergence of the streaming from the full-context posteriors on the
+    streaming pass's pruned lattice, the teacher delayed by ``distillation_delay`` encoder frames (it emits earlier; the
+    paper tunes -2 to 2). Its scale and its classes are open in the paper: ours are 0, which is off, and three.
+    """
+
+    train: Annotated[list[ContextText], Field(min_length=1)] | None = None
+    sampling: Literal["random", "joint"] = "random"
+    distillation_scale: NonNegative = 0.0
+    distillation_classes: Classes = "three"
+    distillation_delay: Annotated[int, Field(ge=-5, le=5)] = 0
+
+    @model_validator(mode="after")
+    def _joint_needs_two(self) -> Any:
+        streaming = [text for text in self.train or [] if text != str(FULL)]
+        if self.sampling == "joint" and not (streaming and str(FULL) in (self.train or [])):
+            raise ValueError("joint training takes full and at least one streaming context in contexts.train")
+        if self.distillation_scale > 0 and self.sampling != "joint":
+            raise ValueError("in-place distillation needs contexts.sampling=joint")
+        return self
+
+
+def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        UserError: in-place distillation without a transducer.
+    """
+    if contexts.distillation_scale > 0 and loss.transducer_scale == 0:
+        raise UserError(
+            "contexts.distillation_scale compares transducers, but loss.transducer_scale is 0; set one of them"
+        )
+
+
+@config
+class AttentionDropoutConfig:
+    """How attention is dropped at random while the backbone trains (US20240185839A1, which leaves all of this open).
+
+    ``probability`` 1 trains the backbone alone, 0 an ordinary Conformer. ``over``: each layer draws for itself, or the
+    whole model at once; ``per`` batch or utterance. ``rescale`` divides what is left by 1 - probability; off, the
+    backbone alone is what it is in training when all attention is dropped.
+    """
+
+    probability: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    over: Literal["layer", "model"] = "layer"
+    per: Literal["batch", "utterance"] = "batch"
+    rescale: bool = False
+
+
+def draw_gates(settings: AttentionDropoutConfig, num_layers: int, batch: int) -> Tensor | None:
+    """Factors of attention (num_layers, batch or 1) on the CPU, 0 where it is dropped; None where all of it stays.
+
+    Drawn by torch's own generator, which the loop seeds from (seed, rank, step).
+    """
+    if settings.probability == 0:
+        return None
+    shape = (num_layers if settings.over == "layer" else 1, batch if settings.per == "utterance" else 1)
+    gates = torch.bernoulli(torch.full(shape, 1 - settings.probability))
+    if settings.rescale and settings.probability < 1:
+        gates /= 1 - settings.probability
+    return gates.expand(num_layers, -1)
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """``loss`` (B,) differentiable, one value for each utterance; ``count`` encoder frames, by which the sum over
@@ -48,13 +128,66 @@ class LossOutput:
     parts: dict[str, Tensor]
 
 
-def recogniser_loss(model: AsrModel, batch: Batch, step: int, settings: LossConfig) -> LossOutput:
+@dataclass(frozen=True)
+class _Pass:
+    """One way through the model: its loss, and what distillation reads of it."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    encoder_out: Tensor
+    encoder_out_lens: Tensor
+    symbol_lens: Tensor
+    possible: Tensor
+    transducer: TransducerLoss | None
+
+
+def recogniser_loss(
+    model: AsrModel,
+    batch: Batch,
+    step: int,
+    settings: LossConfig,
+    contexts: ContextsConfig | None = None,
+    configuration: str | None = None,
+    attention_dropout: AttentionDropoutConfig | None = None,
+) -> LossOutput:
     """CTC and pruned transducer loss of a batch (whose tensors are on the model's device).
 
     An utterance with fewer encoder frames than an alignment of its symbols needs (a frame for each; for CTC one more
-    between equal neighbours) adds nothing to that loss and is counted in ``left_out``.
+    between equal neighbours) adds nothing to that loss and is counted in ``left_out``. Context and attention dropout are
+    drawn by torch's generator on the CPU. Joint contexts log full context under the plain names.
     """
-    encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens)
+    contexts = contexts or ContextsConfig()
+    choices = [parse_context(text) for text in contexts.train or [str(FULL)]]
+    gates = None
+    if attention_dropout is not None and model.training:
+        gates = draw_gates(attention_dropout, len(model.encoder.blocks), len(batch.cut_ids))
+    if contexts.sampling == "random":
+        chosen = choices[0] if len(choices) == 1 else choices[int(torch.randint(len(choices), ()))]
+        only = _one_pass(model, batch, step, settings, configuration, chosen, gates)
+        return LossOutput(only.loss, float(only.encoder_out_lens.sum()), only.parts)
+    others = [context for context in choices if context.streaming]
+    chosen = others[0] if len(others) == 1 else others[int(torch.randint(len(others), ()))]
+    full = _one_pass(model, batch, step, settings, configuration, FULL, gates)
+    streaming = _one_pass(model, batch, step, settings, configuration, chosen, gates)
+    loss = full.loss + streaming.loss
+    parts = full.parts | {f"streaming_{name}": value for name, value in streaming.parts.items() if name != "left_out"}
+    if contexts.distillation_scale > 0:
+        divergence = _in_place_distillation(model, batch, full, streaming, contexts)
+        loss = loss + contexts.distillation_scale * divergence
+        parts["distillation"] = divergence.detach().sum()
+    return LossOutput(loss, float(full.encoder_out_lens.sum()), parts)
+
+
+def _one_pass(
+    model: AsrModel,
+    batch: Batch,
+    step: int,
+    settings: LossConfig,
+    configuration: str | None,
+    context: Context,
+    gates: Tensor | None,
+) -> _Pass:
+    encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens, configuration, context, gates)
     loss = encoder_out.new_zeros(len(batch.cut_ids), dtype=torch.float32)
     parts: dict[str, Tensor] = {}
     if settings.ctc_scale > 0:
@@ -71,12 +204,13 @@ def recogniser_loss(model: AsrModel, batch: Batch, step: int, settings: LossConf
         )
         loss = loss + settings.ctc_scale * ctc
         parts |= {"ctc": ctc.detach().sum(), "left_out": (~possible).sum()}
+    possible = encoder_out_lens >= batch.symbol_lens
+    # Shortened, so that an impossible utterance has a finite loss to be masked.
+    symbol_lens = torch.minimum(batch.symbol_lens, encoder_out_lens)
+    transducer = None
     if settings.transducer_scale > 0:
-        possible = encoder_out_lens >= batch.symbol_lens
-        # Shortened, so that an impossible utterance has a finite loss to be masked.
-        symbol_lens = torch.minimum(batch.symbol_lens, encoder_out_lens)
         predicted = model.predictor(model.predictor.contexts_of(batch.symbols))
-        simple, pruned = transducer_loss(
+        transducer = transducer_loss(
             model.joiner.project_encoder(encoder_out),
             model.joiner.project_predictor(predicted),
             model.joiner,
@@ -91,9 +225,39 @@ def recogniser_loss(model: AsrModel, batch: Batch, step: int, settings: LossConf
             backend=settings.backend,
             topology=settings.topology,
         )
-        simple, pruned = (torch.where(possible, part, torch.zeros_like(part)) for part in (simple, pruned))
+        simple, pruned = (
+            torch.where(possible, part, torch.zeros_like(part)) for part in (transducer.simple, transducer.pruned)
+        )
         simple_scale, pruned_scale = warm_up_scales(step, settings.warm_up_steps, settings.simple_scale)
         loss = loss + settings.transducer_scale * (simple_scale * simple + pruned_scale * pruned)
         parts |= {"simple": simple.detach().sum(), "pruned": pruned.detach().sum()}
         parts.setdefault("left_out", (~possible).sum())
-    return LossOutput(loss, float(encoder_out_lens.sum()), parts)
+    return _Pass(loss, parts, encoder_out, encoder_out_lens, symbol_lens, possible, transducer)
+
+
+def _in_place_distillation(
+    model: AsrModel, batch: Batch, full: _Pass, streaming: _Pass, contexts: ContextsConfig
+) -> Tensor:
+    """How far the streaming pass is from full context, (B,), on the streaming pass's own pruned lattice."""
+    if streaming.transducer is None:
+        raise ValueError("in-place distillation compares transducers, and this pass had none")
+    delay, num_frames = contexts.distillation_delay, full.encoder_out.shape[1]
+    with torch.no_grad():
+        # Frame t of the teacher is its frame t - delay; at the ends, where there is none, the nearest.
+        frames = (torch.arange(num_frames, device=full.encoder_out.device) - delay).clamp(min=0)
+        frames = torch.minimum(frames, full.encoder_out_lens.unsqueeze(1) - 1).clamp(min=0)
+        rows = torch.arange(len(frames), device=frames.device).unsqueeze(1)
+        predicted = model.joiner.project_predictor(model.predictor(model.predictor.contexts_of(batch.symbols)))
+        encoded = model.joiner.project_encoder(full.encoder_out[rows, frames])
+        teacher = model.joiner(*gather_pruned(encoded, predicted, streaming.transducer.ranges))
+    with torch.autocast(teacher.device.type, enabled=False):
+        divergence = node_divergence(
+            streaming.transducer.logits,
+            teacher,
+            batch.symbols,
+            streaming.transducer.ranges,
+            streaming.encoder_out_lens,
+            streaming.symbol_lens,
+            contexts.distillation_classes,
+        )
+    return torch.where(streaming.possible, divergence, torch.zeros_like(divergence))

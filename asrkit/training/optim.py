@@ -107,12 +107,13 @@ class ScaledAdam(torch.optim.Optimizer):
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
         for state in states:
             state["step"] += 1
-        count = float(states[0]["step"])
-        bias = math.sqrt(1 - beta2**count) / (1 - beta1**count)
+        # Each tensor counts for itself: one that was left out of some steps is younger than the others.
+        counts = [float(state["step"]) for state in states]
+        biases = [math.sqrt(1 - beta2**count) / (1 - beta1**count) for count in counts]
         denominator = torch._foreach_sqrt(second)
-        torch._foreach_add_(denominator, group["eps"] * math.sqrt(1 - beta2**count))
+        torch._foreach_add_(denominator, [group["eps"] * math.sqrt(1 - beta2**count) for count in counts])
         steps = torch._foreach_div(first, denominator)
-        for weight, state, change, size, slope in zip(weights, states, steps, rms, slopes, strict=True):
+        for weight, state, change, size, slope, bias in zip(weights, states, steps, rms, slopes, biases, strict=True):
             rate = group["lr"] * (1.0 if weight.ndim > 1 else 0.1)
             growth: Tensor | float = 0.0
             if weight.ndim > 1:

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lhotse import CutSet
+from lhotse.cut import Cut
 from rich.console import Console
 from torch import nn
 
@@ -21,12 +23,14 @@ from asrkit import __version__
 from asrkit.config import differences, digest
 from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, evaluation_batches
 from asrkit.data.checks import Finding, find_bad_cuts
+from asrkit.data.manifests import open_cuts
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.evaluation import measure_wer
 from asrkit.decoding.search import Method
 from asrkit.errors import UserError
 from asrkit.models.asr import AsrModel
+from asrkit.nn.context import Context
 from asrkit.run_dir import (
     CONFIG,
     LINEAGE,
@@ -217,18 +221,58 @@ def usable_cuts(
     return kept
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a run trains on: the cuts of the manifest, of ``data.also``, and of the dev manifest."""
+
+    main: CutSet
+    others: list[CutSet]
+    dev: CutSet | None
+
+    @property
+    def every(self) -> Iterator[Cut]:
+        return chain(self.main, *self.others)
+
+
+def read_material(manifest: Path, dev: Path | None, data: DataConfig, policy: str, run: RunWriter) -> Material:
+    """Open the manifests and leave out, or refuse, the cuts that no tokenizer could make trainable."""
+    main, *others = (usable_cuts(open_cuts(path), None, policy, run) for path in (manifest, *data.also))
+    return Material(main, others, None if dev is None else usable_cuts(open_cuts(dev), None, policy, run))
+
+
+def training_table(
+    material: Material, data: DataConfig, tokenizer: Tokenizer, policy: str, run: RunWriter
+) -> tuple[CutTable, CutTable | None]:
+    """The training cuts, read once and checked with the tokenizer, and the noise to mix in, if any."""
+    main, *others = (
+        usable_cuts(cuts, tokenizer, policy, run, read_audio=True) for cuts in (material.main, *material.others)
+    )
+    noise = None if data.noise is None else CutTable(open_cuts(data.noise))
+    return CutTable(chain(*[main] * data.repeat, *others)), noise
+
+
 def dev_measure(
-    cuts: CutSet, tokenizer: Tokenizer, device: Any, max_duration: float, max_cuts: int, method: Method
+    cuts: CutSet,
+    tokenizer: Tokenizer,
+    max_duration: float,
+    max_cuts: int,
+    method: Method,
+    configuration: str,
+    context: Context,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function from a model to its dev WER and CER, on the first ``max_cuts`` cuts by a fixed, even choice."""
+    """A function from a model to its dev WER and CER in one configuration and context, on ``max_cuts`` cuts by a fixed,
+    even choice."""
     every = list(cuts)
     chosen = every[:: -(-len(every) // max_cuts)]
 
     def measure(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, AsrModel)
         words, characters, _ = measure_wer(
-            TorchAcousticModel(model), evaluation_batches(chosen, max_duration), tokenizer, method=method
-        )  # type: ignore[arg-type]
+            TorchAcousticModel(model, configuration, context),
+            evaluation_batches(chosen, max_duration),  # type: ignore[arg-type]
+            tokenizer,
+            method=method,
+        )
         return {"wer": words.rate, "cer": characters.rate}
 
     return measure
