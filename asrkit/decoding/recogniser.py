@@ -9,6 +9,7 @@ import torch
 
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, TorchAcousticModel
+from asrkit.decoding.choice import ContextChoice, listed, was_trained
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.nn.context import FRAME_MS, Context, parse_context
@@ -49,17 +50,20 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_recogniser(
-    path: Path, device: str = "auto", configuration: str | None = None, context: Context | None = None
+    path: Path,
+    device: str = "auto",
+    configuration: str | None = None,
+    context: Context | ContextChoice | None = None,
 ) -> Recogniser:
     """Load the model and tokenizer of a run directory.
 
     Args:
         configuration: None is the one the last stage trained.
-        context: None is the first the configuration was trained in.
+        context: itself, or what the user said of it; None is the first the configuration was trained in.
 
     Raises:
         UserError: the directory is incomplete or damaged, its parts do not fit each other, or it has no such
-            configuration.
+            configuration or context.
     """
     place = choose_device(device)
     run = open_run(path)
@@ -74,12 +78,14 @@ def load_recogniser(
     if name not in model.spec.configurations:
         raise UserError(f"{path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
     trained = [parse_context(text) for text in model.spec.configurations[name].contexts]
-    chosen = trained[0] if context is None else context
+    attends = any(model.spec.submodels[part].kind == "attention" for part in model.submodels_of(name))
+    if not isinstance(context, Context):
+        context = (context or ContextChoice()).among(trained, attends, f"{path}: configuration {name}")
     warnings = []
-    if chosen not in trained:
+    if not was_trained(context, trained, attends):
         warnings.append(
-            f"{path}: configuration {name} was never trained in context {chosen}, but in "
-            f"{', '.join(map(str, trained))} (frames of {FRAME_MS:.0f} ms); expect more errors"
+            f"{path}: configuration {name} was never trained in context {context}, but in {listed(trained)} "
+            f"(frames of {FRAME_MS:.0f} ms); expect more errors"
         )
-    acoustic = TorchAcousticModel(model.to(place), name, chosen)
-    return Recogniser(acoustic, tokenizer, sha256_of(run.path / WEIGHTS), place, name, chosen, warnings)
+    acoustic = TorchAcousticModel(model.to(place), name, context)
+    return Recogniser(acoustic, tokenizer, sha256_of(run.path / WEIGHTS), place, name, context, warnings)

@@ -19,8 +19,17 @@ class Word:
     start: float
 
 
-def timed_words(hypothesis: Hypothesis, tokenizer: Tokenizer, offset: float = 0.0) -> list[Word]:
-    """The words of a hypothesis whose first frame lies ``offset`` seconds into the recording."""
+@dataclass(frozen=True)
+class WordFrames:
+    """A word, and the encoder frames that emitted its first and last piece."""
+
+    text: str
+    first: int
+    last: int
+
+
+def word_frames(hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[WordFrames]:
+    """The words of a hypothesis with the frames of their first and last piece."""
     groups: list[list[tuple[int, int]]] = []
     for token, frame in zip(hypothesis.tokens, hypothesis.frames, strict=True):
         if not groups or tokenizer.id_to_piece(token).startswith(WORD_START):
@@ -32,5 +41,11 @@ def timed_words(hypothesis: Hypothesis, tokenizer: Tokenizer, offset: float = 0.
         # A piece that is only the space says nothing of when the word begins.
         spoken = [frame for token, frame in group if tokenizer.id_to_piece(token) != WORD_START]
         if text and spoken:
-            words.append(Word(text, round(offset + spoken[0] * FRAME_SECONDS, 2)))
+            words.append(WordFrames(text, spoken[0], spoken[-1]))
     return words
+
+
+def timed_words(hypothesis: Hypothesis, tokenizer: Tokenizer, offset: float = 0.0) -> list[Word]:
+    """The words of a hypothesis whose first frame lies ``offset`` seconds into the recording."""
+    words = word_frames(hypothesis, tokenizer)
+    return [Word(word.text, round(offset + word.first * FRAME_SECONDS, 2)) for word in words]

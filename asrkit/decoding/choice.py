@@ -1,0 +1,78 @@
+"""Which context to decode in, from what the user asked for and what the configuration was trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from asrkit.errors import UserError
+from asrkit.nn.context import FULL, Context
+
+# For a stream by a configuration that was never trained for one: 640 ms at once, 2.56 s of attention before.
+UNTRAINED_STREAM = Context(chunk=16, left=64)
+
+
+@dataclass(frozen=True)
+class ContextChoice:
+    """``--mode full``, or ``--chunk`` and ``--left``; none of them is the first context trained.
+
+    streaming: only a streaming one will do; left open, it is the first such one trained, else ``UNTRAINED_STREAM``.
+    """
+
+    full: bool = False
+    chunk: int | None = None
+    left: int | None = None
+    streaming: bool = False
+
+    def contradictions(self) -> list[str]:
+        """What cannot be meant, whatever the model."""
+        found = []
+        if self.full and self.chunk is not None:
+            found.append(f"--mode full and --chunk {self.chunk} exclude each other; give one of them")
+        if self.full and self.streaming:
+            found.append("--stream and --mode full exclude each other; name the chunk with --chunk, or leave both out")
+        if self.left is not None and self.chunk is None:
+            found.append(f"--left {self.left} is the number of frames before a chunk; give --chunk too")
+        if self.chunk is not None and self.chunk < 1:
+            found.append(f"--chunk {self.chunk}: must be at least 1 (frames of 40 ms)")
+        if self.left is not None and self.left < 0:
+            found.append(f"--left {self.left}: must be at least 0 (frames of 40 ms)")
+        return found
+
+    def among(self, trained: Sequence[Context], attends: bool, where: str) -> Context:
+        """The context chosen.
+
+        ``--chunk`` without ``--left`` takes the left context trained with that chunk. Without attention (``attends``
+        False) there is no left context to speak of, and one that was never trained is 0.
+
+        Raises:
+            UserError: the options contradict each other, or the left context cannot be known.
+        """
+        if findings := self.contradictions():
+            raise UserError.of(findings)
+        if self.full:
+            return FULL
+        if self.chunk is None:
+            fitting = [context for context in trained if context.streaming or not self.streaming]
+            return fitting[0] if fitting else UNTRAINED_STREAM
+        if self.left is not None:
+            return Context(self.chunk, self.left)
+        for context in trained:
+            if context.chunk == self.chunk:
+                return context
+        if not attends:
+            return Context(self.chunk, 0)
+        raise UserError(
+            f"{where} was trained in {listed(trained)}, not in chunks of {self.chunk}; "
+            "choose one of these, or say with --left how many frames before the chunk attention sees"
+        )
+
+
+def was_trained(context: Context, trained: Sequence[Context], attends: bool) -> bool:
+    """Whether a configuration was trained in ``context``; the left context only counts where there is attention."""
+    return context in trained or (not attends and context.chunk in [other.chunk for other in trained])
+
+
+def listed(contexts: Sequence[Context]) -> str:
+    """``full; chunk=16,left=64``."""
+    return "; ".join(map(str, contexts))
