@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 CONFIG, MODEL, WEIGHTS = "config.yaml", "model.yaml", "model.safetensors"
 TOKENIZER, TOKENS, LINEAGE = "tokenizer.model", "tokens.txt", "lineage.yaml"
 METRICS, STATE = "metrics.jsonl", "state"
+# The files whose digests the last entry of the lineage holds.
+DIGESTS = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL, "tokenizer_sha256": TOKENIZER}
 
 
 def _sync(path: Path) -> None:
@@ -133,11 +135,7 @@ def open_run(path: Path) -> RunDir:
     if not isinstance(lineage, list) or not lineage or not isinstance(lineage[-1], dict):
         raise UserError(f"{path / LINEAGE}: holds no stages; the file is damaged, train again or restore a copy")
     findings = []
-    for name, key in (
-        (WEIGHTS, "weights_sha256"),
-        (MODEL, "model_spec_sha256"),
-        (TOKENIZER, "tokenizer_sha256"),
-    ):
+    for key, name in DIGESTS.items():
         expected, found = lineage[-1].get(key), sha256_of(path / name)
         if found not in accepted_digests(lineage[-1], key):
             findings.append(

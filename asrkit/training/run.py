@@ -102,19 +102,7 @@ class RunWriter:
                 world,
             )
             run.lineage = [] if parent is None else open_run(parent).lineage
-            run.lineage = [
-                *run.lineage,
-                {
-                    "stage": stage,
-                    "command": command or " ".join(["asrkit", *sys.argv[1:]]),
-                    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "config_sha256": run.config_sha256,
-                    "manifests": {
-                        str(file): sha256_of(file) for file in inputs.values() if file is not None and file.is_file()
-                    },
-                    "versions": _versions(),
-                },
-            ]
+            run.lineage = [*run.lineage, stage_entry(stage, run.config_sha256, inputs, command)]
             if world.is_main and existing is None:
                 write_yaml(path / CONFIG, content)
             if not run.fresh and (path / LINEAGE).is_file():
@@ -329,6 +317,18 @@ def _clear(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
     if not any(path.iterdir()):
         path.rmdir()
+
+
+def stage_entry(stage: str, config_sha256: str, inputs: dict[str, Path | None], command: str) -> dict[str, Any]:
+    """A stage's entry in the lineage, as far as it is known before the weights are."""
+    return {
+        "stage": stage,
+        "command": command or " ".join(["asrkit", *sys.argv[1:]]),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "config_sha256": config_sha256,
+        "manifests": {str(file): sha256_of(file) for file in inputs.values() if file is not None and file.is_file()},
+        "versions": _versions(),
+    }
 
 
 def _versions() -> dict[str, str]:
