@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+SubModelKind = StrEnum("SubModelKind", ["attention", "adapter"])
+Place = StrEnum("Place", ["serial", "parallel"])
 
 Overrides = Annotated[
     list[str] | None,
@@ -16,6 +21,7 @@ Overrides = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the training commands."""
     app.command("train-backbone")(train_backbone)
+    app.command("add-submodel")(add_submodel)
 
 
 def train_backbone(
@@ -48,9 +54,7 @@ def train_backbone(
     from asrkit.stages.train_backbone import train_backbone as run
     from asrkit.training.loop import Interrupted
 
-    changes = list(overrides or [])
-    changes += [f"seed={seed}"] if seed is not None else []
-    changes += [f"data.max_duration={max_duration}"] if max_duration is not None else []
+    changes = _changes(overrides, {"seed": seed, "data.max_duration": max_duration})
     try:
         run(
             manifest,
@@ -61,5 +65,102 @@ def train_backbone(
             device=device,
         )
     except Interrupted as stop:
-        typer.echo(f"stopped; the state is saved, the same command goes on from it ({out})", err=True)
-        raise typer.Exit(stop.code) from None
+        raise _stopped(out, stop.code) from None
+
+
+def add_submodel(
+    parent: Annotated[Path, typer.Option("--from", help="Run directory of the model to add to.")],
+    name: Annotated[str, typer.Option(help="Of the sub-model, and of the configuration that has it.")],
+    manifest: Annotated[Path, typer.Option(help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory.")],
+    out: Annotated[Path, typer.Option(help="Run directory; repeated with the same settings, the run goes on.")],
+    kind: Annotated[SubModelKind | None, typer.Option(help="What to add. [default: attention]")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="all, or numbers from 0 on: 0-5 or 0,2,4. [default: all]", show_default=False)
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="full, or left=64,chunk=16 (frames of 40 ms). [default: full]")
+    ] = None,
+    place: Annotated[Place | None, typer.Option(help="To the convolution. [default: serial]")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="noop, random, or a sub-model to copy, such as joint. [default: noop]")
+    ] = None,
+    on: Annotated[
+        list[str] | None, typer.Option(help="Sub-model that stays active, frozen, beneath it. Repeatable.")
+    ] = None,
+    dev: Annotated[Path | None, typer.Option(help="Cuts whose WER chooses the best weights.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
+    max_duration: Annotated[
+        float | None,
+        typer.Option(help="Seconds of audio a step and process; short for --set data.max_duration=N."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train attention, or an adapter, on top of a frozen model: another operating point in the same checkpoint.
+
+    Examples:
+
+        asrkit add-submodel --from exp/backbone --name attention --manifest data/prompts/train.jsonl.gz \\
+            --dev data/prompts/dev.jsonl.gz --out exp/attention
+
+        asrkit add-submodel --from exp/attention --name near --layers 0-2 --context left=64,chunk=16 \\
+            --manifest data/prompts/train.jsonl.gz --out exp/near
+
+    Everything that was in the model stays as it was, bit for bit, and so do the results of its configurations; the
+    options --kind to --on are short for --set submodel.kind=... and on=[...].
+    """
+    from asrkit.config import resolve
+    from asrkit.stages.add_submodel import AddSubModelConfig
+    from asrkit.stages.add_submodel import add_submodel as run
+    from asrkit.training.loop import Interrupted
+
+    given = {
+        "submodel.kind": kind and kind.value,
+        "submodel.context": context,
+        "submodel.place": place and place.value,
+        "submodel.init": init,
+        "on": f"[{','.join(on)}]" if on else None,
+        "seed": seed,
+        "data.max_duration": max_duration,
+    }
+    if layers is not None:
+        given["submodel.layers"] = _layers(layers)
+    try:
+        run(
+            parent,
+            name,
+            manifest,
+            out,
+            resolve(AddSubModelConfig, config, _changes(overrides, given)),
+            dev=dev,
+            device=device,
+        )
+    except Interrupted as stop:
+        raise _stopped(out, stop.code) from None
+
+
+def _changes(overrides: list[str] | None, given: Mapping[str, object]) -> list[str]:
+    """Every --set, and the options that are short for one."""
+    return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+
+
+def _layers(text: str) -> str:
+    """``0-2,5`` as ``[0,1,2,5]``, ``all`` as ``null``."""
+    from asrkit.errors import UserError
+
+    if text == "all":
+        return "null"
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise UserError(f"--layers {text}: write all, a range such as 0-5, or numbers such as 0,2,4")
+        numbers += range(int(first), int(last) + 1)
+    return str(numbers)
+
+
+def _stopped(out: Path, code: int) -> typer.Exit:
+    typer.echo(f"stopped; the state is saved, the same command goes on from it ({out})", err=True)
+    return typer.Exit(code)

@@ -62,6 +62,7 @@ class RunWriter:
     began: bool = False
     lineage: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # what the stage adds to its entry in the lineage
     _began: float = field(default_factory=time.monotonic)
     _console: Console = field(default_factory=lambda: Console(stderr=True))
 
@@ -164,6 +165,7 @@ class RunWriter:
         save_weights(staged, model)
         entry = {
             **self.lineage[-1],
+            **self.extra,
             "step": step,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "seconds": round(time.monotonic() - self._began, 1),

@@ -1,0 +1,274 @@
+"""add-submodel: new modules on a frozen model, trained alone, so that one backbone serves several operating points.
+
+Stage B of modular training (US20240185839A1): every parameter and buffer that was there before stays as it is, and only
+the sub-model's are in the optimiser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from asrkit.config import config, from_dict, to_dict
+from asrkit.data.batches import DataConfig
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.errors import UserError
+from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.models.digests import backbone_digest
+from asrkit.models.encoder import SubModel
+from asrkit.models.spec import ContextText, Positive, Probability
+from asrkit.nn.context import FULL, parse_context
+from asrkit.run_dir import TOKENIZER, WEIGHTS, open_run, sha256_of
+from asrkit.training.distributed import broadcast_object, join_world
+from asrkit.training.loop import Task, TrainingConfig, train
+from asrkit.training.objective import ContextsConfig, LossConfig, check_contexts, recogniser_loss
+from asrkit.training.run import RunWriter, dev_measure, read_material, training_table
+
+NOOP, RANDOM = "noop", "random"
+PARTS = {
+    "decoder": ("predictor", "joiner", "simple_encoder", "simple_predictor"),
+    "heads": ("ctc_head",),
+}
+
+
+@config
+class SubModelConfig:
+    """The modules to add; the patent leaves place, size and start open, so the defaults are ours.
+
+    ``layers`` None is every layer. ``dim`` None is the backbone's width for attention, a quarter of it for an adapter.
+    ``context`` limits what attention sees, and is what the sub-model is trained in if ``contexts.train`` says nothing.
+    ``init``: noop zeroes the output projections, so that training starts from the frozen model's results; random leaves
+    them as drawn; any other word is a sub-model of the same shape, such as ``joint``, whose weights are copied.
+    """
+
+    kind: Literal["attention", "adapter"] = "attention"
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    place: Literal["serial", "parallel"] = "serial"
+    dim: Positive | None = None
+    heads: Positive = 4
+    context: ContextText = "full"
+    dropout: Probability = 0.1
+    init: str = NOOP
+
+
+@config
+class AddSubModelConfig:
+    """Everything add-submodel can be told; config.yaml of the run holds it with every default written out.
+
+    ``on``: sub-models that are active, frozen, while the new one trains and runs. ``also_train``: what else learns: the
+    decoder (predictor and joiners) or the heads (CTC); other configurations then change with them. ``frozen_dropout``:
+    whether the frozen parts drop out as in their own training; ours is no, they are what they will be in use.
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 1
+    bad_cuts: str = Field(default="refuse", pattern="^(refuse|skip)$")
+    dev_max_cuts: Positive = 500
+    submodel: SubModelConfig = field(default_factory=SubModelConfig)
+    on: list[str] = field(default_factory=list)
+    also_train: list[Literal["decoder", "heads"]] = field(default_factory=list)
+    frozen_dropout: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    contexts: ContextsConfig = field(default_factory=ContextsConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def extended_spec(spec: ModelSpec, name: str, settings: AddSubModelConfig, where: str = "model") -> ModelSpec:
+    """``spec`` with the sub-model and a configuration of the same name, which becomes the default.
+
+    Raises:
+        UserError: all that speaks against it: the name is taken, layers out of range, unknown sub-models, ...
+    """
+    wanted, width = settings.submodel, spec.encoder.dim
+    findings = []
+    if name in spec.submodels or name in spec.configurations:
+        findings.append(
+            f"--name {name}: {where} has it already; choose another, or remove it with `asrkit submodel remove`"
+        )
+    if wanted.init not in (NOOP, RANDOM, *spec.submodels):
+        choices = ", ".join((NOOP, RANDOM, *spec.submodels))
+        findings.append(f"--init {wanted.init}: {where} has no such sub-model; choose from {choices}")
+    if missing := [other for other in settings.on if other not in spec.submodels]:
+        findings.append(
+            f"--on {', '.join(missing)}: {where} has no such sub-model; it has {', '.join(spec.submodels) or 'none'}"
+        )
+    layers = list(range(spec.encoder.num_layers)) if wanted.layers is None else wanted.layers
+    if beyond := [layer for layer in layers if layer >= spec.encoder.num_layers]:
+        findings.append(
+            f"--layers: layer {beyond[0]} is out of range; {where} has layers 0 to {spec.encoder.num_layers - 1}"
+        )
+    if wanted.kind == "adapter" and wanted.context != str(FULL):
+        findings.append(f"--context {wanted.context}: an adapter sees one frame; only attention has a context")
+    if findings:
+        raise UserError.of(findings)
+    added = {
+        "kind": wanted.kind,
+        "layers": layers,
+        "place": wanted.place,
+        "dim": wanted.dim or (width if wanted.kind == "attention" else max(1, width // 4)),
+        "heads": wanted.heads,
+        "context": wanted.context,
+        "dropout": wanted.dropout,
+    }
+    before = to_dict(spec)
+    configuration = {"submodels": [*settings.on, name], "contexts": trained_contexts(settings)}
+    return from_dict(
+        ModelSpec,
+        {
+            **before,
+            "submodels": {**before["submodels"], name: added},
+            "configurations": {**before["configurations"], name: configuration},
+            "configuration": name,
+        },
+        f"sub-model {name}",
+    )
+
+
+def trained_contexts(settings: AddSubModelConfig) -> list[str]:
+    """The contexts to train in: those given, else the sub-model's own."""
+    return settings.contexts.train or [settings.submodel.context]
+
+
+def add_submodel(
+    parent: Path,
+    name: str,
+    manifest: Path,
+    out: Path,
+    settings: AddSubModelConfig,
+    *,
+    dev: Path | None = None,
+    device: str = "auto",
+    command: str = "",
+) -> Path:
+    """Train a sub-model on the frozen model of ``parent``, or go on with a run that was interrupted; returns ``out``.
+
+    Raises:
+        UserError: an unusable parent, name, shape, manifest or output directory, found before any training.
+        Interrupted: stopped by a signal, state saved.
+    """
+    check_contexts(settings.contexts, settings.loss)
+    origin = load_model(open_run(parent))
+    spec = extended_spec(origin.spec, name, settings, str(parent))
+    contexts = [parse_context(text) for text in spec.configurations[name].contexts]
+    inputs = {"manifest": manifest, "dev": dev}
+    inputs |= {f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}
+    content = {
+        "from": str(parent),
+        "from_weights_sha256": sha256_of(parent / WEIGHTS),
+        "name": name,
+        **to_dict(settings),
+    }
+    with (
+        join_world(device) as world,
+        RunWriter.open(out, "add-submodel", content, inputs, command, world, parent=parent) as run,
+    ):
+        if run.finished:
+            return out
+        if world.is_main and not (out / TOKENIZER).is_file():
+            Tokenizer(parent / TOKENIZER).copy_to(out / TOKENIZER)
+        broadcast_object(world, None)  # the others read it only once it is there
+        pieces = Tokenizer(out / TOKENIZER)
+        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
+        table, noise = training_table(material, settings.data, pieces, settings.bad_cuts, run)
+
+        torch.manual_seed(settings.seed)
+        model = AsrModel(spec)
+        missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
+        ours = f"encoder.submodels.{name}."
+        if unexpected or any(not key.startswith(ours) for key in missing):
+            raise RuntimeError(f"the parent's weights do not fit the extended model: {missing} {unexpected}")
+        _start(model, name, settings.submodel.init)
+        learning = [model.encoder.submodels[name], *_parts(model, settings.also_train)]
+        frozen = _freeze(model, learning)
+        digest = backbone_digest(origin.state_dict())
+        run.extra = {"submodel": name, "backbone_sha256": digest}
+        run.describe(to_dict(spec), table, world)
+        _say(run, model, name, origin.spec, contexts)
+        task = Task(
+            model=model,
+            loss=lambda model, batch, step: recogniser_loss(
+                model, batch, step, settings.loss, _with(settings.contexts, trained_contexts(settings)), name
+            ),
+            batches=run.batches(
+                table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world
+            ),
+            measure=None
+            if material.dev is None
+            else dev_measure(
+                material.dev,
+                pieces,
+                settings.data.max_duration,
+                settings.dev_max_cuts,
+                "greedy" if settings.loss.transducer_scale > 0 else "ctc",
+                name,
+                contexts[0],
+            ),
+            publish=lambda average, step, metrics: run.publish(average, step, metrics),
+            frozen=() if settings.frozen_dropout else frozen,
+        )
+        train(task, out, settings.training, settings.data.num_workers, settings.seed, world)
+        if world.is_main and (found := backbone_digest(open_run(out).weights())) != digest:
+            raise RuntimeError(f"the frozen backbone has changed: {digest} became {found}")
+        run.finish()
+    return out
+
+
+def _with(contexts: ContextsConfig, train: list[str]) -> ContextsConfig:
+    return from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
+
+
+def _start(model: AsrModel, name: str, init: str) -> None:
+    """The new sub-model's weights before its first step."""
+    mine = model.encoder.submodels[name]
+    assert isinstance(mine, SubModel)
+    if init == NOOP:
+        for module in mine.layers.values():
+            module.silence()  # type: ignore[operator]
+    elif init != RANDOM:
+        try:
+            mine.load_state_dict(model.encoder.submodels[init].state_dict())
+        except RuntimeError:
+            raise UserError(
+                f"--init {init}: it is of another shape; {name} is {mine.spec.kind} of dim {mine.spec.dim} in layers "
+                f"{mine.spec.layers}, {init} is {model.spec.submodels[init].kind} of dim {model.spec.submodels[init].dim} "
+                f"in layers {model.spec.submodels[init].layers}"
+            ) from None
+
+
+def _parts(model: AsrModel, names: list[Any]) -> list[nn.Module]:
+    return [getattr(model, part) for name in names for part in PARTS[name]]
+
+
+def _freeze(model: AsrModel, learning: list[nn.Module]) -> list[nn.Module]:
+    """Let nothing but ``learning`` be trained; returns the largest modules that are frozen as a whole."""
+    model.requires_grad_(False)
+    for part in learning:
+        part.requires_grad_(True)
+
+    def frozen(module: nn.Module) -> list[nn.Module]:
+        if any(module is part for part in learning):
+            return []
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            return [module]
+        return [part for child in module.children() for part in frozen(child)]
+
+    return frozen(model)
+
+
+def _say(run: RunWriter, model: AsrModel, name: str, before: ModelSpec, contexts: list[Any]) -> None:
+    """How much is new, and whether the frozen part was ever trained in the contexts it will run in."""
+    new = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in model.parameters())
+    run.note(f"{run.path}: sub-model {name}: {new} of {every} parameters learn, the rest is frozen")
+    known = {text for configuration in before.configurations.values() for text in configuration.contexts}
+    streaming = any(parse_context(text).streaming for text in known)
+    if any(context.streaming for context in contexts) and not streaming:
+        run.note(
+            "warning: the frozen model was never trained for streaming, so its convolutions are not used to being "
+            "causal; train it with --set 'contexts.train=[full,\"chunk=16,left=64\"]'"
+        )
