@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, A) -> (B, H, T, A / H)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)  # torch 1.13 cannot export unflatten
 
     def silence(self) -> None:
         """Make the module add nothing: its output projection is zeroed."""

@@ -1,0 +1,103 @@
+"""A traced graph as an ONNX file: tensors keep the model's names, metadata is what the runtime reads."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asrkit.errors import UserError
+from asrkit.export.graphs import Graph
+
+OPSET = 17  # the newest that torch 1.13 writes; LayerNormalization is an operator from here on
+INSTALL = "pip install 'asrkit[export]'"
+
+
+def require_onnx() -> None:
+    """Import what export needs.
+
+    Raises:
+        UserError: onnx or onnxruntime is not there.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"export and exported models need onnx and onnxruntime ({error}); {INSTALL}") from error
+
+
+def write_onnx(graph: Graph, path: Path) -> None:
+    """Trace ``graph`` and write it to ``path``, checked against the ONNX standard."""
+    import onnx
+
+    model = onnx.load_from_string(_trace(graph))
+    _name_tensors(model.graph)
+    _fold_transposes(model.graph)
+    _fix_shapes(model.graph, graph)
+    onnx.helper.set_model_props(model, graph.metadata)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def _trace(graph: Graph) -> bytes:
+    buffer = io.BytesIO()
+    # Both torches write the same through the exporter that traces; torch 2 wants to be told.
+    options: dict[str, Any] = {} if torch.__version__.startswith("1.") else {"dynamo": False}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of shapes that are constants on purpose; the parity check tries others
+        torch.onnx.export(
+            graph.module.eval(),
+            graph.example,
+            buffer,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_axes=graph.dynamic,
+            opset_version=OPSET,
+            do_constant_folding=False,  # it would rename the weights
+            **options,
+        )
+    return buffer.getvalue()
+
+
+def _name_tensors(graph: Any) -> None:
+    """``step.model.encoder.x`` to ``encoder.x``: what model.safetensors calls it."""
+    new = {tensor.name: tensor.name.rpartition("model.")[2] for tensor in graph.initializer}
+    for tensor in graph.initializer:
+        tensor.name = new[tensor.name]
+    for node in graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
+
+
+def _fold_transposes(graph: Any) -> None:
+    """Store a linear layer's weight as its product takes it, (in, out), under its own name."""
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    uses: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            uses[name] = uses.get(name, 0) + 1
+    folded = {}
+    for node in list(graph.node):
+        name = node.input[0] if node.input else ""
+        if node.op_type == "Transpose" and name in tensors and uses[name] == 1:
+            (order,) = (list(attribute.ints) for attribute in node.attribute if attribute.name == "perm")
+            weight = numpy_helper.to_array(tensors[name]).transpose(order)
+            tensors[name].CopyFrom(numpy_helper.from_array(weight.copy(), name))
+            folded[node.output[0]] = name
+            graph.node.remove(node)
+    for node in graph.node:
+        node.input[:] = [folded.get(name, name) for name in node.input]
+
+
+def _fix_shapes(onnx_graph: Any, graph: Graph) -> None:
+    """Write down the axes of the outputs that do not vary; the exporter loses some."""
+    with torch.no_grad():
+        outputs = graph.module(*graph.example)
+    for info, value in zip(onnx_graph.output, [outputs] if torch.is_tensor(outputs) else outputs, strict=True):
+        for axis, (dim, size) in enumerate(zip(info.type.tensor_type.shape.dim, value.shape, strict=True)):
+            if axis not in graph.dynamic.get(info.name, {}):
+                dim.dim_value = size
