@@ -129,9 +129,9 @@ def test_the_batch_does_not_change_the_result(run: Path, manifest: Path, method:
 def test_evaluate_writes_what_it_returns(run: Path, manifest: Path, tmp_path: Path) -> None:
     evaluations = evaluate(run, manifest, methods=METHODS, out=tmp_path / "results", max_duration=3.0)
     assert [evaluation.directory.name for evaluation in evaluations] == [
-        "test-greedy",
-        "test-beam",
-        "test-ctc",
+        "test-backbone-full-greedy",
+        "test-backbone-full-beam",
+        "test-backbone-full-ctc",
     ]
     for evaluation in evaluations:
         assert sorted(file.name for file in evaluation.directory.iterdir()) == [
@@ -177,7 +177,7 @@ def test_evaluate_prints_a_table(
     words = ("evaluate", "--from", run, "--manifest", manifest, "--out", tmp_path, "--method", "all")
     code, out, _ = command(monkeypatch, capsys, *words)
     assert code == 0
-    for text in ("greedy", "beam", "ctc", "en", "fr", "WER %", "RTF", "test-ctc"):
+    for text in ("greedy", "beam", "ctc", "en", "fr", "WER %", "RTF", "test-backbone-full-ctc"):
         assert text in out
     code, out, _ = command(monkeypatch, capsys, *words[:-1], "beam", "--json", "--beam", "2")
     assert code == 0 and json.loads(out)["beam"] == 2
@@ -353,7 +353,7 @@ def test_info_counts_every_parameter(
     assert description["evaluations"][0]["current"]
     code, out, _ = command(monkeypatch, capsys, "info", copy)
     assert code == 0
-    for text in ("train-backbone", "wer 0.5", "encoder", "joiner", "kaldi-fbank", "greedy", "backbone"):
+    for text in ("train-backbone", "wer 0.5", "backbone", "joiner", "kaldi-fbank", "greedy", "backbone"):
         assert text in out
     code, out, _ = command(monkeypatch, capsys, "info", copy, "--json")
     assert code == 0 and json.loads(out) == json.loads(json.dumps(description))

@@ -52,7 +52,7 @@ def test_four_prompts_are_learned_without_an_error(four: Path, tmp_path: Path) -
     )
     asrkit("evaluate", "--from", run, "--manifest", four, "--method", "all")
     for method in ("greedy", "beam", "ctc"):
-        result = json.loads((run / "evaluation" / f"four-{method}" / "result.json").read_text())
+        result = json.loads((run / "evaluation" / f"four-backbone-full-{method}" / "result.json").read_text())
         assert result["total"]["words"] >= 12 and result["total"]["wer"] == 0, method
     cut = next(iter(open_cuts(four)))
     heard = asrkit("transcribe", "--from", run, cut.recording.sources[0].source).stdout

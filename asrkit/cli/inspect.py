@@ -39,9 +39,16 @@ def info(
     run: Annotated[Path, typer.Argument(help="Run directory of any stage.")],
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON, for scripts."),
 ) -> None:
-    """Say what a run directory holds: its stages, parameters, vocabulary, features and measured error rates.
+    """Say what a run directory holds: its stages, configurations, sub-models, parameters and measured error rates.
 
-    Example: `asrkit info exp/backbone`
+    A configuration is one way to run the model. The table has the parameters of each, the contexts it was trained in
+    with their algorithmic latency, and the best WER measured on each manifest.
+
+    Examples:
+
+        asrkit info exp/near
+
+        asrkit info exp/near --json | jq .configurations
     """
     from asrkit.reporting.tables import run_tables, table_console
     from asrkit.stages.info import describe_run
@@ -54,7 +61,6 @@ def info(
         table_console().print(table)
     features = ", ".join(f"{key} {value}" for key, value in (description["features"] or {}).items())
     typer.echo(f"vocabulary: {description['vocabulary']} tokens; features: {features}")
-    typer.echo(f"configurations: {', '.join(description['configurations']) or 'none'}")
     for entry in description["stages"]:
         typer.echo(f"command: {entry.get('command', 'unknown')}")
 
@@ -63,7 +69,7 @@ def summary(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories, in the order of the chain.")],
     out: Annotated[Path | None, typer.Option(help="Also write the rows as JSON.")] = None,
 ) -> None:
-    """Put what a chain of stages achieved into one table.
+    """Put what a chain of stages achieved into one table: a row for each configuration, context and method evaluated.
 
     Example: `asrkit summary exp/backbone exp/attention --out exp/summary.json`
     """

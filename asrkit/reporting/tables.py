@@ -29,22 +29,46 @@ def table_console() -> Console:
     return Console(width=max(console.width, 120))
 
 
+def latency(milliseconds: float | None) -> str:
+    """``677.5 ms``; a dash for a context that waits for the end."""
+    return "-" if milliseconds is None else f"{milliseconds:g} ms"
+
+
 def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
-    """One block a method: a row for each language, where there are several, and the total."""
-    numbers = ("cuts", "words", "WER %", "95 %", "sub", "ins", "del", "CER %", "RTF")
-    table = _table(f"{results[0]['manifest']} by {results[0]['run']}", "method", "lang", numbers=numbers)
+    """One block a method: a row for each language, where there are several, and the total.
+
+    Where words are aligned, the total row has how late they were emitted, in milliseconds.
+    """
+    first = results[0]
+    timed = first["emission_latency"] is not None
+    numbers = ["cuts", "words", "WER %", "95 %", "sub", "ins", "del", "CER %", *["late ms", "90 %"] * timed, "RTF"]
+    point = f"{first['configuration']}, {first['context']}"
+    if first["latency_ms"] is not None:
+        point += f", latency {latency(first['latency_ms'])}"
+    table = _table(f"{first['manifest']} by {first['run']} ({point})", "method", "lang", numbers=numbers)
     for result in results:
         languages = result["languages"]
         rows = list(languages.items()) if len(languages) > 1 else []
         for language, counts in rows:
-            table.add_row(result["method"], language or "unknown", *_cells(counts), "")
+            table.add_row(result["method"], language or "unknown", *_cells(counts), *[""] * (3 if timed else 1))
         name = "all" if rows else next(iter(languages), "")
+        late = [_rounded(result["emission_latency"][key]) for key in ("mean_ms", "p90_ms")] if timed else []
         speed = f"{result['real_time_factor']:.4f}"
-        table.add_row(result["method"], name, *_cells(result["total"]), speed, style="bold", end_section=bool(rows))
-    threads = f", {results[0]['threads']} thread(s)" if results[0]["device"] == "cpu" else ""
-    table.caption = f"RTF: seconds, features included, per second of audio ({results[0]['device']}{threads})"
+        table.add_row(
+            result["method"], name, *_cells(result["total"]), *late, speed, style="bold", end_section=bool(rows)
+        )
+    threads = f", {first['threads']} thread(s)" if first["device"] == "cpu" else ""
+    table.caption = f"RTF: seconds, features included, per second of audio ({first['device']}{threads})"
+    if timed:
+        table.caption += (
+            "\nlate: from the end of a right word to the end of the sound its last piece needed; mean, 90 %"
+        )
     table.caption_justify = "left"
     return table
+
+
+def _rounded(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
 
 
 def _cells(counts: dict[str, Any]) -> list[str]:
@@ -62,27 +86,91 @@ def _cells(counts: dict[str, Any]) -> list[str]:
 
 
 def run_tables(description: dict[str, Any]) -> list[Table]:
-    """Stages, parts and evaluations of a run, as ``describe_run`` gives them."""
-    stages = _table("stages", "stage", "created", "metrics", numbers=("step", "seconds"))
+    """Stages, configurations, sub-models, parts and evaluations of a run, as ``describe_run`` gives them."""
+    tables = [_stages(description), _configurations(description)]
+    if description["submodels"]:
+        tables.append(_submodels(description))
+    tables.append(_parts(description))
+    if description["evaluations"]:
+        tables.append(_evaluations(description))
+    return tables
+
+
+def _stages(description: dict[str, Any]) -> Table:
+    table = _table("stages", "stage", "created", "metrics", numbers=("step", "seconds"))
     for entry in description["stages"]:
         metrics = ", ".join(f"{name} {_number(value)}" for name, value in (entry.get("metrics") or {}).items())
         texts = (entry.get("stage"), entry.get("created"), metrics, entry.get("step"), entry.get("seconds"))
-        stages.add_row(*("-" if text in (None, "") else str(text) for text in texts))
-    parts = _table("parameters, statistics included", "part", numbers=("parameters", "bytes"))
+        table.add_row(*("-" if text in (None, "") else str(text) for text in texts))
+    return table
+
+
+def _configurations(description: dict[str, Any]) -> Table:
+    """A line for each trained context beside a line for each manifest measured, whichever are more."""
+    table = _table("configurations", "configuration", "sub-models", numbers=("parameters",))
+    for column in ("trained in", "latency", "best WER %", "on"):
+        table.add_column(column)
+    for row in description["configurations"]:
+        name = f"{row['configuration']} (default)" if row["default"] else row["configuration"]
+        best = [(percent(entry["wer"]), _where(entry)) for entry in row["best"]] or [("-", "")]
+        table.add_row(
+            name,
+            ", ".join(row["submodels"]) or "-",
+            f"{row['parameters']:,}",
+            "\n".join(entry["context"] for entry in row["contexts"]),
+            "\n".join(latency(entry["latency_ms"]) for entry in row["contexts"]),
+            "\n".join(rate for rate, _ in best),
+            "\n".join(where for _, where in best),
+        )
+    table.caption = "parameters: of what runs; the pruning joiner, which only serves training, is left out"
+    table.caption_justify = "left"
+    return table
+
+
+def _where(entry: dict[str, Any]) -> str:
+    return f"{entry['manifest']} ({entry['context']}, {entry['method']})"
+
+
+def _submodels(description: dict[str, Any]) -> Table:
+    table = _table("sub-models", "sub-model", "kind", "layers", "place", "context", numbers=("dim", "parameters"))
+    for row in description["submodels"]:
+        dim = str(row["dim"]) if row["heads"] is None else f"{row['dim']} / {row['heads']} heads"
+        texts = (row["submodel"], row["kind"], _ranges(row["layers"]), row["place"], row["context"], dim)
+        table.add_row(*texts, f"{row['parameters']:,}")
+    return table
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-2, 5`` of 0, 1, 2, 5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _parts(description: dict[str, Any]) -> Table:
+    table = _table("parameters, statistics included", "part", numbers=("parameters", "bytes"))
     for part in description["parts"]:
-        parts.add_row(part["part"], f"{part['parameters']:,}", f"{part['bytes']:,}")
-    parts.add_section()
-    parts.add_row("all", f"{description['parameters']:,}", f"{description['bytes']:,}", style="bold")
-    tables = [stages, parts]
-    if description["evaluations"]:
-        numbers = ("words", "WER %", "CER %", "RTF")
-        scores = _table("evaluations", "manifest", "method", "weights", numbers=numbers)
-        for row in description["evaluations"]:
-            rates = (percent(row["wer"]), percent(row["cer"]), f"{row['real_time_factor']:.4f}")
-            weights = "these" if row["current"] else "earlier"
-            scores.add_row(row["manifest"], row["method"], weights, str(row["words"]), *rates)
-        tables.append(scores)
-    return tables
+        table.add_row(part["part"], f"{part['parameters']:,}", f"{part['bytes']:,}")
+    table.add_section()
+    table.add_row("all", f"{description['parameters']:,}", f"{description['bytes']:,}", style="bold")
+    return table
+
+
+def _evaluations(description: dict[str, Any]) -> Table:
+    numbers = ("words", "WER %", "CER %", "late ms", "RTF")
+    columns = ("manifest", "configuration", "context", "method", "weights")
+    table = _table("evaluations", *columns, numbers=numbers)
+    for row in description["evaluations"]:
+        late = _rounded((row["emission_latency"] or {}).get("mean_ms"))
+        rates = (percent(row["wer"]), percent(row["cer"]), late, f"{row['real_time_factor']:.4f}")
+        weights = "these" if row["current"] else "earlier"
+        texts = (row["manifest"], row["configuration"], row["context"], row["method"], weights)
+        table.add_row(*texts, str(row["words"]), *rates)
+    return table
 
 
 def _number(value: Any) -> str:
@@ -92,10 +180,11 @@ def _number(value: Any) -> str:
 def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
     """What a chain of stages achieved, as ``summarise_runs`` gives it."""
     numbers = ("WER %", "CER %", "words", "bytes", "seconds", "RTF")
-    table = _table("summary", "stage", "configuration", "manifest", "method", numbers=numbers)
+    texts = ("stage", "configuration", "context", "manifest", "method")
+    table = _table("summary", *texts, numbers=numbers)
     for row in rows:
         table.add_row(
-            *(row[key] for key in ("stage", "configuration", "manifest", "method")),
+            *(row[key] for key in texts),
             percent(row["wer"]),
             percent(row["cer"]),
             str(row["words"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +15,13 @@ from lhotse import CutSet
 from asrkit.data.batches import evaluation_batches
 from asrkit.data.checks import find_bad_cuts
 from asrkit.data.manifests import open_cuts
+from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.evaluation import score
+from asrkit.decoding.latency import emission_latencies, summarise_latencies, word_ends
 from asrkit.decoding.recogniser import Recogniser, load_recogniser
 from asrkit.decoding.search import Method, search
 from asrkit.errors import UserError
+from asrkit.nn.context import Context
 from asrkit.reporting.progress import progress
 from asrkit.reporting.wer import (
     Scored,
@@ -58,6 +61,8 @@ def evaluate(
     *,
     methods: Sequence[Method] = ("greedy",),
     beam: int = 4,
+    configuration: str | None = None,
+    context: ContextChoice | None = None,
     max_duration: float = 200.0,
     device: str = "auto",
     threads: int | None = None,
@@ -65,9 +70,12 @@ def evaluate(
 ) -> list[Evaluation]:
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
-    Each method has its directory ``<out>/<manifest>-<method>``, by default in ``<run>/evaluation``.
+    Each method has its directory, ``<out>/<manifest>-<configuration>-<context>-<method>``, by default in
+    ``<run>/evaluation``. A streaming context is decoded chunk by chunk, as on a device.
 
     Args:
+        configuration: the active sub-models; None is the one the last stage trained.
+        context: None is the first the configuration was trained in.
         max_duration: seconds of padded audio decoded at once.
         threads: of torch; None leaves what is set.
 
@@ -79,36 +87,48 @@ def evaluate(
     findings: list[str] = []
     if beam < 1:
         findings.append(f"--beam {beam}: must be at least 1")
-    recogniser = _gather(findings, lambda: load_recogniser(run_path, device))
+    choice = context or ContextChoice()
+    if contradictions := choice.contradictions():
+        findings += contradictions
+        choice = ContextChoice()
+    recogniser = _gather(findings, lambda: load_recogniser(run_path, device, configuration, choice))
     checked = _gather(findings, lambda: _usable(manifest))
     if findings or recogniser is None or checked is None:
         raise UserError.of(findings)
     cuts, warnings = checked
     methods = list(dict.fromkeys(methods))
-    directories = {method: (out or run_path / "evaluation") / f"{_stem(manifest)}-{method}" for method in methods}
+    point = f"{recogniser.configuration}-{_plain(recogniser.context)}"
+    directories = {
+        method: (out or run_path / "evaluation") / f"{_stem(manifest)}-{point}-{method}" for method in methods
+    }
     for directory in directories.values():
         _make(directory)
-    scored, seconds = _decode(recogniser, cuts, methods, beam, max_duration)
+    decoded = _decode(recogniser, cuts, methods, beam, max_duration)
     audio_seconds = float(sum(cut.duration for cut in cuts))
     place = {cut.id: number for number, cut in enumerate(cuts)}
     evaluations = []
     for method in methods:
-        utterances = sorted(scored[method], key=lambda utterance: place[utterance.cut_id])
+        found = decoded[method]
+        utterances = sorted(found.scored, key=lambda utterance: place[utterance.cut_id])
         result = {
             "run": str(run_path),
             "weights_sha256": recogniser.weights_sha256,
+            "configuration": recogniser.configuration,
+            "context": str(recogniser.context),
+            "latency_ms": recogniser.context.latency_ms,
             "manifest": str(manifest),
             "manifest_sha256": sha256_of(manifest) if manifest.is_file() else None,
             "method": method,
             "beam": beam if method == "beam" else None,
             "total": summarise(utterances),
             "languages": {language: summarise(part) for language, part in by_language(utterances).items()},
+            "emission_latency": None if found.latencies is None else summarise_latencies(found.latencies),
             "audio_seconds": round(audio_seconds, 3),
-            "decode_seconds": round(seconds[method], 3),
-            "real_time_factor": round(seconds[method] / audio_seconds, 6),
+            "decode_seconds": round(found.seconds, 3),
+            "real_time_factor": round(found.seconds / audio_seconds, 6),
             "device": str(recogniser.device),
             "threads": torch.get_num_threads(),
-            "warnings": warnings,
+            "warnings": [*recogniser.warnings, *warnings],
         }
         _write(directories[method], result, utterances)
         evaluations.append(Evaluation(directories[method], result, utterances))
@@ -151,12 +171,22 @@ def _usable(manifest: Path) -> tuple[CutSet, list[str]]:
     return cuts, list(lines.values())
 
 
+@dataclass
+class _Decoded:
+    """What one method made of a manifest; ``latencies`` (milliseconds a word) where words are aligned."""
+
+    scored: list[Scored] = field(default_factory=list)
+    latencies: list[float] | None = None
+    seconds: float = 0.0
+
+
 def _decode(
     recogniser: Recogniser, cuts: CutSet, methods: Sequence[Method], beam: int, max_duration: float
-) -> tuple[dict[Method, list[Scored]], dict[Method, float]]:
+) -> dict[Method, _Decoded]:
     """Decode every cut by every method; seconds of each count what they share: audio, features, encoder."""
-    scored: dict[Method, list[Scored]] = {method: [] for method in methods}
-    seconds: dict[Method, float] = dict.fromkeys(methods, 0.0)
+    streaming = recogniser.context.streaming
+    ends = {cut.id: aligned for cut in cuts if (aligned := word_ends(cut))} if streaming else {}
+    decoded = {method: _Decoded(latencies=[] if ends else None) for method in methods}
     with progress("decoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
         began = time.perf_counter()
         for batch in evaluation_batches(cuts, max_duration):
@@ -164,14 +194,19 @@ def _decode(
             if recogniser.device.type == "cuda":
                 torch.cuda.synchronize(recogniser.device)
             shared = time.perf_counter() - began
-            for method in methods:
+            for method, found in decoded.items():
                 began = time.perf_counter()
                 hypotheses = search(recogniser.model, encoded, method, beam)
-                seconds[method] += shared + time.perf_counter() - began
-                scored[method] += score(batch, hypotheses, recogniser.tokenizer)
+                found.seconds += shared + time.perf_counter() - began
+                found.scored += score(batch, hypotheses, recogniser.tokenizer)
+                if found.latencies is not None:
+                    for cut_id, hypothesis in zip(batch.cut_ids, hypotheses, strict=True):
+                        found.latencies += emission_latencies(
+                            hypothesis, recogniser.tokenizer, ends.get(cut_id, ()), recogniser.context
+                        )
             advance(sum(batch.durations))
             began = time.perf_counter()
-    return scored, seconds
+    return decoded
 
 
 def _make(directory: Path) -> None:
@@ -182,6 +217,11 @@ def _make(directory: Path) -> None:
         raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
 
 
+def _plain(context: Context) -> str:
+    """``full``, or ``chunk16-left64``: a context in a file's name."""
+    return str(context).replace("=", "").replace(",", "-")
+
+
 def _stem(manifest: Path) -> str:
     """``test`` of ``data/test.jsonl.gz``; a Shar directory gives its own name."""
     return manifest.name.removesuffix(".gz").removesuffix(".jsonl") or manifest.resolve().name
@@ -190,7 +230,8 @@ def _stem(manifest: Path) -> str:
 def _write(directory: Path, result: dict[str, Any], utterances: Sequence[Scored]) -> None:
     """Write the files of one method; result.json comes last, so where it is new, all are."""
     total = format_summary(total_words(utterances))
-    heading = f"{result['manifest']} by {result['run']}, {result['method']}: {total}\n\n"
+    point = f"{result['configuration']}, {result['context']}, {result['method']}"
+    heading = f"{result['manifest']} by {result['run']}, {point}: {total}\n\n"
     rows = [
         {
             "id": utterance.cut_id,

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from asrkit.config import from_dict
 from asrkit.errors import UserError
-from asrkit.run_dir import WEIGHTS, RunDir, open_run, sha256_of
+from asrkit.models.spec import ModelSpec
+from asrkit.nn.context import parse_context
+from asrkit.reporting.results import read_results
+from asrkit.run_dir import MODEL, WEIGHTS, RunDir, open_run, sha256_of
+
+# Beside the encoder, what recognising needs; the rest only serves training.
+DECODER = ("predictor", "joiner", "ctc_head")
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """Stages, parameters by part, vocabulary, features and evaluations of a run directory, as plain data.
+    """Stages, parameters by part, sub-models, configurations and evaluations of a run directory, as plain data.
 
     Raises:
         UserError: the directory is incomplete or damaged.
     """
     run = open_run(path)
+    spec = from_dict(ModelSpec, run.model_spec, str(path / MODEL))
     parts = _parts(run)
+    evaluations = _evaluations(run)
     return {
         "path": str(path),
         "stages": run.lineage,
@@ -27,13 +35,17 @@ def describe_run(path: Path) -> dict[str, Any]:
         "bytes": (run.path / WEIGHTS).stat().st_size,
         "vocabulary": run.model_spec.get("vocab_size"),
         "features": run.model_spec.get("features"),
-        "configurations": run.model_spec.get("configurations", {}),
-        "evaluations": _evaluations(run),
+        "submodels": _submodels(spec, parts),
+        "configurations": _configurations(spec, parts, evaluations),
+        "evaluations": evaluations,
     }
 
 
 def _parts(run: RunDir) -> list[dict[str, Any]]:
-    """Parameters, buffers included, and bytes of each top-level part, from the file's header alone."""
+    """Parameters, statistics included, and bytes of each part, from the file's header alone.
+
+    The encoder's are ``backbone`` and, for each sub-model, ``submodel NAME``.
+    """
     from safetensors import SafetensorError, safe_open
 
     parts: dict[str, dict[str, Any]] = {}
@@ -42,7 +54,7 @@ def _parts(run: RunDir) -> list[dict[str, Any]]:
             for name in file.keys():  # noqa: SIM118 (no iteration)
                 tensor = file.get_slice(name)
                 size = math.prod(tensor.get_shape())
-                part = parts.setdefault(name.partition(".")[0], {"parameters": 0, "bytes": 0})
+                part = parts.setdefault(_part_of(name), {"parameters": 0, "bytes": 0})
                 part["parameters"] += size
                 part["bytes"] += size * _bytes_of(tensor.get_dtype())
     except SafetensorError as error:
@@ -50,29 +62,87 @@ def _parts(run: RunDir) -> list[dict[str, Any]]:
     return [{"part": name, **part} for name, part in sorted(parts.items())]
 
 
+def _part_of(tensor: str) -> str:
+    """``joiner`` of ``joiner.out.weight``."""
+    first, *rest = tensor.split(".")
+    if first != "encoder":
+        return first
+    return _submodel(rest[1]) if rest[0] == "submodels" else "backbone"
+
+
+def _submodel(name: str) -> str:
+    return f"submodel {name}"
+
+
 def _bytes_of(dtype: str) -> int:
     """4 of ``F32``, 1 of ``I8``, 2 of ``BF16``: the digits are bits."""
     return max(1, int("".join(filter(str.isdigit, dtype)) or 8) // 8)
 
 
+def _submodels(spec: ModelSpec, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each sub-model's make and size."""
+    sizes = {part["part"]: part["parameters"] for part in parts}
+    return [
+        {
+            "submodel": name,
+            "kind": part.kind,
+            "layers": part.layers,
+            "place": part.place,
+            "dim": part.dim,
+            "heads": part.heads if part.kind == "attention" else None,
+            "context": part.context,
+            "parameters": sizes.get(_submodel(name), 0),
+        }
+        for name, part in spec.submodels.items()
+    ]
+
+
+def _configurations(
+    spec: ModelSpec, parts: list[dict[str, Any]], evaluations: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Each operating point: what is active, what it weighs when it runs, where it was trained, how good it is known to be.
+
+    ``best`` holds the lowest WER measured with the present weights for each manifest.
+    """
+    sizes = {part["part"]: part["parameters"] for part in parts}
+    rows = []
+    for name, configuration in spec.configurations.items():
+        running = ["backbone", *DECODER, *map(_submodel, configuration.submodels)]
+        best: dict[str, dict[str, Any]] = {}
+        for row in evaluations:
+            known = row["current"] and row["configuration"] == name and row["wer"] is not None
+            if known and row["wer"] < best.get(row["manifest"], {"wer": math.inf})["wer"]:
+                best[row["manifest"]] = {key: row[key] for key in ("manifest", "context", "method", "wer", "words")}
+        rows.append(
+            {
+                "configuration": name,
+                "default": name == spec.configuration,
+                "submodels": configuration.submodels,
+                "parameters": sum(sizes.get(part, 0) for part in running),
+                "contexts": [
+                    {"context": text, "latency_ms": parse_context(text).latency_ms} for text in configuration.contexts
+                ],
+                "best": list(best.values()),
+            }
+        )
+    return rows
+
+
 def _evaluations(run: RunDir) -> list[dict[str, Any]]:
     """What ``evaluate`` left in the run directory; ``current`` where it was these very weights."""
     weights = sha256_of(run.path / WEIGHTS)
-    found = []
-    for file in sorted(run.path.glob("evaluation/*/result.json")):
-        try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-            found.append(
-                {
-                    "manifest": result["manifest"],
-                    "method": result["method"],
-                    "wer": result["total"]["wer"],
-                    "cer": result["total"]["cer"],
-                    "words": result["total"]["words"],
-                    "real_time_factor": result["real_time_factor"],
-                    "current": result["weights_sha256"] == weights,
-                }
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not a result of evaluate ({error}); delete it") from error
-    return found
+    return [
+        {
+            "manifest": result["manifest"],
+            "configuration": result["configuration"],
+            "context": result["context"],
+            "method": result["method"],
+            "wer": result["total"]["wer"],
+            "cer": result["total"]["cer"],
+            "words": result["total"]["words"],
+            "emission_latency": result.get("emission_latency"),
+            "real_time_factor": result["real_time_factor"],
+            "current": result["weights_sha256"] == weights,
+        }
+        for result in read_results(run.path)
+    ]

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.errors import UserError
+from asrkit.reporting.results import read_results
 from asrkit.run_dir import WEIGHTS, atomic_write, open_run, sha256_of
 
 
 def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[str, Any]]:
     """A row for each evaluation of each run, the runs in the order given, optionally written to ``out`` as JSON.
 
-    A row holds stage, configuration, manifest, method, wer, cer (fractions), words, bytes of the weights, seconds
-    the stage took, real_time_factor of the decoding.
+    A row holds stage, configuration and context (those evaluated), manifest, method, wer, cer (fractions), words, bytes
+    of the weights, seconds the stage took, real_time_factor of the decoding.
 
     Raises:
         UserError: a run is incomplete or damaged, or was not evaluated with its present weights.
@@ -24,8 +25,7 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
     for path in runs:
         run = open_run(path)
         entry, present = run.lineage[-1], sha256_of(path / WEIGHTS)
-        results = [json.loads(file.read_text()) for file in sorted(path.glob("evaluation/*/result.json"))]
-        current = [result for result in results if result["weights_sha256"] == present]
+        current = [result for result in read_results(path) if result["weights_sha256"] == present]
         if not current:
             findings.append(
                 f"{path}: not evaluated with its present weights; run `asrkit evaluate --from {path} --manifest ...`"
@@ -34,7 +34,8 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
             rows.append(
                 {
                     "stage": entry["stage"],
-                    "configuration": ", ".join(run.model_spec["configurations"]),
+                    "configuration": result["configuration"],
+                    "context": result["context"],
                     "manifest": Path(result["manifest"]).name.split(".")[0],
                     "method": result["method"],
                     "wer": result["total"]["wer"],

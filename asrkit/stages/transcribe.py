@@ -1,24 +1,29 @@
-"""transcribe: audio files of any format, rate and length to text."""
+"""transcribe: audio files of any format, rate and length to text, and sound as it comes in to text that grows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from asrkit.data.augment import pad
 from asrkit.data.features import SAMPLE_RATE, fbank
+from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.decoding.live import file_blocks, pcm_blocks
 from asrkit.decoding.recogniser import Recogniser, load_recogniser
 from asrkit.decoding.search import Method, decode
+from asrkit.decoding.streaming import Endpoint, Heard, StreamingModel, StreamingRecogniser
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
 
 BATCH_SECONDS = 120.0
+STDIN = Path("-")
 
 
 @dataclass(frozen=True)
@@ -50,25 +55,101 @@ def transcribe(
     *,
     method: Method = "greedy",
     beam: int = 4,
+    configuration: str | None = None,
+    context: ContextChoice | None = None,
     device: str = "auto",
     threads: int | None = None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Transcript]:
     """Yield the transcript of each file, in order, each as soon as it is done.
 
     Memory is that of a batch of pieces, however long or many the files are. An unreadable file gives a
     transcript with an error and does not keep the others from being done.
 
+    Args:
+        configuration: the active sub-models; None is the one the last stage trained.
+        context: None is the first the configuration was trained in.
+        warn: is told where the model is used in a way it was not trained for.
+
     Raises:
         UserError: the run directory cannot be used.
     """
-    if beam < 1:
-        raise UserError(f"--beam {beam}: must be at least 1")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    recogniser = load_recogniser(run_path, device)
+    recogniser = _prepare(run_path, beam, configuration, context, device, threads, warn)
     decoded = (part for batch in _batches(_parts(paths)) for part in _decode(recogniser, batch, method, beam))
     for _, parts in groupby(decoded, key=lambda part: part.number):
         yield _join(parts)
+
+
+def transcribe_stream(
+    run_path: Path,
+    paths: Sequence[Path],
+    *,
+    method: Method = "greedy",
+    beam: int = 4,
+    configuration: str | None = None,
+    context: ContextChoice | None = None,
+    endpoint: Endpoint | None = None,
+    paced: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Path, Heard | UserError]]:
+    """Yield what is heard in each file in turn, as soon as it is known, or why the file cannot be read.
+
+    Args:
+        paths: audio files; ``-`` is raw 16-bit little-endian mono at 16 kHz on standard input.
+        configuration: the active sub-models; None is the one the last stage trained.
+        context: None is the first streaming one the configuration was trained in.
+        endpoint: when an utterance is over.
+        paced: files are heard as fast as they were spoken.
+        warn: is told where the model is used in a way it was not trained for.
+        stopped: asked all the time; when it says so, the sound ends there, and no further file begins.
+
+    Raises:
+        UserError: the run directory cannot be used.
+    """
+    choice = replace(context or ContextChoice(), streaming=True)
+    recogniser = _prepare(run_path, beam, configuration, choice, device, threads, warn)
+    model = recogniser.model
+    if not hasattr(model, "step"):
+        raise UserError(f"{run_path}: is no streaming model; export it with a streaming context")
+    for path in paths:
+        if stopped():
+            return
+        stream = StreamingRecogniser(cast(StreamingModel, model), recogniser.tokenizer, method, beam, endpoint)
+        try:
+            for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
+                for heard in stream.accept(block):
+                    yield path, heard
+        except UserError as error:
+            yield path, error
+            continue
+        for heard in stream.finish():
+            yield path, heard
+
+
+def _prepare(
+    run_path: Path,
+    beam: int,
+    configuration: str | None,
+    context: ContextChoice | None,
+    device: str,
+    threads: int | None,
+    warn: Callable[[str], None],
+) -> Recogniser:
+    choice = context or ContextChoice()
+    findings = choice.contradictions()
+    if beam < 1:
+        findings.append(f"--beam {beam}: must be at least 1")
+    if findings:
+        raise UserError.of(findings)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recogniser = load_recogniser(run_path, device, configuration, choice)
+    for line in recogniser.warnings:
+        warn(line)
+    return recogniser
 
 
 def _parts(paths: Sequence[Path]) -> Iterator[_Part]:
