@@ -18,7 +18,7 @@ from asrkit.config import from_dict
 from asrkit.decoding.acoustic import encode_by_chunks
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.models.encoder import Caches, join_streams
-from asrkit.nn.conformer import DepthwiseConv, LayerNorm, subsampled_lens
+from asrkit.nn.conformer import BackboneBlock, Branch, DepthwiseConv, LayerNorm, subsampled_lens
 from asrkit.nn.context import FULL, Context, parse_context, visible
 from asrkit.nn.submodels import Adapter, Attention
 
@@ -174,6 +174,59 @@ def test_a_chunk_sees_every_frame_of_its_own(case: Case, context: Context) -> No
     with torch.no_grad():
         before, after = (model.encode(x, feature_lens, "chosen", context)[0] for x in (features, changed))
     assert not torch.equal(after[:, 0], before[:, 0])
+
+
+@some
+@given(
+    st.one_of(st.just(FULL), contexts), st.one_of(st.just(FULL), contexts), st.integers(1, 10), st.integers(0, 12),
+    st.sampled_from(["serial", "parallel"]), st.integers(0, 999),
+)  # fmt: skip
+def test_attention_sees_what_both_contexts_allow(
+    own: Context, context: Context, length: int, padding: int, place: str, seed: int
+) -> None:
+    """The sub-model's context and the model's: exactly those frames of the utterance, found by differentiating."""
+    spec = {"kind": "attention", "layers": [0], "heads": 1, "dim": 2, "context": str(own), "place": place}
+    model = Case(1, 1, "shared", {"first": spec}, ["first"], seed).model()  # one tap: attention alone joins frames
+    features, feature_lens = Case(1, 1, "shared", {}, [], seed).features(4 * length + 3, 4 * (length + padding) + 3)
+    inputs: list[Tensor] = []
+    model.encoder.subsampling.norm.register_forward_hook(lambda module, given, out: inputs.append(out))
+    out, lens = model.encode(features, feature_lens, "chosen", context)
+    for row, frames in enumerate(lens.tolist()):
+        for frame in range(frames):
+            (gradient,) = torch.autograd.grad((out[row, frame] * torch.arange(8)).sum(), inputs[0], retain_graph=True)
+            expected = {
+                other
+                for other in range(frames)
+                if other == frame
+                or all(
+                    limit.chunk is None
+                    or 0 <= other - (frame // limit.chunk * limit.chunk - limit.left) < limit.left + limit.chunk
+                    for limit in (own, context)
+                )
+            }
+            assert set(gradient[row].abs().sum(1).nonzero().flatten().tolist()) == expected
+            assert not gradient[1 - row].any()
+
+
+@some
+@given(st.integers(1, 6), st.booleans(), st.booleans(), st.lists(st.floats(-2, 2), max_size=2), st.integers(0, 999))
+def test_where_submodels_attach(frames: int, streaming: bool, per_mode: bool, factors: list[float], seed: int) -> None:
+    """The block's equations, with branches that are not linear so that order and input count."""
+    block = BackboneBlock(6, 9, 5, 0.0, per_mode).double().eval()
+    randomise(block, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, history = (torch.randn(2, n, 6, generator=generator).double() for n in (frames, 2))
+    branches: list[Branch] = [lambda x, factor=factor: factor * x.square() for factor in factors]  # type: ignore[misc]
+    padding = torch.zeros(2, frames, 1, dtype=torch.bool)
+    with torch.no_grad():
+        out, _ = block(x, padding, history if streaming else None, branches, [torch.cos, *branches])
+        x = x + 0.5 * block.feedforward1(x, streaming)
+        for factor in factors:
+            x = x + factor * x**2
+        convolved, _ = block.conv(x, padding, history if streaming else None)
+        x = x + convolved + torch.cos(x) + sum(factor * x**2 for factor in factors)
+        x = block.norm(x + 0.5 * block.feedforward2(x, streaming), streaming)
+        torch.testing.assert_close(out, x, rtol=1e-9, atol=1e-9)
 
 
 @settings(deadline=None, max_examples=25)
