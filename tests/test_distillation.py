@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from asrkit.losses.distillation import node_divergence
 
 
-def lattice(batch: int, frames: int, symbols: int, width: int, vocab: int, seed: int):
+def lattice(batch: int, frames: int, symbols: int, width: int, vocab: int, seed: int) -> Any:
     """Random logits of student and teacher, symbols, ranges (monotone starts), and lengths that differ."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, frames, width, vocab)
@@ -23,7 +24,9 @@ def lattice(batch: int, frames: int, symbols: int, width: int, vocab: int, seed:
     return student, teacher, targets, starts.unsqueeze(2) + torch.arange(width), frame_lens, symbol_lens
 
 
-def slow(student, teacher, symbols, ranges, frame_lens, symbol_lens, classes: str) -> list[float]:
+def slow(
+    student: Any, teacher: Any, symbols: Any, ranges: Any, frame_lens: Any, symbol_lens: Any, classes: str
+) -> list[float]:
     sums = []
     for b in range(len(student)):
         total = 0.0
@@ -46,7 +49,9 @@ def slow(student, teacher, symbols, ranges, frame_lens, symbol_lens, classes: st
     st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(3, 6), st.integers(0, 10**6),
     st.sampled_from(["three", "all"]), st.data(),
 )  # fmt: skip
-def test_equals_a_loop_over_the_nodes(batch, frames, symbols, vocab, seed, classes, data) -> None:
+def test_equals_a_loop_over_the_nodes(
+    batch: int, frames: int, symbols: int, vocab: int, seed: int, classes: Any, data: st.DataObject
+) -> None:
     width = data.draw(st.integers(2, symbols + 1))
     made = lattice(batch, frames, symbols, width, vocab, seed)
     found = node_divergence(*made, classes)
