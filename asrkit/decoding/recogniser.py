@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import torch
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice, listed, was_trained
+from asrkit.decoding.exported import OnnxAcousticModel
+from asrkit.decoding.search import METHODS, Method
 from asrkit.errors import UserError
+from asrkit.export.directory import EXPORT, is_exported, open_exported
+from asrkit.export.runtime import OnnxModel
 from asrkit.models import load_model
 from asrkit.nn.context import FRAME_MS, Context, parse_context
-from asrkit.run_dir import WEIGHTS, open_run, sha256_of
+from asrkit.run_dir import TOKENIZER, WEIGHTS, open_run, sha256_of
 
 
 @dataclass(frozen=True)
@@ -54,26 +59,25 @@ def load_recogniser(
     device: str = "auto",
     configuration: str | None = None,
     context: Context | ContextChoice | None = None,
+    methods: Sequence[Method] = METHODS,
 ) -> Recogniser:
-    """Load the model and tokenizer of a run directory.
+    """Load the model and tokenizer of a run directory, or of an exported one.
 
     Args:
         configuration: None is the one the last stage trained.
         context: itself, or what the user said of it; None is the first the configuration was trained in.
+        methods: the searches there will be; an exported model computes nothing for others.
 
     Raises:
         UserError: the directory is incomplete or damaged, its parts do not fit each other, or it has no such
             configuration or context.
     """
+    if is_exported(path):
+        return _load_exported(path, device, configuration, context, methods)
     place = choose_device(device)
     run = open_run(path)
     model = load_model(run)
-    tokenizer = Tokenizer.load(run.tokenizer_path)
-    if tokenizer.vocab_size != model.vocab_size:
-        raise UserError(
-            f"{run.tokenizer_path}: has {tokenizer.vocab_size} pieces but the model has {model.vocab_size}; "
-            "restore the tokenizer this model was trained with"
-        )
+    tokenizer = _load_tokenizer(run.tokenizer_path, model.vocab_size)
     name = configuration or model.spec.configuration
     if name not in model.spec.configurations:
         raise UserError(f"{path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
@@ -89,3 +93,44 @@ def load_recogniser(
         )
     acoustic = TorchAcousticModel(model.to(place), name, context)
     return Recogniser(acoustic, tokenizer, sha256_of(run.path / WEIGHTS), place, name, context, warnings)
+
+
+def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{path}: has {tokenizer.vocab_size} pieces but the model has {vocab_size}; "
+            "restore the tokenizer this model was trained with"
+        )
+    return tokenizer
+
+
+def _load_exported(
+    path: Path,
+    device: str,
+    configuration: str | None,
+    context: Context | ContextChoice | None,
+    methods: Sequence[Method],
+) -> Recogniser:
+    """An exported directory, which is one configuration in one context, on the CPU."""
+    if device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: exported models run on the CPU here; use auto or cpu")
+    exported = open_exported(path)
+    only, again = exported.parsed_context, "export the run again for another"
+    if configuration not in (None, exported.configuration):
+        raise UserError(f"{path}: holds configuration {exported.configuration} only, not {configuration}; {again}")
+    if not isinstance(context, Context):
+        context = (context or ContextChoice()).among([only], True, f"{path}: the exported model")
+    if context != only:
+        raise UserError(f"{path}: was exported in context {only}, not {context}; {again}")
+    model = OnnxAcousticModel(
+        OnnxModel(path, exported.state_size),
+        only,
+        exported.vocab_size,
+        exported.context_size,
+        transducer=any(method != "ctc" for method in methods),
+        ctc="ctc" in methods,
+    )
+    tokenizer = _load_tokenizer(path / TOKENIZER, exported.vocab_size)
+    cpu, digest = torch.device("cpu"), sha256_of(path / EXPORT)  # export.yaml has the digests of every file
+    return Recogniser(model, tokenizer, digest, cpu, exported.configuration, only)

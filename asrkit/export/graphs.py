@@ -115,9 +115,7 @@ class Chunk(nn.Module):
     with silence. Our own decoding does, so that its results are those of the torch model to the last frame.
     """
 
-    def __init__(
-        self, model: AsrModel, configuration: str, layout: StateLayout, chunk: int, head: Head
-    ) -> None:
+    def __init__(self, model: AsrModel, configuration: str, layout: StateLayout, chunk: int, head: Head) -> None:
         super().__init__()
         self.model, self.configuration, self.layout, self.chunk, self.head = model, configuration, layout, chunk, head
 
@@ -187,8 +185,10 @@ def graphs(model: AsrModel, configuration: str, context: Context, comment: str) 
         UserError: this configuration cannot stream in the runtime; the message says why.
     """
     about = {"version": "1", "model_author": "asrkit", "comment": comment}
-    encoders = _offline(model, configuration, about) if context.chunk is None else _streaming(
-        model, configuration, context.chunk, context.left, about
+    encoders = (
+        _offline(model, configuration, about)
+        if context.chunk is None
+        else _streaming(model, configuration, context.chunk, context.left, about)
     )
     tokens = torch.tensor([[-1] * (model.context_size - 1) + [model.blank], [1] * model.context_size])
     joiner_dim = model.joiner.out.in_features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def require_onnx() -> None:
         raise UserError(f"export and exported models need onnx and onnxruntime ({error}); {INSTALL}") from error
 
 
-def write_onnx(graph: Graph, path: Path) -> None:
-    """Trace ``graph`` and write it to ``path``, checked against the ONNX standard."""
+def write_onnx(graph: Graph, path: Path) -> int:
+    """Trace ``graph`` and write it to ``path``, checked against the ONNX standard; returns how many numbers it holds."""
     import onnx
 
     model = onnx.load_from_string(_trace(graph))
@@ -40,6 +41,7 @@ def write_onnx(graph: Graph, path: Path) -> None:
     onnx.helper.set_model_props(model, graph.metadata)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+    return sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
 
 
 def _trace(graph: Graph) -> bytes:

@@ -91,7 +91,7 @@ def evaluate(
     if contradictions := choice.contradictions():
         findings += contradictions
         choice = ContextChoice()
-    recogniser = _gather(findings, lambda: load_recogniser(run_path, device, configuration, choice))
+    recogniser = _gather(findings, lambda: load_recogniser(run_path, device, configuration, choice, methods))
     checked = _gather(findings, lambda: _usable(manifest))
     if findings or recogniser is None or checked is None:
         raise UserError.of(findings)

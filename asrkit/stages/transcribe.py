@@ -74,7 +74,7 @@ def transcribe(
     Raises:
         UserError: the run directory cannot be used.
     """
-    recogniser = _prepare(run_path, beam, configuration, context, device, threads, warn)
+    recogniser = _prepare(run_path, method, beam, configuration, context, device, threads, warn)
     decoded = (part for batch in _batches(_parts(paths)) for part in _decode(recogniser, batch, method, beam))
     for _, parts in groupby(decoded, key=lambda part: part.number):
         yield _join(parts)
@@ -110,7 +110,7 @@ def transcribe_stream(
         UserError: the run directory cannot be used.
     """
     choice = replace(context or ContextChoice(), streaming=True)
-    recogniser = _prepare(run_path, beam, configuration, choice, device, threads, warn)
+    recogniser = _prepare(run_path, method, beam, configuration, choice, device, threads, warn)
     model = recogniser.model
     if not hasattr(model, "step"):
         raise UserError(f"{run_path}: is no streaming model; export it with a streaming context")
@@ -131,6 +131,7 @@ def transcribe_stream(
 
 def _prepare(
     run_path: Path,
+    method: Method,
     beam: int,
     configuration: str | None,
     context: ContextChoice | None,
@@ -146,7 +147,7 @@ def _prepare(
         raise UserError.of(findings)
     if threads is not None:
         torch.set_num_threads(threads)
-    recogniser = load_recogniser(run_path, device, configuration, choice)
+    recogniser = load_recogniser(run_path, device, configuration, choice, [method])
     for line in recogniser.warnings:
         warn(line)
     return recogniser

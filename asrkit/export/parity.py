@@ -1,0 +1,164 @@
+"""Torch against onnxruntime, output by output, on what the model may hear. Nothing is published that fails it.
+
+Shapes: N utterances or streams, T feature frames, T' encoder frames, c encoder frames of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from asrkit.data.features import LOG_EPS
+from asrkit.errors import UserError
+from asrkit.export.directory import DifferenceRecord
+from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER, LOOK_AHEAD, StateLayout
+from asrkit.export.runtime import OnnxModel
+from asrkit.models.asr import AsrModel
+from asrkit.models.encoder import join_streams
+from asrkit.nn.context import Context
+
+# Of the largest magnitude. Float32 kernels that add in another order stay a hundred times below it.
+TOLERANCE = 1e-4
+MAX_CHUNKS = 200
+
+
+@dataclass
+class Differences:
+    """Absolute differences gathered by output, as ``file: output``."""
+
+    _parts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, output: str, expected: Tensor, found: Tensor) -> None:
+        """Note torch's ``expected`` and onnxruntime's ``found``.
+
+        Raises:
+            UserError: their shapes differ.
+        """
+        if expected.shape != found.shape:
+            raise UserError(
+                f"{output}: shape {tuple(found.shape)} in onnxruntime but {tuple(expected.shape)} in torch; {_REPORT}"
+            )
+        self._parts[output].append((expected.double(), found.double()))
+
+    def records(self) -> dict[str, DifferenceRecord]:
+        """By output: greatest and mean difference, and the greatest magnitude of torch's numbers."""
+        found = {}
+        for output, parts in self._parts.items():
+            gaps = torch.cat([(a - b).abs().flatten() for a, b in parts])
+            magnitude = max(float(a.abs().max()) for a, _ in parts)
+            found[output] = DifferenceRecord(max=float(gaps.max()), mean=float(gaps.mean()), magnitude=magnitude)
+        return found
+
+    def check(self) -> dict[str, DifferenceRecord]:
+        """The records, if every output is within the tolerance.
+
+        Raises:
+            UserError: a line for each output that is not.
+        """
+        records = self.records()
+        findings = [
+            f"{output}: onnxruntime differs from torch by up to {record.max:.2g} (mean {record.mean:.2g}) where numbers "
+            f"reach {record.magnitude:.2g}; {_REPORT}"
+            for output, record in records.items()
+            if not record.max <= TOLERANCE * max(1.0, record.magnitude)  # NaN fails too
+        ]
+        if findings:
+            raise UserError.of(findings)
+        return records
+
+
+_REPORT = "nothing was exported; try another onnxruntime, and report this with its version and torch's"
+
+
+@torch.no_grad()
+def compare_offline(
+    model: AsrModel, configuration: str, onnx: OnnxModel, features: Tensor, feature_lens: Tensor, found: Differences
+) -> None:
+    """Whole utterances (N, T, 80), (N,), together and the last one alone."""
+    for rows, length in ((slice(None), features.shape[1]), (slice(-1, None), int(feature_lens[-1]))):
+        x, x_lens = features[rows, :length], feature_lens[rows]
+        encoder_out, lens = model.encode(x, x_lens, configuration)
+        for file, name, expected in (
+            (ENCODER, "encoder_out", model.joiner.project_encoder(encoder_out)),
+            (CTC, "log_probs", model.ctc_log_probs(encoder_out)),
+        ):
+            out, out_lens = onnx.encode(file, x, x_lens)
+            found.add(f"{file}: {name}", expected, out)
+            found.add(f"{file}: {name}_lens", lens, out_lens)
+
+
+@torch.no_grad()
+def compare_streaming(
+    model: AsrModel, configuration: str, context: Context, onnx: OnnxModel, features: Tensor, found: Differences
+) -> None:
+    """Chunk by chunk, the torch loop with its caches against the flat states: features (N, T, 80).
+
+    The last stream begins later than the others, and ends within its last chunk.
+    """
+    assert context.chunk is not None
+    size, submodels = context.chunk, model.submodels_of(configuration)
+    layout = StateLayout(model, submodels, context.left)
+    count = (features.shape[1] - LOOK_AHEAD) // (4 * size)
+    late, rows = max(1, count // 3), len(features) - 1
+    caches = model.encoder.initial_caches(rows, context.left, submodels)
+    states = dict.fromkeys((ENCODER, CTC), onnx.initial_state(rows))
+    for number in range(count):
+        if number == late:
+            caches = join_streams([caches, model.encoder.initial_caches(1, context.left, submodels)])
+            states = {file: torch.cat([state, onnx.initial_state(1)], dim=1) for file, state in states.items()}
+        begin = 4 * size * number
+        x = features[: len(caches.frames), begin : begin + 4 * size + LOOK_AHEAD]
+        missing = torch.zeros(len(x), dtype=torch.int64)
+        if number == count - 1:
+            missing[-1] = size // 2
+        encoder_out, caches = model.streaming_step(x, caches, configuration, size - missing)
+        for file, name, state_name, expected in (
+            (ENCODER, "encoder_out", "next_h", model.joiner.project_encoder(encoder_out)),
+            (CTC, "log_probs", "next_key", model.ctc_log_probs(encoder_out)),
+        ):
+            out, states[file] = onnx.step(file, x, states[file], missing)
+            found.add(f"{file}: {name}", expected, out)
+            if number in (0, late, count - 1):
+                count_expected, expected = layout.pack(caches).unsqueeze(0).split([1, layout.size - 1], dim=2)
+                count_found, out = states[file].split([1, layout.size - 1], dim=2)
+                found.add(f"{file}: {state_name}, frame counter", count_expected, count_found)
+                found.add(f"{file}: {state_name}", expected, out)
+
+
+@torch.no_grad()
+def compare_predictor_and_joiner(model: AsrModel, onnx: OnnxModel, joiner_in: Tensor, found: Differences) -> None:
+    """Every token in a context, the start's -1 too, each joined with a frame of ``joiner_in`` (frames, J)."""
+    tokens = torch.arange(-1, model.vocab_size)
+    contexts = torch.stack([tokens.roll(-place) for place in range(model.context_size)], dim=1)
+    predicted = model.joiner.project_predictor(model.predictor(contexts))
+    found.add(f"{DECODER}: decoder_out", predicted, onnx.predict(contexts))
+    frames = joiner_in[torch.arange(len(tokens)) % len(joiner_in)]
+    found.add(f"{JOINER}: logit", model.joiner(frames, predicted), onnx.join(frames, predicted))
+
+
+def random_log_mel(model: AsrModel, num_frames: int, count: int = 3, seed: int = 1) -> Tensor:
+    """(count, num_frames, 80) that looks like the model's training data: its mean and deviation in each band, loudness
+    and colour that wander, pauses, and digital silence."""
+    generator = torch.Generator().manual_seed(seed)
+    bins = model.spec.features.num_mel_bins
+    steps = torch.randn(count, num_frames, bins, generator=generator)
+    wandering = torch.zeros_like(steps)
+    for t in range(num_frames):
+        wandering[:, t] = 0.9 * wandering[:, max(0, t - 1)] + 0.436 * steps[:, t]
+    loudness = torch.repeat_interleave(torch.randn(count, num_frames // 20 + 1, 1, generator=generator), 20, dim=1)
+    normalise = model.encoder.normalise
+    features = normalise.mean + normalise.std * (wandering + loudness[:, :num_frames])
+    features[:, num_frames // 2 : num_frames // 2 + 20] = LOG_EPS
+    return features.clamp(min=LOG_EPS)
+
+
+def streaming_frames(model: AsrModel, configuration: str, context: Context) -> int:
+    """Feature frames in which every mask of a streaming configuration takes all its forms."""
+    assert context.chunk is not None
+    layout = StateLayout(model, model.submodels_of(configuration), context.left)
+    # A third passes before the last stream begins; the others turn their counter round at least once.
+    chunks = 3 + 3 * (context.left + 2 * layout.period) // (2 * context.chunk)
+    return 4 * context.chunk * min(max(chunks, 6), MAX_CHUNKS) + LOOK_AHEAD
