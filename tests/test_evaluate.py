@@ -2,66 +2,55 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import soundfile
-import torch
+from lhotse.supervision import AlignmentItem
+from rich.console import Console
+from small_runs import SUBMODELS, TEXTS, noise, write_run
 
 from asrkit.cli import main
-from asrkit.config import to_dict
 from asrkit.data.batches import evaluation_batches
 from asrkit.data.manifests import make_cut, open_cuts, write_cuts
-from asrkit.data.tokenizer import Tokenizer, train_tokenizer
+from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
+from asrkit.decoding.choice import UNTRAINED_STREAM, ContextChoice
 from asrkit.decoding.evaluation import measure_wer
 from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.decoding.latency import emission_latencies, emission_ms, summarise_latencies, word_ends
+from asrkit.decoding.recogniser import load_recogniser
 from asrkit.decoding.search import METHODS, Method, decode
+from asrkit.decoding.transducer import greedy_search
 from asrkit.decoding.windows import read_pieces
-from asrkit.decoding.words import timed_words
+from asrkit.decoding.words import timed_words, word_frames
 from asrkit.errors import UserError
-from asrkit.models import AsrModel, ModelSpec, load_model
-from asrkit.models.spec import EncoderSpec, PredictorSpec
-from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, WEIGHTS, open_run, sha256_of, write_yaml
-from asrkit.stages.evaluate import evaluate
+from asrkit.models import load_model
+from asrkit.nn.context import FULL, Context
+from asrkit.reporting.tables import evaluation_table
+from asrkit.run_dir import TOKENIZER, WEIGHTS, open_run, sha256_of
+from asrkit.stages.evaluate import Evaluation, evaluate
 from asrkit.stages.info import describe_run
+from asrkit.stages.summary import summarise_runs
 from asrkit.stages.transcribe import transcribe
-from asrkit.training.checkpoint import save_weights
-
-TEXTS = ["the cat sat on the mat", "le chat est sur la table", "one two three", "quatre cinq six"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory whose model knows nothing but emits tokens that depend on what it hears."""
-    path = tmp_path_factory.mktemp("exp") / "run"
-    tokenizer = train_tokenizer(TEXTS, "char", 100, path / TOKENIZER)
-    encoder = EncoderSpec(dim=16, num_layers=1, feedforward_dim=16, kernel_size=3, subsampling_channels=(2, 2))
-    spec = ModelSpec(vocab_size=tokenizer.vocab_size, encoder=encoder, predictor=PredictorSpec(dim=8), joiner_dim=16)
-    torch.manual_seed(7)
-    model = AsrModel(spec)
-    with torch.no_grad():
-        for layer in (model.joiner.out, model.ctc_head):
-            layer.weight.mul_(20.0)
-        model.encoder.normalise.mean.fill_(-8.0)
-        model.encoder.normalise.std.fill_(4.0)
-    write_yaml(path / CONFIG, {"stage": "train-backbone"})
-    write_yaml(path / MODEL, to_dict(spec))
-    save_weights(path / WEIGHTS, model)
-    entry = {
-        "stage": "train-backbone",
-        "command": "asrkit train-backbone --out run",
-        "created": "2024-01-01T00:00:00Z",
-        "seconds": 1.5,
-        "metrics": {"wer": 0.5},
-    }
-    digests = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL, "tokenizer_sha256": TOKENIZER}
-    write_yaml(path / LINEAGE, [entry | {key: sha256_of(path / name) for key, name in digests.items()}])
-    return path
+    """A backbone alone."""
+    return write_run(tmp_path_factory.mktemp("exp") / "run")
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone with sub-models and several configurations, ``near`` the one trained last."""
+    return write_run(tmp_path_factory.mktemp("exp") / "points", SUBMODELS, layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +83,6 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     write_cuts(folder / "test.jsonl.gz", cuts)
     return folder / "test.jsonl.gz"
-
-
-def noise(random: np.random.Generator, num_samples: int) -> np.ndarray:
-    """Noise whose loudness wanders, so that frames differ."""
-    loudness = np.repeat(random.uniform(0.001, 0.5, num_samples // 400 + 1), 400)[:num_samples]
-    return (loudness * random.uniform(-1, 1, num_samples)).astype(np.float32)
 
 
 def command(
@@ -387,3 +370,228 @@ def test_a_place_that_cannot_be_written(run: Path, manifest: Path, tmp_path: Pat
 def test_a_device_that_is_not_there(run: Path, manifest: Path) -> None:
     with pytest.raises(UserError, match="--device warp"):
         evaluate(run, manifest, device="warp")
+
+
+def texts_of(evaluation: Evaluation) -> list[str]:
+    return [utterance.hyp for utterance in evaluation.utterances]
+
+
+def test_a_configuration_is_decoded_in_its_first_trained_context(points: Path, manifest: Path, tmp_path: Path) -> None:
+    found = {
+        name: evaluate(points, manifest, configuration=name, out=tmp_path)[0]
+        for name in (None, "backbone", "near", "wide", "all")
+    }
+    names = {name: evaluation.directory.name for name, evaluation in found.items()}
+    assert names == {
+        None: "test-near-chunk4-left8-greedy",
+        "backbone": "test-backbone-full-greedy",
+        "near": "test-near-chunk4-left8-greedy",
+        "wide": "test-wide-full-greedy",
+        "all": "test-all-full-greedy",
+    }
+    results = {name: evaluation.result for name, evaluation in found.items()}
+    assert [results[name]["context"] for name in ("near", "wide")] == ["chunk=4,left=8", "full"]
+    assert [results[name]["latency_ms"] for name in ("near", "wide")] == [197.5, None]
+    assert all(result["configuration"] == (name or "near") for name, result in results.items())
+    assert all(result["warnings"] == [] and result["emission_latency"] is None for result in results.values())
+    # The sub-models are at work: no two configurations hear the same.
+    assert len({tuple(texts_of(found[name])) for name in ("backbone", "near", "wide", "all")}) == 4
+
+
+@pytest.mark.parametrize("configuration", ["backbone", "near", "wide", "all"])
+def test_a_streaming_context_is_decoded_as_the_masked_pass(
+    points: Path, manifest: Path, tmp_path: Path, configuration: str
+) -> None:
+    """evaluate goes chunk by chunk; the model in one pass says the same."""
+    context = Context(4, 8)
+    choice = ContextChoice(chunk=4, left=8)
+    (evaluation,) = evaluate(points, manifest, configuration=configuration, context=choice, out=tmp_path)
+    model, tokenizer = load_model(open_run(points)), Tokenizer.load(points / TOKENIZER)
+    heard = {}
+    for batch in evaluation_batches(open_cuts(manifest), 100.0):
+        encoder_out, lens = model.encode(batch.features, batch.feature_lens, configuration, context)
+        found = greedy_search(TorchAcousticModel(model), model.joiner.project_encoder(encoder_out), lens)
+        heard |= {cut: tokenizer.decode(h.tokens) for cut, h in zip(batch.cut_ids, found, strict=True)}
+    assert {utterance.cut_id: utterance.hyp for utterance in evaluation.utterances} == heard
+    assert any(heard.values())
+
+
+TRAINED = [FULL, Context(8, 32), Context(16, 64), Context(16, 128)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "attends", "chosen"),
+    [
+        (ContextChoice(), True, FULL),
+        (ContextChoice(streaming=True), True, Context(8, 32)),
+        (ContextChoice(full=True), True, FULL),
+        (ContextChoice(chunk=16), True, Context(16, 64)),
+        (ContextChoice(chunk=16, left=3), True, Context(16, 3)),
+        (ContextChoice(chunk=4), False, Context(4, 0)),
+        (ContextChoice(chunk=8), False, Context(8, 32)),
+    ],
+)
+def test_the_context_meant(choice: ContextChoice, attends: bool, chosen: Context) -> None:
+    assert choice.among(TRAINED, attends, "configuration x") == chosen
+
+
+def test_a_stream_never_trained_for_has_a_context_all_the_same() -> None:
+    assert ContextChoice(streaming=True).among([FULL], True, "x") == UNTRAINED_STREAM
+
+
+def test_left_is_asked_for_where_it_cannot_be_known() -> None:
+    with pytest.raises(UserError, match=r"near was trained in full; chunk=8,left=32; .*chunks of 4; .*--left"):
+        ContextChoice(chunk=4).among(TRAINED, True, "near")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--configuration", "far"], ["no configuration far; there are backbone, near, wide, all"]),
+        (["--left", "8"], ["--left 8 is the number of frames before a chunk; give --chunk too"]),
+        (["--mode", "full", "--chunk", "4"], ["--mode full and --chunk 4 exclude each other"]),
+        (["--chunk", "5"], ["chunk=4,left=8; chunk=8,left=16, not in chunks of 5", "--left"]),
+        (["--configuration", "far", "--left", "8"], ["no configuration far", "give --chunk too"]),
+    ],
+)
+def test_a_context_that_cannot_be_meant_is_refused(
+    points: Path, manifest: Path, tmp_path: Path, words: list[str], said: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    code, out, err = command(
+        monkeypatch, capsys, "evaluate", "--from", points, "--manifest", manifest, "--out", tmp_path / "out", *words
+    )
+    assert code == 1 and out == "" and not (tmp_path / "out").exists()
+    assert all(line.startswith("error: ") for line in err.splitlines())
+    assert all(text in err for text in said)
+
+
+def test_a_context_never_trained_is_decoded_and_told(
+    points: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("evaluate", "--from", points, "--manifest", manifest, "--out", tmp_path, "--json")
+    code, out, err = command(monkeypatch, capsys, *words, "--mode", "full")
+    (warning,) = json.loads(out)["warnings"]
+    assert code == 0 and "near was never trained in context full" in warning and f"warning: {warning}" in err
+    # Without attention the frames before the chunk do not matter, so 0 and 64 are one context.
+    code, out, err = command(monkeypatch, capsys, *words, "--configuration", "backbone", "--chunk", "4", "--left", "64")
+    assert code == 0 and json.loads(out)["warnings"] == [] and err == ""
+
+
+def test_words_are_known_when_their_chunk_is() -> None:
+    assert [emission_ms(frame, Context(4, 0)) for frame in (0, 3, 4, 11)] == [197.5, 197.5, 357.5, 517.5]
+    # What the table calls algorithmic latency: from the beginning of a chunk to when it is known.
+    assert emission_ms(0, Context(16, 64)) == Context(16, 64).latency_ms
+
+
+def test_latency_counts_right_words_alone(run: Path) -> None:
+    tokenizer = Tokenizer.load(run / TOKENIZER)
+    tokens = tokenizer.encode("one two six")
+    frames = list(range(0, 2 * len(tokens), 2))
+    one, two, six = word_frames(Hypothesis(tokens, frames, 0.0), tokenizer)
+    assert (one.first, one.last, six.last) == (2, 6, frames[-1]) and two.first > one.last
+    ends = [("ONE", 0.2), ("three", 0.3), ("quatre", 0.5), ("six", 0.55)]
+    latencies = emission_latencies(Hypothesis(tokens, frames, 0.0), tokenizer, ends, Context(4, 8))
+    assert latencies == pytest.approx([emission_ms(6, Context(4, 8)) - 200, emission_ms(six.last, Context(4, 8)) - 550])
+    assert summarise_latencies(latencies)["words"] == 2
+    assert summarise_latencies([]) == {"mean_ms": None, "p90_ms": None, "words": 0}
+    assert summarise_latencies(list(range(0, 101))) == {"mean_ms": 50.0, "p90_ms": 90.0, "words": 101}
+
+
+def test_alignments_are_counted_from_the_recordings_beginning(manifest: Path) -> None:
+    cut = next(iter(open_cuts(manifest)))
+    assert word_ends(cut) is None
+    items = [AlignmentItem("two", 0.7, 0.2), AlignmentItem("", 0.6, 0.1), AlignmentItem("one", 0.5, 0.1)]
+    cut.supervisions[0].alignment = {"word": items}
+    later = cut.truncate(offset=0.4)
+    assert [(word, round(end, 6)) for word, end in word_ends(later) or []] == [("one", 0.2), ("two", 0.5)]
+
+
+def test_emission_latency_of_a_manifest_with_alignments(points: Path, manifest: Path, tmp_path: Path) -> None:
+    """The model's own words as the reference, aligned to end 300 ms before the model knows it, 290 ms, ..."""
+    context = Context(4, 8)
+    recogniser, cuts = load_recogniser(points), list(open_cuts(manifest))
+    aligned, expected = [], []
+    for batch in evaluation_batches(cuts, 0.1):
+        (cut,) = [cut for cut in cuts if cut.id == batch.cut_ids[0]]
+        (hypothesis,) = decode(recogniser.model, batch.features, batch.feature_lens)
+        words = word_frames(hypothesis, recogniser.tokenizer)
+        if words:
+            cut.supervisions[0].text = " ".join(word.text for word in words)
+            late = [300.0 - 10 * number for number in range(len(words))]
+            ends = [(emission_ms(word.last, context) - ms) / 1000 for word, ms in zip(words, late, strict=True)]
+            expected += late
+            items = [AlignmentItem(word.text, end - 0.01, 0.01) for word, end in zip(words, ends, strict=True)]
+            cut.supervisions[0].alignment = {"word": items}
+        aligned.append(cut)
+    write_cuts(tmp_path / "aligned.jsonl.gz", aligned)
+    (streamed,) = evaluate(points, tmp_path / "aligned.jsonl.gz", out=tmp_path)
+    assert streamed.result["total"]["wer"] == pytest.approx(1 - len(expected) / streamed.result["total"]["words"])
+    assert len(expected) >= 5
+    assert streamed.result["emission_latency"] == pytest.approx(summarise_latencies(expected), abs=0.1)
+    assert "late ms" in table_text([streamed.result])
+    (whole,) = evaluate(points, tmp_path / "aligned.jsonl.gz", out=tmp_path, context=ContextChoice(full=True))
+    assert whole.result["emission_latency"] is None and "late ms" not in table_text([whole.result])
+
+
+def table_text(results: list[dict[str, Any]]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(evaluation_table(results))
+    return cast(io.StringIO, console.file).getvalue()
+
+
+def test_info_tells_configurations_apart(
+    points: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(points, copy)
+    results = [evaluation.result for evaluation in evaluate(copy, manifest, methods=METHODS)]
+    (wide,) = evaluate(copy, manifest, configuration="wide", context=ContextChoice(chunk=4, left=8))
+    description = describe_run(copy)
+    model = load_model(open_run(copy))
+
+    def size(*prefixes: str) -> int:
+        return sum(t.numel() for name, t in model.state_dict().items() if name.startswith(prefixes))
+
+    rows = {row["configuration"]: row for row in description["configurations"]}
+    submodels = {row["submodel"]: row for row in description["submodels"]}
+    assert submodels["near"]["parameters"] == size("encoder.submodels.near.") > 0
+    decoder = size("encoder.", "predictor.", "joiner.", "ctc_head.") - size("encoder.submodels.")
+    assert rows["backbone"]["parameters"] == decoder
+    assert rows["all"]["parameters"] == decoder + size("encoder.submodels.near.", "encoder.submodels.thin.")
+    assert (submodels["near"]["layers"], submodels["wide"]["place"], submodels["thin"]["heads"]) == (
+        [0, 1],
+        "parallel",
+        None,
+    )
+    assert [name for name, row in rows.items() if row["default"]] == ["near"]
+    assert rows["near"]["contexts"][1] == {"context": "chunk=8,left=16", "latency_ms": 357.5}
+    (best,) = rows["near"]["best"]
+    assert best["wer"] == min(result["total"]["wer"] for result in results) and best["context"] == "chunk=4,left=8"
+    assert rows["wide"]["best"][0]["wer"] == wide.result["total"]["wer"] and rows["backbone"]["best"] == []
+    code, out, _ = command(monkeypatch, capsys, "info", copy)
+    assert code == 0
+    for text in ("near (default)", "near, thin", "chunk=8,left=16", "357.5 ms", "8 / 2 heads", "0-1", "adapter"):
+        assert text in out, text
+
+
+def test_summary_has_a_row_for_each_configuration_and_context(points: Path, manifest: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(points, copy)
+    evaluate(copy, manifest)
+    evaluate(copy, manifest, configuration="backbone")
+    evaluate(copy, manifest, configuration="backbone", context=ContextChoice(chunk=4))
+    found = {(row["configuration"], row["context"]) for row in summarise_runs([copy])}
+    assert found == {("near", "chunk=4,left=8"), ("backbone", "full"), ("backbone", "chunk=4,left=0")}
+
+
+def test_a_damaged_result_is_named(run: Path, manifest: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    evaluate(copy, manifest, methods=["greedy", "ctc"])
+    for method, content in (("greedy", "{"), ("ctc", '{"method": "ctc"}')):
+        (copy / "evaluation" / f"test-backbone-full-{method}" / "result.json").write_text(content)
+    for read in (describe_run, lambda path: summarise_runs([path])):
+        with pytest.raises(UserError) as caught:
+            read(copy)
+        assert len(caught.value.lines) == 2 and all("evaluate again" in line for line in caught.value.lines)
