@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -66,6 +67,29 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside ``path``; it becomes ``path`` only when the block succeeds.
+
+    ``path`` must not be there, or be an empty directory.
+
+    Raises:
+        UserError: the disk is full, the place cannot be written or is taken; nothing is left behind.
+    """
+    path = Path(path).absolute()
+    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror or error}); choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

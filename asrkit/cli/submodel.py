@@ -1,0 +1,179 @@
+"""submodel list, remove, extract, attach and combine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from asrkit.stages.submodel import Derived
+
+From = Annotated[Path, typer.Option("--from", help="Run directory of any stage.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="New run directory; must be empty or not there.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group ``submodel``."""
+    group = typer.Typer(
+        help="List, remove, extract, attach and combine sub-models. `asrkit add-submodel` trains them.",
+        no_args_is_help=True,
+    )
+    group.command("list")(list_)
+    group.command("remove")(remove)
+    group.command("extract")(extract)
+    group.command("attach")(attach)
+    group.command("combine")(combine)
+    app.add_typer(group, name="submodel")
+
+
+def list_(
+    run: Annotated[Path, typer.Argument(help="Run directory of any stage.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for scripts.")] = False,
+) -> None:
+    """Say which sub-models a run has, how large they are, and which configurations use them.
+
+    Example:
+
+        asrkit submodel list exp/near
+    """
+    from asrkit.stages.submodel import describe_submodels
+
+    description = describe_submodels(run)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2, ensure_ascii=False))
+        return
+    if description["submodels"]:
+        _print_table(description["submodels"])
+    else:
+        typer.echo(f"{run}: no sub-models; `asrkit add-submodel` trains one")
+    typer.echo(f"default configuration: {description['configuration']}")
+
+
+def remove(
+    run: From,
+    name: Annotated[str, typer.Option(help="The sub-model to leave out.", show_default=False)],
+    out: Out,
+) -> None:
+    """Copy a run without one of its sub-models.
+
+    Example:
+
+        asrkit submodel remove --from exp/near --name attention --out exp/only-near
+
+    The configurations that used it go with it; if the default one did, backbone becomes the default.
+    """
+    from asrkit.stages.submodel import remove_submodel
+
+    _tell(remove_submodel(run, name, out))
+
+
+def extract(
+    run: From,
+    name: Annotated[str, typer.Option(help="The sub-model to take out.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+) -> None:
+    """Write one sub-model to a file, to send it to whoever has the backbone.
+
+    Example:
+
+        asrkit submodel extract --from exp/near --name near --out near.safetensors
+
+    The file holds its weights, its shape, the configurations that need no other sub-model, the contexts it was trained
+    in, the digest of its backbone, and how it came about.
+    """
+    from asrkit.stages.submodel import extract_submodel
+
+    _tell(extract_submodel(run, name, out))
+
+
+def attach(
+    run: From,
+    file: Annotated[Path, typer.Option(help="What `asrkit submodel extract` wrote.", show_default=False)],
+    out: Out,
+    name: Annotated[str | None, typer.Option(help="Another name for it; left out, its own.")] = None,
+) -> None:
+    """Copy a run and add a sub-model that was extracted from another run of the same backbone.
+
+    Example:
+
+        asrkit submodel attach --from exp/backbone --file near.safetensors --out exp/with-near
+        asrkit evaluate --from exp/with-near --configuration near --manifest data/prompts/test.jsonl.gz
+
+    A sub-model of another backbone is refused. The default configuration stays.
+    """
+    from asrkit.stages.submodel import attach_submodel
+
+    _tell(attach_submodel(run, file, out, name=name))
+
+
+def combine(
+    run: From,
+    configuration: Annotated[str, typer.Option(help="Name of the new configuration.", show_default=False)],
+    submodel: Annotated[
+        list[str], typer.Option(help="A sub-model that is active in it, in the order added. Repeatable.")
+    ],
+    out: Out,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(help="full, or chunk=16,left=64 in frames of 40 ms; the first is its default. Repeatable."),
+    ] = None,
+) -> None:
+    """Copy a run and name a combination of its sub-models.
+
+    Example:
+
+        asrkit submodel combine --from exp/near --configuration both --submodel attention --submodel near \\
+            --context chunk=16,left=64 --out exp/both
+        asrkit evaluate --from exp/both --configuration both --manifest data/prompts/test.jsonl.gz
+
+    Nothing is trained, so evaluate it: sub-models that never met may not add up. Without --context it is for the
+    contexts that each of them was trained in. The default configuration stays.
+    """
+    from asrkit.stages.submodel import combine_submodels
+
+    _tell(combine_submodels(run, configuration, submodel, out, contexts=context or ()))
+
+
+def _tell(derived: Derived) -> None:
+    for warning in derived.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    for note in derived.notes:
+        typer.echo(note)
+    typer.echo(f"in {derived.out}")
+
+
+def _print_table(submodels: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from asrkit.reporting.tables import table_console
+
+    table = Table(
+        *("name", "kind", "layers", "place", "dim", "context", "parameters", "configurations"),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for part in submodels:
+        table.add_row(
+            *(part["name"], part["kind"], _ranges(part["layers"]), part["place"], str(part["dim"])),
+            part["context"] if part["kind"] == "attention" else "-",
+            f"{part['parameters']:,}",
+            ", ".join(part["configurations"]) or "none",
+        )
+    for number in (4, 6):
+        table.columns[number].justify = "right"
+    table_console().print(table)
+
+
+def _ranges(layers: list[int]) -> str:
+    """``0-2,5`` of [0, 1, 2, 5]."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,333 @@
+"""submodel: look at the sub-models of a run, take them out, put them in, and name combinations of them. Nothing learns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from asrkit.config import digest, from_dict, to_dict
+from asrkit.errors import UserError
+from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.models.digests import ENCODER, SUBMODELS, backbone_digest, tensors_digest
+from asrkit.models.spec import BACKBONE, NAME, ConfigurationSpec, SubModelSpec
+from asrkit.nn.context import parse_context
+from asrkit.run_dir import WEIGHTS, atomic_write, open_run
+from asrkit.training.derived import derive_run, occupied
+
+# What the header of an extracted sub-model says it is; another layout will be another number.
+KIND = "asrkit sub-model 1"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a command wrote, what it changed, and what may not be as expected."""
+
+    out: Path
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A sub-model on its own. ``configurations`` are those it was alone in; ``decoder_sha256`` is of all that is not encoder.
+
+    ``tensors`` are named from the sub-model on: ``layers.0.query.weight``.
+    """
+
+    name: str
+    spec: SubModelSpec
+    configurations: dict[str, ConfigurationSpec]
+    backbone_sha256: str
+    decoder_sha256: str
+    lineage: list[dict[str, Any]]
+    tensors: dict[str, Tensor]
+
+
+def describe_submodels(path: Path) -> dict[str, Any]:
+    """The sub-models and configurations of a run, as plain data.
+
+    Raises:
+        UserError: the directory is incomplete or damaged.
+    """
+    run = open_run(path)
+    spec = from_dict(ModelSpec, run.model_spec, str(path))
+    with safe_open(run.path / WEIGHTS, framework="pt") as file:
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iteration)
+    submodels = [
+        {
+            "name": name,
+            **to_dict(part),
+            "parameters": sum(size for key, size in sizes.items() if key.startswith(_prefix(name))),
+            "configurations": [key for key, used in spec.configurations.items() if name in used.submodels],
+        }
+        for name, part in spec.submodels.items()
+    ]
+    configurations = {name: to_dict(part) for name, part in spec.configurations.items()}
+    return {
+        "path": str(path),
+        "submodels": submodels,
+        "configurations": configurations,
+        "configuration": spec.configuration,
+    }
+
+
+def remove_submodel(parent: Path, name: str, out: Path, *, command: str = "") -> Derived:
+    """``parent`` without the sub-model and without the configurations that used it, written to ``out``.
+
+    Raises:
+        UserError: no such run or sub-model, or ``out`` is taken.
+    """
+    run = open_run(parent)
+    model = load_model(run)
+    spec = model.spec
+    _refuse([*occupied(out), *_unknown("--name", [name], spec, parent)])
+    gone = [key for key, used in spec.configurations.items() if name in used.submodels]
+    content = to_dict(spec)
+    del content["submodels"][name]
+    for key in gone:
+        del content["configurations"][key]
+    notes = [f"removed sub-model {name}" + (f" and what used it: {', '.join(gone)}" if gone else "")]
+    if spec.configuration in gone:
+        content["configurations"].setdefault(BACKBONE, to_dict(ConfigurationSpec()))
+        content["configuration"] = BACKBONE
+        notes.append(f"the default configuration was {spec.configuration} and is now {BACKBONE}")
+    used = {part for configuration in content["configurations"].values() for part in configuration["submodels"]}
+    for idle in [part for part in content["submodels"] if part not in used]:
+        notes.append(_idle(idle, out))
+    smaller = _rebuild(content, {key: t for key, t in model.state_dict().items() if not key.startswith(_prefix(name))})
+    derive_run(out, run, "submodel remove", {"name": name}, smaller, extra={"submodel": name}, command=command)
+    return Derived(out, notes)
+
+
+def extract_submodel(parent: Path, name: str, out: Path) -> Derived:
+    """One sub-model of ``parent`` as one file, with all that ``attach_submodel`` needs to put it back.
+
+    Raises:
+        UserError: no such run or sub-model, or ``out`` is there already.
+    """
+    run = open_run(parent)
+    model = load_model(run)
+    spec, tensors = model.spec, model.state_dict()
+    taken = [f"{out}: exists already; choose another --out"] if out.exists() else []
+    _refuse([*taken, *_unknown("--name", [name], spec, parent)])
+    mine = {key.removeprefix(_prefix(name)): t for key, t in tensors.items() if key.startswith(_prefix(name))}
+    alone = {key: to_dict(used) for key, used in spec.configurations.items() if used.submodels == [name]}
+    content = {
+        "name": name,
+        "spec": to_dict(spec.submodels[name]),
+        "configurations": alone,
+        "backbone_sha256": backbone_digest(tensors),
+        "decoder_sha256": _decoder_digest(tensors),
+        "tensors_sha256": tensors_digest(mine.items()),
+        "lineage": run.lineage,
+    }
+    header = {"kind": KIND, "content": json.dumps(content), "sha256": digest(content)}
+    with atomic_write(out) as temporary:
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in mine.items()}, temporary, header)
+        except SafetensorError as error:  # it wraps the operating system's error in its own
+            raise OSError(None, str(error)) from error
+    size = sum(tensor.numel() for tensor in mine.values())
+    notes = [f"sub-model {name}: {size:,} parameters, configurations {', '.join(alone) or 'none'}"]
+    if not alone:
+        notes.append(f"{name} is in no configuration by itself; once attached, `asrkit submodel combine` names one")
+    return Derived(out, notes)
+
+
+def attach_submodel(parent: Path, file: Path, out: Path, *, name: str | None = None, command: str = "") -> Derived:
+    """``parent`` with the sub-model of ``file`` and its configurations, written to ``out``; the default stays.
+
+    Args:
+        name: to call it otherwise; the configuration of its old name is renamed with it, others begin with the new one.
+
+    Raises:
+        UserError: no such run, the file is none or damaged, it is of another backbone, a name is taken, or ``out`` is.
+    """
+    run = open_run(parent)
+    model = load_model(run)
+    spec, tensors = model.spec, model.state_dict()
+    part = read_submodel(file)
+    new = part.name if name is None else name
+    configurations = {
+        key if new == part.name else new if key == part.name else f"{new}-{key}": to_dict(used) | {"submodels": [new]}
+        for key, used in part.configurations.items()
+    }
+    findings = occupied(out)
+    if part.backbone_sha256 != (mine := backbone_digest(tensors)):
+        findings.append(
+            f"{file}: sub-model {part.name} was trained on backbone {part.backbone_sha256[:12]}, but {parent} has "
+            f"backbone {mine[:12]}; attach it to a run with its own backbone, or train one with `asrkit add-submodel`"
+        )
+    if not NAME.fullmatch(new):
+        findings.append(f"--name {new}: a name is letters, digits, - and _, a letter first")
+    for key in dict.fromkeys((new, *configurations)):
+        if key in spec.submodels or key in spec.configurations:
+            kind = "sub-model" if key in spec.submodels else "configuration"
+            findings.append(f"{parent}: has a {kind} {key} already; call the new sub-model otherwise with --name")
+    _refuse(findings)
+    content = to_dict(spec)
+    content["submodels"][new] = to_dict(part.spec)
+    content["configurations"] |= configurations
+    larger = _rebuild(content, tensors | {_prefix(new) + key: tensor for key, tensor in part.tensors.items()})
+    derive_run(
+        out,
+        run,
+        "submodel attach",
+        {"name": new},
+        larger,
+        inputs={"file": file},
+        extra={"submodel": new, "backbone_sha256": mine, "submodel_lineage": part.lineage},
+        command=command,
+    )
+    notes = [f"attached sub-model {new}, configurations {', '.join(configurations) or 'none'}"]
+    notes.append(f"the default configuration is still {spec.configuration}" if configurations else _idle(new, out))
+    warnings = []
+    if part.decoder_sha256 != _decoder_digest(tensors):
+        warnings.append(
+            f"{file}: sub-model {part.name} was trained with other weights of predictor, joiner or CTC head than "
+            f"{parent} has; evaluate the result"
+        )
+    return Derived(out, notes, warnings)
+
+
+def combine_submodels(
+    parent: Path,
+    configuration: str,
+    submodels: Sequence[str],
+    out: Path,
+    *,
+    contexts: Sequence[str] = (),
+    command: str = "",
+) -> Derived:
+    """``parent`` with one more configuration: several sub-models at once, added in the order given; the default stays.
+
+    Args:
+        contexts: those it is meant for, the first by default; none are those that each of the sub-models was trained in.
+
+    Raises:
+        UserError: no such run or sub-model, the name is taken or none, a context is none, or ``out`` is taken.
+    """
+    run = open_run(parent)
+    model = load_model(run)
+    spec = model.spec
+    findings = [*occupied(out), *_unknown("--submodel", submodels, spec, parent)]
+    if configuration in spec.configurations:
+        findings.append(f"{parent}: has a configuration {configuration} already; choose another --configuration")
+    if not NAME.fullmatch(configuration):
+        findings.append(f"--configuration {configuration}: a name is letters, digits, - and _, a letter first")
+    for repeated in sorted({part for part in submodels if submodels.count(part) > 1}):
+        findings.append(f"--submodel {repeated}: is named {submodels.count(repeated)} times; name it once")
+    wanted = []
+    for text in contexts:
+        try:
+            wanted.append(str(parse_context(text)))
+        except ValueError as error:
+            findings.append(f"--context: {error}")
+    _refuse(findings)
+    trained = {part: _trained_contexts(spec, part) for part in submodels}
+    if not wanted:
+        first, *others = trained.values()
+        wanted = [text for text in first if all(text in other for other in others)]
+    if not wanted:
+        each = "; ".join(f"{part} in {', '.join(texts) or 'none'}" for part, texts in trained.items())
+        raise UserError(f"{parent}: no context that all were trained in ({each}); name one with --context")
+    warnings = [
+        f"{parent}: sub-model {part} was never trained in context {text}, but in {', '.join(texts) or 'none'}; "
+        "expect more errors"
+        for part, texts in trained.items()
+        for text in wanted
+        if text not in texts
+    ]
+    content = to_dict(spec)
+    content["configurations"][configuration] = {"submodels": list(submodels), "contexts": wanted}
+    settings = {"configuration": configuration, "submodels": list(submodels), "contexts": wanted}
+    derive_run(out, run, "submodel combine", settings, _rebuild(content, model.state_dict()), command=command)
+    notes = [
+        f"configuration {configuration}: {', '.join(submodels)}; contexts {'; '.join(wanted)}",
+        f"the default configuration is still {spec.configuration}",
+    ]
+    return Derived(out, notes, warnings)
+
+
+def read_submodel(file: Path) -> Extracted:
+    """Read what ``extract_submodel`` wrote.
+
+    Raises:
+        UserError: there is no such file, it is something else, or it is damaged.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; --file takes what `asrkit submodel extract` writes")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no iteration)
+        if header.get("kind") != KIND:
+            raise UserError(
+                f"{file}: is no sub-model ({header.get('kind', 'of unknown kind')}, not {KIND}); "
+                "--file takes what `asrkit submodel extract` writes"
+            )
+        content = json.loads(header["content"])
+        if digest(content) != header["sha256"] or tensors_digest(tensors.items()) != content["tensors_sha256"]:
+            raise ValueError("its digests differ from its content")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: is damaged or no sub-model ({reason}); extract it again") from error
+    return Extracted(
+        content["name"],
+        from_dict(SubModelSpec, content["spec"], str(file)),
+        {key: from_dict(ConfigurationSpec, used, str(file)) for key, used in content["configurations"].items()},
+        content["backbone_sha256"],
+        content["decoder_sha256"],
+        content["lineage"],
+        tensors,
+    )
+
+
+def _prefix(name: str) -> str:
+    """What the weights of a sub-model begin with."""
+    return f"{SUBMODELS}{name}."
+
+
+def _decoder_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of everything outside the encoder: what the sub-model's frames are read with."""
+    return tensors_digest((name, tensor) for name, tensor in tensors.items() if not name.startswith(ENCODER))
+
+
+def _unknown(option: str, names: Sequence[str], spec: ModelSpec, parent: Path) -> list[str]:
+    """A finding for each name that is no sub-model."""
+    there = ", ".join(spec.submodels) or "none"
+    return [
+        f"{option} {name}: {parent} has no such sub-model; it has {there}"
+        for name in names
+        if name not in spec.submodels
+    ]
+
+
+def _refuse(findings: Sequence[str]) -> None:
+    if findings:
+        raise UserError.of(findings)
+
+
+def _idle(name: str, out: Path) -> str:
+    return f"sub-model {name} is in no configuration; name one with `asrkit submodel combine --from {out}`"
+
+
+def _trained_contexts(spec: ModelSpec, name: str) -> list[str]:
+    """The contexts of every configuration a sub-model is in, each once, in order."""
+    every = [text for used in spec.configurations.values() if name in used.submodels for text in used.contexts]
+    return list(dict.fromkeys(every))
+
+
+def _rebuild(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> AsrModel:
+    """The model of a changed spec with exactly these weights."""
+    model = AsrModel(from_dict(ModelSpec, content, "model"))
+    model.load_state_dict(dict(tensors), strict=True)
+    return model.eval()
