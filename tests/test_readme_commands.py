@@ -11,10 +11,34 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from tones import RATE, WORDS, say
+from tones import RATE, WORDS, make_corpus, say
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
 SHORT = "model.size=tiny model.num_layers=1 training.steps=3 training.tensorboard=false tokenizer.vocab_size=20"
+
+
+def corpus(folder: Path) -> None:
+    """Manifests where the documents have them."""
+    prompts = folder / "data" / "prompts"
+    for seed, (name, count) in enumerate((("train", 10), ("dev", 3), ("test", 3))):
+        make_corpus(prompts, count, seed, name)
+
+
+def test_the_commands_of_add_submodel(tmp_path: Path) -> None:
+    """Every command of the page, in its order; training is cut short and small."""
+    corpus(tmp_path)
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "add-submodel.md").read_text(encoding="utf-8"), re.DOTALL)
+    listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert {"train-backbone", "add-submodel", "evaluate", "submodel", "info"} == {words[1] for words in listed}
+    small = "model.size=tiny model.num_layers=3 model.dim=32 model.feedforward_dim=32 tokenizer.vocab_size=18"
+    for words in listed:
+        if words[1] in ("train-backbone", "add-submodel"):
+            brief = "training.steps=1 training.tensorboard=false data.num_workers=0 loss.backend=torch"
+            settings = [*brief.split(), *(small.split() if words[1] == "train-backbone" else [])]
+            words += ["--max-duration", "10", *(part for setting in settings for part in ("--set", setting))]
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
 def commands(heading: str) -> list[list[str]]:
