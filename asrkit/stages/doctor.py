@@ -274,6 +274,8 @@ def stages(checks: list[Check], needed: list[Requirement]) -> Iterator[Check]:
         ("data synthesise", "synth", "espeakng_loader", "synthetic speech by espeak-ng"),
         ("tensorboard", "tensorboard", "torch.utils.tensorboard", "training curves in TensorBoard"),
         ("plots", "plots", "matplotlib", "curves and charts as pictures"),
+        ("export", "export", "onnx", "ONNX files for sherpa-onnx"),
+        ("exported models", "export", "onnxruntime", "evaluate and transcribe by onnxruntime"),
     ):
         yield optional(stage, module, use, [item for item in needed if item.extra == extra])
 
