@@ -407,7 +407,7 @@ def test_a_streaming_context_is_decoded_as_the_masked_pass(
     choice = ContextChoice(chunk=4, left=8)
     (evaluation,) = evaluate(points, manifest, configuration=configuration, context=choice, out=tmp_path)
     model, tokenizer = load_model(open_run(points)), Tokenizer.load(points / TOKENIZER)
-    heard = {}
+    heard: dict[str, str] = {}
     for batch in evaluation_batches(open_cuts(manifest), 100.0):
         encoder_out, lens = model.encode(batch.features, batch.feature_lens, configuration, context)
         found = greedy_search(TorchAcousticModel(model), model.joiner.project_encoder(encoder_out), lens)

@@ -120,7 +120,7 @@ def test_a_stream_ends_in_the_text_of_evaluate(
     recogniser = load_recogniser(points, configuration=configuration, context=choice)
     random, texts = np.random.default_rng(0), {}
     for cut in open_cuts(manifest):
-        stream = StreamingRecogniser(recogniser.model, recogniser.tokenizer, method, endpoint=NEVER)  # type: ignore[arg-type]
+        stream = StreamingRecogniser(recogniser.model, recogniser.tokenizer, method, endpoint=NEVER)
         heard = listen(stream, torch.from_numpy(cut.load_audio()[0]), random.integers(1, 9000, 5).tolist())
         assert [event.final for event in heard] == [False] * (len(heard) - 1) + [True] * bool(heard)
         assert [event.time for event in heard] == sorted(event.time for event in heard)
@@ -136,7 +136,7 @@ def test_blocks_and_the_future_change_nothing(points: Path) -> None:
     start, one, two = (torch.from_numpy(noise(random, length)) for length in (3 * RATE, RATE, RATE))
 
     def events(samples: Tensor, sizes: list[int]) -> list[Heard]:
-        return listen(StreamingRecogniser(recogniser.model, recogniser.tokenizer), samples, sizes)  # type: ignore[arg-type]
+        return listen(StreamingRecogniser(recogniser.model, recogniser.tokenizer), samples, sizes)
 
     first = events(torch.cat([start, one]), [1600])
     assert first == events(torch.cat([start, one]), [37, 5000, 1])

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from asrkit.data.tokenizer import Tokenizer
-from asrkit.decoding.acoustic import AcousticModel, TorchAcousticModel
+from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice, listed, was_trained
 from asrkit.decoding.exported import OnnxAcousticModel
 from asrkit.decoding.search import METHODS, Method
+from asrkit.decoding.streaming import StreamingModel
 from asrkit.errors import UserError
 from asrkit.export.directory import EXPORT, is_exported, open_exported
 from asrkit.export.runtime import OnnxModel
@@ -28,7 +29,7 @@ class Recogniser:
     ``configuration`` and ``context`` are those it runs in; ``warnings`` say where that is not what it was trained for.
     """
 
-    model: AcousticModel
+    model: StreamingModel
     tokenizer: Tokenizer
     weights_sha256: str
     device: torch.device

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -17,7 +16,7 @@ from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
 from asrkit.decoding.recogniser import Recogniser, load_recogniser
 from asrkit.decoding.search import Method, decode
-from asrkit.decoding.streaming import Endpoint, Heard, StreamingModel, StreamingRecogniser
+from asrkit.decoding.streaming import Endpoint, Heard, StreamingRecogniser
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
@@ -111,13 +110,10 @@ def transcribe_stream(
     """
     choice = replace(context or ContextChoice(), streaming=True)
     recogniser = _prepare(run_path, method, beam, configuration, choice, device, threads, warn)
-    model = recogniser.model
-    if not hasattr(model, "step"):
-        raise UserError(f"{run_path}: is no streaming model; export it with a streaming context")
     for path in paths:
         if stopped():
             return
-        stream = StreamingRecogniser(cast(StreamingModel, model), recogniser.tokenizer, method, beam, endpoint)
+        stream = StreamingRecogniser(recogniser.model, recogniser.tokenizer, method, beam, endpoint)
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
                 for heard in stream.accept(block):
