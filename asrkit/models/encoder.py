@@ -168,7 +168,7 @@ class Encoder(nn.Module):
     def initial_caches(self, batch: int, left: int, submodels: Sequence[str] = ()) -> Caches:
         """The caches of ``batch`` streams before their first chunk, for ``left`` frames of attention before a chunk."""
         weight = self.subsampling.out.weight
-        dims = [self.submodels[name].spec.dim for name, _ in self._attention(submodels)]
+        dims = [self._part(name).spec.dim for name, _ in self._attention(submodels)]
         past = tuple(weight.new_zeros(batch, left, dim) for dim in dims)
         conv = tuple(weight.new_zeros(batch, self.kernel_size // 2, self.dim) for _ in self.blocks)
         return Caches(torch.zeros(batch, dtype=torch.int64, device=weight.device), conv, past, past)
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
         attention_after = list(attention or [])
 
         def attend(name: str, layer: int, x: Tensor) -> Tensor:
-            module, number = self.submodels[name].layers[str(layer)], places[name, layer]
+            module, number = self._part(name).layers[str(layer)], places[name, layer]
             history = None if attention is None else attention[number]
             added, (keys, values) = module(x, seen[name], streaming, history)
             if history is not None:
@@ -198,9 +198,9 @@ class Encoder(nn.Module):
             return added
 
         def branch(name: str, layer: int) -> Branch:
-            if self.submodels[name].spec.kind == "attention":
+            if self._part(name).spec.kind == "attention":
                 return partial(attend, name, layer)
-            return partial(self.submodels[name].layers[str(layer)], streaming=streaming)
+            return partial(self._part(name).layers[str(layer)], streaming=streaming)
 
         conv_after: list[Tensor | None] = []
         for layer, block in enumerate(self.blocks):
@@ -208,23 +208,28 @@ class Encoder(nn.Module):
             gate = None if gates is None else gates[layer]
             if gate is None or bool(gate.any()):
                 for name in submodels:
-                    if layer in self.submodels[name].spec.layers:
+                    if layer in self._part(name).spec.layers:
                         added = branch(name, layer)
-                        branches[self.submodels[name].spec.place].append(
+                        branches[self._part(name).spec.place].append(
                             added if gate is None else partial(_gated, gate.to(x.device), added)
                         )
             x, history = block(x, ~valid.unsqueeze(-1), conv[layer], **branches)
             conv_after.append(history)
         return x, conv_after, attention_after
 
+    def _part(self, name: str) -> SubModel:
+        part = self.submodels[name]
+        assert isinstance(part, SubModel)  # for the type checker: a ModuleDict holds any module
+        return part
+
     def _attention(self, submodels: Sequence[str]) -> list[tuple[str, int]]:
         """The attention modules of the active sub-models, in the caches' order."""
-        active = [(name, self.submodels[name].spec) for name in submodels]
+        active = [(name, self._part(name).spec) for name in submodels]
         return [(name, layer) for name, spec in active if spec.kind == "attention" for layer in spec.layers]
 
     def _seen(self, name: str, queries: Tensor, keys: Tensor, known: Tensor, context: Context) -> Tensor:
         """What a sub-model's attention sees, bool (B, T, S): ``known`` keys (B, S) within both contexts, and itself."""
-        near = visible(queries, keys, self.submodels[name].context) & visible(queries, keys, context)
+        near = visible(queries, keys, self._part(name).context) & visible(queries, keys, context)
         # A frame of padding, which sees nothing, must not divide by zero.
         itself = queries.unsqueeze(-1) == keys.unsqueeze(-2)
         return (near & known.unsqueeze(1)) | itself

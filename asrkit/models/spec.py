@@ -119,6 +119,8 @@ class ModelSpec:
                     f"the encoder has layers 0 to {self.encoder.num_layers - 1}"
                 )
         for name, configuration in self.configurations.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"configuration {name}: a name is letters, digits, - and _, a letter first")
             if missing := [part for part in configuration.submodels if part not in self.submodels]:
                 raise ValueError(f"configuration {name}: no sub-model {', '.join(missing)}")
         if self.configuration not in self.configurations:
