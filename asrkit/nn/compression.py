@@ -1,0 +1,394 @@
+"""A linear layer that masks its weights, quantises them and multiplies integers, in that order and in every forward pass, so
+that what is trained is what is exported.
+
+Shapes: N rows of activations, I inputs, O outputs, n blocks of an output's inputs, b bits.
+Sources: native-integer quantisation-aware training (arXiv 2203.15952, US20230298569A1), 2-bit and asymmetric weights
+(arXiv 2305.16619 and the code its authors released), prune-then-quantise fine-tuning with N:M masks (arXiv 2312.08553,
+US20250078815A1). Where these leave a choice, it is an option below and its default is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asrkit.config import config
+
+Rounding = Literal["half_up", "half_even"]
+# A float32 holds every whole number up to this exactly, so sums of products below it are those of integers.
+EXACT = 2**24
+CLIP_GRID = 11  # shares of the largest weight that a clip search tries, from 1 down to 0.5
+
+
+@config
+class WeightQuantisation:
+    """How weights become integers.
+
+    ``scale``: one for all, for each output (the paper), or for each block of ``block_size`` inputs of an output.
+    ``bound``: what the largest weight becomes: centre of the last step, 2^(b-1) - 1 (the paper), or its outer edge, 2^(b-1) - 0.5.
+    ``symmetric`` has no zero point and keeps zeros; asymmetric uses all 2^b levels (arXiv 2305.16619), for 2 bits.
+    ``scale_gradient``: whether training moves the largest weight through the scale as well; the paper stops it.
+    ``clip`` search: of 11 shares of the range, 1 to 0.5, the one with the least squared error, for each scale by itself.
+    """
+
+    bits: Literal[2, 4, 8] = 8
+    scale: Literal["tensor", "channel", "block"] = "channel"
+    block_size: Annotated[int, Field(ge=2)] = 64
+    bound: Literal["centre", "edge"] = "centre"
+    rounding: Rounding = "half_up"
+    symmetric: bool = True
+    scale_gradient: bool = False
+    clip: Literal["none", "search"] = "none"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Any:
+        if not self.symmetric and self.bits != 2:
+            raise ValueError(f"asymmetric weights are for 2 bits; with {self.bits} bits use symmetric=true")
+        return self
+
+    @property
+    def largest(self) -> int:
+        """The largest code: 127, 7 or 1; asymmetric codes run from -2 to 1."""
+        return int(2 ** (self.bits - 1)) - 1
+
+
+@config
+class ActivationQuantisation:
+    """How a layer's input becomes integers, with scales found anew in every pass.
+
+    ``scale``: one for each row, symmetric; or one for the whole input, symmetric (tensor) or as ONNX's
+    DynamicQuantizeLinear has it (onnx: asymmetric, unsigned, zero within the range).
+    """
+
+    bits: Literal[4, 8] = 8
+    scale: Literal["token", "tensor", "onnx"] = "token"
+    rounding: Rounding = "half_up"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Any:
+        if self.scale == "onnx" and (self.bits != 8 or self.rounding != "half_even"):
+            raise ValueError("scale=onnx is 8 bits with rounding=half_even, as the runtime's operator")
+        return self
+
+
+@config
+class Mask:
+    """Which weights stay: ``keep`` of every ``group`` along the inputs (N:M), or blocks of ``rows`` x ``columns`` by a share.
+
+    The mask itself is a buffer of the layer; this says what shape it has.
+    """
+
+    keep: Annotated[int, Field(ge=1)] | None = None
+    group: Annotated[int, Field(ge=2)] | None = None
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Any:
+        if (self.keep is None) != (self.group is None) or (self.keep is None) == (self.sparsity is None):
+            raise ValueError("give either keep and group (N:M), or sparsity")
+        if self.keep is not None and self.group is not None and self.keep > self.group:
+            raise ValueError(f"cannot keep {self.keep} of {self.group}")
+        return self
+
+
+@config
+class Compression:
+    """What is done to one linear layer; nothing is an ordinary layer."""
+
+    weights: WeightQuantisation | None = None
+    activations: ActivationQuantisation | None = None
+    mask: Mask | None = None
+    # fake: weights are scaled back before the product, for comparison; the papers' is native.
+    product: Literal["native", "fake"] = "native"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Any:
+        weights = self.weights
+        if self.mask is not None and weights is not None and not weights.symmetric:
+            raise ValueError(
+                "asymmetric weights have no exact zero, so pruned ones would come back; use symmetric=true with a mask"
+            )
+        if self.activations is not None and (weights is None or not weights.symmetric):
+            raise ValueError("integer activations need symmetric integer weights")
+        return self
+
+
+class Codes(NamedTuple):
+    """Integer weights: whole numbers (O, I) in a float tensor, scales (O or 1, n), and for asymmetric ones the products
+    scale * zero point (O, n). A weight is scale * code - offset."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+
+    def weights(self) -> Tensor:
+        """(O, I), what the integers stand for."""
+        return self._spread(self.scale) * self.codes - (0.0 if self.offset is None else self._spread(self.offset))
+
+    def _spread(self, per_block: Tensor) -> Tensor:
+        if per_block.shape[1] == 1:
+            return per_block
+        return per_block.repeat_interleave(self.codes.shape[1] // per_block.shape[1], dim=1)
+
+
+def round_half(x: Tensor, rounding: Rounding) -> Tensor:
+    """To the nearest whole number; a half goes up, or to the even neighbour."""
+    return torch.floor(x + 0.5) if rounding == "half_up" else torch.round(x)
+
+
+def weight_codes(weight: Tensor, how: WeightQuantisation) -> Codes:
+    """Quantise (O, I): equations 1 to 3 of arXiv 2203.15952, section 3; asymmetric: as praxis does for 2 bits.
+
+    Differentiable through the scale alone; rounding has no gradient here.
+
+    Raises:
+        ValueError: block_size does not divide I.
+    """
+    outputs, inputs = weight.shape
+    if how.scale == "block" and inputs % how.block_size:
+        raise ValueError(f"block_size {how.block_size} does not divide {inputs} inputs")
+    shape = {"tensor": (1, 1, -1), "channel": (outputs, 1, inputs), "block": (outputs, -1, how.block_size)}[how.scale]
+    groups = weight.reshape(shape)
+    if how.clip == "none":
+        codes, scale, offset = _coded(groups, how, 1.0)
+    else:
+        tried = [_coded(groups, how, 1.0 - 0.5 * step / (CLIP_GRID - 1)) for step in range(CLIP_GRID)]
+        errors = torch.stack([_error(groups, *one).sum(-1) for one in tried])  # (grid, O, n)
+        best = errors.argmin(0, keepdim=True)
+        codes = torch.stack([one[0] for one in tried]).gather(0, best.unsqueeze(-1).expand(-1, *groups.shape))[0]
+        scale = torch.stack([one[1] for one in tried]).squeeze(-1).gather(0, best)[0].unsqueeze(-1)
+        offsets = [one[2] for one in tried if one[2] is not None]
+        offset = torch.stack(offsets).squeeze(-1).gather(0, best)[0].unsqueeze(-1) if offsets else None
+    return Codes(codes.reshape(outputs, inputs), scale.squeeze(-1), None if offset is None else offset.squeeze(-1))
+
+
+def _coded(groups: Tensor, how: WeightQuantisation, share: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (O, n, B), scales (O, n, 1) and offsets of one clipping share; an all-zero group has scale 1."""
+    if how.symmetric:
+        bound = how.largest + (0.5 if how.bound == "edge" else 0.0)
+        scale = _no_zero(share * groups.abs().amax(-1, keepdim=True) / bound)
+        codes = round_half(groups / scale, how.rounding).clamp(-how.largest, how.largest)
+        return codes, scale, None
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    least, most = -(2 ** (how.bits - 1)), how.largest
+    scale = _no_zero(share * (high - low) / (most - least))
+    zero_point = least - share * low / scale
+    codes = round_half(groups / scale + zero_point, how.rounding).clamp(least, most)
+    return codes, scale, scale * zero_point
+
+
+def _error(groups: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    return (scale * codes - (0.0 if offset is None else offset) - groups).square()
+
+
+def _no_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+class QuantisedInput(NamedTuple):
+    """Integer activations: whole numbers (..., I) in a float tensor, scales (..., 1) or (1,), zero point (1,) or None."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def input_codes(x: Tensor, how: ActivationQuantisation) -> QuantisedInput:
+    """Quantise (..., I) by its own largest values."""
+    x = x.float()
+    if how.scale == "onnx":
+        low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+        scale = _no_zero((high - low) / 255.0)
+        zero_point = torch.round((0.0 - low) / scale).clamp(0, 255)
+        return QuantisedInput((torch.round(x / scale) + zero_point).clamp(0, 255), scale.view(1), zero_point.view(1))
+    largest = 2 ** (how.bits - 1) - 1
+    peak = x.abs().amax(-1, keepdim=True) if how.scale == "token" else x.abs().amax().view(1)
+    scale = _no_zero(peak / largest)
+    return QuantisedInput(round_half(x / scale, how.rounding).clamp(-largest, largest), scale, None)
+
+
+def integer_product(x: Tensor, codes: Tensor, largest_x: int, largest_w: int) -> Tensor:
+    """x (..., I) and codes (O, I), whole numbers of at most the given sizes, to the exact (..., O), float32.
+
+    In float32 while every partial sum stays below 2^24 (arXiv 2203.15952: integers emulated in float), else in float64.
+    """
+    dtype = torch.float32 if x.shape[-1] * largest_x * largest_w < EXACT else torch.float64
+    return F.linear(x.to(dtype), codes.to(dtype)).float()
+
+
+class _NativeProduct(torch.autograd.Function):
+    """The product of quantised operands with scales after it; backwards as if nothing had been rounded.
+
+    Y = (q_x q_w^T) s_x s_w, scales multiplied in this order; dX = G (s_w q_w), dW = G^T (s_x q_x), the scales constant
+    (arXiv 2203.15952 with the straight-through estimator of arXiv 2312.08553).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        largest: int,
+        activations: ActivationQuantisation | None,
+    ) -> Tensor:
+        """x (..., I), weight (O, I) latent and already masked, its codes (O, I) and scale (O or 1, 1) -> (..., O)."""
+        per_output = scale.view(-1)
+        if activations is None:
+            ctx.save_for_backward(x, codes, scale)
+            return F.linear(x, codes.to(x.dtype)) * per_output.to(x.dtype)
+        quantised = input_codes(x, activations)
+        size = 255 if quantised.zero_point is not None else 2 ** (activations.bits - 1) - 1
+        y = integer_product(quantised.codes, codes, size, largest)
+        values = quantised.codes
+        if quantised.zero_point is not None:
+            y = y - quantised.zero_point * codes.sum(1)
+            values = values - quantised.zero_point
+        ctx.save_for_backward((values * quantised.scale).to(x.dtype), codes, scale)
+        return (y * quantised.scale * per_output).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, codes, scale = ctx.saved_tensors
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (grad * scale.view(-1).to(grad.dtype)) @ codes.to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = grad.reshape(-1, grad.shape[-1])
+            weight_grad = (rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype)).to(codes.dtype)
+        return x_grad, weight_grad, None, None, None, None
+
+
+class CompressedLinear(nn.Linear):
+    """An ``nn.Linear`` by the same names whose weights are masked, quantised and multiplied as ``how`` says.
+
+    ``weight`` stays the latent float32 tensor that the optimiser moves; ``mask`` (O, I), where there is one, is a buffer.
+    """
+
+    mask: Tensor
+
+    def __init__(self, inputs: int, outputs: int, how: Compression, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.how = how
+        if how.mask is not None:
+            self.register_buffer("mask", torch.ones(outputs, inputs, dtype=torch.bool))
+
+    def masked_weight(self) -> Tensor:
+        """(O, I): the latent weights, zero where the mask is; those zeros get no gradient."""
+        if self.how.mask is None:
+            return self.weight
+        return torch.where(self.mask, self.weight, torch.zeros_like(self.weight))
+
+    def codes(self) -> Codes:
+        """The integers and scales of the layer as it is now: what an export holds.
+
+        Raises:
+            ValueError: the layer's weights are not quantised.
+        """
+        if self.how.weights is None:
+            raise ValueError("this layer has float weights")
+        return weight_codes(self.masked_weight(), self.how.weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, how = self.masked_weight(), self.how.weights
+        if how is None:
+            return F.linear(x, weight, self.bias)
+        x = x.to(_autocast_dtype(x))
+        with torch.autocast(x.device.type, enabled=False):
+            y = self._product(x, weight, how)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _product(self, x: Tensor, weight: Tensor, how: WeightQuantisation) -> Tensor:
+        quantised = weight_codes(weight if how.scale_gradient else weight.detach(), how)
+        one_scale = quantised.scale.shape[1] == 1 and quantised.offset is None
+        if self.how.product == "native" and one_scale and not how.scale_gradient:
+            return _NativeProduct.apply(x, weight, quantised.codes, quantised.scale, how.largest, self.how.activations)  # type: ignore[no-any-return]
+        # Block scales and zero points: scaled back before the product, as the runtime's MatMulNBits does.
+        found = quantised.weights()
+        if how.scale_gradient:
+            # Rounding passes straight through; the scale's own gradient flows as well.
+            spread = quantised._spread(quantised.scale)
+            straight = weight / spread
+            found = found + (straight - straight.detach()) * spread.detach()
+        else:
+            found = weight + (found - weight).detach()
+        if self.how.activations is not None:
+            coded = input_codes(x.detach(), self.how.activations)
+            values = coded.codes if coded.zero_point is None else coded.codes - coded.zero_point
+            x = x + ((values * coded.scale).to(x.dtype) - x).detach()
+        return F.linear(x, found.to(x.dtype))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast would have made of x; its own dtype where autocast is off."""
+    kind = x.device.type
+    if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if kind == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
+
+
+def find_mask(scores: Tensor, how: Mask) -> Tensor:
+    """The weights to keep (O, I), from scores (O, I) such as their magnitudes: exactly N of every M inputs, ties included,
+    or the best blocks of the layer.
+
+    Raises:
+        ValueError: the shape is not divisible.
+    """
+    outputs, inputs = scores.shape
+    if how.keep is not None and how.group is not None:
+        if inputs % how.group:
+            raise ValueError(f"groups of {how.group} do not divide {inputs} inputs")
+        groups = scores.reshape(outputs, -1, how.group)
+        kept = groups.topk(how.keep, dim=-1).indices
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).reshape(outputs, inputs)
+    assert how.sparsity is not None
+    rows, columns = how.block
+    if outputs % rows or inputs % columns:
+        raise ValueError(f"blocks of {rows}x{columns} do not divide {outputs}x{inputs}")
+    blocks = scores.reshape(outputs // rows, rows, inputs // columns, columns)
+    sizes = blocks.float().square().sum((1, 3)).flatten()
+    kept = sizes.topk(len(sizes) - round(how.sparsity * len(sizes))).indices
+    mask = torch.zeros_like(sizes, dtype=torch.bool).scatter_(0, kept, True)
+    return mask.view(outputs // rows, 1, inputs // columns, 1).expand_as(blocks).reshape(outputs, inputs)
+
+
+def size_in_bits(layer: nn.Linear) -> int:
+    """What a layer's weights take when stored: codes at their bits, float32 scales (and offsets), a bit a weight for an N:M
+    mask or a bit a block, and its bias in float32 (arXiv 2312.08553's account, with what it leaves out)."""
+    bias = 0 if layer.bias is None else 32 * layer.bias.numel()
+    if not isinstance(layer, CompressedLinear):
+        return 32 * layer.weight.numel() + bias
+    mask = layer.how.mask
+    kept, extra = layer.weight.numel(), 0
+    if mask is not None:
+        kept = int(layer.mask.sum())
+        extra = layer.weight.numel() // (1 if mask.keep is not None else mask.block[0] * mask.block[1])
+    if layer.how.weights is None:
+        return 32 * kept + extra + bias
+    codes = layer.codes()
+    scales = codes.scale.numel() + (0 if codes.offset is None else codes.offset.numel())
+    return layer.how.weights.bits * kept + extra + 32 * scales + bias
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Whole numbers (O, I) of ``bits`` bits, two's complement, to bytes (O, ceil(I bits / 8)), the lowest bits first."""
+    per_byte = 8 // bits
+    padded = F.pad(codes.to(torch.int64), (0, -codes.shape[1] % per_byte)) & (2**bits - 1)
+    parts = padded.view(len(codes), -1, per_byte) << (bits * torch.arange(per_byte))
+    return parts.sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, inputs: int) -> Tensor:
+    """The inverse of ``pack``: bytes to whole numbers (O, inputs), float32."""
+    per_byte = 8 // bits
+    parts = (packed.to(torch.int64).unsqueeze(-1) >> (bits * torch.arange(per_byte))) & (2**bits - 1)
+    signed = parts - ((parts >> (bits - 1)) << bits)
+    return signed.flatten(1)[:, :inputs].float()
