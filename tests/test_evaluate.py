@@ -571,7 +571,16 @@ def test_info_tells_configurations_apart(
     assert rows["wide"]["best"][0]["wer"] == wide.result["total"]["wer"] and rows["backbone"]["best"] == []
     code, out, _ = command(monkeypatch, capsys, "info", copy)
     assert code == 0
-    for text in ("near (default)", "near, thin", "chunk=8,left=16", "357.5 ms", "8 / 2 heads", "0-1", "adapter"):
+    for text in (
+        "near (default)",
+        "near, thin",
+        "chunk=8,left=16",
+        "357.5 ms",
+        "8 / 2 heads",
+        "0-1",
+        "adapter",
+        "test (chunk=4,left=8, ",
+    ):
         assert text in out, text
 
 

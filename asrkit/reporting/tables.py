@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -128,7 +129,7 @@ def _configurations(description: dict[str, Any]) -> Table:
 
 
 def _where(entry: dict[str, Any]) -> str:
-    return f"{entry['manifest']} ({entry['context']}, {entry['method']})"
+    return f"{Path(entry['manifest']).name.split('.')[0]} ({entry['context']}, {entry['method']})"
 
 
 def _submodels(description: dict[str, Any]) -> Table:
