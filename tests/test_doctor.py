@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,12 +120,15 @@ def test_k2_for_another_torch_names_both_versions(tmp_path: Path) -> None:
 def test_an_extra_that_is_not_installed_is_optional(tmp_path: Path) -> None:
     hide(tmp_path, "espeakng_loader")
     hide(tmp_path, "matplotlib")
+    hide(tmp_path, "onnxruntime")
     outcome = doctor(tmp_path)
     checks = checks_of(outcome)
     assert outcome.returncode == 0
     assert checks["data synthesise"]["status"] == "absent"
     assert "pip install 'espeakng-loader>=" in checks["data synthesise"]["fix"]
     assert "pip install 'matplotlib>=" in checks["plots"]["fix"]
+    assert checks["exported models"]["status"] == "absent"
+    assert re.search(r"pip install 'onnx>=[\d.]+' 'onnxruntime>=", checks["exported models"]["fix"])
 
 
 def test_requirements_come_from_the_project_itself() -> None:

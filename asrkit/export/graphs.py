@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from asrkit.errors import UserError
 from asrkit.models.asr import AsrModel
 from asrkit.models.encoder import Caches
-from asrkit.nn.context import Context
+from asrkit.nn.context import Context, parse_context
 
 ENCODER, DECODER, JOINER, CTC = "encoder.onnx", "decoder.onnx", "joiner.onnx", "ctc.onnx"
 FILES = (ENCODER, DECODER, JOINER, CTC)
@@ -65,7 +65,7 @@ class StateLayout:
         self.shapes = [tuple(cache.shape[1:]) for cache in caches.tensors()[1:]]
         self.num_conv, self.num_attention = len(caches.conv), len(caches.keys)
         self.size = 1 + sum(math.prod(shape) for shape in self.shapes)
-        chunks = [model.encoder.submodels[name].context.chunk for name in submodels]
+        chunks = [parse_context(model.spec.submodels[name].context).chunk for name in submodels]
         self.left, self.period = left, math.lcm(*(chunk for chunk in chunks if chunk is not None))
         if left + self.period > MAX_COUNT:
             raise UserError(

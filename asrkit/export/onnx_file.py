@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from pathlib import Path
@@ -34,7 +33,8 @@ def write_onnx(graph: Graph, path: Path) -> int:
     """Trace ``graph`` and write it to ``path``, checked against the ONNX standard; returns how many numbers it holds."""
     import onnx
 
-    model = onnx.load_from_string(_trace(graph))
+    _trace(graph, path)
+    model = onnx.load(path)
     _name_tensors(model.graph)
     _fold_transposes(model.graph)
     _fix_shapes(model.graph, graph)
@@ -44,8 +44,7 @@ def write_onnx(graph: Graph, path: Path) -> int:
     return sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
 
 
-def _trace(graph: Graph) -> bytes:
-    buffer = io.BytesIO()
+def _trace(graph: Graph, path: Path) -> None:
     # Both torches write the same through the exporter that traces; torch 2 wants to be told.
     options: dict[str, Any] = {} if torch.__version__.startswith("1.") else {"dynamo": False}
     with warnings.catch_warnings(), torch.no_grad():
@@ -53,7 +52,7 @@ def _trace(graph: Graph) -> bytes:
         torch.onnx.export(
             graph.module.eval(),
             graph.example,
-            buffer,
+            str(path),
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
             dynamic_axes=graph.dynamic,
@@ -61,7 +60,6 @@ def _trace(graph: Graph) -> bytes:
             do_constant_folding=False,  # it would rename the weights
             **options,
         )
-    return buffer.getvalue()
 
 
 def _name_tensors(graph: Any) -> None:

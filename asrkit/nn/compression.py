@@ -9,7 +9,7 @@ US20250078815A1). Where these leave a choice, it is an option below and its defa
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -327,9 +327,9 @@ class CompressedLinear(nn.Linear):
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """What autocast would have made of x; its own dtype where autocast is off."""
-    kind = x.device.type
+    kind, newer = x.device.type, cast(Any, torch)
     if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return newer.get_autocast_dtype(kind) if newer.is_autocast_enabled(kind) else x.dtype
     if kind == "cpu":
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
