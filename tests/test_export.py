@@ -1,0 +1,639 @@
+"""export on run directories of real, untrained models: what is in the files, and what sherpa-onnx makes of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import TEXTS, noise, write_run
+from torch.nn.functional import pad
+
+from asrkit.cli import main
+from asrkit.config import from_dict
+from asrkit.data.features import fbank
+from asrkit.data.manifests import make_cut, write_cuts
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import EncoderOutput, TorchAcousticModel
+from asrkit.decoding.choice import ContextChoice
+from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.decoding.recogniser import load_recogniser
+from asrkit.decoding.search import METHODS, Method, search
+from asrkit.errors import UserError
+from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.nn.context import Context, visible
+from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.stages.evaluate import evaluate
+from asrkit.stages.transcribe import transcribe, transcribe_stream
+from asrkit.training.checkpoint import save_weights
+
+pytest.importorskip("onnx", reason="needs the extra `export`")
+pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+
+import onnx
+from onnx import numpy_helper
+
+from asrkit.export.directory import Exported, open_exported
+from asrkit.export.graphs import CTC, DECODER, ENCODER, FILES, JOINER, StateLayout
+from asrkit.export.parity import random_log_mel
+from asrkit.export.readme import tail_seconds
+from asrkit.stages import export as stage
+from asrkit.stages.export import export
+
+DOCS = Path(__file__).parents[1] / "docs" / "export.md"
+# `near` has chunks of its own, of another size than those the model streams in.
+SPEC: dict[str, Any] = {
+    "encoder": {
+        "dim": 16,
+        "num_layers": 2,
+        "feedforward_dim": 16,
+        "kernel_size": 5,
+        "subsampling_channels": [2, 4],
+        "norms": "per_mode",
+    },
+    "submodels": {
+        "near": {"kind": "attention", "layers": [0, 1], "dim": 16, "heads": 2, "context": "chunk=6,left=5"},
+        "wide": {"kind": "attention", "layers": [1], "dim": 8, "heads": 2, "place": "parallel"},
+        "thin": {"kind": "adapter", "layers": [0], "dim": 4},
+    },
+    "configurations": {
+        "backbone": {"submodels": [], "contexts": ["full", "chunk=4,left=0"]},
+        "near": {"submodels": ["near"], "contexts": ["chunk=16,left=64", "chunk=4,left=8"]},
+        "wide": {"submodels": ["wide"], "contexts": ["full"]},
+        "all": {"submodels": ["near", "wide", "thin"], "contexts": ["full", "chunk=4,left=9"]},
+    },
+    "configuration": "near",
+}
+SECONDS = (2.3, 0.7, 3.1)
+STREAM = Context(4, 9)
+TAIL = tail_seconds(4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every weight is its own, and every search finds a lot."""
+    path = write_run(tmp_path_factory.mktemp("exp") / "run", SPEC)
+    model = load_model(open_run(path))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        model.ctc_head.weight.mul_(3.0)
+        features = random_log_mel(model, 200)
+        usual = model.encode(features, torch.tensor([200] * len(features)), "all")[0].mean(dim=(0, 1))
+        model.ctc_head.bias.copy_(-(model.ctc_head.weight @ usual))
+    save_weights(path / WEIGHTS, model)
+    entry = read_yaml(path / LINEAGE)[-1] | {"weights_sha256": sha256_of(path / WEIGHTS)}
+    write_yaml(path / LINEAGE, [entry])
+    return path
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Recordings of unequal lengths, as 16-bit files."""
+    folder, random = tmp_path_factory.mktemp("audio"), np.random.default_rng(11)
+    paths = [folder / f"{number}.wav" for number in range(len(SECONDS))]
+    for path, seconds in zip(paths, SECONDS, strict=True):
+        soundfile.write(path, noise(random, round(seconds * 16000)), 16000)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def offline(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "offline"
+    export(run, out, configuration="all")
+    return out
+
+
+@pytest.fixture(scope="module")
+def streaming(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "streaming"
+    export(run, out, configuration="all", streaming=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def manifest(audio: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "test.jsonl.gz"
+    cuts = [
+        make_cut(
+            f"cut-{number}", file, sampling_rate=16000, num_samples=soundfile.info(file).frames, text=TEXTS[number]
+        )
+        for number, file in enumerate(audio)
+    ]
+    write_cuts(path, cuts)
+    return path
+
+
+def initialisers(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors stored in an ONNX file."""
+    stored = onnx.load(path).graph.initializer
+    return {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in stored}
+
+
+# What is written
+
+
+def test_the_directory_is_complete_and_knows_itself(run: Path, offline: Path, streaming: Path) -> None:
+    names = [*FILES, "README.md", "export.yaml", "tokenizer.model", "tokens.txt"]
+    for path in (offline, streaming):
+        assert sorted(file.name for file in path.iterdir()) == sorted(names)
+        exported = open_exported(path)
+        assert exported.configuration == "all" and exported.submodels == ["near", "wide", "thin"]
+        assert exported.run.weights_sha256 == sha256_of(run / WEIGHTS)
+        assert exported.run.lineage == open_run(run).lineage
+        for name, record in exported.files.items():
+            assert record.bytes == (path / name).stat().st_size
+            assert record.sha256 in (path / "README.md").read_text()
+        assert set(exported.files) == set(names) - {"README.md", "export.yaml"}
+        assert all(0 <= record.mean <= record.max < 1e-3 for record in exported.parity.outputs.values())
+        assert min(exported.parity.tokens.values()) > 10, "the check hears nothing"
+        assert not list(path.parent.glob(".tmp-*"))
+    assert open_exported(offline).context == "full" and open_exported(streaming).context == str(STREAM)
+    assert (offline / "tokens.txt").read_text() == (run / "tokens.txt").read_text()
+
+
+@pytest.mark.parametrize("form", ["offline", "streaming"])
+@pytest.mark.parametrize("configuration", ["backbone", "all"])
+def test_the_files_hold_the_active_weights_and_no_others(
+    run: Path, offline: Path, streaming: Path, tmp_path: Path, form: str, configuration: str
+) -> None:
+    path = offline if form == "offline" else streaming
+    if configuration == "backbone":
+        path = tmp_path / "onnx"
+        export(run, path, configuration=configuration, streaming=form == "streaming")
+    weights = open_run(run).weights()
+    found = {file: initialisers(path / file) for file in FILES}
+    for file, tensors in found.items():
+        for name, tensor in tensors.items():
+            expected = weights[name]  # every stored tensor is one of the model's, by name
+            same = tensor.shape == expected.shape and torch.equal(tensor, expected)
+            assert same or torch.equal(tensor, expected.T), f"{file}: {name}"
+    everything = {name for tensors in found.values() for name in tensors}
+    active = {name.split(".")[2] for name in everything if name.startswith("encoder.submodels.")}
+    assert active == ({"near", "wide", "thin"} if configuration == "all" else set())
+    assert not any(name.startswith("simple_") for name in everything)
+    assert "joiner.encoder_projection.weight" in found[ENCODER] and "ctc_head.weight" in found[CTC]
+    assert not any(name.startswith("encoder.") for file in (DECODER, JOINER) for name in found[file])
+    counted = open_exported(path).files[ENCODER].parameters
+    assert counted == sum(tensor.numel() for tensor in found[ENCODER].values())
+
+
+def test_one_of_several_submodels(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "onnx", configuration="wide")
+    names = initialisers(tmp_path / "onnx" / ENCODER)
+    assert any(name.startswith("encoder.submodels.wide.") for name in names)
+    assert not any(name.startswith(("encoder.submodels.near.", "encoder.submodels.thin.")) for name in names)
+
+
+def test_metadata_is_what_the_runtime_reads(offline: Path, streaming: Path) -> None:
+    def metadata(path: Path) -> dict[str, str]:
+        return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+    assert metadata(offline / ENCODER)["model_type"] == "zipformer2"
+    assert metadata(offline / DECODER)["context_size"] == "2"
+    assert metadata(offline / DECODER)["vocab_size"] == str(open_exported(offline).vocab_size)
+    size = str(open_exported(streaming).state_size)
+    found = metadata(streaming / ENCODER)
+    assert (found["model_type"], found["T"], found["decode_chunk_len"], found["d_model"]) == ("lstm", "19", "16", size)
+    found = metadata(streaming / CTC)
+    assert (found["model_type"], found["T"], found["query_head_dims"]) == ("zipformer2", "19", size)
+    assert "all" in found["comment"]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "context"),
+    [("backbone", Context(4, 0)), ("near", Context(1, 0)), ("all", Context(7, 3))],
+    ids=str,
+)
+def test_any_chunk_and_left_context(run: Path, tmp_path: Path, configuration: str, context: Context) -> None:
+    """The export checks itself chunk by chunk against the torch loop; here, that it does so in every geometry."""
+    warnings: list[str] = []
+    exported = export(
+        run, tmp_path / "onnx", configuration=configuration, streaming=True, chunk=context.chunk, left=context.left,
+        warn=warnings.append,
+    )  # fmt: skip
+    assert exported.parsed_context == context
+    assert "encoder.onnx: next_h" in exported.parity.outputs and "ctc.onnx: next_key" in exported.parity.outputs
+    assert [("never trained in context" in line) for line in warnings] == [True] * (configuration != "backbone")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    frames=st.integers(0, 3000),
+    left=st.integers(0, 20),
+    chunk=st.integers(1, 9),
+    own=st.tuples(st.integers(1, 12), st.integers(0, 12)),
+)
+def test_the_frame_counter_turns_round_without_a_mask_noticing(
+    frames: int, left: int, chunk: int, own: tuple[int, int]
+) -> None:
+    near = {**SPEC["submodels"]["near"], "context": str(Context(*own))}
+    shape = {"vocab_size": 4, "predictor": {"dim": 8}, "joiner_dim": 8}
+    spec = {**SPEC, **shape, "submodels": {**SPEC["submodels"], "near": near}}
+    model = AsrModel(from_dict(ModelSpec, spec, "test"))
+    layout = StateLayout(model, ("near",), left)
+    caches = model.encoder.initial_caches(1, left, ("near",)).map(torch.clone)
+    caches = type(caches)(caches.frames + frames, caches.conv, caches.keys, caches.values)
+    state = layout.pack(caches)
+    assert state.shape == (1, layout.size) and float(state[0, 0]) < left + own[0]
+    again = layout.unpack(state).frames
+
+    def masks(begin: torch.Tensor) -> torch.Tensor:
+        queries = begin.unsqueeze(1) + torch.arange(chunk)
+        keys = begin.unsqueeze(1) + torch.arange(-left, chunk)
+        return visible(queries, keys, Context(*own)) & (keys >= 0).unsqueeze(1)
+
+    assert torch.equal(masks(torch.tensor([frames])), masks(again))
+
+
+# What it computes: the runtime itself
+
+
+CLIENT = """
+import json, sys
+import numpy, sherpa_onnx, soundfile
+
+job = json.load(sys.stdin)
+files = {name: job["path"] + "/" + name + ".onnx" for name in ("encoder", "decoder", "joiner")}
+shared = {"tokens": job["path"] + "/tokens.txt", "num_threads": 1}
+method = {"greedy": "greedy_search", "beam": "modified_beam_search"}.get(job["method"])
+
+def ids(symbols):
+    table = dict(line.rsplit(" ", 1) for line in open(shared["tokens"], encoding="utf-8").read().splitlines())
+    return [int(table[symbol.replace(" ", "\\u2581")]) for symbol in symbols]
+
+def waves():
+    for path in job["audio"]:
+        samples, rate = soundfile.read(path, dtype="float32")
+        yield rate, numpy.concatenate([samples, numpy.zeros(int(job["tail"] * rate), dtype=numpy.float32)])
+
+def accept(recognizer):
+    streams = []
+    for rate, samples in waves():
+        streams.append(recognizer.create_stream())
+        streams[-1].accept_waveform(rate, samples)
+    return streams
+
+if not job["streaming"]:
+    make = sherpa_onnx.OfflineRecognizer
+    recognizer = (
+        make.from_zipformer_ctc(model=job["path"] + "/ctc.onnx", **shared) if method is None
+        else make.from_transducer(**files, **shared, decoding_method=method)
+    )
+    streams = accept(recognizer)
+    recognizer.decode_streams(streams)
+    found = [(ids(stream.result.tokens), list(stream.result.timestamps)) for stream in streams]
+else:
+    make = sherpa_onnx.OnlineRecognizer
+    endpoint = {"enable_endpoint_detection": True, "rule3_min_utterance_length": 0.6} if job["endpoint"] else {}
+    recognizer = (
+        make.from_zipformer2_ctc(model=job["path"] + "/ctc.onnx", **shared, **endpoint) if method is None
+        else make.from_transducer(**files, **shared, **endpoint, decoding_method=method)
+    )
+    streams = accept(recognizer)
+    for stream in streams:
+        stream.input_finished()
+    sizes, endpoints = [], 0
+    while ready := [stream for stream in streams if recognizer.is_ready(stream)]:
+        recognizer.decode_streams(ready)
+        sizes.append(len(ready))
+        for stream in ready:
+            if recognizer.is_endpoint(stream):
+                endpoints += 1
+                recognizer.reset(stream)
+    found = [(ids(recognizer.tokens(stream)), recognizer.timestamps(stream)) for stream in streams]
+    if job["endpoint"]:
+        found = endpoints
+    else:
+        assert sizes[0] == len(streams) and sizes[-1] == 1, sizes
+print(json.dumps(found))
+"""
+
+
+def client(path: Path, audio: list[Path], method: Method, endpoint: bool = False) -> Any:
+    """What sherpa-onnx finds: (tokens, seconds) of each recording, or the number of endpoints.
+
+    In a process of its own: a model it does not like ends the process.
+    """
+    pytest.importorskip("sherpa_onnx", reason="needs sherpa-onnx, which runs what is exported")
+    streaming = path.name == "streaming"
+    job = {"path": str(path), "audio": [str(file) for file in audio], "method": method, "endpoint": endpoint}
+    job |= {"streaming": streaming, "tail": TAIL if streaming else 0.0}
+    done = subprocess.run([sys.executable, "-c", CLIENT], input=json.dumps(job), capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stderr}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def samples_of(path: Path, tail: float = 0.0) -> torch.Tensor:
+    samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    return pad(samples, (0, int(tail * 16000)))
+
+
+def features_of(audio: list[Path], tail: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    features = [fbank(samples_of(path, tail)) for path in audio]
+    longest = max(map(len, features))
+    padded = torch.stack([pad(one, (0, 0, 0, longest - len(one)), value=-23.0259) for one in features])
+    return padded, torch.tensor([len(one) for one in features])
+
+
+def seconds_of(hypothesis: Hypothesis) -> list[float]:
+    return [round(frame * 0.04, 2) for frame in hypothesis.frames]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sherpa_offline_finds_our_tokens(run: Path, offline: Path, audio: list[Path], method: Method) -> None:
+    model = TorchAcousticModel(load_model(open_run(run)), "all")
+    expected = search(model, model.encode(*features_of(audio)), method)
+    found = client(offline, audio, method)
+    assert all(len(hypothesis.tokens) > 3 for hypothesis in expected)
+    assert [tokens for tokens, _ in found] == [hypothesis.tokens for hypothesis in expected]
+    assert [[round(second, 2) for second in seconds] for _, seconds in found] == list(map(seconds_of, expected))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sherpa_streaming_finds_our_tokens(run: Path, streaming: Path, audio: list[Path], method: Method) -> None:
+    """The runtime decodes chunks that are more than filled; with the tail padding these hold all of the recording."""
+    model = TorchAcousticModel(load_model(open_run(run)), "all", STREAM)
+    assert STREAM.chunk is not None
+    expected = []
+    for path in audio:
+        features, caches, parts, begin = fbank(samples_of(path, TAIL)), model.start(1), [], 0
+        while begin + 4 * STREAM.chunk + 3 < len(features):
+            encoded, caches = model.step(features[None, begin : begin + 4 * STREAM.chunk + 3], caches)
+            parts.append(encoded)
+            begin += 4 * STREAM.chunk
+        assert begin >= len(fbank(samples_of(path))) - 3, "the tail padding does not push the last words out"
+        expected += search(model, together(parts), method)
+    found = client(streaming, audio, method)
+    assert all(len(hypothesis.tokens) > 3 for hypothesis in expected)
+    assert [tokens for tokens, _ in found] == [hypothesis.tokens for hypothesis in expected]
+    assert [[round(second, 2) for second in seconds] for _, seconds in found] == list(map(seconds_of, expected))
+
+
+def together(parts: list[EncoderOutput]) -> EncoderOutput:
+    """The chunks of one stream as one output."""
+    log_probs = torch.cat([part.ctc_log_probs for part in parts if part.ctc_log_probs is not None], dim=1)
+    joiner_in = torch.cat([part.joiner_in for part in parts], dim=1)
+    return EncoderOutput(joiner_in, torch.tensor([joiner_in.shape[1]]), log_probs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sherpa_endpoints(streaming: Path, audio: list[Path], method: Method) -> None:
+    assert client(streaming, audio, method, endpoint=True) > 2
+
+
+def test_sherpa_takes_a_recording_too_short_for_a_frame(offline: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "tiny.wav", np.full(100, 0.1), 16000)
+    for method in ("greedy", "ctc"):
+        assert client(offline, [tmp_path / "tiny.wav"], method) == [[[], []]]
+
+
+@pytest.mark.parametrize("form", ["offline", "streaming"])
+def test_the_readme_of_an_export_runs(
+    run: Path, offline: Path, streaming: Path, audio: list[Path], tmp_path: Path, form: str
+) -> None:
+    pytest.importorskip("sherpa_onnx", reason="needs sherpa-onnx, which runs what is exported")
+    path = offline if form == "offline" else streaming
+    transducer, ctc = re.findall(r"```python\n(.*?)```", (path / "README.md").read_text(), re.S)
+    maker = re.search(r"recognizer = .*?\n\)\n", transducer, re.S)
+    assert maker is not None
+    tokenizer = Tokenizer.load(run / TOKENIZER)
+    for method, code in (("greedy", transducer), ("ctc", transducer.replace(maker[0], ctc))):
+        code = code.replace('"a.wav"', repr(str(audio[0])))
+        done = subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        ((tokens, _),) = client(path, audio[:1], method)  # type: ignore[arg-type]
+        assert done.stdout.strip() == "".join(map(tokenizer.id_to_piece, tokens)).replace("\u2581", " ").strip() != ""
+
+
+# What it computes: our own commands
+
+
+def test_exported_and_original_evaluate_alike(
+    run: Path, offline: Path, streaming: Path, manifest: Path, tmp_path: Path
+) -> None:
+    for path, context in ((offline, None), (streaming, ContextChoice(chunk=4))):
+        ours = evaluate(
+            run, manifest, methods=METHODS, configuration="all", context=context, out=tmp_path / f"run-{path.name}"
+        )
+        theirs = evaluate(path, manifest, methods=METHODS, out=tmp_path / path.name)
+        for expected, found in zip(ours, theirs, strict=True):
+            assert [u.hyp for u in found.utterances] == [u.hyp for u in expected.utterances]
+            assert found.result["configuration"] == "all" and found.result["context"] == expected.result["context"]
+            assert found.result["weights_sha256"] == sha256_of(path / "export.yaml")
+        (alone,) = evaluate(path, manifest, methods=["ctc"], out=tmp_path / f"ctc-{path.name}", max_duration=1.0)
+        assert [u.hyp for u in alone.utterances] == [u.hyp for u in ours[METHODS.index("ctc")].utterances]
+
+
+def test_exported_and_original_transcribe_alike(
+    run: Path, offline: Path, streaming: Path, audio: list[Path], tmp_path: Path
+) -> None:
+    soundfile.write(tmp_path / "tiny.wav", np.full(5, 0.1), 16000)
+    soundfile.write(tmp_path / "other.ogg", noise(np.random.default_rng(1), 44100), 44100)
+    files = [*audio, tmp_path / "tiny.wav", tmp_path / "other.ogg"]
+    full = partial(transcribe, configuration="all", context=ContextChoice(full=True))
+    assert [t.text for t in transcribe(offline, files)] == [t.text for t in full(run, files)]
+    chunks = partial(transcribe, configuration="all", context=ContextChoice(chunk=4))
+    assert [t.text for t in transcribe(streaming, files)] == [t.text for t in chunks(run, files)]
+    live = partial(transcribe_stream, paced=False)
+    for method in METHODS:
+        expected = list(live(run, audio, method=method, configuration="all", context=ContextChoice(chunk=4)))
+        assert list(live(streaming, audio, method=method)) == expected
+        assert any(getattr(heard, "text", "") for _, heard in expected)
+
+
+def test_what_an_export_is_not(offline: Path, streaming: Path, audio: list[Path], tmp_path: Path) -> None:
+    for path, choice, says in (
+        (offline, {"configuration": "backbone"}, "holds configuration all only, not backbone"),
+        (offline, {"context": Context(4, 9)}, "was exported in context full, not chunk=4,left=9"),
+        (streaming, {"context": ContextChoice(full=True)}, "was exported in context chunk=4,left=9, not full"),
+        (offline, {"device": "cuda"}, "run on the CPU"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_recogniser(path, **choice)
+    with pytest.raises(UserError, match="was exported in context full"):
+        list(transcribe_stream(offline, audio))
+
+
+def test_a_damaged_export_is_refused(offline: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(offline, copy)
+    encoder = bytearray((copy / ENCODER).read_bytes())
+    encoder[len(encoder) // 2] ^= 1
+    (copy / ENCODER).write_bytes(encoder)
+    (copy / CTC).unlink()
+    with pytest.raises(UserError) as refused:
+        load_recogniser(copy)
+    assert len(refused.value.lines) == 2
+    assert "encoder.onnx: digest" in str(refused.value) and "ctc.onnx: is missing" in str(refused.value)
+    (copy / "export.yaml").write_text("configuration: all\nsurprise: 1\n")
+    with pytest.raises(UserError, match="unknown key surprise"):
+        load_recogniser(copy)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"configuration": "far"}, "no configuration far; there are backbone, near, wide, all"),
+        (
+            {"configuration": "wide", "streaming": True},
+            "trained in full context only, so it cannot stream.*contexts.train=",
+        ),
+        ({"configuration": "near"}, "trained in chunk=16,left=64; chunk=4,left=8 only, not in full.*--streaming"),
+        ({"configuration": "all", "chunk": 4}, "give --streaming too"),
+        ({"configuration": "near", "streaming": True, "chunk": 5}, "not in chunks of 5.*--left"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_what_cannot_be_exported_is_refused_with_the_reason(
+    run: Path, tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=says) as refused:
+        export(run, tmp_path / "onnx", **options)
+    assert len(refused.value.lines) == 1 and not any(tmp_path.iterdir())
+
+
+def test_no_run_directory(tmp_path: Path, offline: Path) -> None:
+    with pytest.raises(UserError, match="no such run directory"):
+        export(tmp_path / "nowhere", tmp_path / "onnx")
+    with pytest.raises(UserError, match="not a complete run directory"):
+        export(offline, tmp_path / "onnx")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_output_that_is_taken(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "full"):
+        with pytest.raises(UserError, match="is not empty"):
+            export(run, out, configuration="wide")
+    with pytest.raises(UserError, match="cannot write"):
+        export(run, tmp_path / "file" / "below", configuration="wide")
+    (tmp_path / "empty").mkdir()
+    export(run, tmp_path / "empty", configuration="wide")
+    assert open_exported(tmp_path / "empty").configuration == "wide"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
+def test_packages_that_are_missing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"pip install 'asrkit\[export\]'"):
+        export(run, tmp_path / "onnx", configuration="wide")
+
+
+def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    """Files of more than 20 kB cannot be written in the process, which fails as a full disk does."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "from asrkit.cli import main; main()"
+    )
+    words = ["export", "--from", str(run), "--configuration", "wide", "--out", str(tmp_path / "onnx")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert str(tmp_path / "onnx") in line and "free some space" in line
+    assert not any(tmp_path.iterdir())
+
+
+def spoil(file: str, weight: str, by: float) -> Callable[..., int]:
+    """A ``write_onnx`` that changes one number of one file."""
+    original = stage.write_onnx
+
+    def write(graph: Any, path: Path) -> int:
+        count = original(graph, path)
+        if graph.file == file:
+            model = onnx.load(path)
+            (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == weight]
+            values = numpy_helper.to_array(tensor).copy()
+            values.flat[0] += by
+            tensor.CopyFrom(numpy_helper.from_array(values, weight))
+            onnx.save(model, path)
+        return count
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("file", "weight", "output", "streams", "by"),
+    [
+        (JOINER, "joiner.out.bias", "joiner.onnx: logit", False, 0.05),
+        (CTC, "ctc_head.bias", "ctc.onnx: log_probs", False, np.nan),
+        (ENCODER, "encoder.submodels.near.layers.1.value.bias", "encoder.onnx: next_h", True, 0.05),
+    ],
+)
+def test_an_export_that_differs_is_not_published(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, weight: str, output: str, streams: bool,
+    by: float,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(stage, "write_onnx", spoil(file, weight, by))
+    with pytest.raises(UserError) as refused:
+        export(run, tmp_path / "onnx", configuration="all", streaming=streams)
+    assert any(line.startswith(f"{output}: onnxruntime differs from torch by up to") for line in refused.value.lines)
+    assert all(line.startswith(file) for line in refused.value.lines), "another file is blamed"
+    assert not any(tmp_path.iterdir())
+
+
+# What is documented
+
+
+def test_the_documented_commands_run(
+    run: Path, audio: list[Path], manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "near").symlink_to(run)
+    (tmp_path / "a.wav").symlink_to(audio[0])
+    (tmp_path / "test.jsonl.gz").symlink_to(manifest)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```sh\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
+    lines = [shlex.split(line, comments=True) for line in "".join(blocks).replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if line and line[0] == "asrkit"]
+    assert {line[1] for line in commands} == {"export", "transcribe", "evaluate"}
+    for line in commands:
+        monkeypatch.setattr("sys.argv", line)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code, f"{shlex.join(line)}\n{capsys.readouterr().err}"
+    for name in ("onnx", "onnx-streaming"):
+        assert yaml.safe_load((tmp_path / "exp" / name / "export.yaml").read_text())["format"] == "onnx"
+    assert "final" in capsys.readouterr().out
+
+
+def test_a_recording_of_the_run_is_heard(run: Path, manifest: Path, tmp_path: Path) -> None:
+    """The check listens to the run's own recordings where they still are, and says so where they are not."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    lineage = open_run(copy).lineage
+    lineage[-1]["manifests"] = {str(tmp_path / "gone.jsonl.gz"): "0", str(manifest): sha256_of(manifest)}
+    write_yaml(copy / LINEAGE, lineage)
+    warnings: list[str] = []
+    exported: Exported = export(copy, tmp_path / "onnx", configuration="wide", warn=warnings.append)
+    assert exported.parity.heard == ["random log-mel", "cut-2, cut-0, cut-1"] and warnings == []
+    broken = tmp_path / "moved.jsonl.gz"
+    cut = make_cut("lost", tmp_path / "lost.wav", sampling_rate=16000, num_samples=16000, text="one")
+    write_cuts(broken, [cut])
+    lineage[-1]["manifests"] = {str(broken): sha256_of(broken)}
+    write_yaml(copy / LINEAGE, lineage)
+    exported = export(copy, tmp_path / "again", configuration="wide", warn=warnings.append)
+    assert exported.parity.heard == ["random log-mel"]
+    assert len(warnings) == 1 and str(broken) in warnings[0]
