@@ -6,28 +6,25 @@ the sub-model's are in the optimiser.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batches import DataConfig
-from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.digests import backbone_digest
 from asrkit.models.encoder import SubModel
 from asrkit.models.spec import ContextText, Positive, Probability
 from asrkit.nn.context import FULL, parse_context
-from asrkit.run_dir import TOKENIZER, WEIGHTS, open_run, sha256_of
-from asrkit.training.distributed import broadcast_object, join_world
-from asrkit.training.loop import Task, TrainingConfig, train
-from asrkit.training.objective import ContextsConfig, LossConfig, check_contexts, recogniser_loss
-from asrkit.training.run import RunWriter, dev_measure, read_material, training_table
+from asrkit.run_dir import open_run
+from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune
+from asrkit.training.objective import ContextsConfig, recogniser_loss
+from asrkit.training.run import RunWriter
 
 NOOP, RANDOM = "noop", "random"
 PARTS = {
@@ -57,7 +54,7 @@ class SubModelConfig:
 
 
 @config
-class AddSubModelConfig:
+class AddSubModelConfig(FineTuneConfig):
     """Everything add-submodel can be told; config.yaml of the run holds it with every default written out.
 
     ``on``: sub-models that are active, frozen, while the new one trains and runs. ``also_train``: what else learns: the
@@ -65,17 +62,10 @@ class AddSubModelConfig:
     whether the frozen parts drop out as in their own training; ours is no, they are what they will be in use.
     """
 
-    seed: Annotated[int, Field(ge=0)] = 1
-    bad_cuts: str = Field(default="refuse", pattern="^(refuse|skip)$")
-    dev_max_cuts: Positive = 500
     submodel: SubModelConfig = field(default_factory=SubModelConfig)
     on: list[str] = field(default_factory=list)
     also_train: list[Literal["decoder", "heads"]] = field(default_factory=list)
     frozen_dropout: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    contexts: ContextsConfig = field(default_factory=ContextsConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
 def extended_spec(spec: ModelSpec, name: str, settings: AddSubModelConfig, where: str = "model") -> ModelSpec:
@@ -151,71 +141,44 @@ def add_submodel(
         UserError: an unusable parent, name, shape, manifest or output directory, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
-    check_contexts(settings.contexts, settings.loss)
-    origin = load_model(open_run(parent))
+    source = open_run(parent)
+    origin = load_model(source)
     spec = extended_spec(origin.spec, name, settings, str(parent))
-    contexts = [parse_context(text) for text in spec.configurations[name].contexts]
-    inputs = {"manifest": manifest, "dev": dev}
-    inputs |= {f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}
-    content = {
-        "from": str(parent),
-        "from_weights_sha256": sha256_of(parent / WEIGHTS),
-        "name": name,
-        **to_dict(settings),
-    }
-    with (
-        join_world(device) as world,
-        RunWriter.open(out, "add-submodel", content, inputs, command, world, parent=parent) as run,
-    ):
-        if run.finished:
-            return out
-        if world.is_main and not (out / TOKENIZER).is_file():
-            Tokenizer(parent / TOKENIZER).copy_to(out / TOKENIZER)
-        broadcast_object(world, None)  # the others read it only once it is there
-        pieces = Tokenizer(out / TOKENIZER)
-        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
-        table, noise = training_table(material, settings.data, pieces, settings.bad_cuts, run)
+    contexts = _with(settings.contexts, trained_contexts(settings))
+    digest = backbone_digest(origin.state_dict())
 
-        torch.manual_seed(settings.seed)
+    def prepare(run: RunWriter) -> Prepared:
         model = AsrModel(spec)
         missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
-        ours = f"encoder.submodels.{name}."
-        if unexpected or any(not key.startswith(ours) for key in missing):
+        if unexpected or any(not key.startswith(f"encoder.submodels.{name}.") for key in missing):
             raise RuntimeError(f"the parent's weights do not fit the extended model: {missing} {unexpected}")
         _start(model, name, settings.submodel.init)
-        learning = [model.encoder.submodels[name], *_parts(model, settings.also_train)]
-        frozen = _freeze(model, learning)
-        digest = backbone_digest(origin.state_dict())
-        run.extra = {"submodel": name, "backbone_sha256": digest}
-        run.describe(to_dict(spec), table, world)
-        _say(run, model, name, origin.spec, contexts)
-        task = Task(
+        frozen = _freeze(model, [model.encoder.submodels[name], *_parts(model, settings.also_train)])
+        _say(run, model, name, origin.spec)
+        return Prepared(
             model=model,
-            loss=lambda model, batch, step: recogniser_loss(
-                model, batch, step, settings.loss, _with(settings.contexts, trained_contexts(settings)), name
-            ),
-            batches=run.batches(
-                table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world
-            ),
-            measure=None
-            if material.dev is None
-            else dev_measure(
-                material.dev,
-                pieces,
-                settings.data.max_duration,
-                settings.dev_max_cuts,
-                "greedy" if settings.loss.transducer_scale > 0 else "ctc",
-                name,
-                contexts[0],
-            ),
-            publish=lambda average, step, metrics: run.publish(average, step, metrics),
+            loss=lambda model, batch, step: recogniser_loss(model, batch, step, settings.loss, contexts, name),
             frozen=() if settings.frozen_dropout else frozen,
+            extra={"submodel": name, "backbone_sha256": digest},
+            check=check,
         )
-        train(task, out, settings.training, settings.data.num_workers, settings.seed, world)
-        if world.is_main and (found := backbone_digest(open_run(out).weights())) != digest:
+
+    def check(weights: Mapping[str, Tensor]) -> None:
+        if (found := backbone_digest(weights)) != digest:
             raise RuntimeError(f"the frozen backbone has changed: {digest} became {found}")
-        run.finish()
-    return out
+
+    return fine_tune(
+        "add-submodel",
+        source,
+        manifest,
+        out,
+        settings,
+        prepare,
+        content={"name": name},
+        dev=dev,
+        device=device,
+        command=command,
+    )
 
 
 def _with(contexts: ContextsConfig, train: list[str]) -> ContextsConfig:
@@ -260,14 +223,14 @@ def _freeze(model: AsrModel, learning: list[nn.Module]) -> list[nn.Module]:
     return frozen(model)
 
 
-def _say(run: RunWriter, model: AsrModel, name: str, before: ModelSpec, contexts: list[Any]) -> None:
+def _say(run: RunWriter, model: AsrModel, name: str, before: ModelSpec) -> None:
     """How much is new, and whether the frozen part was ever trained in the contexts it will run in."""
     new = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     run.note(f"{run.path}: sub-model {name}: {new} of {every} parameters learn, the rest is frozen")
     known = {text for configuration in before.configurations.values() for text in configuration.contexts}
-    streaming = any(parse_context(text).streaming for text in known)
-    if any(context.streaming for context in contexts) and not streaming:
+    wanted = model.spec.configurations[name].contexts
+    if any(parse_context(text).streaming for text in wanted) and not any(parse_context(x).streaming for x in known):
         run.note(
             "warning: the frozen model was never trained for streaming, so its convolutions are not used to being "
             "causal; train it with --set 'contexts.train=[full,\"chunk=16,left=64\"]'"

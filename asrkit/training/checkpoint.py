@@ -76,13 +76,11 @@ def load_state(run: Path, model: nn.Module, average: nn.Module, optimiser: torch
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Write a model's parameters and buffers, float32, atomically."""
+    """Write a model's parameters and buffers, float32 (masks as they are), atomically."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    plain = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     with atomic_write(path) as temporary:
-        _save(
-            {name: t.detach().float().cpu().contiguous().clone() for name, t in model.state_dict().items()},
-            temporary,
-            {},
-        )
+        _save({name: tensor.contiguous().clone() for name, tensor in plain.items()}, temporary, {})
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

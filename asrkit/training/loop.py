@@ -64,6 +64,7 @@ class Task:
     measure: the averaged model -> dev metrics (``wer`` chooses the best); None when there is no dev manifest.
     publish: (averaged model, step, metrics): write the run's weights and lineage; main process only.
     frozen: parts of the model that stay in evaluation mode (no dropout) while the rest trains.
+    after_step: (model, step), when the weights have moved.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Task:
     measure: Callable[[nn.Module], dict[str, float]] | None
     publish: Callable[[nn.Module, int, dict[str, float]], None]
     frozen: Sequence[nn.Module] = ()
+    after_step: Callable[[Any, int], None] | None = None
 
 
 class Interrupted(Exception):
@@ -169,6 +171,8 @@ def train(
                 optimiser.step()
             if math.isfinite(norm) or (scaler is not None and not done.bad_cut_ids):
                 progress.skipped_in_a_row = 0
+                if task.after_step is not None:
+                    task.after_step(model, step)
                 shadow.follow(min(settings.average_decay, (1 + step) / (10 + step)))
             else:
                 _skip(progress, settings, done, step, log, world)
@@ -289,11 +293,14 @@ class _Shadow:
         ]
         self._average: list[torch.Tensor] = [mine for mine, _ in pairs]
         self._weights: list[torch.Tensor] = [theirs for _, theirs in pairs]
+        self._buffers = list(zip(average.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
         torch._foreach_mul_(self._average, decay)
         torch._foreach_add_(self._average, self._weights, alpha=1 - decay)
+        for mine, theirs in self._buffers:
+            mine.copy_(theirs)
 
 
 def _fetch(
