@@ -89,15 +89,18 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def requirements() -> list[Requirement]:
-    """asrkit's own dependencies, from the installed package or, beside a checkout, from pyproject.toml."""
-    try:
-        lines = importlib.metadata.requires("asrkit") or []
-    except importlib.metadata.PackageNotFoundError:
-        pyproject = Path(__file__).parents[2] / "pyproject.toml"
-        project = tomllib.loads(pyproject.read_text())["project"] if pyproject.is_file() else {}
-        lines = list(project.get("dependencies", []))
-        for extra, names in project.get("optional-dependencies", {}).items():
+    """asrkit's own dependencies, from pyproject.toml beside a checkout or else from the installed package.
+
+    A checkout moves on under an editable installation, whose metadata stays as it was.
+    """
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {}) if pyproject.is_file() else {}
+    if project.get("name") == "asrkit":  # in site-packages it would be a file some other package left there
+        lines = list(project["dependencies"])
+        for extra, names in project["optional-dependencies"].items():
             lines += [f'{name}; extra == "{extra}"' for name in names]
+    else:
+        lines = importlib.metadata.requires("asrkit") or []
     found = []
     for line in lines:
         match = re.match(r"([\w.-]+)(?:\s*>=\s*([\d.]+))?", line)
