@@ -64,8 +64,8 @@ def compare(options: argparse.Namespace, name: str, run: Path, configuration: st
 
     for form in ("offline", "streaming"):
         exported = folder / f"{form}-{configuration}"
-        chunk = {"chunk": CHUNK, "left": LEFT} if form == "streaming" else {}
-        export(run, exported, configuration=configuration, streaming=form == "streaming", **chunk)
+        chunk, left = (CHUNK, LEFT) if form == "streaming" else (None, None)
+        export(run, exported, configuration=configuration, streaming=form == "streaming", chunk=chunk, left=left)
         for threads in options.threads or [1, 2]:
             found: dict[str, list[dict]] = {"torch": [], "onnxruntime": []}
             for _ in range(options.rounds):
