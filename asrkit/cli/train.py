@@ -54,7 +54,7 @@ def train_backbone(
     from asrkit.stages.train_backbone import train_backbone as run
     from asrkit.training.loop import Interrupted
 
-    changes = _changes(overrides, {"seed": seed, "data.max_duration": max_duration})
+    changes = changes_of(overrides, {"seed": seed, "data.max_duration": max_duration})
     try:
         run(
             manifest,
@@ -65,7 +65,7 @@ def train_backbone(
             device=device,
         )
     except Interrupted as stop:
-        raise _stopped(out, stop.code) from None
+        raise stopped(out, stop.code) from None
 
 
 def add_submodel(
@@ -132,15 +132,15 @@ def add_submodel(
             name,
             manifest,
             out,
-            resolve(AddSubModelConfig, config, _changes(overrides, given)),
+            resolve(AddSubModelConfig, config, changes_of(overrides, given)),
             dev=dev,
             device=device,
         )
     except Interrupted as stop:
-        raise _stopped(out, stop.code) from None
+        raise stopped(out, stop.code) from None
 
 
-def _changes(overrides: list[str] | None, given: Mapping[str, object]) -> list[str]:
+def changes_of(overrides: list[str] | None, given: Mapping[str, object]) -> list[str]:
     """Every --set, and the options that are short for one."""
     return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
@@ -161,6 +161,6 @@ def _layers(text: str) -> str:
     return str(numbers)
 
 
-def _stopped(out: Path, code: int) -> typer.Exit:
+def stopped(out: Path, code: int) -> typer.Exit:
     typer.echo(f"stopped; the state is saved, the same command goes on from it ({out})", err=True)
     return typer.Exit(code)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from asrkit.config import from_dict
 from asrkit.errors import UserError
+from asrkit.models.compress import compress
 from asrkit.models.encoder import Caches, Encoder
 from asrkit.models.spec import ModelSpec, PredictorSpec
 from asrkit.nn.context import FULL, Context
@@ -85,6 +86,7 @@ class AsrModel(nn.Module):
         # The cheap joiner that only serves to prune the lattice; exports leave it out.
         self.simple_encoder = nn.Linear(dim, spec.vocab_size)
         self.simple_predictor = nn.Linear(spec.predictor.dim, spec.vocab_size)
+        compress(self, spec.compression)
 
     def encode(
         self,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from asrkit.config import config
+from asrkit.nn.compression import Compression
 from asrkit.nn.context import parse_context
 
 Positive = Annotated[int, Field(ge=1)]
@@ -96,7 +97,8 @@ class ConfigurationSpec:
 class ModelSpec:
     """A convolutional backbone with a CTC head and a transducer on top, and the sub-models added to it.
 
-    ``configuration`` is the one the last stage trained, which is used where none is named.
+    ``configuration`` is the one the last stage trained, which is used where none is named. ``compression`` says, by the
+    path of a linear layer such as ``encoder.blocks.0.conv.out``, how it is masked and quantised.
     """
 
     vocab_size: Annotated[int, Field(ge=2)]
@@ -107,6 +109,7 @@ class ModelSpec:
     submodels: dict[str, SubModelSpec] = field(default_factory=dict)
     configurations: dict[str, ConfigurationSpec] = field(default_factory=lambda: {BACKBONE: ConfigurationSpec()})
     configuration: str = BACKBONE
+    compression: dict[str, Compression] = field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_and_layers(self) -> Any:

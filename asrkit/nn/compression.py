@@ -77,13 +77,16 @@ class ActivationQuantisation:
 
 @config
 class Mask:
-    """Which weights stay: ``keep`` of every ``group`` along the inputs (N:M), or blocks of ``rows`` x ``columns`` by a share.
+    """Which weights stay: ``keep`` of every ``group`` along the inputs (N:M), or, by a share, blocks of ``block`` outputs x
+    inputs.
 
-    The mask itself is a buffer of the layer; this says what shape it has.
+    The mask itself is a buffer of the layer; this says what shape it has. ``pad``: a last group that is not whole counts
+    as filled up with weights that go first.
     """
 
     keep: Annotated[int, Field(ge=1)] | None = None
     group: Annotated[int, Field(ge=2)] | None = None
+    pad: bool = False
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1)
 
@@ -265,13 +268,31 @@ class _NativeProduct(torch.autograd.Function):
         return x_grad, weight_grad, None, None, None, None
 
 
+class _StraightThroughMask(torch.autograd.Function):
+    """weight * mask; backwards the whole gradient, and ``decay`` * weight where pruned."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        ctx.decay = decay
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, mask = ctx.saved_tensors
+        return grad + ctx.decay * weight * ~mask, None, None
+
+
 class CompressedLinear(nn.Linear):
     """An ``nn.Linear`` by the same names whose weights are masked, quantised and multiplied as ``how`` says.
 
     ``weight`` stays the latent float32 tensor that the optimiser moves; ``mask`` (O, I), where there is one, is a buffer.
+    ``straight_through`` None gives pruned weights no gradient (the papers' way); a number lets theirs through as if they
+    were there, plus that number times the weight (SR-STE, arXiv 2102.04010; 0 is the plain estimator).
     """
 
     mask: Tensor
+    straight_through: float | None = None
 
     def __init__(self, inputs: int, outputs: int, how: Compression, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias)
@@ -280,9 +301,11 @@ class CompressedLinear(nn.Linear):
             self.register_buffer("mask", torch.ones(outputs, inputs, dtype=torch.bool))
 
     def masked_weight(self) -> Tensor:
-        """(O, I): the latent weights, zero where the mask is; those zeros get no gradient."""
+        """(O, I): the latent weights, zero where the mask is False; those zeros get no gradient."""
         if self.how.mask is None:
             return self.weight
+        if self.straight_through is not None:
+            return _StraightThroughMask.apply(self.weight, self.mask, self.straight_through)  # type: ignore[no-any-return]
         return torch.where(self.mask, self.weight, torch.zeros_like(self.weight))
 
     def codes(self) -> Codes:
@@ -344,11 +367,12 @@ def find_mask(scores: Tensor, how: Mask) -> Tensor:
     """
     outputs, inputs = scores.shape
     if how.keep is not None and how.group is not None:
-        if inputs % how.group:
+        if inputs % how.group and not how.pad:
             raise ValueError(f"groups of {how.group} do not divide {inputs} inputs")
-        groups = scores.reshape(outputs, -1, how.group)
+        groups = F.pad(scores, (0, -inputs % how.group), value=-torch.inf).reshape(outputs, -1, how.group)
         kept = groups.topk(how.keep, dim=-1).indices
-        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).reshape(outputs, inputs)
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
+        return mask.reshape(outputs, -1)[:, :inputs].contiguous()
     assert how.sparsity is not None
     rows, columns = how.block
     if outputs % rows or inputs % columns:

@@ -14,10 +14,11 @@ from torch import nn
 from asrkit.config import config, to_dict
 from asrkit.data.batches import Batch, DataConfig
 from asrkit.data.tokenizer import Tokenizer
-from asrkit.models import AsrModel
+from asrkit.errors import UserError
+from asrkit.models import AsrModel, load_model
 from asrkit.models.spec import Positive
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, sha256_of
+from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.distributed import broadcast_object, join_world
 from asrkit.training.loop import Task, TrainingConfig, train
 from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, check_contexts
@@ -54,6 +55,21 @@ class Prepared:
     after_step: Callable[[Any, int], None] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, torch.Tensor]], None] | None = None
+
+
+def load_teacher(path: Path, student: AsrModel) -> AsrModel:
+    """The frozen model of a run directory, to teach ``student``, whose tokens it must share.
+
+    Raises:
+        UserError: unusable, or of another vocabulary.
+    """
+    teacher = load_model(open_run(path)).requires_grad_(False)
+    if teacher.vocab_size != student.vocab_size:
+        raise UserError(
+            f"--teacher {path}: has {teacher.vocab_size} tokens, the student {student.vocab_size}; "
+            "a teacher must have been trained with the student's tokenizer"
+        )
+    return teacher
 
 
 def fine_tune(

@@ -64,7 +64,7 @@ class Task:
     measure: the averaged model -> dev metrics (``wer`` chooses the best); None when there is no dev manifest.
     publish: (averaged model, step, metrics): write the run's weights and lineage; main process only.
     frozen: parts of the model that stay in evaluation mode (no dropout) while the rest trains.
-    after_step: (model, step), when the weights have moved.
+    after_step: (model, step), when the weights have moved, those of the model and those of its average.
     """
 
     model: nn.Module
@@ -174,6 +174,8 @@ def train(
                 if task.after_step is not None:
                     task.after_step(model, step)
                 shadow.follow(min(settings.average_decay, (1 + step) / (10 + step)))
+                if task.after_step is not None:
+                    task.after_step(average, step)
             else:
                 _skip(progress, settings, done, step, log, world)
             progress.step = step + 1

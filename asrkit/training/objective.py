@@ -3,6 +3,7 @@ model is trained for, with attention dropout where the stage asks for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from asrkit.config import config
+from asrkit.config import config, from_dict, to_dict
 from asrkit.data.batches import Batch
 from asrkit.errors import UserError
 from asrkit.losses.distillation import Classes, node_divergence
@@ -24,7 +25,7 @@ from asrkit.losses.transducer import (
     warm_up_scales,
 )
 from asrkit.models.asr import AsrModel
-from asrkit.models.spec import ContextText
+from asrkit.models.spec import ContextText, ModelSpec
 from asrkit.nn.context import FULL, Context, parse_context
 
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -87,6 +88,16 @@ def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:
         raise UserError(
             "contexts.distillation_scale compares transducers, but loss.transducer_scale is 0; set one of them"
         )
+
+
+@config
+class TeacherConfig:
+    """What a frozen model teaches the one that trains: ``scale`` times the divergence of their transducers' posteriors on the
+    student's pruned lattice, over ``classes``, and ``ctc_scale`` times that of their CTC posteriors."""
+
+    scale: NonNegative = 1.0
+    ctc_scale: NonNegative = 0.3
+    classes: Classes = "all"
 
 
 @config
@@ -172,7 +183,15 @@ def recogniser_loss(
     loss = full.loss + streaming.loss
     parts = full.parts | {f"streaming_{name}": value for name, value in streaming.parts.items() if name != "left_out"}
     if contexts.distillation_scale > 0:
-        divergence = _in_place_distillation(model, batch, full, streaming, contexts)
+        divergence = _divergence(
+            model,
+            batch,
+            full.encoder_out,
+            full.encoder_out_lens,
+            streaming,
+            contexts.distillation_classes,
+            contexts.distillation_delay,
+        )
         loss = loss + contexts.distillation_scale * divergence
         parts["distillation"] = divergence.detach().sum()
     return LossOutput(loss, float(full.encoder_out_lens.sum()), parts)
@@ -235,29 +254,91 @@ def _one_pass(
     return _Pass(loss, parts, encoder_out, encoder_out_lens, symbol_lens, possible, transducer)
 
 
-def _in_place_distillation(
-    model: AsrModel, batch: Batch, full: _Pass, streaming: _Pass, contexts: ContextsConfig
+def loss_of_a_stage(
+    spec: ModelSpec,
+    settings: LossConfig,
+    contexts: ContextsConfig,
+    teacher: AsrModel | None = None,
+    teaching: TeacherConfig | None = None,
+) -> Callable[[Any, Batch, int], LossOutput]:
+    """The loss of a stage that trains ``spec``'s default configuration, in ``contexts`` or else those it was trained in.
+
+    Raises:
+        UserError: a teacher, and contexts to train jointly.
+    """
+    train = contexts.train or spec.configurations[spec.configuration].contexts
+    mine = from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
+    if teacher is None:
+        return lambda model, batch, step: recogniser_loss(model, batch, step, settings, mine)
+    if mine.sampling == "joint":
+        raise UserError("a teacher teaches one context a batch; use contexts.sampling=random")
+    choices = [parse_context(text) for text in train]
+
+    def taught(model: AsrModel, batch: Batch, step: int) -> LossOutput:
+        chosen = choices[0] if len(choices) == 1 else choices[int(torch.randint(len(choices), ()))]
+        guide = teacher.to(batch.features.device).eval()
+        return taught_loss(model, guide, batch, step, settings, teaching or TeacherConfig(), chosen)
+
+    return taught
+
+
+def taught_loss(
+    model: AsrModel,
+    teacher: AsrModel,
+    batch: Batch,
+    step: int,
+    settings: LossConfig,
+    teaching: TeacherConfig,
+    context: Context = FULL,
+    configuration: str | None = None,
+) -> LossOutput:
+    """``recogniser_loss`` in one context, and what ``teacher``, in evaluation mode and in the same context, says of it."""
+    own = _one_pass(model, batch, step, settings, configuration, context, None)
+    with torch.no_grad():
+        encoder_out, _ = teacher.encode(batch.features, batch.feature_lens, configuration, context)
+    loss, parts = own.loss, dict(own.parts)
+    if teaching.scale > 0 and own.transducer is not None:
+        taught = _divergence(teacher, batch, encoder_out, own.encoder_out_lens, own, teaching.classes)
+        loss, parts["taught"] = loss + teaching.scale * taught, taught.detach().sum()
+    if teaching.ctc_scale > 0 and settings.ctc_scale > 0:
+        with torch.no_grad():
+            expected = teacher.ctc_log_probs(encoder_out)
+        found = model.ctc_log_probs(own.encoder_out)
+        valid = torch.arange(found.shape[1], device=found.device) < own.encoder_out_lens.unsqueeze(1)
+        per_frame = (expected.exp() * (expected - found)).sum(-1).masked_fill(~valid, 0.0)
+        loss, parts["taught_ctc"] = loss + teaching.ctc_scale * per_frame.sum(1), per_frame.detach().sum()
+    return LossOutput(loss, float(own.encoder_out_lens.sum()), parts)
+
+
+def _divergence(
+    teacher: AsrModel,
+    batch: Batch,
+    teacher_out: Tensor,
+    encoder_out_lens: Tensor,
+    student: _Pass,
+    classes: Classes,
+    delay: int = 0,
 ) -> Tensor:
-    """How far the streaming pass is from full context, (B,), on the streaming pass's own pruned lattice."""
-    if streaming.transducer is None:
-        raise ValueError("in-place distillation compares transducers, and this pass had none")
-    delay, num_frames = contexts.distillation_delay, full.encoder_out.shape[1]
+    """How far a pass is from what ``teacher`` makes of its own encoder frames, (B,), on the pass's own pruned lattice."""
+    if student.transducer is None:
+        raise ValueError("distillation compares transducers, and this pass had none")
+    num_frames = teacher_out.shape[1]
     with torch.no_grad():
         # Frame t of the teacher is its frame t - delay; at the ends, where there is none, the nearest.
-        frames = (torch.arange(num_frames, device=full.encoder_out.device) - delay).clamp(min=0)
-        frames = torch.minimum(frames, full.encoder_out_lens.unsqueeze(1) - 1).clamp(min=0)
+        frames = (torch.arange(num_frames, device=teacher_out.device) - delay).clamp(min=0)
+        frames = torch.minimum(frames, encoder_out_lens.unsqueeze(1) - 1).clamp(min=0)
         rows = torch.arange(len(frames), device=frames.device).unsqueeze(1)
-        predicted = model.joiner.project_predictor(model.predictor(model.predictor.contexts_of(batch.symbols)))
-        encoded = model.joiner.project_encoder(full.encoder_out[rows, frames])
-        teacher = model.joiner(*gather_pruned(encoded, predicted, streaming.transducer.ranges))
-    with torch.autocast(teacher.device.type, enabled=False):
+        predicted = teacher.joiner.project_predictor(teacher.predictor(teacher.predictor.contexts_of(batch.symbols)))
+        encoded = teacher.joiner.project_encoder(teacher_out[rows, frames])
+        expected = teacher.joiner(*gather_pruned(encoded, predicted, student.transducer.ranges))
+    with torch.autocast(expected.device.type, enabled=False):
         divergence = node_divergence(
-            streaming.transducer.logits,
-            teacher,
+            student.transducer.logits,
+            expected,
             batch.symbols,
-            streaming.transducer.ranges,
-            streaming.encoder_out_lens,
-            streaming.symbol_lens,
-            contexts.distillation_classes,
+            student.transducer.ranges,
+            student.encoder_out_lens,
+            student.symbol_lens,
+            classes,
         )
-    return torch.where(streaming.possible, divergence, torch.zeros_like(divergence))
+    return torch.where(student.possible, divergence, torch.zeros_like(divergence))

@@ -1,0 +1,258 @@
+"""Which linear layers of a model are masked and quantised, and what that makes of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from asrkit.config import config, from_dict, to_dict
+from asrkit.errors import UserError
+from asrkit.models.spec import ModelSpec
+from asrkit.nn.compression import (
+    ActivationQuantisation,
+    CompressedLinear,
+    Compression,
+    Mask,
+    WeightQuantisation,
+    size_in_bits,
+)
+
+if TYPE_CHECKING:
+    from asrkit.models.asr import AsrModel
+
+Part = Literal["encoder", "submodels", "joiner", "heads"]
+# Layers that only serve training are never compressed: no export holds them.
+TRAINING_ONLY = ("simple_encoder", "simple_predictor")
+
+
+@config
+class LayerChoice:
+    """Which linear layers a stage compresses; the papers take the encoder's, all of them.
+
+    ``only``: parts of the model; heads is the CTC head. ``first``: of the encoder's blocks, the first so many (lower ones
+    bear it best). ``include`` and ``exclude``: patterns of paths, such as ``*.conv.*``; a layer must match one of the
+    first, if there are any, and none of the second. ``indivisible``: what to do with a layer whose inputs do not divide into
+    groups or blocks: refuse, skip it, or pad the last group (N:M only).
+    """
+
+    only: Annotated[list[Part], Field(min_length=1)] = field(default_factory=lambda: ["encoder", "submodels"])
+    first: Annotated[int, Field(ge=1)] | None = None
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    indivisible: Literal["refuse", "skip", "pad"] = "refuse"
+
+
+def compress(model: nn.Module, how: Mapping[str, Compression]) -> None:
+    """Replace the named linear layers by compressed ones with the same weights, in place; masks begin as all True.
+
+    Raises:
+        UserError: a path leads to no linear layer.
+    """
+    for path, one in how.items():
+        holder, _, name = path.rpartition(".")
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            layer = None
+        if not isinstance(layer, nn.Linear):
+            raise UserError(f"model.yaml: compression: {path} is no linear layer of this model")
+        made = CompressedLinear(layer.in_features, layer.out_features, one, layer.bias is not None)
+        made.load_state_dict(layer.state_dict(), strict=False)
+        setattr(model.get_submodule(holder), name, made)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer that an export could hold, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path not in TRAINING_ONLY
+    }
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
+    """The layers that are masked or quantised, by path."""
+    return {path: module for path, module in linear_layers(model).items() if isinstance(module, CompressedLinear)}
+
+
+def choose_layers(model: nn.Module, choice: LayerChoice, active: Sequence[str] | None = None) -> dict[str, nn.Linear]:
+    """The layers ``choice`` speaks of; of sub-models only the ``active`` ones, None being all.
+
+    Raises:
+        UserError: there is none.
+    """
+    chosen = {
+        path: layer
+        for path, layer in linear_layers(model).items()
+        if _part(path) in choice.only
+        and (active is None or _part(path) != "submodels" or path.split(".")[2] in active)
+        and (choice.first is None or _block(path) is None or _block(path) < choice.first)  # type: ignore[operator]
+        and (not choice.include or any(fnmatchcase(path, pattern) for pattern in choice.include))
+        and not any(fnmatchcase(path, pattern) for pattern in choice.exclude)
+    }
+    if not chosen:
+        raise UserError(
+            "no linear layer matches layers.only, first, include and exclude; the model has "
+            + ", ".join(list(linear_layers(model))[:4])
+            + ", ..."
+        )
+    return chosen
+
+
+def _part(path: str) -> str:
+    if path.startswith("encoder.submodels."):
+        return "submodels"
+    return {"encoder": "encoder", "joiner": "joiner", "ctc_head": "heads"}.get(path.partition(".")[0], "")
+
+
+def _block(path: str) -> int | None:
+    """The number of the encoder block a layer belongs to; None for one outside of blocks."""
+    words = path.split(".")
+    if words[:2] == ["encoder", "blocks"]:
+        return int(words[2])
+    return int(words[4]) if words[:2] == ["encoder", "submodels"] else None
+
+
+def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Bytes of each part as stored for use, and as float32: ``encoder``, ``submodel NAME``, ``predictor``, ``joiner``,
+    ``ctc_head``.
+
+    Layers that only serve training are left out. Compressed layers count as ``size_in_bits`` says, all else 4 bytes a number.
+    """
+    layers = linear_layers(model)
+    inside = {f"{path}.{name}": path for path, layer in layers.items() for name, _ in layer.named_parameters()}
+    counted: dict[str, dict[str, Any]] = {}
+
+    def add(path: str, bits: int, numbers: int, compressed: int) -> None:
+        words = path.split(".")
+        part = f"submodel {words[2]}" if words[:2] == ["encoder", "submodels"] else words[0]
+        row = counted.setdefault(part, {"bytes": 0.0, "float_bytes": 0, "compressed": 0, "numbers": 0})
+        row["bytes"] += bits / 8
+        row["float_bytes"] += 4 * numbers
+        row["compressed"] += compressed
+        row["numbers"] += numbers
+
+    for path, layer in layers.items():
+        numbers = sum(parameter.numel() for parameter in layer.parameters())
+        add(path, size_in_bits(layer), numbers, layer.weight.numel() if isinstance(layer, CompressedLinear) else 0)
+    plain = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if not n.endswith(".mask"))]
+    for name, tensor in plain:
+        if name not in inside and name.partition(".")[0] not in TRAINING_ONLY:
+            add(name, 32 * tensor.numel(), tensor.numel(), 0)
+    for row in counted.values():
+        row["bytes"] = round(row["bytes"])
+    return counted
+
+
+@config
+class QuantisationConfig:
+    """What to quantise, and how; ``bits`` replaces ``weights.bits`` for the layers whose paths match a pattern, the last match
+    counting, such as ``{"encoder.blocks.0.*": 8}``."""
+
+    weights: WeightQuantisation = field(default_factory=WeightQuantisation)
+    activations: ActivationQuantisation | None = None
+    product: Literal["native", "fake"] = "native"
+    bits: dict[str, Literal[2, 4, 8]] = field(default_factory=dict)
+    layers: LayerChoice = field(default_factory=LayerChoice)
+
+
+def quantised_spec(model: AsrModel, settings: QuantisationConfig, active: Sequence[str] | None = None) -> ModelSpec:
+    """The model's spec with the chosen layers quantised, of sub-models the ``active`` ones; masks that are there stay.
+
+    Raises:
+        UserError: the model is quantised already, a block does not divide a layer, or mask and levels do not go together.
+    """
+    spec = model.spec
+    if done := [path for path, how in spec.compression.items() if how.weights is not None]:
+        raise UserError(
+            f"the model is quantised already ({len(done)} layers, such as {done[0]}); start from the run before, "
+            "whose weights are float"
+        )
+    findings, compression = [], to_dict(spec)["compression"]
+    for path, layer in choose_layers(model, settings.layers, active).items():
+        weights = to_dict(settings.weights)
+        for pattern, bits in settings.bits.items():
+            if fnmatchcase(path, pattern):
+                weights["bits"] = bits
+        if weights["scale"] == "block" and layer.in_features % weights["block_size"]:
+            if settings.layers.indivisible == "refuse":
+                findings.append(
+                    f"{path}: {layer.in_features} inputs are no multiple of block_size {weights['block_size']}; "
+                    "take another, or --set layers.indivisible=skip"
+                )
+            continue
+        activations = None if settings.activations is None else to_dict(settings.activations)
+        before = compression.get(path, {})
+        compression[path] = {**before, "weights": weights, "activations": activations, "product": settings.product}
+        if before.get("mask") and not weights["symmetric"]:
+            findings.append(
+                f"{path}: is pruned, and asymmetric weights have no exact zero, so what was pruned would come back; "
+                "use symmetric weights"
+            )
+    if findings:
+        raise UserError.of(findings)
+    return from_dict(ModelSpec, {**to_dict(spec), "compression": compression}, "compression")
+
+
+def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequence[str] | None = None) -> ModelSpec:
+    """The model's spec with the chosen layers masked, of sub-models the ``active`` ones.
+
+    Raises:
+        UserError: the model is pruned or quantised already, or the groups or blocks do not divide a layer.
+    """
+    spec = model.spec
+    if done := [path for path, how in spec.compression.items() if how.weights is not None]:
+        raise UserError(
+            f"the model is quantised already ({len(done)} layers, such as {done[0]}); prune first, then quantise"
+        )
+    if done := [path for path, how in spec.compression.items() if how.mask is not None]:
+        raise UserError(
+            f"the model is pruned already ({len(done)} layers, such as {done[0]}); start from the run before"
+        )
+    findings, compression = [], {}
+    for path, layer in choose_layers(model, choice, active).items():
+        mine = mask
+        outputs, inputs = layer.out_features, layer.in_features
+        whole = inputs % mask.group == 0 if mask.group else not (outputs % mask.block[0] or inputs % mask.block[1])
+        if not whole:
+            if choice.indivisible == "skip":
+                continue
+            if choice.indivisible == "pad" and mask.group:
+                mine = from_dict(Mask, {**to_dict(mask), "pad": True}, "mask")
+            else:
+                shape = f"groups of {mask.group}" if mask.group else f"blocks of {mask.block[0]}x{mask.block[1]}"
+                findings.append(
+                    f"{path}: {shape} do not divide {outputs} x {inputs}; --set layers.indivisible=skip leaves it as it is"
+                    + (", pad fills the last group up" if mask.group else "")
+                )
+        compression[path] = {"mask": to_dict(mine)}
+    if findings:
+        raise UserError.of(findings)
+    return from_dict(ModelSpec, {**to_dict(spec), "compression": compression}, "compression")
+
+
+def with_configuration(spec: ModelSpec, name: str | None) -> ModelSpec:
+    """The spec with ``name`` as its default configuration; None leaves it.
+
+    Raises:
+        UserError: there is no such configuration.
+    """
+    if name is None:
+        return spec
+    if name not in spec.configurations:
+        raise UserError(f"no configuration {name}; there are {', '.join(spec.configurations)}")
+    return from_dict(ModelSpec, {**to_dict(spec), "configuration": name}, "model")
+
+
+def rebuilt(spec: ModelSpec, origin: AsrModel) -> AsrModel:
+    """A model of ``spec`` with the weights of ``origin``, which has the same tensors but for masks; those begin as all True."""
+    model = type(origin)(spec)
+    missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
+    if unexpected or any(not name.endswith(".mask") for name in missing):
+        raise RuntimeError(f"the weights do not fit the compressed model: {missing} {unexpected}")
+    return model

@@ -1,0 +1,111 @@
+"""prune: N:M or block sparsity, found in the weights of a trained model while it is trained on.
+
+In every forward pass the mask comes first; once final, it never changes, and the optimiser moves no pruned weight
+(arXiv 2312.08553, US20250078815A1; blocks little by little: arXiv 2207.11906).
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from asrkit.config import config
+from asrkit.data.batches import Batch
+from asrkit.errors import UserError
+from asrkit.models import load_model
+from asrkit.models.compress import LayerChoice, compressed_layers, pruned_spec, rebuilt, with_configuration
+from asrkit.nn.compression import Mask
+from asrkit.run_dir import WEIGHTS, open_run
+from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune, load_teacher
+from asrkit.training.masks import MaskSchedule, is_due, keep_pruned, last_update, update_masks, watch_inputs
+from asrkit.training.objective import LossOutput, TeacherConfig, loss_of_a_stage
+from asrkit.training.run import RunWriter
+
+
+@config
+class PruneConfig(FineTuneConfig):
+    """Everything prune can be told; config.yaml of the run holds it with every default written out.
+
+    ``mask`` None is 2:4. ``configuration``: the one to train, None for the parent's default.
+    """
+
+    configuration: str | None = None
+    mask: Mask = field(default_factory=lambda: Mask(keep=2, group=4))
+    schedule: MaskSchedule = field(default_factory=MaskSchedule)
+    layers: LayerChoice = field(default_factory=LayerChoice)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
+def prune(
+    parent: Path,
+    manifest: Path,
+    out: Path,
+    settings: PruneConfig,
+    *,
+    teacher: Path | None = None,
+    dev: Path | None = None,
+    device: str = "auto",
+    command: str = "",
+) -> Path:
+    """Prune the model of ``parent`` and train what is left, or go on with a run that was interrupted; returns ``out``.
+
+    Args:
+        teacher: run directory of a model, such as the dense parent, that teaches besides.
+
+    Raises:
+        UserError: an unusable parent, layers that cannot be pruned so, a schedule longer than the training, a teacher of
+            another kind, manifests, out.
+        Interrupted: stopped by a signal, state saved.
+    """
+    source = open_run(parent)
+    origin = load_model(source)
+    final = last_update(settings.schedule, settings.mask.sparsity)
+    if final >= settings.training.steps:
+        raise UserError(
+            f"the masks would be final before step {final}, but training.steps is {settings.training.steps}; "
+            "train longer, or shorten schedule.start, interval and shots"
+        )
+    if settings.mask.group and settings.schedule.kind != "shots":
+        raise UserError(f"schedule.kind={settings.schedule.kind} grows a share; N:M masks are found whole (kind=shots)")
+    active = origin.submodels_of(settings.configuration)
+    spec = with_configuration(pruned_spec(origin, settings.mask, settings.layers, active), settings.configuration)
+    guide = None if teacher is None else load_teacher(teacher, origin)
+    plain = loss_of_a_stage(spec, settings.loss, settings.contexts, guide, settings.teacher)
+
+    def loss(model: Any, batch: Batch, step: int) -> LossOutput:
+        # The parts of an accumulated step find the same masks again: the weights have not moved.
+        if settings.schedule.score == "activation" and is_due(model, step, settings.schedule):
+            with watch_inputs(model) as inputs, torch.no_grad():
+                model.encode(batch.features, batch.feature_lens)
+            update_masks(model, step, settings.schedule, inputs)
+        else:
+            update_masks(model, step, settings.schedule)
+        return plain(model, batch, step)
+
+    def after_step(model: nn.Module, step: int) -> None:
+        if step >= final:
+            keep_pruned(model, step)
+
+    def prepare(run: RunWriter) -> Prepared:
+        model = rebuilt(spec, origin)
+        layers = compressed_layers(model)
+        weights = sum(layer.weight.numel() for layer in layers.values())
+        run.note(f"{run.path}: {len(layers)} layers of {weights} weights; masks are final before step {final}")
+        return Prepared(model=model, loss=loss, after_step=after_step, extra={"masks_final_before_step": final})
+
+    return fine_tune(
+        "prune",
+        source,
+        manifest,
+        out,
+        settings,
+        prepare,
+        inputs={"teacher": None if teacher is None else teacher / WEIGHTS},
+        dev=dev,
+        device=device,
+        command=command,
+    )
