@@ -1,0 +1,241 @@
+"""quantise, qat and prune: what they promise of the weights they write, and their refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tones import make_corpus
+
+from asrkit.models import AsrModel, load_model
+from asrkit.models.compress import compressed_layers, sizes
+from asrkit.nn.compression import CompressedLinear
+from asrkit.run_dir import open_run
+
+QUICK = [
+    "data.num_workers=0", "data.num_buckets=1", "training.log_every=2", "training.evaluate_every=2",
+    "training.tensorboard=false", "training.precision=float32", "training.save_every=2", "loss.backend=torch",
+    "training.steps=4",
+]  # fmt: skip
+SHAPE = [
+    "model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=48", "tokenizer.vocab_size=18",
+    "model.attention_dropout.probability=0",
+]  # fmt: skip
+
+
+def asrkit(*words: object, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "asrkit", *map(str, words)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def sets(*settings: str) -> list[str]:
+    return [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder, 12)
+    make_corpus(folder, 4, seed=1, name="dev")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parent(corpus: Path) -> Path:
+    """A small Conformer: every kind of linear layer is in it."""
+    run = corpus / "parent"
+    asrkit("train-backbone", *data(corpus), "--out", run, *sets(*SHAPE))
+    return run
+
+
+@pytest.fixture(scope="module")
+def sparse(corpus: Path, parent: Path) -> Path:
+    run = corpus / "sparse"
+    asrkit("prune", "--from", parent, "--sparsity", "2:4", "--shots", 2, *data(corpus), "--out", run, *sets())
+    return run
+
+
+def data(corpus: Path) -> list[object]:
+    return ["--manifest", corpus / "train.jsonl.gz", "--dev", corpus / "dev.jsonl.gz", "--max-duration", 20]
+
+
+def model_of(run: Path) -> AsrModel:
+    return load_model(open_run(run))
+
+
+def outputs(model: AsrModel) -> torch.Tensor:
+    features = torch.randn(2, 90, 80, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model.ctc_log_probs(model.encode(features, torch.tensor([90, 70]))[0])
+
+
+def test_quantise_rounds_the_weights_and_nothing_else(parent: Path, tmp_path: Path) -> None:
+    asrkit("quantise", "--from", parent, "--bits", 4, "--out", tmp_path / "q")
+    before, after = model_of(parent), model_of(tmp_path / "q")
+    layers = compressed_layers(after)
+    assert {path.split(".")[0] for path in layers} == {"encoder"} and len(layers) > 10
+    assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items())
+    for path, layer in layers.items():
+        codes = layer.codes()
+        assert codes.codes.abs().max() == 7
+        plain = before.get_submodule(path)
+        assert isinstance(plain, torch.nn.Linear)
+        plain.weight.data.copy_(codes.weights())
+    torch.testing.assert_close(outputs(before), outputs(after), rtol=1e-3, atol=1e-3)
+    assert not torch.equal(outputs(model_of(parent)), outputs(after))
+    asrkit("quantise", "--from", parent, "--bits", 8, "--only", "heads", "--out", tmp_path / "h")
+    assert list(compressed_layers(model_of(tmp_path / "h"))) == ["ctc_head"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--bits", "4", "--act-bits", "8"],
+        ["--bits", "2", "--set", "quantisation.weights.symmetric=false", "--set", "quantisation.weights.scale=block",
+         "--set", "quantisation.weights.block_size=16"],
+        ["--bits", "8", "--from-scratch", "--set", "quantisation.layers.first=1"],
+    ],
+)  # fmt: skip
+def test_qat_trains_what_it_will_run(corpus: Path, parent: Path, tmp_path: Path, how: list[str]) -> None:
+    run = tmp_path / "qat"
+    asrkit("qat", "--from", parent, *data(corpus), "--out", run, *sets(), *how)
+    model = model_of(run)
+    layers = compressed_layers(model)
+    bits = int(how[1])
+    assert layers and all(layer.how.weights is not None and layer.how.weights.bits == bits for layer in layers.values())
+    if "--from-scratch" in how:
+        assert not any(".blocks.1." in path for path in layers) and any(".blocks.0." in path for path in layers)
+        (before, after) = (open_run(path).weights() for path in (parent, run))
+        assert torch.equal(before["encoder.normalise.mean"], after["encoder.normalise.mean"])
+        name = "encoder.blocks.1.conv.out.weight"
+        assert float((before[name] - after[name]).abs().mean()) > 0.5 * float(before[name].abs().mean())
+    asrkit("evaluate", "--from", run, "--manifest", corpus / "dev.jsonl.gz")
+    config = open_run(run).config
+    assert config["stage"] == "qat" and config["quantisation"]["weights"]["bits"] == bits
+
+
+def test_pruning_leaves_two_of_four_and_they_stay_pruned(parent: Path, sparse: Path) -> None:
+    model = model_of(sparse)
+    layers = compressed_layers(model)
+    assert len(layers) == len(
+        [m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and p.startswith("encoder")]
+    )
+    for layer in layers.values():
+        groups = layer.mask.view(layer.out_features, -1, 4)
+        assert bool((groups.sum(-1) == 2).all())
+        assert bool((layer.weight[~layer.mask] == 0).all())
+    before = model_of(parent)
+    moved = [p for p, layer in layers.items() if not torch.equal(layer.weight, before.get_submodule(p).weight)]
+    assert moved
+
+
+def test_masks_are_frozen_after_the_last_shot(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
+    """A run of two shots that ends right after them has the masks of one that trained on."""
+    short = tmp_path / "short"
+    asrkit("prune", "--from", parent, "--sparsity", "2:4", "--shots", 2, *data(corpus), "--out", short, *sets(),
+           "--set", "training.steps=2", "--set", "training.optimiser.decay=constant")  # fmt: skip
+    whole = tmp_path / "whole"
+    asrkit("prune", "--from", parent, "--sparsity", "2:4", "--shots", 2, *data(corpus), "--out", whole, *sets(),
+           "--set", "training.optimiser.decay=constant")  # fmt: skip
+    first, last = model_of(short), model_of(whole)
+    for path, layer in compressed_layers(first).items():
+        other = last.get_submodule(path)
+        assert isinstance(other, CompressedLinear) and torch.equal(layer.mask, other.mask), path
+
+
+def test_integers_on_a_pruned_model(corpus: Path, sparse: Path, tmp_path: Path) -> None:
+    run = tmp_path / "both"
+    asrkit("qat", "--from", sparse, "--bits", 4, "--teacher", sparse, *data(corpus), "--out", run, *sets())
+    before, after = compressed_layers(model_of(sparse)), compressed_layers(model_of(run))
+    for path, layer in after.items():
+        assert torch.equal(layer.mask, before[path].mask)
+        assert bool((layer.codes().codes[~layer.mask] == 0).all()) and bool((layer.weight[~layer.mask] == 0).all())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("taught" in json.dumps(line) for line in metrics)
+    # The published account of int4 with 2:4: 9.375 % of what is compressed.
+    layers = after.values()
+    weights = sum(layer.weight.numel() for layer in layers)
+    rest = sum(4 * (layer.out_features + layer.bias.numel()) for layer in layers)
+    others = sum(row["float_bytes"] for row in sizes(model_of(run)).values()) - sum(
+        4 * (layer.weight.numel() + layer.bias.numel()) for layer in layers
+    )
+    assert sum(row["bytes"] for row in sizes(model_of(run)).values()) == pytest.approx(
+        0.09375 * 4 * weights + rest + others, abs=8
+    )
+    said = asrkit(
+        "quantise", "--from", sparse, "--bits", 2, "--set", "weights.symmetric=false", "--out", tmp_path / "no", code=1
+    )
+    assert "no exact zero" in said and not (tmp_path / "no").exists()
+
+
+def test_blocks_little_by_little(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    run = tmp_path / "blocks"
+    asrkit("prune", "--from", parent, "--sparsity", 0.36, "--block", "8x1", "--schedule", "iterative", *data(corpus), "--out", run,
+           *sets("layers.indivisible=skip", "schedule.score=activation"))  # fmt: skip
+    for layer in compressed_layers(model_of(run)).values():
+        blocks = layer.mask.view(-1, 8, layer.in_features)
+        assert bool((blocks.all(1) | ~blocks.any(1)).all())
+        kept, number = int(blocks.all(1).sum()), blocks.shape[0] * blocks.shape[2]
+        assert kept == number - round(0.36 * number)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_masks(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
+    run = tmp_path / "again"
+    words = [str(word) for word in (
+        sys.executable, "-m", "asrkit", "prune", "--from", parent, "--sparsity", "2:4", "--shots", 2, *data(corpus), "--out", run,
+        *sets(),
+    )]  # fmt: skip
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2"):
+            process.kill()
+            break
+    process.wait()
+    assert not (run / "done").exists()
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
+    expected = open_run(sparse).weights()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in open_run(run).weights().items())
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["prune", "--sparsity", "2:5"], "groups of 5 do not divide"),
+        (["prune", "--sparsity", "5:4"], "cannot keep 5 of 4"),
+        (["prune", "--sparsity", "half"], "write N:M, such as 2:4"),
+        (["prune", "--sparsity", "2:4", "--block", "8x1"], "goes with a share"),
+        (["prune", "--sparsity", "0.5", "--block", "7x1"], "blocks of 7x1 do not divide"),
+        (["prune", "--shots", "50"], "training.steps is 4"),
+        (["prune", "--schedule", "cubic"], "N:M masks are found whole"),
+        (["prune", "--configuration", "none"], "there are backbone, joint"),
+        (["qat", "--bits", "3"], "Input should be 2, 4 or 8"),
+        (["qat", "--bits", "4", "--set", "quantisation.weights.scale=block"], "no multiple of block_size 64"),
+        (["qat", "--only", "tail"], "layers.only"),
+        (["qat", "--set", "quantisation.layers.include=[nothing]"], "no linear layer matches"),
+        (["qat", "--teacher", "nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_leave_nothing(
+    corpus: Path, parent: Path, tmp_path: Path, words: list[str], complaint: str
+) -> None:
+    command, *options = words
+    said = asrkit(command, "--from", parent, *data(corpus), "--out", tmp_path / "run", *sets(), *options, code=1)
+    assert complaint in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_quantised_or_pruned_is_not_so_again(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
+    asrkit("quantise", "--from", parent, "--out", tmp_path / "q")
+    for command in ("qat", "prune"):
+        said = asrkit(command, "--from", tmp_path / "q", *data(corpus), "--out", tmp_path / "run", *sets(), code=1)
+        assert "quantised already" in said
+    said = asrkit("prune", "--from", sparse, *data(corpus), "--out", tmp_path / "run", *sets(), code=1)
+    assert "pruned already" in said
