@@ -38,14 +38,15 @@ def resolve(cls: type[T], file: Path | None = None, overrides: Iterable[str] = (
     Raises:
         UserError: one line for every unknown key (with the nearest valid one), wrong type or value.
     """
-    values: dict[str, Any] = {}
+    # From the defaults as a whole: a stage's own for a nested group count for the keys that nobody sets.
+    values: dict[str, Any] = to_dict(cls())
     if file is not None:
         if not Path(file).is_file():
             raise UserError(f"{file}: no such configuration file")
         content = read_yaml(Path(file))
         if content is not None and not isinstance(content, dict):
             raise UserError(f"{file}: a configuration file holds `key: value` lines")
-        values = content or {}
+        _merge(values, content or {})
     findings = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -89,6 +90,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             lines.append(f"{prefix}{key}: {before} -> {after}")
     return lines
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
 
 
 def _parse(text: str) -> Any:

@@ -132,7 +132,7 @@ def test_pruning_leaves_two_of_four_and_they_stay_pruned(parent: Path, sparse: P
         assert bool((groups.sum(-1) == 2).all())
         assert bool((layer.weight[~layer.mask] == 0).all())
     before = model_of(parent)
-    moved = [p for p, layer in layers.items() if not torch.equal(layer.weight, before.get_submodule(p).weight)]
+    moved = [p for p, layer in layers.items() if not torch.equal(layer.weight, before.get_submodule(p).weight)]  # type: ignore[arg-type]
     assert moved
 
 

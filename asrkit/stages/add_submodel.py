@@ -23,7 +23,9 @@ from asrkit.models.spec import ContextText, Positive, Probability
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import open_run
 from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune
+from asrkit.training.loop import TrainingConfig
 from asrkit.training.objective import ContextsConfig, recogniser_loss
+from asrkit.training.optim import OptimiserConfig
 from asrkit.training.run import RunWriter
 
 NOOP, RANDOM = "noop", "random"
@@ -60,12 +62,14 @@ class AddSubModelConfig(FineTuneConfig):
     ``on``: sub-models that are active, frozen, while the new one trains and runs. ``also_train``: what else learns: the
     decoder (predictor and joiners) or the heads (CTC); other configurations then change with them. ``frozen_dropout``:
     whether the frozen parts drop out as in their own training; ours is no, they are what they will be in use.
+    The optimiser is AdamW: ScaledAdam's steps are a share of a tensor's size, and a zeroed output projection has none.
     """
 
     submodel: SubModelConfig = field(default_factory=SubModelConfig)
     on: list[str] = field(default_factory=list)
     also_train: list[Literal["decoder", "heads"]] = field(default_factory=list)
     frozen_dropout: bool = False
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(optimiser=OptimiserConfig(name="adamw")))
 
 
 def extended_spec(spec: ModelSpec, name: str, settings: AddSubModelConfig, where: str = "model") -> ModelSpec:

@@ -34,7 +34,7 @@ class PruneConfig(FineTuneConfig):
     """
 
     configuration: str | None = None
-    mask: Mask = field(default_factory=lambda: Mask(keep=2, group=4))
+    mask: Mask | None = None
     schedule: MaskSchedule = field(default_factory=MaskSchedule)
     layers: LayerChoice = field(default_factory=LayerChoice)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -63,16 +63,17 @@ def prune(
     """
     source = open_run(parent)
     origin = load_model(source)
-    final = last_update(settings.schedule, settings.mask.sparsity)
+    mask = settings.mask or Mask(keep=2, group=4)
+    final = last_update(settings.schedule, mask.sparsity)
     if final >= settings.training.steps:
         raise UserError(
             f"the masks would be final before step {final}, but training.steps is {settings.training.steps}; "
             "train longer, or shorten schedule.start, interval and shots"
         )
-    if settings.mask.group and settings.schedule.kind != "shots":
+    if mask.group and settings.schedule.kind != "shots":
         raise UserError(f"schedule.kind={settings.schedule.kind} grows a share; N:M masks are found whole (kind=shots)")
     active = origin.submodels_of(settings.configuration)
-    spec = with_configuration(pruned_spec(origin, settings.mask, settings.layers, active), settings.configuration)
+    spec = with_configuration(pruned_spec(origin, mask, settings.layers, active), settings.configuration)
     guide = None if teacher is None else load_teacher(teacher, origin)
     plain = loss_of_a_stage(spec, settings.loss, settings.contexts, guide, settings.teacher)
 

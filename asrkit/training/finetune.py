@@ -22,20 +22,27 @@ from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.distributed import broadcast_object, join_world
 from asrkit.training.loop import Task, TrainingConfig, train
 from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, check_contexts
+from asrkit.training.optim import OptimiserConfig
 from asrkit.training.run import RunWriter, dev_measure, read_material, training_table
 
 
 @config
 class FineTuneConfig:
-    """What every stage that goes on training can be told; a stage's own settings come on top."""
+    """What every stage that goes on training can be told; a stage's own settings come on top.
+
+    Different from train-backbone, and ours: the transducer's simple part does not lead again, and AdamW at a quarter of its
+    usual rate.
+    """
 
     seed: Annotated[int, Field(ge=0)] = 1
     bad_cuts: str = Field(default="refuse", pattern="^(refuse|skip)$")
     dev_max_cuts: Positive = 500
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = field(default_factory=lambda: LossConfig(warm_up_steps=0))
     contexts: ContextsConfig = field(default_factory=ContextsConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(optimiser=OptimiserConfig(name="adamw", learning_rate=5e-4))
+    )
 
 
 @dataclass(frozen=True)
