@@ -88,6 +88,12 @@ class SubModel(nn.Module):
         )
 
 
+    def silence(self) -> None:
+        """Make the sub-model add nothing: the output projections of all its modules are zeroed."""
+        for module in self.layers.values():
+            module.silence()  # type: ignore[operator]
+
+
 class Encoder(nn.Module):
     """Normalised features through the subsampling and the backbone's blocks, with whichever sub-models are active."""
 

@@ -62,7 +62,7 @@ class AddSubModelConfig(FineTuneConfig):
     ``on``: sub-models that are active, frozen, while the new one trains and runs. ``also_train``: what else learns: the
     decoder (predictor and joiners) or the heads (CTC); other configurations then change with them. ``frozen_dropout``:
     whether the frozen parts drop out as in their own training; ours is no, they are what they will be in use.
-    The optimiser is AdamW: ScaledAdam's steps are a share of a tensor's size, and a zeroed output projection has none.
+    The optimiser is AdamW: ScaledAdam's steps are a share of a tensor's size, and a zeroed output projection has none yet.
     """
 
     submodel: SubModelConfig = field(default_factory=SubModelConfig)
@@ -194,8 +194,7 @@ def _start(model: AsrModel, name: str, init: str) -> None:
     mine = model.encoder.submodels[name]
     assert isinstance(mine, SubModel)
     if init == NOOP:
-        for module in mine.layers.values():
-            module.silence()  # type: ignore[operator]
+        mine.silence()
     elif init != RANDOM:
         try:
             mine.load_state_dict(model.encoder.submodels[init].state_dict())

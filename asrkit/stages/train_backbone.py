@@ -47,7 +47,8 @@ class BackboneConfig:
     """``size`` names a preset; any other field set replaces the preset's value.
 
     Attention, where ``attention_dropout.probability`` is below 1, is a sub-model named ``joint`` in every layer:
-    ``attention_heads`` of it, ``attention_dim`` wide (the backbone's width when none is given).
+    ``attention_heads`` of it, ``attention_dim`` wide (the backbone's width when none is given). Its output projections
+    begin as zeros, so that the model begins as a backbone.
     """
 
     size: Size = "small"
@@ -159,6 +160,8 @@ def train_backbone(
 
             torch.manual_seed(settings.seed)
             model = AsrModel(model_spec(settings.model, pieces.vocab_size, settings.contexts))
+            for attention in model.encoder.submodels.values():
+                attention.silence()  # type: ignore[operator]
             if run.fresh:
                 mean, std = feature_statistics(table)
                 model.encoder.normalise.mean.copy_(mean)
