@@ -119,33 +119,40 @@ def _block(path: str) -> int | None:
 
 
 def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Bytes of each part as stored for use, and as float32: ``encoder``, ``submodel NAME``, ``predictor``, ``joiner``,
-    ``ctc_head``.
+    """What each part takes when stored for use, and what it would as float32: ``backbone``, ``submodel NAME``, ``predictor``,
+    ``joiner``, ``ctc_head``.
 
-    Layers that only serve training are left out. Compressed layers count as ``size_in_bits`` says, all else 4 bytes a number.
+    ``bytes`` and ``float_bytes``; ``weights``, how many are masked or quantised, and of those ``kept``; ``bits`` of the
+    quantised ones, all that occur. Compressed layers count as ``size_in_bits`` says, all else 4 bytes a number; layers that
+    only serve training are left out.
     """
-    layers = linear_layers(model)
-    inside = {f"{path}.{name}": path for path, layer in layers.items() for name, _ in layer.named_parameters()}
     counted: dict[str, dict[str, Any]] = {}
 
-    def add(path: str, bits: int, numbers: int, compressed: int) -> None:
+    def row(path: str) -> dict[str, Any]:
         words = path.split(".")
-        part = f"submodel {words[2]}" if words[:2] == ["encoder", "submodels"] else words[0]
-        row = counted.setdefault(part, {"bytes": 0.0, "float_bytes": 0, "compressed": 0, "numbers": 0})
-        row["bytes"] += bits / 8
-        row["float_bytes"] += 4 * numbers
-        row["compressed"] += compressed
-        row["numbers"] += numbers
+        part = "backbone" if words[0] == "encoder" else words[0]
+        part = f"submodel {words[2]}" if words[:2] == ["encoder", "submodels"] else part
+        return counted.setdefault(part, {"bytes": 0.0, "float_bytes": 0, "weights": 0, "kept": 0, "bits": []})
 
+    layers, inside = linear_layers(model), set()
     for path, layer in layers.items():
-        numbers = sum(parameter.numel() for parameter in layer.parameters())
-        add(path, size_in_bits(layer), numbers, layer.weight.numel() if isinstance(layer, CompressedLinear) else 0)
+        mine = row(path)
+        inside |= {f"{path}.{name}" for name, _ in layer.named_parameters()}
+        mine["bytes"] += size_in_bits(layer) / 8
+        mine["float_bytes"] += 4 * sum(parameter.numel() for parameter in layer.parameters())
+        if isinstance(layer, CompressedLinear):
+            mine["weights"] += layer.weight.numel()
+            mine["kept"] += int(layer.mask.sum()) if layer.how.mask is not None else layer.weight.numel()
+            if layer.how.weights is not None and layer.how.weights.bits not in mine["bits"]:
+                mine["bits"] = sorted([*mine["bits"], layer.how.weights.bits])
     plain = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if not n.endswith(".mask"))]
     for name, tensor in plain:
         if name not in inside and name.partition(".")[0] not in TRAINING_ONLY:
-            add(name, 32 * tensor.numel(), tensor.numel(), 0)
-    for row in counted.values():
-        row["bytes"] = round(row["bytes"])
+            mine = row(name)
+            mine["bytes"] += 4 * tensor.numel()
+            mine["float_bytes"] += 4 * tensor.numel()
+    for mine in counted.values():
+        mine["bytes"] = round(mine["bytes"])
     return counted
 
 

@@ -87,7 +87,6 @@ class SubModel(nn.Module):
             }
         )
 
-
     def silence(self) -> None:
         """Make the sub-model add nothing: the output projections of all its modules are zeroed."""
         for module in self.layers.values():

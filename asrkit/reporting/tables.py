@@ -92,9 +92,32 @@ def run_tables(description: dict[str, Any]) -> list[Table]:
     if description["submodels"]:
         tables.append(_submodels(description))
     tables.append(_parts(description))
+    if description["compression"]:
+        tables.append(_compression(description["compression"]))
     if description["evaluations"]:
         tables.append(_evaluations(description))
     return tables
+
+
+def _compression(compression: dict[str, Any]) -> Table:
+    """Bytes of each part as stored for use, beside those of float32."""
+    table = _table("stored for use", "part", "bits", numbers=("kept %", "float bytes", "bytes", "of float %"))
+    rows = compression["parts"]
+    for row in rows:
+        kept = f"{100 * row['kept'] / row['weights']:.1f}" if row["weights"] else "-"
+        _size_row(table, row["part"], ", ".join(map(str, row["bits"])) or "float", kept, [row])
+    _size_row(table, "all", "", "", rows)
+    stayed = compression["float_layers"]
+    table.caption = (
+        f"linear layers in float: {', '.join(stayed) or 'none'}; convolutions, norms and embeddings always are"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _size_row(table: Table, part: str, bits: str, kept: str, rows: Sequence[dict[str, Any]]) -> None:
+    stored, plain = (sum(row[key] for row in rows) for key in ("bytes", "float_bytes"))
+    table.add_row(part, bits, kept, f"{plain:,}", f"{stored:,}", f"{100 * stored / plain:.1f}")
 
 
 def _stages(description: dict[str, Any]) -> Table:

@@ -38,7 +38,24 @@ def describe_run(path: Path) -> dict[str, Any]:
         "submodels": _submodels(spec, parts),
         "configurations": _configurations(spec, parts, evaluations),
         "evaluations": evaluations,
+        "compression": _compression(run, spec),
     }
+
+
+def _compression(run: RunDir, spec: ModelSpec) -> dict[str, Any] | None:
+    """What each part takes when stored for use, and which linear layers stayed float; None where nothing is compressed."""
+    if not spec.compression:
+        return None
+    from asrkit.models import load_model
+    from asrkit.models.compress import linear_layers, sizes
+
+    model = load_model(run)
+    return {
+        "parts": [{"part": name, **row} for name, row in sorted(sizes(model).items())],
+        "layers": {path: {"bits": how.weights and how.weights.bits, "masked": how.mask is not None}
+                   for path, how in spec.compression.items()},
+        "float_layers": [path for path in linear_layers(model) if path not in spec.compression],
+    }  # fmt: skip
 
 
 def _parts(run: RunDir) -> list[dict[str, Any]]:
@@ -55,7 +72,7 @@ def _parts(run: RunDir) -> list[dict[str, Any]]:
                 tensor = file.get_slice(name)
                 size = math.prod(tensor.get_shape())
                 part = parts.setdefault(_part_of(name), {"parameters": 0, "bytes": 0})
-                part["parameters"] += size
+                part["parameters"] += 0 if name.endswith(".mask") else size
                 part["bytes"] += size * _bytes_of(tensor.get_dtype())
     except SafetensorError as error:
         raise UserError(f"{run.path / WEIGHTS}: not a safetensors file ({error}); restore it") from error

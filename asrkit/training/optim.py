@@ -77,7 +77,9 @@ class ScaledAdam(torch.optim.Optimizer):
         scale_rate: float = 0.1,
         smallest: float = 1e-2,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "scale_rate": scale_rate, "smallest": smallest})
+        super().__init__(
+            parameters, {"lr": lr, "betas": betas, "eps": eps, "scale_rate": scale_rate, "smallest": smallest}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
