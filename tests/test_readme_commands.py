@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 from tones import RATE, WORDS, make_corpus, say
 
@@ -25,16 +26,28 @@ def corpus(folder: Path) -> None:
         make_corpus(prompts, count, seed, name)
 
 
-def test_the_commands_of_add_submodel(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("add-submodel", {"train-backbone", "add-submodel", "evaluate", "submodel", "info"}),
+        ("qat", {"quantise", "qat", "evaluate", "info"}),
+        ("prune", {"prune", "qat", "info"}),
+    ],
+)
+def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -> None:
     """Every command of the page, in its order; training is cut short and small."""
     corpus(tmp_path)
-    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "add-submodel.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    assert {"train-backbone", "add-submodel", "evaluate", "submodel", "info"} == {words[1] for words in listed}
+    assert {words[1] for words in listed} == expected
+    if "train-backbone" not in expected:
+        data = "--manifest data/prompts/train.jsonl.gz --dev data/prompts/dev.jsonl.gz --out exp/backbone"
+        listed.insert(0, ["asrkit", "train-backbone", *data.split()])
     small = "model.size=tiny model.num_layers=3 model.dim=32 model.feedforward_dim=32 tokenizer.vocab_size=18"
     for words in listed:
-        if words[1] in ("train-backbone", "add-submodel"):
-            brief = "training.steps=1 training.tensorboard=false data.num_workers=0 loss.backend=torch"
+        if words[1] in ("train-backbone", "add-submodel", "qat", "prune"):
+            steps = 12 if "iterative" in words else 1
+            brief = f"training.steps={steps} training.tensorboard=false data.num_workers=0 loss.backend=torch"
             settings = [*brief.split(), *(small.split() if words[1] == "train-backbone" else [])]
             words += ["--max-duration", "10", *(part for setting in settings for part in ("--set", setting))]
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
