@@ -6,15 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tones import make_corpus
 
+from asrkit.data.batches import Batch
 from asrkit.models import AsrModel, load_model
-from asrkit.models.compress import compressed_layers, sizes
-from asrkit.nn.compression import CompressedLinear
+from asrkit.models.compress import LayerChoice, choose_layers, compressed_layers, sizes
+from asrkit.nn.compression import CompressedLinear, WeightQuantisation
 from asrkit.run_dir import open_run
+from asrkit.training.objective import LossConfig, recogniser_loss
+from asrkit.training.sensitivity import choose_bits, measure
 
 QUICK = [
     "data.num_workers=0", "data.num_buckets=1", "training.log_every=2", "training.evaluate_every=2",
@@ -205,9 +211,79 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(corpus: Path, parent: Path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in open_run(run).weights().items())
 
 
+def test_bits_within_a_budget(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    run = tmp_path / "mixed"
+    parts = [word for part in ("encoder", "submodels", "joiner", "heads") for word in ("--only", part)]
+    words = ["qat", "--from", parent, "--budget", "25%", *parts, *data(corpus), "--out", run, *sets()]
+    said = asrkit(*words)
+    model = model_of(run)
+    rows = sizes(model).values()
+    stored, plain = (sum(row[key] for row in rows) for key in ("bytes", "float_bytes"))
+    assert stored <= 0.25 * plain
+    bits = {path: layer.how.weights.bits for path, layer in compressed_layers(model).items() if layer.how.weights}
+    assert len(set(bits.values())) > 1
+    for path, chosen in bits.items():
+        assert f"{path}: {chosen} bits (loss by itself: 8 bits" in said
+    # What was chosen is in model.yaml, so that a run that goes on chooses nothing anew.
+    before = (run / "model.yaml").read_bytes()
+    (run / "done").unlink()
+    assert "loss by itself" not in asrkit(*words) and (run / "model.yaml").read_bytes() == before
+    refused = asrkit(
+        "qat", "--from", parent, "--budget", "1%", *data(corpus), "--out", tmp_path / "no", *sets(), code=1
+    )
+    assert "even with 2 bits" in refused and not (tmp_path / "no").exists()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_the_steps_down_that_cost_least_are_taken(data: st.DataObject) -> None:
+    names = [f"layer{number}" for number in range(data.draw(st.integers(1, 5)))]
+    costs, sizes_of = {}, {}
+    for name in names:
+        four, two = (data.draw(st.floats(0, 1)) for _ in range(2))
+        costs[name] = {8: 0.0, 4: four, 2: four + two}
+        weights = data.draw(st.integers(1, 1000))
+        sizes_of[name] = {bits: weights * bits / 8 for bits in (8, 4, 2)}
+    least, most = (sum(sizes_of[name][bits] for name in names) for bits in (2, 8))
+    allowed = data.draw(st.floats(least, most))
+    chosen = choose_bits(costs, sizes_of, allowed)
+    assert sum(sizes_of[name][bits] for name, bits in chosen.items()) <= allowed + 1e-6
+    if allowed == most:
+        assert set(chosen.values()) == {8}
+    # A layer that costs nothing goes down before one that costs something for as many bytes.
+    free = dict(costs, **{names[0]: {8: 0.0, 4: 0.0, 2: 0.0}})
+    same = {name: sizes_of[names[0]] for name in names}
+    tight = sum(row[8] for row in same.values()) - 1e-9
+    if all(costs[name][4] > 0 for name in names[1:]):
+        assert choose_bits(free, same, tight)[names[0]] < 8
+
+
+def test_measuring_leaves_the_model_alone(parent: Path) -> None:
+    model = model_of(parent)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers = choose_layers(model, LayerChoice(include=["*.conv.out"]))
+    batch = Batch(
+        torch.randn(2, 80, 80), torch.tensor([80, 61]), ["a", "b"], ["", ""], ["", ""], [0.8, 0.6],
+        torch.tensor([[2, 3, 4], [5, 5, 0]]), torch.tensor([3, 2]),
+    )  # fmt: skip
+    loss = LossConfig(backend="torch")
+    costs = measure(
+        model,
+        layers,
+        WeightQuantisation(),
+        lambda m, b, s: recogniser_loss(cast(AsrModel, m), b, s, loss),
+        [batch],
+    )
+    assert set(costs) == {"encoder.blocks.0.conv.out", "encoder.blocks.1.conv.out"}
+    assert all(set(row) == {8, 4, 2} and abs(row[8]) < 0.1 for row in costs.values())
+    assert any(row[2] != 0 for row in costs.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
+        (["qat", "--budget", "little"], "write a share of the float size"),
         (["prune", "--sparsity", "2:5"], "groups of 5 do not divide"),
         (["prune", "--sparsity", "5:4"], "cannot keep 5 of 4"),
         (["prune", "--sparsity", "half"], "write N:M, such as 2:4"),

@@ -72,6 +72,9 @@ def qat(
     bits: Bits = None,
     act_bits: ActBits = None,
     only: Only = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Share of the float size, such as 20%; bits are chosen layer by layer.")
+    ] = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Begin with new weights, not with the parent's.")
     ] = False,
@@ -93,6 +96,8 @@ def qat(
 
         asrkit qat --from exp/sparse --bits 4 --manifest data/prompts/train.jsonl.gz --out exp/sparse-int4
 
+        asrkit qat --from exp/attention --budget 20% --manifest data/prompts/train.jsonl.gz --out exp/mixed
+
     A pruned parent's masks stay. Everything in the chosen configuration learns, so other configurations of the
     checkpoint are no longer what they were.
     """
@@ -103,6 +108,7 @@ def qat(
 
     given = _bits("quantisation.", bits, act_bits, only)
     given |= {
+        "budget": _share(budget),
         "from_scratch": True if from_scratch else None,
         "configuration": configuration,
         "seed": seed,
@@ -170,6 +176,18 @@ def _bits(prefix: str, bits: int | None, act_bits: int | None, only: list[str] |
         f"{prefix}activations.bits": act_bits,
         f"{prefix}layers.only": f"[{','.join(only)}]" if only else None,
     }
+
+
+def _share(text: str | None) -> float | None:
+    """0.2 of ``20%`` or ``0.2``."""
+    from asrkit.errors import UserError
+
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UserError(f"--budget {text}: write a share of the float size, such as 20%") from None
 
 
 def _mask(sparsity: str | None, block: str | None) -> str | None:

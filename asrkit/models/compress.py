@@ -243,6 +243,31 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
     return from_dict(ModelSpec, {**to_dict(spec), "compression": compression}, "compression")
 
 
+def layer_sizes(
+    model: AsrModel, settings: QuantisationConfig, active: Sequence[str] | None = None
+) -> tuple[dict[str, dict[int, float]], float, float]:
+    """Bytes of each layer to be quantised with 8, 4 and 2 bits; and, of the whole model, the bytes of all else and those of
+    float32. Sub-models that are not active do not count."""
+    layers = choose_layers(model, settings.layers, active)
+    by_bits: dict[str, dict[int, float]] = {path: {} for path in layers}
+    rest, plain = 0.0, 0.0
+    for bits in (8, 4, 2):
+        weights = {**to_dict(settings.weights), "bits": bits, "symmetric": True}
+        uniform = from_dict(QuantisationConfig, {**to_dict(settings), "weights": weights, "bits": {}}, "quantisation")
+        made = rebuilt(quantised_spec(model, uniform, active), model)
+        for path, layer in compressed_layers(made).items():
+            if path in by_bits:
+                by_bits[path][bits] = size_in_bits(layer) / 8
+        counted = [row for part, row in sizes(made).items() if _counts(part, active)]
+        rest = sum(row["bytes"] for row in counted) - sum(sizes_of[bits] for sizes_of in by_bits.values())
+        plain = sum(row["float_bytes"] for row in counted)
+    return by_bits, rest, plain
+
+
+def _counts(part: str, active: Sequence[str] | None) -> bool:
+    return active is None or not part.startswith("submodel ") or part.removeprefix("submodel ") in active
+
+
 def with_configuration(spec: ModelSpec, name: str | None) -> ModelSpec:
     """The spec with ``name`` as its default configuration; None leaves it.
 

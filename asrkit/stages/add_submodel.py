@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from asrkit.config import config, from_dict, to_dict
+from asrkit.data.batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.digests import backbone_digest
@@ -151,7 +152,7 @@ def add_submodel(
     contexts = _with(settings.contexts, trained_contexts(settings))
     digest = backbone_digest(origin.state_dict())
 
-    def prepare(run: RunWriter) -> Prepared:
+    def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         model = AsrModel(spec)
         missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
         if unexpected or any(not key.startswith(f"encoder.submodels.{name}.") for key in missing):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from asrkit.config import config
-from asrkit.data.batches import Batch
+from asrkit.data.batches import Batch, TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.models.compress import LayerChoice, compressed_layers, pruned_spec, rebuilt, with_configuration
@@ -91,7 +91,7 @@ def prune(
         if step >= final:
             keep_pruned(model, step)
 
-    def prepare(run: RunWriter) -> Prepared:
+    def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         model = rebuilt(spec, origin)
         layers = compressed_layers(model)
         weights = sum(layer.weight.numel() for layer in layers.values())

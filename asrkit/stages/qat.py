@@ -7,17 +7,33 @@ stay, and prune comes before quantise (arXiv 2312.08553, US20250078815A1).
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
-from asrkit.config import config
-from asrkit.models import AsrModel, load_model
-from asrkit.models.compress import QuantisationConfig, quantised_spec, rebuilt, with_configuration
-from asrkit.run_dir import WEIGHTS, open_run
+from pydantic import Field
+
+from asrkit.config import config, from_dict, to_dict
+from asrkit.data.batches import Batch, TrainBatches
+from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.models.compress import (
+    QuantisationConfig,
+    choose_layers,
+    layer_sizes,
+    quantised_spec,
+    rebuilt,
+    with_configuration,
+)
+from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml
 from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune, load_teacher
 from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import TeacherConfig, loss_of_a_stage
+from asrkit.training.objective import ContextsConfig, TeacherConfig, loss_of_a_stage
 from asrkit.training.run import RunWriter
+from asrkit.training.sensitivity import BITS, choose_bits, measure
+
+SAMPLE = 4  # training batches that sensitivity is measured on
 
 
 @config
@@ -26,9 +42,12 @@ class QatConfig(FineTuneConfig):
 
     ``from_scratch``: begin with new weights, as the paper does, and not with the parent's; its shape, features' statistics
     and tokenizer are taken over. ``configuration``: the one to train, None for the parent's default.
+    ``budget``: the share of the configuration's float size that it may take; bits are then chosen for each layer, by what the
+    loss of the first 4 training batches grows by when it alone is quantised.
     """
 
     configuration: str | None = None
+    budget: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
     from_scratch: bool = False
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -57,21 +76,27 @@ def qat(
     source = open_run(parent)
     origin = load_model(source)
     active = origin.submodels_of(settings.configuration)
-    spec = with_configuration(quantised_spec(origin, settings.quantisation, active), settings.configuration)
+    spec = quantised_spec(origin, settings.quantisation, active)
     guide = None if teacher is None else load_teacher(teacher, origin)
 
-    def prepare(run: RunWriter) -> Prepared:
-        model = rebuilt(spec, origin)
+    def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
+        chosen = spec
+        if settings.budget is not None and run.fresh:
+            chosen = _within_budget(origin, active, settings, run, [batches[place] for place in range(SAMPLE)])
+        elif settings.budget is not None:  # what was chosen when the run began
+            chosen = from_dict(ModelSpec, read_yaml(out / MODEL), str(out / MODEL))
+        chosen = with_configuration(chosen, settings.configuration)
+        model = rebuilt(chosen, origin)
         if settings.from_scratch:
-            fresh = AsrModel(spec).state_dict()
+            fresh = AsrModel(chosen).state_dict()
             kept = {name for name, _ in model.named_buffers()}
             model.load_state_dict({name: t for name, t in fresh.items() if name not in kept}, strict=False)
-        layers = [how for how in spec.compression.values() if how.weights is not None]
-        bits = sorted({how.weights.bits for how in layers if how.weights is not None}, reverse=True)
-        run.note(f"{run.path}: {len(layers)} layers with weights of {', '.join(map(str, bits))} bits")
+        counts = Counter(how.weights.bits for how in chosen.compression.values() if how.weights is not None)
+        said = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
+        run.note(f"{run.path}: {said}")
         return Prepared(
             model=model,
-            loss=loss_of_a_stage(spec, settings.loss, settings.contexts, guide, settings.teacher),
+            loss=loss_of_a_stage(chosen, settings.loss, settings.contexts, guide, settings.teacher),
             after_step=keep_pruned,
         )
 
@@ -87,3 +112,33 @@ def qat(
         device=device,
         command=command,
     )
+
+
+def _within_budget(
+    origin: AsrModel, active: Sequence[str], settings: QatConfig, run: RunWriter, sample: list[Batch]
+) -> ModelSpec:
+    """The spec with bits chosen layer by layer, so that the whole is at most ``budget`` of its float size."""
+    assert settings.budget is not None
+    sizes, rest, plain = layer_sizes(origin, settings.quantisation, active)
+    layers = {
+        path: layer
+        for path, layer in choose_layers(origin, settings.quantisation.layers, active).items()
+        if sizes[path]
+    }
+    allowed = settings.budget * plain - rest
+    own = with_configuration(origin.spec, settings.configuration)
+    costs = measure(
+        origin,
+        layers,
+        settings.quantisation.weights,
+        loss_of_a_stage(own, settings.loss, ContextsConfig(train=own.configurations[own.configuration].contexts[:1])),
+        sample,
+    )
+    bits = choose_bits(costs, {path: sizes[path] for path in layers}, allowed)
+    for path, chosen in bits.items():
+        loss = ", ".join(f"{b} bits {costs[path][b]:+.4f}" for b in BITS)
+        run.note(f"{path}: {chosen} bits (loss by itself: {loss})")
+    total = rest + sum(sizes[path][chosen] for path, chosen in bits.items())
+    run.note(f"{run.path}: {total:,.0f} of {plain:,.0f} float bytes, {100 * total / plain:.1f} %")
+    mixed = from_dict(QuantisationConfig, {**to_dict(settings.quantisation), "bits": bits}, "quantisation")
+    return quantised_spec(origin, mixed, active)

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from asrkit.config import config, to_dict
-from asrkit.data.batches import Batch, DataConfig
+from asrkit.data.batches import Batch, DataConfig, TrainBatches
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, load_model
@@ -85,7 +85,7 @@ def fine_tune(
     manifest: Path,
     out: Path,
     settings: FineTuneConfig,
-    prepare: Callable[[RunWriter], Prepared],
+    prepare: Callable[[RunWriter, TrainBatches], Prepared],
     *,
     content: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Path | None] | None = None,
@@ -96,7 +96,8 @@ def fine_tune(
     """Run a stage on the model of ``parent``, or go on with a run that was interrupted; returns ``out``.
 
     Args:
-        prepare: makes the model; torch's generator is seeded before. Its default configuration is trained and measured.
+        prepare: makes the model, and may look at the training batches; torch's generator is seeded before. The model's default
+            configuration is trained and measured.
         content: what the stage was told besides ``settings``, for config.yaml.
         inputs: files besides the manifests, by the name of their option.
 
@@ -125,17 +126,16 @@ def fine_tune(
         pieces = Tokenizer(out / TOKENIZER)
         material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
         table, noise = training_table(material, settings.data, pieces, settings.bad_cuts, run)
+        batches = run.batches(table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world)
         torch.manual_seed(settings.seed)
-        prepared = prepare(run)
+        prepared = prepare(run, batches)
         run.extra = dict(prepared.extra)
         spec = prepared.model.spec
         run.describe(to_dict(spec), table, world)
         task = Task(
             model=prepared.model,
             loss=prepared.loss,
-            batches=run.batches(
-                table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world
-            ),
+            batches=batches,
             measure=None
             if material.dev is None
             else dev_measure(
