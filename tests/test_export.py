@@ -35,9 +35,12 @@ from asrkit.decoding.recogniser import load_recogniser
 from asrkit.decoding.search import METHODS, Method, search
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.models.compress import QuantisationConfig, compressed_layers
+from asrkit.nn.compression import ActivationQuantisation, WeightQuantisation
 from asrkit.nn.context import Context, visible
 from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.stages.evaluate import evaluate
+from asrkit.stages.quantise import quantise
 from asrkit.stages.transcribe import transcribe, transcribe_stream
 from asrkit.training.checkpoint import save_weights
 
@@ -637,3 +640,34 @@ def test_a_recording_of_the_run_is_heard(run: Path, manifest: Path, tmp_path: Pa
     exported = export(copy, tmp_path / "again", configuration="wide", warn=warnings.append)
     assert exported.parity.heard == ["random log-mel"]
     assert len(warnings) == 1 and str(broken) in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        QuantisationConfig(weights=WeightQuantisation(bits=4)),
+        QuantisationConfig(weights=WeightQuantisation(bits=2, symmetric=False)),
+    ],
+)
+def test_a_quantised_model_is_exported_as_what_its_integers_stand_for(
+    run: Path, tmp_path: Path, settings: QuantisationConfig
+) -> None:
+    quantise(run, tmp_path / "quantised", settings)
+    said: list[str] = []
+    export(tmp_path / "quantised", tmp_path / "out", configuration="wide", warn=said.append)
+    assert "masked or quantised" in said[0]
+    layers = compressed_layers(load_model(open_run(tmp_path / "quantised")))
+    found = initialisers(tmp_path / "out" / ENCODER)
+    stored = {path: found[f"{path}.weight"] for path in layers if f"{path}.weight" in found}
+    assert any("submodels.wide" in path for path in stored) and any("blocks.0.conv" in path for path in stored)
+    for path, weights in stored.items():
+        expected = layers[path].codes().weights()
+        assert torch.equal(weights, expected) or torch.equal(weights, expected.T), path
+
+
+def test_integer_inputs_are_not_exported_yet(run: Path, tmp_path: Path) -> None:
+    settings = QuantisationConfig(activations=ActivationQuantisation())
+    quantise(run, tmp_path / "quantised", settings)
+    with pytest.raises(UserError, match="integer inputs"):
+        export(tmp_path / "quantised", tmp_path / "out", configuration="wide")
+    assert not (tmp_path / "out").exists()

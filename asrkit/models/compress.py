@@ -288,3 +288,24 @@ def rebuilt(spec: ModelSpec, origin: AsrModel) -> AsrModel:
     if unexpected or any(not name.endswith(".mask") for name in missing):
         raise RuntimeError(f"the weights do not fit the compressed model: {missing} {unexpected}")
     return model
+
+
+def scaled_back(model: AsrModel) -> AsrModel:
+    """An ordinary model whose float weights are what the masks and integers of ``model`` stand for.
+
+    Raises:
+        UserError: a layer has integer inputs, which no float layer imitates.
+    """
+    layers = compressed_layers(model)
+    if quantised := [path for path, layer in layers.items() if layer.how.activations is not None]:
+        raise UserError(
+            f"{quantised[0]} and {len(quantised) - 1} other layers have integer inputs, and their export as integer operators is "
+            "not there yet; export a model trained without --act-bits"
+        )
+    plain = type(model)(from_dict(ModelSpec, {**to_dict(model.spec), "compression": {}}, "model"))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".mask")}
+    for path, layer in layers.items():
+        weight = layer.masked_weight() if layer.how.weights is None else layer.codes().weights()
+        tensors[f"{path}.weight"] = weight.detach()
+    plain.load_state_dict(tensors)
+    return plain.eval()

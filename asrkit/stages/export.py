@@ -33,6 +33,7 @@ from asrkit.export.parity import (
 from asrkit.export.readme import describe
 from asrkit.export.runtime import OnnxModel
 from asrkit.models import AsrModel, load_model
+from asrkit.models.compress import scaled_back
 from asrkit.nn.context import FULL, Context, parse_context
 from asrkit.run_dir import TOKENIZER, TOKENS, WEIGHTS, RunDir, open_run, sha256_of, write_yaml
 
@@ -71,7 +72,14 @@ def export(
         raise UserError(f"{run_path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
     context = _context(run_path, model, name, streaming, chunk, left, warn)
     submodels, weights_sha256 = model.submodels_of(name), sha256_of(run.path / WEIGHTS)
-    planned = graphs(model, name, context, f"configuration {name}, context {context}, weights {weights_sha256}")
+    plain = model
+    if model.spec.compression:
+        plain = scaled_back(model)
+        warn(
+            f"{run_path}: {len(model.spec.compression)} layers are masked or quantised; the files hold the float32 weights their "
+            "integers stand for, so they recognise the same and are as large as float files"
+        )
+    planned = graphs(plain, name, context, f"configuration {name}, context {context}, weights {weights_sha256}")
     state_size = StateLayout(model, submodels, context.left).size if context.streaming else 0
     with atomic_directory(out) as temporary:
         parameters = {graph.file: write_onnx(graph, temporary / graph.file) for graph in planned}
