@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from asrkit.config import resolve
+from asrkit.stages.add_submodel import AddSubModelConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig, train_backbone
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -47,7 +48,21 @@ def recipe(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_configuration_is_valid(path: Path) -> None:
-    resolve(TrainBackboneConfig, path)
+    resolve(AddSubModelConfig if path.stem == "modular" else TrainBackboneConfig, path)
+
+
+@pytest.mark.parametrize("recipe", ["prompts"], indirect=True)
+@pytest.mark.parametrize("target", ["all", "five", "modular"])
+def test_the_prompts_targets_run_dry(recipe: Path, target: str) -> None:
+    outcome = make(recipe, "-n", target, "ASRKIT=/opt/bin/asrkit", "NPROC=1", "SEED=7")
+    assert outcome.returncode == 0, outcome.stderr
+    lines = [line for line in outcome.stdout.splitlines() if line.startswith("/opt/bin/asrkit")]
+    outs = {
+        line.split("--out ")[1].split()[0] for line in lines if " train-backbone " in line or " add-submodel " in line
+    }
+    froms = {line.split("--from ")[1].split()[0] for line in lines if "--from " in line}
+    assert froms == outs and len(outs) == {"all": 1, "five": 1, "modular": 7}[target]
+    assert all((recipe / line.split("--config ")[1].split()[0]).is_file() for line in lines if "--config " in line)
 
 
 @pytest.mark.parametrize("recipe", ["fsdd", "speechocean762", "librispeech"], indirect=True)
