@@ -30,8 +30,8 @@ def config(cls: type[T]) -> type[T]:
     return pydantic_dataclass(cls, kw_only=True, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload, return-value, unused-ignore]
 
 
-def resolve(cls: type[T], file: Path | None = None, overrides: Iterable[str] = ()) -> T:
-    """Build a ``cls`` from its defaults, an optional YAML file, and ``key.subkey=value`` strings.
+def resolve(cls: type[T], file: Path | None = None, overrides: Iterable[str] = (), defaults: T | None = None) -> T:
+    """Build a ``cls`` from its defaults (or ``defaults``), an optional YAML file, and ``key.subkey=value`` strings.
 
     Values of overrides are parsed as YAML, so ``lr=1e-3``, ``factors=[0.9, 1.1]`` and ``name=null`` mean what they say.
 
@@ -39,7 +39,7 @@ def resolve(cls: type[T], file: Path | None = None, overrides: Iterable[str] = (
         UserError: one line for every unknown key (with the nearest valid one), wrong type or value.
     """
     # From the defaults as a whole: a stage's own for a nested group count for the keys that nobody sets.
-    values: dict[str, Any] = to_dict(cls())
+    values: dict[str, Any] = to_dict(cls() if defaults is None else defaults)
     if file is not None:
         if not Path(file).is_file():
             raise UserError(f"{file}: no such configuration file")
@@ -112,7 +112,9 @@ def _parse(text: str) -> Any:
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     for name in path[:-1]:
-        values = values.setdefault(name, {})
+        if values.get(name) is None:  # also a group that is off by default: a key of it turns it on
+            values[name] = {}
+        values = values[name]
         if not isinstance(values, dict):
             raise TypeError(name)
     values[path[-1]] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -295,8 +296,16 @@ def test_measuring_leaves_the_model_alone(parent: Path) -> None:
         (["qat", "--bits", "3"], "Input should be 2, 4 or 8"),
         (["qat", "--bits", "4", "--set", "quantisation.weights.scale=block"], "no multiple of block_size 64"),
         (["qat", "--only", "tail"], "layers.only"),
-        (["qat", "--set", "quantisation.layers.include=[nothing]"], "no linear layer matches"),
+        (["qat", "--set", "quantisation.layers.include=[nothing]"], "nothing matches no linear layer"),
         (["qat", "--teacher", "nowhere"], "nowhere"),
+        (["qat", "--set", "quantisation.bits={'encoder.block.*': 8}"], "encoder.block.* matches no linear layer"),
+        (["qat", "--bits", "4", "--budget", "30%"], "leave one out"),
+        (["qat", "--budget", "30%", "--set", "quantisation.bits={'*': 8}"], "leave out quantisation.bits"),
+        (["qat", "--set", "quantisation.weights.scale=block", "--set", "quantisation.weights.block_size=7",
+          "--set", "quantisation.layers.indivisible=skip"], "nothing would be quantised"),
+        (["prune", "--sparsity", "2:7", "--set", "layers.indivisible=skip"], "nothing would be pruned"),
+        (["prune", "--sparsity", "0.5", "--schedule", "iterative", "--shots", "3"], "schedule.shots says nothing"),
+        (["prune", "--set", "schedule.straight_through=plain"], "raise schedule.shots"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -306,6 +315,84 @@ def test_mistakes_are_one_line_and_leave_nothing(
     said = asrkit(command, "--from", parent, *data(corpus), "--out", tmp_path / "run", *sets(), *options, code=1)
     assert complaint in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_published_before_the_masks_are_final(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    """The share grows until the last step but one, and dev is measured at every step: the best of before does not count."""
+    run = tmp_path / "late"
+    asrkit("prune", "--from", parent, "--sparsity", 0.75, "--schedule", "cubic", "--shots", 3, *data(corpus), "--out", run,
+           *sets("training.evaluate_every=1", "training.save_every=1"))  # fmt: skip
+    assert open_run(run).lineage[-1]["step"] >= 3
+    for layer in compressed_layers(model_of(run)).values():
+        assert int((~layer.mask).sum()) == round(0.75 * layer.mask.numel())
+        assert bool((layer.weight[~layer.mask] == 0).all())
+
+
+def test_contexts_are_recorded_and_idle_submodels_stay(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    """Two processes with AdamW's decay: what no process trains is left alone, and activation scores are of both."""
+    run = tmp_path / "two"
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--redirects",
+        "1",
+        "--tee",
+        "1",
+    ]
+    words = ["prune", "--from", parent, "--configuration", "backbone", *data(corpus), "--out", run,
+             *sets("schedule.score=activation", "contexts.train=[full,'chunk=4,left=8']", "training.steps=2")]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "asrkit", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    before, after = open_run(parent).weights(), open_run(run).weights()
+    idle = [name for name in before if name.startswith("encoder.submodels.")]
+    assert idle and all(torch.equal(before[name], after[name]) for name in idle)
+    spec = open_run(run).model_spec
+    assert spec["configuration"] == "backbone"
+    assert spec["configurations"]["backbone"]["contexts"] == ["full", "chunk=4,left=8"]
+    assert spec["configurations"]["joint"]["contexts"] == ["full"]
+
+
+def test_submodels_and_compression(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
+    said = asrkit(
+        "submodel", "extract", "--from", sparse, "--name", "joint", "--out", tmp_path / "j.safetensors", code=1
+    )
+    assert "before `asrkit prune`" in said
+    asrkit("submodel", "remove", "--from", sparse, "--name", "joint", "--out", tmp_path / "less")
+    assert not any("submodels" in path for path in compressed_layers(model_of(tmp_path / "less")))
+    asrkit("add-submodel", "--from", sparse, "--name", "more", "--init", "joint", *data(corpus), "--out", tmp_path / "more",
+           *sets("training.steps=1"))  # fmt: skip
+    weights = open_run(tmp_path / "more").weights()
+    assert "encoder.submodels.more.layers.0.out.weight" in weights
+    assert "encoder.submodels.more.layers.0.out.mask" not in weights
+
+
+def test_a_teacher_of_other_tokens_is_refused(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    other = [setting if "vocab_size" not in setting else "tokenizer.kind=unigram" for setting in SHAPE]
+    asrkit(
+        "train-backbone",
+        *data(corpus),
+        "--out",
+        tmp_path / "other",
+        *sets(*other, "tokenizer.vocab_size=18", "training.steps=1"),
+    )
+    said = asrkit(
+        "qat",
+        "--from",
+        parent,
+        "--teacher",
+        tmp_path / "other",
+        *data(corpus),
+        "--out",
+        tmp_path / "run",
+        *sets(),
+        code=1,
+    )
+    assert "another tokenizer" in said
 
 
 def test_what_is_quantised_or_pruned_is_not_so_again(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:

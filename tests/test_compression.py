@@ -206,6 +206,18 @@ def test_the_scale_gradient_reaches_the_largest_weight_alone() -> None:
     assert bool((differs <= peaks).all()) and bool(differs.any())
 
 
+def test_the_scale_gradient_of_asymmetric_weights() -> None:
+    """A block's least and largest weights come back exactly, so their own sum has the gradient of themselves."""
+    made = layer(8, 1, weights=WeightQuantisation(bits=2, symmetric=False, scale_gradient=True))
+    for place in (int(made.weight.argmin()), int(made.weight.argmax())):
+        made.zero_grad()
+        x = torch.zeros(1, 8)
+        x[0, place] = 1
+        made(x).sum().backward()
+        assert made.weight.grad is not None
+        torch.testing.assert_close(made.weight.grad, x, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_to_do_is_an_ordinary_layer() -> None:
     x = torch.randn(4, 8)
     made = layer(8, 8)

@@ -66,3 +66,26 @@ def test_differences_name_the_leaves() -> None:
         "a.c: 2 -> 3",
         "d: None -> 4",
     ]
+
+
+def test_a_key_of_a_group_that_is_off_turns_it_on() -> None:
+    from asrkit.models.compress import QuantisationConfig
+
+    assert resolve(QuantisationConfig).activations is None
+    settings = resolve(QuantisationConfig, None, ["activations.bits=4"])
+    assert settings.activations is not None and settings.activations.bits == 4
+
+
+def test_a_stages_own_defaults_hold_for_the_keys_nobody_sets(tmp_path: Path) -> None:
+    from asrkit.stages.qat import QatConfig, from_scratch_defaults
+
+    (tmp_path / "some.yaml").write_text("training: {steps: 7, optimiser: {warm_up_steps: 3}}")
+    settings = resolve(QatConfig, tmp_path / "some.yaml", ["training.log_every=2"])
+    assert (settings.training.steps, settings.training.log_every, settings.training.optimiser.warm_up_steps) == (
+        7,
+        2,
+        3,
+    )
+    assert settings.training.optimiser.name == "adamw" and settings.loss.warm_up_steps == 0
+    fresh = resolve(QatConfig, tmp_path / "some.yaml", [], from_scratch_defaults())
+    assert fresh.from_scratch and fresh.training.optimiser.name == "scaled_adam" and fresh.loss.warm_up_steps > 0

@@ -102,7 +102,8 @@ def qat(
     checkpoint are no longer what they were.
     """
     from asrkit.config import resolve
-    from asrkit.stages.qat import QatConfig
+    from asrkit.errors import UserError
+    from asrkit.stages.qat import QatConfig, from_scratch_defaults
     from asrkit.stages.qat import qat as run
     from asrkit.training.loop import Interrupted
 
@@ -114,7 +115,10 @@ def qat(
         "seed": seed,
         "data.max_duration": max_duration,
     }
-    settings = resolve(QatConfig, config, changes_of(overrides, given))
+    if budget is not None and bits is not None:
+        raise UserError("--bits and --budget: the budget chooses the bits; leave one out")
+    defaults = from_scratch_defaults() if from_scratch else None
+    settings = resolve(QatConfig, config, changes_of(overrides, given), defaults)
     try:
         run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device)
     except Interrupted as stop:

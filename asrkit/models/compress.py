@@ -86,9 +86,13 @@ def choose_layers(model: nn.Module, choice: LayerChoice, active: Sequence[str] |
     Raises:
         UserError: there is none.
     """
+    every = linear_layers(model)
+    for pattern in (*choice.include, *choice.exclude):
+        if not any(fnmatchcase(path, pattern) for path in every):
+            raise UserError(f"layers.include and exclude: {pattern} matches no linear layer; {_some(every)}")
     chosen = {
         path: layer
-        for path, layer in linear_layers(model).items()
+        for path, layer in every.items()
         if _part(path) in choice.only
         and (active is None or _part(path) != "submodels" or path.split(".")[2] in active)
         and (choice.first is None or _block(path) is None or _block(path) < choice.first)  # type: ignore[operator]
@@ -96,12 +100,12 @@ def choose_layers(model: nn.Module, choice: LayerChoice, active: Sequence[str] |
         and not any(fnmatchcase(path, pattern) for pattern in choice.exclude)
     }
     if not chosen:
-        raise UserError(
-            "no linear layer matches layers.only, first, include and exclude; the model has "
-            + ", ".join(list(linear_layers(model))[:4])
-            + ", ..."
-        )
+        raise UserError(f"no linear layer matches layers.only, first, include and exclude; {_some(every)}")
     return chosen
+
+
+def _some(layers: Mapping[str, nn.Linear]) -> str:
+    return f"the model has {', '.join(list(layers)[:4])}, ... ({len(layers)} in all)"
 
 
 def _part(path: str) -> str:
@@ -181,13 +185,17 @@ def quantised_spec(model: AsrModel, settings: QuantisationConfig, active: Sequen
             "whose weights are float"
         )
     findings, compression = [], to_dict(spec)["compression"]
+    every = linear_layers(model)
+    for pattern in settings.bits:
+        if not any(fnmatchcase(path, pattern) for path in every):
+            findings.append(f"bits: {pattern} matches no linear layer; {_some(every)}")
     for path, layer in choose_layers(model, settings.layers, active).items():
         weights = to_dict(settings.weights)
         for pattern, bits in settings.bits.items():
             if fnmatchcase(path, pattern):
                 weights["bits"] = bits
         if weights["scale"] == "block" and layer.in_features % weights["block_size"]:
-            if settings.layers.indivisible == "refuse":
+            if settings.layers.indivisible != "skip":
                 findings.append(
                     f"{path}: {layer.in_features} inputs are no multiple of block_size {weights['block_size']}; "
                     "take another, or --set layers.indivisible=skip"
@@ -201,6 +209,10 @@ def quantised_spec(model: AsrModel, settings: QuantisationConfig, active: Sequen
                 f"{path}: is pruned, and asymmetric weights have no exact zero, so what was pruned would come back; "
                 "use symmetric weights"
             )
+    if not findings and not any(how.get("weights") for how in compression.values()):
+        findings.append(
+            "every chosen layer was skipped as indivisible, so nothing would be quantised; take another block_size"
+        )
     if findings:
         raise UserError.of(findings)
     return from_dict(ModelSpec, {**to_dict(spec), "compression": compression}, "compression")
@@ -238,6 +250,10 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
                     + (", pad fills the last group up" if mask.group else "")
                 )
         compression[path] = {"mask": to_dict(mine)}
+    if not findings and not compression:
+        findings.append(
+            "every chosen layer was skipped as indivisible, so nothing would be pruned; take another pattern"
+        )
     if findings:
         raise UserError.of(findings)
     return from_dict(ModelSpec, {**to_dict(spec), "compression": compression}, "compression")
@@ -268,17 +284,19 @@ def _counts(part: str, active: Sequence[str] | None) -> bool:
     return active is None or not part.startswith("submodel ") or part.removeprefix("submodel ") in active
 
 
-def with_configuration(spec: ModelSpec, name: str | None) -> ModelSpec:
-    """The spec with ``name`` as its default configuration; None leaves it.
+def with_configuration(spec: ModelSpec, name: str | None, contexts: Sequence[str] | None = None) -> ModelSpec:
+    """The spec with ``name`` as its default configuration, trained in ``contexts``; None leaves either as it is.
 
     Raises:
         UserError: there is no such configuration.
     """
-    if name is None:
-        return spec
+    name = spec.configuration if name is None else name
     if name not in spec.configurations:
         raise UserError(f"no configuration {name}; there are {', '.join(spec.configurations)}")
-    return from_dict(ModelSpec, {**to_dict(spec), "configuration": name}, "model")
+    content = {**to_dict(spec), "configuration": name}
+    if contexts is not None:
+        content["configurations"][name]["contexts"] = list(contexts)
+    return from_dict(ModelSpec, content, "model")
 
 
 def rebuilt(spec: ModelSpec, origin: AsrModel) -> AsrModel:

@@ -197,8 +197,9 @@ def _start(model: AsrModel, name: str, init: str) -> None:
     if init == NOOP:
         mine.silence()
     elif init != RANDOM:
+        weights = {key: t for key, t in model.encoder.submodels[init].state_dict().items() if not key.endswith(".mask")}
         try:
-            mine.load_state_dict(model.encoder.submodels[init].state_dict())
+            mine.load_state_dict(weights)
         except RuntimeError:
             raise UserError(
                 f"--init {init}: it is of another shape; {name} is {mine.spec.kind} of dim {mine.spec.dim} in layers "

@@ -19,7 +19,8 @@ from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.models.compress import LayerChoice, compressed_layers, pruned_spec, rebuilt, with_configuration
 from asrkit.nn.compression import Mask
-from asrkit.run_dir import WEIGHTS, open_run
+from asrkit.run_dir import WEIGHTS, open_run, sha256_of
+from asrkit.training.distributed import World, all_sum
 from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune, load_teacher
 from asrkit.training.masks import MaskSchedule, is_due, keep_pruned, last_update, update_masks, watch_inputs
 from asrkit.training.objective import LossOutput, TeacherConfig, loss_of_a_stage
@@ -73,18 +74,34 @@ def prune(
     if mask.group and settings.schedule.kind != "shots":
         raise UserError(f"schedule.kind={settings.schedule.kind} grows a share; N:M masks are found whole (kind=shots)")
     active = origin.submodels_of(settings.configuration)
-    spec = with_configuration(pruned_spec(origin, mask, settings.layers, active), settings.configuration)
-    guide = None if teacher is None else load_teacher(teacher, origin)
+    if settings.schedule.kind == "iterative" and settings.schedule.shots > 1:
+        raise UserError(
+            "schedule.kind=iterative goes on until the sparsity is reached; schedule.shots says nothing to it"
+        )
+    if settings.schedule.straight_through != "none" and final == settings.schedule.start:
+        raise UserError(
+            f"schedule.straight_through={settings.schedule.straight_through} works until the masks are final, which one-shot masks "
+            "are at once; raise schedule.shots"
+        )
+    spec = with_configuration(
+        pruned_spec(origin, mask, settings.layers, active), settings.configuration, settings.contexts.train
+    )
+    guide = None if teacher is None else load_teacher(teacher, source)
     plain = loss_of_a_stage(spec, settings.loss, settings.contexts, guide, settings.teacher)
 
-    def loss(model: Any, batch: Batch, step: int) -> LossOutput:
-        # The parts of an accumulated step find the same masks again: the weights have not moved.
-        if settings.schedule.score == "activation" and is_due(model, step, settings.schedule):
-            with watch_inputs(model) as inputs, torch.no_grad():
-                model.encode(batch.features, batch.feature_lens)
+    found_at = -1
+
+    def loss(model: Any, batch: Batch, step: int, world: World) -> LossOutput:
+        nonlocal found_at
+        if step > found_at:  # once a step, before its first part
+            found_at = step
+            inputs = None
+            if settings.schedule.score == "activation" and is_due(model, step, settings.schedule):
+                with watch_inputs(model) as inputs, torch.no_grad():
+                    plain(model, batch, step)
+                for path in sorted(inputs):  # every process must find the same masks
+                    all_sum(world, inputs[path])
             update_masks(model, step, settings.schedule, inputs)
-        else:
-            update_masks(model, step, settings.schedule)
         return plain(model, batch, step)
 
     def after_step(model: nn.Module, step: int) -> None:
@@ -96,7 +113,13 @@ def prune(
         layers = compressed_layers(model)
         weights = sum(layer.weight.numel() for layer in layers.values())
         run.note(f"{run.path}: {len(layers)} layers of {weights} weights; masks are final before step {final}")
-        return Prepared(model=model, loss=loss, after_step=after_step, extra={"masks_final_before_step": final})
+        return Prepared(
+            model=model,
+            loss=lambda model, batch, step: loss(model, batch, step, run.world),
+            after_step=after_step,
+            not_before=final + 1,
+            extra={"masks_final_before_step": final},
+        )
 
     return fine_tune(
         "prune",
@@ -105,6 +128,7 @@ def prune(
         out,
         settings,
         prepare,
+        content={} if teacher is None else {"teacher_weights_sha256": sha256_of(teacher / WEIGHTS)},
         inputs={"teacher": None if teacher is None else teacher / WEIGHTS},
         dev=dev,
         device=device,

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from asrkit.config import config, from_dict, to_dict
 from asrkit.data.batches import Batch, TrainBatches
+from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compress import (
     QuantisationConfig,
@@ -26,10 +27,12 @@ from asrkit.models.compress import (
     rebuilt,
     with_configuration,
 )
-from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml
+from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml, sha256_of
+from asrkit.training.distributed import broadcast_object
 from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune, load_teacher
+from asrkit.training.loop import TrainingConfig
 from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import ContextsConfig, TeacherConfig, loss_of_a_stage
+from asrkit.training.objective import ContextsConfig, LossConfig, TeacherConfig, loss_of_a_stage
 from asrkit.training.run import RunWriter
 from asrkit.training.sensitivity import BITS, choose_bits, measure
 
@@ -53,6 +56,11 @@ class QatConfig(FineTuneConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
 
+def from_scratch_defaults() -> QatConfig:
+    """The defaults of a run with new weights: those of train-backbone, where a later stage's differ."""
+    return QatConfig(from_scratch=True, loss=LossConfig(), training=TrainingConfig())
+
+
 def qat(
     parent: Path,
     manifest: Path,
@@ -73,11 +81,15 @@ def qat(
         UserError: an unusable parent, layers that cannot be quantised so, a teacher of another kind, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
+    if settings.budget is not None and (settings.quantisation.bits or not settings.quantisation.weights.symmetric):
+        raise UserError(
+            "--budget chooses symmetric bits for every layer itself; leave out quantisation.bits and symmetric=false"
+        )
     source = open_run(parent)
     origin = load_model(source)
     active = origin.submodels_of(settings.configuration)
     spec = quantised_spec(origin, settings.quantisation, active)
-    guide = None if teacher is None else load_teacher(teacher, origin)
+    guide = None if teacher is None else load_teacher(teacher, source)
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         chosen = spec
@@ -85,12 +97,14 @@ def qat(
             chosen = _within_budget(origin, active, settings, run, [batches[place] for place in range(SAMPLE)])
         elif settings.budget is not None:  # what was chosen when the run began
             chosen = from_dict(ModelSpec, read_yaml(out / MODEL), str(out / MODEL))
-        chosen = with_configuration(chosen, settings.configuration)
+        chosen = with_configuration(chosen, settings.configuration, settings.contexts.train)
         model = rebuilt(chosen, origin)
         if settings.from_scratch:
             fresh = AsrModel(chosen).state_dict()
             kept = {name for name, _ in model.named_buffers()}
-            model.load_state_dict({name: t for name, t in fresh.items() if name not in kept}, strict=False)
+            idle = tuple(f"encoder.submodels.{name}." for name in origin.spec.submodels if name not in active)
+            new = {name: t for name, t in fresh.items() if name not in kept and not name.startswith(idle)}
+            model.load_state_dict(new, strict=False)
         counts = Counter(how.weights.bits for how in chosen.compression.values() if how.weights is not None)
         said = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
         run.note(f"{run.path}: {said}")
@@ -107,6 +121,7 @@ def qat(
         out,
         settings,
         prepare,
+        content={} if teacher is None else {"teacher_weights_sha256": sha256_of(teacher / WEIGHTS)},
         inputs={"teacher": None if teacher is None else teacher / WEIGHTS},
         dev=dev,
         device=device,
@@ -127,13 +142,19 @@ def _within_budget(
     }
     allowed = settings.budget * plain - rest
     own = with_configuration(origin.spec, settings.configuration)
-    costs = measure(
-        origin,
-        layers,
-        settings.quantisation.weights,
-        loss_of_a_stage(own, settings.loss, ContextsConfig(train=own.configurations[own.configuration].contexts[:1])),
-        sample,
-    )
+    costs: dict[str, dict[int, float]] = {}
+    if run.world.is_main:  # one process measures, so that all have the same bits
+        costs = measure(
+            origin.to(run.world.device),
+            layers,
+            settings.quantisation.weights,
+            loss_of_a_stage(
+                own, settings.loss, ContextsConfig(train=own.configurations[own.configuration].contexts[:1])
+            ),
+            [batch.to(run.world.device) for batch in sample],
+        )
+        origin.cpu()
+    costs = broadcast_object(run.world, costs)  # type: ignore[assignment]
     bits = choose_bits(costs, {path: sizes[path] for path in layers}, allowed)
     for path, chosen in bits.items():
         loss = ", ".join(f"{b} bits {costs[path][b]:+.4f}" for b in BITS)

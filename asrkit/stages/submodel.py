@@ -92,6 +92,9 @@ def remove_submodel(parent: Path, name: str, out: Path, *, command: str = "") ->
     gone = [key for key, used in spec.configurations.items() if name in used.submodels]
     content = to_dict(spec)
     del content["submodels"][name]
+    content["compression"] = {
+        path: how for path, how in content["compression"].items() if not path.startswith(_prefix(name))
+    }
     for key in gone:
         del content["configurations"][key]
     notes = [f"removed sub-model {name}" + (f" and what used it: {', '.join(gone)}" if gone else "")]
@@ -117,7 +120,7 @@ def extract_submodel(parent: Path, name: str, out: Path) -> Derived:
     model = load_model(run)
     spec, tensors = model.spec, model.state_dict()
     taken = [f"{out}: exists already; choose another --out"] if out.exists() else []
-    _refuse([*taken, *_unknown("--name", [name], spec, parent)])
+    _refuse([*taken, *_unknown("--name", [name], spec, parent), *_compressed(spec, parent)])
     mine = {key.removeprefix(_prefix(name)): t for key, t in tensors.items() if key.startswith(_prefix(name))}
     alone = {key: to_dict(used) for key, used in spec.configurations.items() if used.submodels == [name]}
     content = {
@@ -160,7 +163,7 @@ def attach_submodel(parent: Path, file: Path, out: Path, *, name: str | None = N
         key if new == part.name else new if key == part.name else f"{new}-{key}": to_dict(used) | {"submodels": [new]}
         for key, used in part.configurations.items()
     }
-    findings = occupied(out)
+    findings = [*occupied(out), *_compressed(spec, parent)]
     if part.backbone_sha256 != (mine := backbone_digest(tensors)):
         findings.append(
             f"{file}: sub-model {part.name} was trained on backbone {part.backbone_sha256[:12]}, but {parent} has "
@@ -299,6 +302,16 @@ def _prefix(name: str) -> str:
 def _decoder_digest(tensors: Mapping[str, Tensor]) -> str:
     """Of everything outside the encoder: what the sub-model's frames are read with."""
     return tensors_digest((name, tensor) for name, tensor in tensors.items() if not name.startswith(ENCODER))
+
+
+def _compressed(spec: ModelSpec, parent: Path) -> list[str]:
+    """Why a sub-model cannot leave or join a model whose encoder is masked or quantised: it belongs to that very encoder,
+    whose integers are not in its digest."""
+    if not any(path.startswith("encoder.") for path in spec.compression):
+        return []
+    return [
+        f"{parent}: is pruned or quantised; extract and attach sub-models before `asrkit prune`, `qat` or `quantise`"
+    ]
 
 
 def _unknown(option: str, names: Sequence[str], spec: ModelSpec, parent: Path) -> list[str]:

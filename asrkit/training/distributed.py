@@ -58,13 +58,20 @@ def all_sum(world: World, values: Tensor) -> Tensor:
 
 
 def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
-    """Replace each ``grad`` by its sum over all processes; a missing one counts as zeros."""
+    """Replace each ``grad`` by its sum over all processes; a missing one counts as zeros, and stays missing where no
+    process has one, so that an optimiser does not touch that parameter."""
     if world.size == 1:
         return
-    for parameter in parameters:
+    owned = all_sum(
+        world, torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=world.device)
+    )
+    used = [parameter for parameter, count in zip(parameters, owned.tolist(), strict=True) if count]
+    if not used:
+        return
+    for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [p.grad for p in used if p.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads])
     torch.distributed.all_reduce(flat)
     for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):

@@ -52,6 +52,7 @@ class Prepared:
     loss: (model, batch on the device, step) -> LossOutput.
     frozen: parts that stay in evaluation mode.
     after_step: (model, step) after the weights moved, to put right what must hold of them.
+    not_before: the first step after which the model is what the stage promises.
     extra: what the stage adds to its entry in the lineage.
     check: looks at the finished run's weights; raises when what the stage promises does not hold.
     """
@@ -60,23 +61,24 @@ class Prepared:
     loss: Callable[[Any, Batch, int], LossOutput]
     frozen: Sequence[nn.Module] = ()
     after_step: Callable[[Any, int], None] | None = None
+    not_before: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, torch.Tensor]], None] | None = None
 
 
-def load_teacher(path: Path, student: AsrModel) -> AsrModel:
-    """The frozen model of a run directory, to teach ``student``, whose tokens it must share.
+def load_teacher(path: Path, student: RunDir) -> AsrModel:
+    """The frozen model of a run directory, to teach that of ``student``, whose tokenizer it must share.
 
     Raises:
-        UserError: unusable, or of another vocabulary.
+        UserError: unusable, or of another tokenizer.
     """
-    teacher = load_model(open_run(path)).requires_grad_(False)
-    if teacher.vocab_size != student.vocab_size:
+    run = open_run(path)
+    if sha256_of(run.tokenizer_path) != sha256_of(student.tokenizer_path):
         raise UserError(
-            f"--teacher {path}: has {teacher.vocab_size} tokens, the student {student.vocab_size}; "
-            "a teacher must have been trained with the student's tokenizer"
+            f"--teacher {path}: has another tokenizer than {student.path}, so its tokens mean something else; "
+            "a teacher must have been trained with the student's (train-backbone --tokenizer)"
         )
-    return teacher
+    return load_model(run).requires_grad_(False)
 
 
 def fine_tune(
@@ -150,6 +152,7 @@ def fine_tune(
             publish=lambda average, step, metrics: run.publish(average, step, metrics),
             frozen=prepared.frozen,
             after_step=prepared.after_step,
+            not_before=prepared.not_before,
         )
         train(task, out, settings.training, settings.data.num_workers, settings.seed, world)
         if world.is_main and prepared.check is not None:

@@ -131,7 +131,7 @@ class RunLog:
             },
             "dev",
         )
-        best = "  best so far" if progress.best.get("step") == progress.step else f"  best {progress.best['wer']:.2%}"
+        best = "  best so far" if progress.best.get("step") == progress.step else _best(progress)
         self.note(f"step {progress.step}: dev WER {measured['wer']:.2%}{best}")
         self._clock = time.monotonic()
 
@@ -156,3 +156,8 @@ class RunLog:
             for name, value in row.items():
                 if isinstance(value, float | int) and name != "step":
                     self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+
+def _best(progress: Progress) -> str:
+    """What the best measurement was, once one counts."""
+    return f"  best {progress.best['wer']:.2%}" if progress.best else "  not counted yet"

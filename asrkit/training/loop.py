@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,6 +65,7 @@ class Task:
     publish: (averaged model, step, metrics): write the run's weights and lineage; main process only.
     frozen: parts of the model that stay in evaluation mode (no dropout) while the rest trains.
     after_step: (model, step), when the weights have moved, those of the model and those of its average.
+    not_before: the first step after which the model is what the stage promises; nothing is published earlier.
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class Task:
     publish: Callable[[nn.Module, int, dict[str, float]], None]
     frozen: Sequence[nn.Module] = ()
     after_step: Callable[[Any, int], None] | None = None
+    not_before: int = 0
 
 
 class Interrupted(Exception):
@@ -191,7 +193,8 @@ def train(
                 _measure(task, average, progress, settings, world, log)
                 save()
             elif last or progress.step % settings.save_every == 0 or code:
-                if world.is_main and (task.measure is None or settings.keep == "last" or not progress.best):
+                unmeasured = task.measure is None or settings.keep == "last" or not progress.best
+                if world.is_main and unmeasured and progress.step >= task.not_before:
                     task.publish(average, progress.step, progress.last_dev)
                 save()
             if code:
@@ -263,11 +266,12 @@ def _measure(
     if world.is_main and task.measure is not None:
         began = time.monotonic()
         measured = task.measure(average)
-        better = not progress.best or measured["wer"] <= progress.best["wer"]
+        ready = progress.step >= task.not_before
+        better = ready and (not progress.best or measured["wer"] <= progress.best["wer"])
         if better:
             progress.best = {**measured, "step": progress.step}
         progress.last_dev = measured
-        if better or settings.keep == "last":
+        if better or (ready and settings.keep == "last"):
             task.publish(average, progress.step, measured)
         log.dev(progress, measured, time.monotonic() - began)
     progress.last_dev, progress.best = broadcast_object(world, (progress.last_dev, progress.best))  # type: ignore[misc]
@@ -318,16 +322,7 @@ def _fetch(
             return
         except UserError as error:  # from a worker process it comes wrapped in that process's traceback
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
-        yield (
-            replace(
-                batch,
-                **{
-                    name: getattr(batch, name).to(device, non_blocking=True)
-                    for name in ("features", "feature_lens", "symbols", "symbol_lens")
-                },
-            ),
-            time.monotonic() - began,
-        )
+        yield batch.to(device), time.monotonic() - began
 
 
 def _mix(*numbers: int) -> int:

@@ -28,7 +28,7 @@ class MaskSchedule:
     ``kind`` shots: ``shots`` times the whole mask, from the latent weights, so that what was pruned can return (few-shot; 1 is
     one-shot). iterative: each time ``share`` of what is left, until the sparsity is reached; nothing returns. cubic: ``shots``
     times, the sparsity growing as 1 - (1 - i / shots)^3 of its target; what was pruned can return.
-    ``score``: magnitude, or activation: times the sum of the layer's absolute inputs, on the batch at hand.
+    ``score``: magnitude, or activation: times the sum of the layer's absolute inputs, on the step's first batch.
     ``straight_through``: until the masks are final, pruned weights get gradients all the same (plain), and decay with
     ``decay`` besides (sr); the papers' way is none.
     """
