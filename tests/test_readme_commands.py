@@ -43,7 +43,10 @@ def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -
     if "train-backbone" not in expected:
         data = "--manifest data/prompts/train.jsonl.gz --dev data/prompts/dev.jsonl.gz --out exp/backbone"
         listed.insert(0, ["asrkit", "train-backbone", *data.split()])
-    small = "model.size=tiny model.num_layers=3 model.dim=32 model.feedforward_dim=32 tokenizer.vocab_size=18"
+    small = (
+        "model.size=tiny model.num_layers=3 model.dim=32 model.feedforward_dim=64 tokenizer.vocab_size=18 "
+        "model.predictor_dim=16 model.joiner_dim=16"
+    )
     for words in listed:
         if words[1] in ("train-backbone", "add-submodel", "qat", "prune"):
             steps = 12 if "iterative" in words else 1
