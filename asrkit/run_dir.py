@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG, MODEL, WEIGHTS = "config.yaml", "model.yaml", "model.safetensors"
 TOKENIZER, TOKENS, LINEAGE = "tokenizer.model", "tokens.txt", "lineage.yaml"
+EXPORT = "export.yaml"  # not of a run directory: what marks an exported model
 METRICS, STATE = "metrics.jsonl", "state"
 # The files whose digests the last entry of the lineage holds.
 DIGESTS = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL, "tokenizer_sha256": TOKENIZER}
@@ -69,25 +70,39 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def occupied(out: Path) -> list[str]:
+    """Why ``out`` cannot become a new directory, for a stage to report among its other findings; [] if it can."""
+    if out.is_dir() and any(out.iterdir()):
+        return [f"{out}: exists and is not empty; remove it or choose another --out"]
+    if out.exists() and not out.is_dir():
+        return [f"{out}: is a file; choose another --out"]
+    return []
+
+
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside ``path``; it becomes ``path`` only when the block succeeds.
 
-    ``path`` must not be there, or be an empty directory.
+    Its files are on disk before the rename. ``path`` must not be there, or be an empty directory.
 
     Raises:
-        UserError: the disk is full, the place cannot be written or is taken; nothing is left behind.
+        UserError: the place is taken or cannot be written, or the disk is full; nothing is left behind.
     """
+    if findings := occupied(path):
+        raise UserError.of(findings)
     path = Path(path).absolute()
     temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _sync(temporary)
+        for written in (*temporary.iterdir(), temporary):
+            _sync(written)
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error}); choose another place") from error
+        raise UserError(
+            f"{path}: cannot write ({error.strerror or error}); free some space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -151,6 +166,8 @@ def open_run(path: Path) -> RunDir:
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory; --from takes the --out of a training stage")
     missing = [name for name in (CONFIG, MODEL, WEIGHTS, TOKENIZER, LINEAGE) if not (path / name).is_file()]
+    if missing and (path / EXPORT).is_file():
+        raise UserError(f"{path}: holds an exported model, which is to be run; give the run directory it was made from")
     if missing:
         raise UserError(
             f"{path}: not a complete run directory, missing {', '.join(missing)}; run the training stage to its first checkpoint"

@@ -56,7 +56,7 @@ def test_codes(bits: Any, scale: Any, bound: Any, rounding: Any, outputs: int, b
     found = weight_codes(weight, how)
     assert torch.equal(found.codes, found.codes.round()) and found.codes.abs().max() <= how.largest
     assert found.scale.shape == {"tensor": (1, 1), "channel": (outputs, 1), "block": (outputs, blocks)}[scale]
-    steps = found._spread(found.scale)
+    steps = found.spread(found.scale)
     # Half a step, or within it of the range's end: there the edge bound gives up half a step of the largest.
     slack = 0.5 if bound == "centre" else 0.500001 + (0.5 if bits < 8 else 0.0)
     assert bool(((found.weights() - weight).abs() <= steps * (slack + 1e-5)).all())

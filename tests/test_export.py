@@ -517,7 +517,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
 def test_no_run_directory(tmp_path: Path, offline: Path) -> None:
     with pytest.raises(UserError, match="no such run directory"):
         export(tmp_path / "nowhere", tmp_path / "onnx")
-    with pytest.raises(UserError, match="not a complete run directory"):
+    with pytest.raises(UserError, match="holds an exported model"):
         export(offline, tmp_path / "onnx")
     assert not any(tmp_path.iterdir())
 
@@ -527,7 +527,7 @@ def test_an_output_that_is_taken(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "full"):
-        with pytest.raises(UserError, match="is not empty"):
+        with pytest.raises(UserError, match="choose another --out"):
             export(run, out, configuration="wide")
     with pytest.raises(UserError, match="cannot write"):
         export(run, tmp_path / "file" / "below", configuration="wide")

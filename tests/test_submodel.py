@@ -497,7 +497,7 @@ def test_atomic_directory(tmp_path: Path) -> None:
         (folder / "a").write_text("a")
         assert not (tmp_path / "new").exists()
     assert contents(tmp_path) == {"new/a": b"a"}
-    with pytest.raises(UserError, match="choose another place"), atomic_directory(tmp_path / "new") as folder:
+    with pytest.raises(UserError, match="choose another --out"), atomic_directory(tmp_path / "new") as folder:
         (folder / "b").write_text("b")
     with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "other") as folder:
         (folder / "c").write_text("c")

@@ -7,18 +7,20 @@ from typing import Annotated
 
 import typer
 
-from asrkit.cli.train import Overrides, changes_of, stopped
+from asrkit.cli.options import (
+    Config,
+    Dev,
+    Device,
+    Manifest,
+    MaxDuration,
+    Out,
+    Overrides,
+    Seed,
+    changes_of,
+    train_or_stop,
+)
 
 Parent = Annotated[Path, typer.Option("--from", help="Run directory of the model to compress.")]
-Manifest = Annotated[Path, typer.Option(help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory.")]
-Out = Annotated[Path, typer.Option(help="Run directory; repeated with the same settings, the run goes on.")]
-Dev = Annotated[Path | None, typer.Option(help="Cuts whose WER chooses the best weights.")]
-Config = Annotated[Path | None, typer.Option(help="YAML file of settings.")]
-Seed = Annotated[int | None, typer.Option(help="Short for --set seed=N.")]
-MaxDuration = Annotated[
-    float | None, typer.Option(help="Seconds of audio a step and process; short for --set data.max_duration=N.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Bits = Annotated[int | None, typer.Option(help="Of the weights: 8, 4 or 2. [default: 8]")]
 ActBits = Annotated[int | None, typer.Option(help="Of the layers' inputs: 8 or 4; left out, they stay float.")]
 Only = Annotated[
@@ -105,7 +107,6 @@ def qat(
     from asrkit.errors import UserError
     from asrkit.stages.qat import QatConfig, from_scratch_defaults
     from asrkit.stages.qat import qat as run
-    from asrkit.training.loop import Interrupted
 
     given = _bits("quantisation.", bits, act_bits, only)
     given |= {
@@ -119,10 +120,7 @@ def qat(
         raise UserError("--bits and --budget: the budget chooses the bits; leave one out")
     defaults = from_scratch_defaults() if from_scratch else None
     settings = resolve(QatConfig, config, changes_of(overrides, given), defaults)
-    try:
-        run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device)
-    except Interrupted as stop:
-        raise stopped(out, stop.code) from None
+    train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
 
 
 def prune(
@@ -157,7 +155,6 @@ def prune(
     from asrkit.config import resolve
     from asrkit.stages.prune import PruneConfig
     from asrkit.stages.prune import prune as run
-    from asrkit.training.loop import Interrupted
 
     given: dict[str, object] = {
         "mask": _mask(sparsity, block),
@@ -168,10 +165,7 @@ def prune(
         "data.max_duration": max_duration,
     }
     settings = resolve(PruneConfig, config, changes_of(overrides, given))
-    try:
-        run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device)
-    except Interrupted as stop:
-        raise stopped(out, stop.code) from None
+    train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
 
 
 def _bits(prefix: str, bits: int | None, act_bits: int | None, only: list[str] | None) -> dict[str, object]:

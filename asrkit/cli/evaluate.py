@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from asrkit.cli.options import Device
+
 # The names of asrkit.decoding.search.METHODS, which would import torch here.
 Method = StrEnum("Method", ["greedy", "beam", "ctc"])
 MethodOrAll = StrEnum("MethodOrAll", ["greedy", "beam", "ctc", "all"])
@@ -19,7 +21,6 @@ Mode = StrEnum("Mode", ["full"])
 
 Run = Annotated[Path, typer.Option("--from", help="Run directory of any stage.", show_default=False)]
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept by --method beam.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; left out, its own choice.")]
 Configuration = Annotated[
     str | None,

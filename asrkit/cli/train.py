@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from asrkit.cli.options import (
+    Config,
+    Dev,
+    Device,
+    Manifest,
+    MaxDuration,
+    Out,
+    Overrides,
+    Seed,
+    changes_of,
+    train_or_stop,
+)
+
 SubModelKind = StrEnum("SubModelKind", ["attention", "adapter"])
 Place = StrEnum("Place", ["serial", "parallel"])
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Replace a setting: key.subkey=value. Repeatable.", show_default=False),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -25,18 +32,15 @@ def register(app: typer.Typer) -> None:
 
 
 def train_backbone(
-    manifest: Annotated[Path, typer.Option(help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory.")],
-    out: Annotated[Path, typer.Option(help="Run directory; repeated with the same settings, the run goes on.")],
-    dev: Annotated[Path | None, typer.Option(help="Cuts whose WER chooses the best weights.")] = None,
+    manifest: Manifest,
+    out: Out,
+    dev: Dev = None,
     tokenizer: Annotated[Path | None, typer.Option(help="sentencepiece model; left out, one is trained.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    config: Config = None,
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
-    max_duration: Annotated[
-        float | None,
-        typer.Option(help="Seconds of audio a step and process; short for --set data.max_duration=N."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Seed = None,
+    max_duration: MaxDuration = None,
+    device: Device = "auto",
 ) -> None:
     """Train a convolutional backbone with a transducer and a CTC head.
 
@@ -52,27 +56,17 @@ def train_backbone(
     from asrkit.config import resolve
     from asrkit.stages.train_backbone import TrainBackboneConfig
     from asrkit.stages.train_backbone import train_backbone as run
-    from asrkit.training.loop import Interrupted
 
     changes = changes_of(overrides, {"seed": seed, "data.max_duration": max_duration})
-    try:
-        run(
-            manifest,
-            out,
-            resolve(TrainBackboneConfig, config, changes),
-            dev=dev,
-            tokenizer=tokenizer,
-            device=device,
-        )
-    except Interrupted as stop:
-        raise stopped(out, stop.code) from None
+    settings = resolve(TrainBackboneConfig, config, changes)
+    train_or_stop(out, lambda: run(manifest, out, settings, dev=dev, tokenizer=tokenizer, device=device))
 
 
 def add_submodel(
     parent: Annotated[Path, typer.Option("--from", help="Run directory of the model to add to.")],
     name: Annotated[str, typer.Option(help="Of the sub-model, and of the configuration that has it.")],
-    manifest: Annotated[Path, typer.Option(help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory.")],
-    out: Annotated[Path, typer.Option(help="Run directory; repeated with the same settings, the run goes on.")],
+    manifest: Manifest,
+    out: Out,
     kind: Annotated[SubModelKind | None, typer.Option(help="What to add. [default: attention]")] = None,
     layers: Annotated[
         str | None, typer.Option(help="all, or numbers from 0 on: 0-5 or 0,2,4. [default: all]", show_default=False)
@@ -87,15 +81,12 @@ def add_submodel(
     on: Annotated[
         list[str] | None, typer.Option(help="Sub-model that stays active, frozen, beneath it. Repeatable.")
     ] = None,
-    dev: Annotated[Path | None, typer.Option(help="Cuts whose WER chooses the best weights.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    dev: Dev = None,
+    config: Config = None,
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
-    max_duration: Annotated[
-        float | None,
-        typer.Option(help="Seconds of audio a step and process; short for --set data.max_duration=N."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Seed = None,
+    max_duration: MaxDuration = None,
+    device: Device = "auto",
 ) -> None:
     """Train attention, or an adapter, on top of a frozen model: another operating point in the same checkpoint.
 
@@ -113,7 +104,6 @@ def add_submodel(
     from asrkit.config import resolve
     from asrkit.stages.add_submodel import AddSubModelConfig
     from asrkit.stages.add_submodel import add_submodel as run
-    from asrkit.training.loop import Interrupted
 
     given = {
         "submodel.kind": kind and kind.value,
@@ -126,23 +116,8 @@ def add_submodel(
     }
     if layers is not None:
         given["submodel.layers"] = _layers(layers)
-    try:
-        run(
-            parent,
-            name,
-            manifest,
-            out,
-            resolve(AddSubModelConfig, config, changes_of(overrides, given)),
-            dev=dev,
-            device=device,
-        )
-    except Interrupted as stop:
-        raise stopped(out, stop.code) from None
-
-
-def changes_of(overrides: list[str] | None, given: Mapping[str, object]) -> list[str]:
-    """Every --set, and the options that are short for one."""
-    return [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    settings = resolve(AddSubModelConfig, config, changes_of(overrides, given))
+    train_or_stop(out, lambda: run(parent, name, manifest, out, settings, dev=dev, device=device))
 
 
 def _layers(text: str) -> str:
@@ -159,8 +134,3 @@ def _layers(text: str) -> str:
             raise UserError(f"--layers {text}: write all, a range such as 0-5, or numbers such as 0,2,4")
         numbers += range(int(first), int(last) + 1)
     return str(numbers)
-
-
-def stopped(out: Path, code: int) -> typer.Exit:
-    typer.echo(f"stopped; the state is saved, the same command goes on from it ({out})", err=True)
-    return typer.Exit(code)

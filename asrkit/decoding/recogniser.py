@@ -15,11 +15,11 @@ from asrkit.decoding.exported import OnnxAcousticModel
 from asrkit.decoding.search import METHODS, Method
 from asrkit.decoding.streaming import StreamingModel
 from asrkit.errors import UserError
-from asrkit.export.directory import EXPORT, is_exported, open_exported
+from asrkit.export.directory import is_exported, open_exported
 from asrkit.export.runtime import OnnxModel
 from asrkit.models import load_model
 from asrkit.nn.context import FRAME_MS, Context, parse_context
-from asrkit.run_dir import TOKENIZER, WEIGHTS, open_run, sha256_of
+from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run, sha256_of
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,6 @@ README.md                                 the commands that run it
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +17,9 @@ from asrkit.config import config, from_dict
 from asrkit.errors import UserError
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import read_yaml, sha256_of
+from asrkit.run_dir import EXPORT, read_yaml, sha256_of
 
-EXPORT, README = "export.yaml", "README.md"
+README = "README.md"
 
 
 @config
@@ -118,30 +114,3 @@ def open_exported(path: Path) -> Exported:
     if findings:
         raise UserError.of(findings)
     return exported
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside ``path``; it becomes ``path`` only when the block succeeds.
-
-    Raises:
-        UserError: something lies at ``path``, the disk is full, or the place cannot be written; nothing is left behind.
-    """
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise UserError(f"{path}: is not empty; give another --out or remove it")
-    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        for file in (*temporary.iterdir(), temporary):
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write ({error.strerror or error}); free some space or choose another --out"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -158,6 +158,7 @@ class Encoder(nn.Module):
         x, _ = self.subsampling(self.normalise(features), features.new_zeros(1), streaming=True)
         offsets = torch.arange(x.shape[1], device=x.device)
         queries = caches.frames.unsqueeze(1) + offsets
+        # All True without lengths, as a comparison, so that a traced graph keeps the batch's size open.
         valid = queries >= 0 if frame_lens is None else offsets < frame_lens.unsqueeze(1)
         seen = {}
         if caches.keys:

@@ -131,9 +131,10 @@ class Codes(NamedTuple):
 
     def weights(self) -> Tensor:
         """(O, I), what the integers stand for."""
-        return self._spread(self.scale) * self.codes - (0.0 if self.offset is None else self._spread(self.offset))
+        return self.spread(self.scale) * self.codes - (0.0 if self.offset is None else self.spread(self.offset))
 
-    def _spread(self, per_block: Tensor) -> Tensor:
+    def spread(self, per_block: Tensor) -> Tensor:
+        """A value for each block, (O or 1, n), as one for each weight, or as it is where one serves all."""
         if per_block.shape[1] == 1:
             return per_block
         return per_block.repeat_interleave(self.codes.shape[1] // per_block.shape[1], dim=1)
@@ -337,9 +338,9 @@ class CompressedLinear(nn.Linear):
         found = quantised.weights()
         if how.scale_gradient:
             # Rounding passes straight through; the scale's own gradient flows as well.
-            spread = quantised._spread(quantised.scale)
+            spread = quantised.spread(quantised.scale)
             straight = weight / spread + (
-                0.0 if quantised.offset is None else quantised._spread(quantised.offset) / spread
+                0.0 if quantised.offset is None else quantised.spread(quantised.offset) / spread
             )
             found = found + (straight - straight.detach()) * spread.detach()
         else:

@@ -61,7 +61,7 @@ def parse_context(text: str) -> Context:
 def visible(queries: Tensor, keys: Tensor, context: Context) -> Tensor:
     """Which keys each query may see: frame numbers (..., T) and (..., S) -> bool (..., T, S)."""
     queries, keys = queries.unsqueeze(-1), keys.unsqueeze(-2)
-    if context.chunk is None:
+    if context.chunk is None:  # all True, in the shape that broadcasting gives
         return (queries == queries) & (keys == keys)
     begin = queries.div(context.chunk, rounding_mode="floor") * context.chunk
     return (keys >= begin - context.left) & (keys < begin + context.chunk)

@@ -23,11 +23,11 @@ from asrkit.models.encoder import SubModel
 from asrkit.models.spec import ContextText, Positive, Probability
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import open_run
-from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune
 from asrkit.training.loop import TrainingConfig
 from asrkit.training.objective import ContextsConfig, recogniser_loss
 from asrkit.training.optim import OptimiserConfig
 from asrkit.training.run import RunWriter
+from asrkit.training.stage import FineTuneConfig, Prepared, fine_tune
 
 NOOP, RANDOM = "noop", "random"
 PARTS = {

@@ -18,7 +18,7 @@ from asrkit.decoding.choice import ContextChoice, listed, was_trained
 from asrkit.decoding.exported import OnnxAcousticModel
 from asrkit.decoding.search import Method, search
 from asrkit.errors import UserError
-from asrkit.export.directory import EXPORT, README, Exported, FileRecord, ParityRecord, RunRecord, atomic_directory
+from asrkit.export.directory import README, Exported, FileRecord, ParityRecord, RunRecord
 from asrkit.export.graphs import CTC, ENCODER, FILES, StateLayout, graphs
 from asrkit.export.onnx_file import OPSET, require_onnx, write_onnx
 from asrkit.export.parity import (
@@ -35,7 +35,7 @@ from asrkit.export.runtime import OnnxModel
 from asrkit.models import AsrModel, load_model
 from asrkit.models.compress import scaled_back
 from asrkit.nn.context import FULL, Context, parse_context
-from asrkit.run_dir import TOKENIZER, TOKENS, WEIGHTS, RunDir, open_run, sha256_of, write_yaml
+from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, WEIGHTS, RunDir, atomic_directory, open_run, sha256_of, write_yaml
 
 OFFLINE_FRAMES = 400  # feature frames of the longest random utterance
 SEARCHES: tuple[Method, ...] = ("greedy", "ctc")

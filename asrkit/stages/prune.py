@@ -19,26 +19,24 @@ from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.models.compress import LayerChoice, compressed_layers, pruned_spec, rebuilt, with_configuration
 from asrkit.nn.compression import Mask
-from asrkit.run_dir import WEIGHTS, open_run, sha256_of
+from asrkit.run_dir import open_run
 from asrkit.training.distributed import World, all_sum
-from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune, load_teacher
-from asrkit.training.masks import MaskSchedule, is_due, keep_pruned, last_update, update_masks, watch_inputs
-from asrkit.training.objective import LossOutput, TeacherConfig, loss_of_a_stage
+from asrkit.training.masks import MaskSchedule, keep_pruned, last_update, sparsity_due, update_masks, watch_inputs
+from asrkit.training.objective import LossOutput, loss_of_a_stage
 from asrkit.training.run import RunWriter
+from asrkit.training.stage import CompressConfig, Prepared, fine_tune, load_teacher
 
 
 @config
-class PruneConfig(FineTuneConfig):
+class PruneConfig(CompressConfig):
     """Everything prune can be told; config.yaml of the run holds it with every default written out.
 
-    ``mask`` None is 2:4. ``configuration``: the one to train, None for the parent's default.
+    ``mask`` None is 2:4.
     """
 
-    configuration: str | None = None
     mask: Mask | None = None
     schedule: MaskSchedule = field(default_factory=MaskSchedule)
     layers: LayerChoice = field(default_factory=LayerChoice)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
 
 def prune(
@@ -96,7 +94,7 @@ def prune(
         if step > found_at:  # once a step, before its first part
             found_at = step
             inputs = None
-            if settings.schedule.score == "activation" and is_due(model, step, settings.schedule):
+            if settings.schedule.score == "activation" and sparsity_due(settings.schedule, mask, step)[0]:
                 with watch_inputs(model) as inputs, torch.no_grad():
                     plain(model, batch, step)
                 for path in sorted(inputs):  # every process must find the same masks
@@ -128,8 +126,7 @@ def prune(
         out,
         settings,
         prepare,
-        content={} if teacher is None else {"teacher_weights_sha256": sha256_of(teacher / WEIGHTS)},
-        inputs={"teacher": None if teacher is None else teacher / WEIGHTS},
+        teacher=teacher,
         dev=dev,
         device=device,
         command=command,

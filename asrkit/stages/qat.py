@@ -27,33 +27,31 @@ from asrkit.models.compress import (
     rebuilt,
     with_configuration,
 )
-from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml, sha256_of
+from asrkit.run_dir import MODEL, open_run, read_yaml
 from asrkit.training.distributed import broadcast_object
-from asrkit.training.finetune import FineTuneConfig, Prepared, fine_tune, load_teacher
 from asrkit.training.loop import TrainingConfig
 from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import ContextsConfig, LossConfig, TeacherConfig, loss_of_a_stage
+from asrkit.training.objective import ContextsConfig, LossConfig, loss_of_a_stage
 from asrkit.training.run import RunWriter
 from asrkit.training.sensitivity import BITS, choose_bits, measure
+from asrkit.training.stage import CompressConfig, Prepared, fine_tune, load_teacher
 
 SAMPLE = 4  # training batches that sensitivity is measured on
 
 
 @config
-class QatConfig(FineTuneConfig):
+class QatConfig(CompressConfig):
     """Everything qat can be told; config.yaml of the run holds it with every default written out.
 
     ``from_scratch``: begin with new weights, as the paper does, and not with the parent's; its shape, features' statistics
-    and tokenizer are taken over. ``configuration``: the one to train, None for the parent's default.
+    and tokenizer are taken over.
     ``budget``: the share of the configuration's float size that it may take; bits are then chosen for each layer, by what the
     loss of the first 4 training batches grows by when it alone is quantised.
     """
 
-    configuration: str | None = None
     budget: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
     from_scratch: bool = False
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
 
 def from_scratch_defaults() -> QatConfig:
@@ -121,8 +119,7 @@ def qat(
         out,
         settings,
         prepare,
-        content={} if teacher is None else {"teacher_weights_sha256": sha256_of(teacher / WEIGHTS)},
-        inputs={"teacher": None if teacher is None else teacher / WEIGHTS},
+        teacher=teacher,
         dev=dev,
         device=device,
         command=command,

@@ -8,8 +8,8 @@ from asrkit.config import to_dict
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.models.compress import QuantisationConfig, quantised_spec, rebuilt
-from asrkit.run_dir import open_run
-from asrkit.training.derived import derive_run, occupied
+from asrkit.run_dir import occupied, open_run
+from asrkit.training.derived import derive_run
 
 
 def quantise(parent: Path, out: Path, settings: QuantisationConfig, *, command: str = "") -> Path:

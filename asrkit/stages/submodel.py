@@ -19,8 +19,8 @@ from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.digests import ENCODER, SUBMODELS, backbone_digest, tensors_digest
 from asrkit.models.spec import BACKBONE, NAME, ConfigurationSpec, SubModelSpec
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import WEIGHTS, atomic_write, open_run
-from asrkit.training.derived import derive_run, occupied
+from asrkit.run_dir import WEIGHTS, atomic_write, occupied, open_run
+from asrkit.training.derived import derive_run
 
 # What the header of an extracted sub-model says it is; another layout will be another number.
 KIND = "asrkit sub-model 1"

@@ -14,22 +14,21 @@ from lhotse.cut import Cut
 from pydantic import Field
 
 from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batches import DataConfig, feature_statistics, text_of
+from asrkit.data.batches import TrainBatches, feature_statistics, text_of
 from asrkit.data.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.models.spec import BACKBONE, ConfigurationSpec, Positive, Probability, Size
-from asrkit.nn.context import FULL, parse_context
+from asrkit.nn.context import FULL
 from asrkit.run_dir import TOKENIZER
 from asrkit.training.distributed import World, broadcast_object, join_world
-from asrkit.training.loop import Task, TrainingConfig, train
 from asrkit.training.objective import (
     AttentionDropoutConfig,
     ContextsConfig,
-    LossConfig,
     check_contexts,
     recogniser_loss,
 )
-from asrkit.training.run import RunWriter, dev_measure, read_material, training_table
+from asrkit.training.run import RunWriter, read_material
+from asrkit.training.stage import Prepared, StageConfig, inputs_of, train_stage
 
 JOINT = "joint"  # the sub-model that trains together with the backbone
 
@@ -70,18 +69,11 @@ class BackboneConfig:
 
 
 @config
-class TrainBackboneConfig:
+class TrainBackboneConfig(StageConfig):
     """Everything train-backbone can be told; config.yaml of the run holds it with every default written out."""
 
-    seed: Annotated[int, Field(ge=0)] = 1
-    bad_cuts: str = Field(default="refuse", pattern="^(refuse|skip)$")
-    dev_max_cuts: Positive = 500
     model: BackboneConfig = field(default_factory=BackboneConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    contexts: ContextsConfig = field(default_factory=ContextsConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
 def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:
@@ -146,64 +138,34 @@ def train_backbone(
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
-    with join_world(device) as world:
-        inputs = {"manifest": manifest, "dev": dev, "tokenizer": tokenizer}
-        inputs |= {f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}
-        with RunWriter.open(out, "train-backbone", to_dict(settings), inputs, command, world) as run:
-            if run.finished:
-                return out
-            material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
-            pieces = _tokenizer(world, out, tokenizer, material.every, settings.tokenizer)
-            table, noise = training_table(material, settings.data, pieces, settings.bad_cuts, run)
+    dropout = settings.model.attention_dropout
 
-            import torch
+    def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
+        model = AsrModel(model_spec(settings.model, Tokenizer(run.path / TOKENIZER).vocab_size, settings.contexts))
+        for attention in model.encoder.submodels.values():
+            attention.silence()  # type: ignore[operator]
+        if run.fresh:
+            mean, std = feature_statistics(batches.table)
+            model.encoder.normalise.mean.copy_(mean)
+            model.encoder.normalise.std.copy_(std)
+        trained = JOINT if dropout.probability < 1 else BACKBONE
+        return Prepared(
+            model=model,
+            loss=lambda model, batch, step: recogniser_loss(
+                model, batch, step, settings.loss, settings.contexts, trained, dropout
+            ),
+        )
 
-            torch.manual_seed(settings.seed)
-            model = AsrModel(model_spec(settings.model, pieces.vocab_size, settings.contexts))
-            for attention in model.encoder.submodels.values():
-                attention.silence()  # type: ignore[operator]
-            if run.fresh:
-                mean, std = feature_statistics(table)
-                model.encoder.normalise.mean.copy_(mean)
-                model.encoder.normalise.std.copy_(std)
-            run.describe(to_dict(model.spec), table, world)
-            configuration, dropout = model.spec.configuration, settings.model.attention_dropout
-            task = Task(
-                model=model,
-                loss=lambda model, batch, step: recogniser_loss(
-                    model,
-                    batch,
-                    step,
-                    settings.loss,
-                    settings.contexts,
-                    JOINT if dropout.probability < 1 else BACKBONE,
-                    dropout,
-                ),
-                batches=run.batches(
-                    table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world
-                ),
-                measure=None
-                if material.dev is None
-                else dev_measure(
-                    material.dev,
-                    pieces,
-                    settings.data.max_duration,
-                    settings.dev_max_cuts,
-                    "greedy" if settings.loss.transducer_scale > 0 else "ctc",
-                    configuration,
-                    parse_context(model.spec.configurations[configuration].contexts[0]),
-                ),
-                publish=lambda average, step, metrics: run.publish(average, step, metrics),
-            )
-            train(
-                task,
-                out,
-                settings.training,
-                settings.data.num_workers,
-                settings.seed,
-                world,
-            )
-            run.finish()
+    inputs = inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer)
+    with (
+        join_world(device) as world,
+        RunWriter.open(out, "train-backbone", to_dict(settings), inputs, command, world) as run,
+    ):
+        if run.finished:
+            return out
+        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
+        pieces = _tokenizer(world, out, tokenizer, material.every, settings.tokenizer)
+        train_stage(run, settings, material, pieces, prepare)
     return out
 
 

@@ -26,15 +26,6 @@ from asrkit.training.checkpoint import save_weights
 from asrkit.training.run import DONE, stage_entry
 
 
-def occupied(out: Path) -> list[str]:
-    """Why ``out`` cannot become a new run directory, for a stage to report among its other findings; [] if it can."""
-    if out.is_dir() and any(out.iterdir()):
-        return [f"{out}: exists and is not empty; choose another --out"]
-    if out.exists() and not out.is_dir():
-        return [f"{out}: is a file; choose another --out"]
-    return []
-
-
 def derive_run(
     out: Path,
     parent: RunDir,

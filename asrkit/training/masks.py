@@ -64,42 +64,42 @@ def last_update(schedule: MaskSchedule, sparsity: float | None) -> int:
     return schedule.start + (len(updates(schedule, sparsity)) - 1) * schedule.interval
 
 
+def sparsity_due(schedule: MaskSchedule, mask: Mask, step: int) -> tuple[bool, float | None]:
+    """Whether a mask is found before ``step``, and with which sparsity."""
+    times = updates(schedule, mask.sparsity)
+    number, rest = divmod(step - schedule.start, schedule.interval)
+    due = step >= schedule.start and rest == 0 and number < len(times)
+    return due, times[number] if due else None
+
+
+def masked_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLinear, Mask]]:
+    """The layers that have a mask, with their paths and what shape it has."""
+    for path, layer in compressed_layers(model).items():
+        if layer.how.mask is not None:
+            yield path, layer, layer.how.mask
+
+
 def update_masks(
     model: nn.Module, step: int, schedule: MaskSchedule, inputs: Mapping[str, Tensor] | None = None
-) -> bool:
-    """Find the masks that are due before ``step``, in place; True if any were.
+) -> None:
+    """Find the masks that are due before ``step``, in place, and say whether pruned weights still get gradients.
 
     Args:
         inputs: by layer, the sums of absolute inputs (I,) for score ``activation``.
     """
-    due = False
-    for path, layer in compressed_layers(model).items():
-        wanted = layer.how.mask
-        if wanted is None:
-            continue
-        times = updates(schedule, wanted.sparsity)
-        number, rest = divmod(step - schedule.start, schedule.interval)
-        final = schedule.start + (len(times) - 1) * schedule.interval
+    for path, layer, mask in masked_layers(model):
         layer.straight_through = None
-        if schedule.straight_through != "none" and step < final:
+        if schedule.straight_through != "none" and step < last_update(schedule, mask.sparsity):
             layer.straight_through = schedule.decay if schedule.straight_through == "sr" else 0.0
-        if step < schedule.start or rest or number >= len(times):
+        due, sparsity = sparsity_due(schedule, mask, step)
+        if not due:
             continue
         scores = layer.weight.detach().abs()
         if inputs is not None and path in inputs:  # a layer that is not active has no inputs
             scores = scores * inputs[path]
         if schedule.kind == "iterative":
             scores = scores.masked_fill(~layer.mask, 0.0)
-        layer.mask.copy_(find_mask(scores, _at(wanted, times[number])))
-        due = True
-    return due
-
-
-def is_due(model: nn.Module, step: int, schedule: MaskSchedule) -> bool:
-    """Whether ``update_masks`` would find any mask before ``step``."""
-    sparsities = {layer.how.mask.sparsity for layer in compressed_layers(model).values() if layer.how.mask is not None}
-    number, rest = divmod(step - schedule.start, schedule.interval)
-    return step >= schedule.start and not rest and any(number < len(updates(schedule, s)) for s in sparsities)
+        layer.mask.copy_(find_mask(scores, _at(mask, sparsity)))
 
 
 def _at(mask: Mask, sparsity: float | None) -> Mask:
@@ -109,9 +109,8 @@ def _at(mask: Mask, sparsity: float | None) -> Mask:
 @torch.no_grad()
 def keep_pruned(model: nn.Module, step: int) -> None:
     """Zero the latent weights that are pruned, whatever momentum or decay made of them."""
-    for layer in compressed_layers(model).values():
-        if layer.how.mask is not None:
-            layer.weight.mul_(layer.mask)
+    for _, layer, _ in masked_layers(model):
+        layer.weight.mul_(layer.mask)
 
 
 @contextmanager
@@ -134,8 +133,3 @@ def watch_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def density(layer: CompressedLinear) -> float:
-    """The share of a layer's weights that is kept."""
-    return float(layer.mask.float().mean()) if layer.how.mask is not None else 1.0

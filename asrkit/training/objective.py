@@ -290,12 +290,14 @@ def taught_loss(
     settings: LossConfig,
     teaching: TeacherConfig,
     context: Context = FULL,
-    configuration: str | None = None,
 ) -> LossOutput:
-    """``recogniser_loss`` in one context, and what ``teacher``, in evaluation mode and in the same context, says of it."""
-    own = _one_pass(model, batch, step, settings, configuration, context, None)
+    """``recogniser_loss`` in one context, and what ``teacher``, in evaluation mode and in the same context, says of it.
+
+    Each runs in its own default configuration.
+    """
+    own = _one_pass(model, batch, step, settings, None, context, None)
     with torch.no_grad():
-        encoder_out, _ = teacher.encode(batch.features, batch.feature_lens, configuration, context)
+        encoder_out, _ = teacher.encode(batch.features, batch.feature_lens, None, context)
     loss, parts = own.loss, dict(own.parts)
     if teaching.scale > 0 and own.transducer is not None:
         taught = _divergence(teacher, batch, encoder_out, own.encoder_out_lens, own, teaching.classes)

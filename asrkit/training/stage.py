@@ -1,4 +1,4 @@
-"""What stages that start from a trained model share: its directory, its tokenizer, new data, the loop."""
+"""What training stages share around the loop: their settings, the way from manifests to a finished run, a trained parent."""
 
 from __future__ import annotations
 
@@ -21,28 +21,46 @@ from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.distributed import broadcast_object, join_world
 from asrkit.training.loop import Task, TrainingConfig, train
-from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, check_contexts
+from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, TeacherConfig, check_contexts
 from asrkit.training.optim import OptimiserConfig
-from asrkit.training.run import RunWriter, dev_measure, read_material, training_table
+from asrkit.training.run import Material, RunWriter, dev_measure, read_material, training_table
 
 
 @config
-class FineTuneConfig:
-    """What every stage that goes on training can be told; a stage's own settings come on top.
-
-    Different from train-backbone, and ours: the transducer's simple part does not lead again, and AdamW at a quarter of its
-    usual rate.
-    """
+class StageConfig:
+    """What every stage that trains can be told; a stage's own settings come on top."""
 
     seed: Annotated[int, Field(ge=0)] = 1
     bad_cuts: str = Field(default="refuse", pattern="^(refuse|skip)$")
     dev_max_cuts: Positive = 500
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=lambda: LossConfig(warm_up_steps=0))
+    loss: LossConfig = field(default_factory=LossConfig)
     contexts: ContextsConfig = field(default_factory=ContextsConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@config
+class FineTuneConfig(StageConfig):
+    """The same with the defaults of stages that start from a trained model.
+
+    Ours: the transducer's simple part does not lead again, and AdamW at a quarter of its usual rate.
+    """
+
+    loss: LossConfig = field(default_factory=lambda: LossConfig(warm_up_steps=0))
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(optimiser=OptimiserConfig(name="adamw", learning_rate=5e-4))
     )
+
+
+@config
+class CompressConfig(FineTuneConfig):
+    """What the stages that make a model smaller have in common.
+
+    ``configuration``: the one to train, None for the parent's default. ``teacher``: how a model given to teach does so.
+    """
+
+    configuration: str | None = None
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,63 @@ def load_teacher(path: Path, student: RunDir) -> AsrModel:
     return load_model(run).requires_grad_(False)
 
 
+def train_stage(
+    run: RunWriter,
+    settings: StageConfig,
+    material: Material,
+    tokenizer: Tokenizer,
+    prepare: Callable[[RunWriter, TrainBatches], Prepared],
+) -> None:
+    """Train what ``prepare`` makes, in a claimed run directory, to its end.
+
+    Args:
+        prepare: makes the model, and may look at the training batches; torch's generator is seeded before. The model's
+            default configuration is measured, in the first context it is trained in.
+
+    Raises:
+        UserError: cuts that cannot be trained on, and what training finds.
+        Interrupted: stopped by a signal, state saved.
+    """
+    world = run.world
+    table, noise = training_table(material, settings.data, tokenizer, settings.bad_cuts, run)
+    batches = run.batches(table, settings.data, tokenizer, noise, settings.training.accumulate, settings.seed, world)
+    torch.manual_seed(settings.seed)
+    prepared = prepare(run, batches)
+    run.extra = dict(prepared.extra)
+    spec = prepared.model.spec
+    run.describe(to_dict(spec), table, world)
+    measure = None
+    if material.dev is not None:
+        measure = dev_measure(
+            material.dev,
+            tokenizer,
+            settings.data.max_duration,
+            settings.dev_max_cuts,
+            "greedy" if settings.loss.transducer_scale > 0 else "ctc",
+            spec.configuration,
+            parse_context(spec.configurations[spec.configuration].contexts[0]),
+        )
+    task = Task(
+        model=prepared.model,
+        loss=prepared.loss,
+        batches=batches,
+        measure=measure,
+        publish=run.publish,
+        frozen=prepared.frozen,
+        after_step=prepared.after_step,
+        not_before=prepared.not_before,
+    )
+    train(task, run.path, settings.training, settings.data.num_workers, settings.seed, world)
+    if world.is_main and prepared.check is not None:
+        prepared.check(open_run(run.path).weights())
+    run.finish()
+
+
+def inputs_of(settings: StageConfig, **files: Path | None) -> dict[str, Path | None]:
+    """The files a run depends on, by the name of their option: those given and the manifests of ``data.also``."""
+    return {**files, **{f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}}
+
+
 def fine_tune(
     stage: str,
     parent: RunDir,
@@ -90,7 +165,7 @@ def fine_tune(
     prepare: Callable[[RunWriter, TrainBatches], Prepared],
     *,
     content: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, Path | None] | None = None,
+    teacher: Path | None = None,
     dev: Path | None = None,
     device: str = "auto",
     command: str = "",
@@ -98,24 +173,24 @@ def fine_tune(
     """Run a stage on the model of ``parent``, or go on with a run that was interrupted; returns ``out``.
 
     Args:
-        prepare: makes the model, and may look at the training batches; torch's generator is seeded before. The model's default
-            configuration is trained and measured.
+        prepare: see ``train_stage``.
         content: what the stage was told besides ``settings``, for config.yaml.
-        inputs: files besides the manifests, by the name of their option.
+        teacher: a run directory whose model takes part; its weights are held against those of the run's beginning.
 
     Raises:
         UserError: unusable manifests or output directory, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
-    files: dict[str, Path | None] = {"manifest": manifest, "dev": dev, **(inputs or {})}
-    files |= {f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}
+    weights = None if teacher is None else teacher / WEIGHTS
     told = {
         "from": str(parent.path),
         "from_weights_sha256": sha256_of(parent.path / WEIGHTS),
+        **({} if weights is None else {"teacher_weights_sha256": sha256_of(weights)}),
         **(content or {}),
         **to_dict(settings),
     }
+    files = inputs_of(settings, manifest=manifest, dev=dev, teacher=weights)
     with (
         join_world(device) as world,
         RunWriter.open(out, stage, told, files, command, world, parent=parent.path) as run,
@@ -125,37 +200,6 @@ def fine_tune(
         if world.is_main and not (out / TOKENIZER).is_file():
             Tokenizer(parent.tokenizer_path).copy_to(out / TOKENIZER)
         broadcast_object(world, None)  # the others read it only once it is there
-        pieces = Tokenizer(out / TOKENIZER)
         material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
-        table, noise = training_table(material, settings.data, pieces, settings.bad_cuts, run)
-        batches = run.batches(table, settings.data, pieces, noise, settings.training.accumulate, settings.seed, world)
-        torch.manual_seed(settings.seed)
-        prepared = prepare(run, batches)
-        run.extra = dict(prepared.extra)
-        spec = prepared.model.spec
-        run.describe(to_dict(spec), table, world)
-        task = Task(
-            model=prepared.model,
-            loss=prepared.loss,
-            batches=batches,
-            measure=None
-            if material.dev is None
-            else dev_measure(
-                material.dev,
-                pieces,
-                settings.data.max_duration,
-                settings.dev_max_cuts,
-                "greedy" if settings.loss.transducer_scale > 0 else "ctc",
-                spec.configuration,
-                parse_context(spec.configurations[spec.configuration].contexts[0]),
-            ),
-            publish=lambda average, step, metrics: run.publish(average, step, metrics),
-            frozen=prepared.frozen,
-            after_step=prepared.after_step,
-            not_before=prepared.not_before,
-        )
-        train(task, out, settings.training, settings.data.num_workers, settings.seed, world)
-        if world.is_main and prepared.check is not None:
-            prepared.check(RunDir(out, {}, {}, []).weights())
-        run.finish()
+        train_stage(run, settings, material, Tokenizer(out / TOKENIZER), prepare)
     return out
