@@ -1,0 +1,42 @@
+# Integers and masks on a recipe's float model; a recipe sets these and includes it after ../common.mk:
+#
+#     FLOAT      its run directory              MATERIAL   what to train on: --manifest, --dev and settings
+#     SMALLER    where the results go           TESTS      manifests to test on
+#
+#     int8 int4 int4a8 int2            untrained: float weights as integers, a8 with integer inputs, int2 in blocks with zero points
+#     int8-trained ... int2-trained    the same, trained on with the float model as teacher
+#     sparse sparse-int4               2 of every 4 weights; then 4 bits each, trained again
+BITS_int8 := --bits 8
+BITS_int4 := --bits 4
+BITS_int4a8 := --bits 4 --act-bits 8
+BITS_int2 := --bits 2 --set weights.symmetric=false --set weights.scale=block --set weights.block_size=32
+# qat has the same settings one group deeper.
+TRAINED_int2 := --bits 2 --set quantisation.weights.symmetric=false --set quantisation.weights.scale=block \
+    --set quantisation.weights.block_size=32
+UNTRAINED := int8 int4 int4a8 int2
+COMPRESSED := $(UNTRAINED) $(UNTRAINED:%=%-trained) sparse sparse-int4
+
+.PHONY: compress
+compress: $(SMALLER)/float/evaluation/done $(COMPRESSED:%=$(SMALLER)/%/evaluation/done)
+	$(ASRKIT) summary $(SMALLER)/float $(COMPRESSED:%=$(SMALLER)/%) --out $(SMALLER)/summary.json
+
+$(SMALLER)/float/done: | $(FLOAT)/done
+	mkdir -p $(SMALLER)
+	ln -sfn $(abspath $(FLOAT)) $(@D)
+
+$(UNTRAINED:%=$(SMALLER)/%/done): $(SMALLER)/%/done: | $(FLOAT)/done
+	$(ASRKIT) quantise --from $(FLOAT) $(BITS_$*) --out $(@D)
+
+$(UNTRAINED:%=$(SMALLER)/%-trained/done): $(SMALLER)/%-trained/done: | $(FLOAT)/done
+	$(ASRKIT) qat --from $(FLOAT) --teacher $(FLOAT) $(or $(TRAINED_$*),$(BITS_$*)) $(MATERIAL) --out $(@D)
+
+$(SMALLER)/sparse/done: | $(FLOAT)/done
+	$(ASRKIT) prune --from $(FLOAT) --teacher $(FLOAT) --sparsity 2:4 $(MATERIAL) --out $(@D)
+
+$(SMALLER)/sparse-int4/done: | $(SMALLER)/sparse/done
+	$(ASRKIT) qat --from $(SMALLER)/sparse --teacher $(FLOAT) --bits 4 $(MATERIAL) --out $(@D)
+
+$(SMALLER)/%/evaluation/done: | $(SMALLER)/%/done
+	for manifest in $(TESTS); do \
+	    $(ASRKIT) evaluate --from $(SMALLER)/$* --manifest $$manifest --method greedy --method beam; done
+	touch $@
