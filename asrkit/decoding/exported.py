@@ -13,14 +13,14 @@ from torch.nn.functional import pad
 from asrkit.data.features import LOG_EPS
 from asrkit.decoding.acoustic import EncoderOutput
 from asrkit.export.graphs import CTC, ENCODER, LOOK_AHEAD
-from asrkit.export.runtime import OnnxModel
+from asrkit.export.runtime import ExportedModel
 from asrkit.nn.conformer import subsampled_lens
 from asrkit.nn.context import Context
 
 States = dict[str, Tensor]  # by file
 
 
-class OnnxAcousticModel:
+class ExportedAcousticModel:
     """The files of an exported directory as an ``AcousticModel``, in the context they are fixed to.
 
     The transducer's encoder and CTC are files of their own, each with the whole encoder; what no search asks for is not
@@ -34,7 +34,7 @@ class OnnxAcousticModel:
 
     def __init__(
         self,
-        onnx: OnnxModel,
+        onnx: ExportedModel,
         context: Context,
         vocab_size: int,
         context_size: int,

@@ -11,12 +11,12 @@ import torch
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice, listed, was_trained
-from asrkit.decoding.exported import OnnxAcousticModel
+from asrkit.decoding.exported import ExportedAcousticModel
 from asrkit.decoding.search import METHODS, Method
 from asrkit.decoding.streaming import StreamingModel
 from asrkit.errors import UserError
 from asrkit.export.directory import is_exported, open_exported
-from asrkit.export.runtime import OnnxModel
+from asrkit.export.runtime import ExportedModel
 from asrkit.models import load_model
 from asrkit.nn.context import FRAME_MS, Context, parse_context
 from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run, sha256_of
@@ -124,8 +124,8 @@ def _load_exported(
         context = (context or ContextChoice()).among([only], True, f"{path}: the exported model")
     if context != only:
         raise UserError(f"{path}: was exported in context {only}, not {context}; {again}")
-    model = OnnxAcousticModel(
-        OnnxModel(path, exported.state_size),
+    model = ExportedAcousticModel(
+        ExportedModel(path, exported.state_size, exported.format),
         only,
         exported.vocab_size,
         exported.context_size,

@@ -1,14 +1,17 @@
 """An exported directory on disk: what ``export`` writes, and the runtime, the evaluator and the client read.
 
-encoder.onnx, decoder.onnx, joiner.onnx   the transducer
+encoder.onnx, decoder.onnx, joiner.onnx   the transducer (.pt as TorchScript)
 ctc.onnx                                  the same encoder with the CTC head
 tokens.txt, tokenizer.model               ids to pieces for the client, text to ids for asrkit
 export.yaml                               what it is and where it is from, with sizes and digests of the files above
-README.md                                 the commands that run it
+report.json                               what was measured of it, where that was asked for
+README.md                                 the commands that run it, in the form of a model card
+.gitattributes                            keeps large files apart where the directory is pushed to a model hub
 """
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,37 +20,60 @@ from asrkit.config import config, from_dict
 from asrkit.errors import UserError
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import EXPORT, read_yaml, sha256_of
+from asrkit.run_dir import EXPORT, atomic_write, read_yaml, sha256_of
 
-README = "README.md"
+README, REPORT = "README.md", "report.json"
+Format = Literal["onnx", "torchscript"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torchscript": ".pt"}
 
 
 @config
 class FileRecord:
-    """A file of the directory; ``parameters`` counts the numbers in an ONNX file's tensors."""
+    """A file of the directory; ``tensors`` has the bytes of an ONNX file's tensors, by part of the model."""
 
     bytes: int
     sha256: str
-    parameters: int | None = None
+    tensors: dict[str, int] | None = None
+
+
+@config
+class PartRecord:
+    """Bytes of a part of the model: as stored, by the account of ``asrkit info``, and as float32."""
+
+    stored: int
+    counted: int
+    float32: int
 
 
 @config
 class DifferenceRecord:
-    """How far an output of onnxruntime lies from torch's: absolute, beside torch's largest magnitude."""
+    """How far an output of the exported file lies from torch's: absolute, beside torch's largest magnitude.
+
+    ``tolerance`` is for ``measure``, in units of the magnitude.
+    """
 
     max: float
     mean: float
     magnitude: float
+    measure: Literal["max", "mean"] = "max"
+    tolerance: float = 0.0
+
+
+@config
+class TokenRecord:
+    """Tokens a search found in torch, and how many of them it found otherwise in the exported files."""
+
+    tokens: int
+    differing: int
 
 
 @config
 class ParityRecord:
     """What the check before publishing found."""
 
-    tolerance: float
     heard: list[str]
     outputs: dict[str, DifferenceRecord]
-    tokens: dict[str, int]
+    tokens: dict[str, TokenRecord]
 
 
 @config
@@ -64,10 +90,10 @@ class Exported:
     """export.yaml.
 
     context: full, or the chunk and left context every streaming file is fixed to. state_size: numbers in a stream's
-    state, 0 where there is none.
+    state, 0 where there is none. parts: of an ONNX export, the transducer's three files and the CTC head.
     """
 
-    format: Literal["onnx"] = "onnx"
+    format: Format = "onnx"
     configuration: str
     submodels: list[str]
     context: ContextText
@@ -76,10 +102,13 @@ class Exported:
     joiner_dim: int
     state_size: int
     sample_rate: int
-    opset: int
+    opset: int | None
+    compression: str
     files: dict[str, FileRecord]
+    parts: dict[str, PartRecord]
     parity: ParityRecord
     run: RunRecord
+    licence: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -114,3 +143,22 @@ def open_exported(path: Path) -> Exported:
     if findings:
         raise UserError.of(findings)
     return exported
+
+
+def pack_directory(path: Path, name: str, pack: Path) -> None:
+    """Put an exported directory into an uncompressed tar file, as ``name``; the same files give the same bytes.
+
+    Raises:
+        UserError: the file cannot be written; nothing is left of it.
+    """
+
+    def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.uid = entry.gid = entry.mtime = 0
+        entry.uname = entry.gname = ""
+        entry.mode = 0o755 if entry.isdir() else 0o644
+        return entry
+
+    with atomic_write(pack) as temporary, tarfile.open(temporary, "w") as archive:
+        archive.add(path, name, recursive=False, filter=plain)
+        for file in sorted(path.iterdir()):
+            archive.add(file, f"{name}/{file.name}", filter=plain)

@@ -1,4 +1,4 @@
-"""What is exported: one traceable module for each file, with the names, shapes and metadata the runtime expects.
+"""What is exported: one traceable module for each file (named without its suffix), with the names, shapes and metadata the runtime expects.
 
 Inputs and outputs go by position, as sherpa-onnx passes them; names are for people. A streaming encoder carries all its
 caches in one flat state, which sherpa-onnx starts at zero and hands from chunk to chunk. Two of the runtime's models
@@ -22,7 +22,7 @@ from asrkit.models.asr import AsrModel
 from asrkit.models.encoder import Caches
 from asrkit.nn.context import Context, parse_context
 
-ENCODER, DECODER, JOINER, CTC = "encoder.onnx", "decoder.onnx", "joiner.onnx", "ctc.onnx"
+ENCODER, DECODER, JOINER, CTC = "encoder", "decoder", "joiner", "ctc"
 FILES = (ENCODER, DECODER, JOINER, CTC)
 LOOK_AHEAD = 3  # feature frames a chunk needs beyond its own 4 c
 SHORTEST = 7  # feature frames of one encoder frame

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ import torch
 
 from asrkit.errors import UserError
 from asrkit.export.graphs import Graph
+from asrkit.export.integers import CONSTANT, MICROSOFT, OPSET, write_layers
+from asrkit.models.compress import part_of
+from asrkit.nn.compression import CompressedLinear
 
-OPSET = 17  # the newest that torch 1.13 writes; LayerNormalization is an operator from here on
+GRAPH = "graph"  # the part that constants of the computation belong to
 INSTALL = "pip install 'asrkit[export]'"
 
 
@@ -29,19 +32,37 @@ def require_onnx() -> None:
         raise UserError(f"export and exported models need onnx and onnxruntime ({error}); {INSTALL}") from error
 
 
-def write_onnx(graph: Graph, path: Path) -> int:
-    """Trace ``graph`` and write it to ``path``, checked against the ONNX standard; returns how many numbers it holds."""
+def write_onnx(
+    graph: Graph, path: Path, layers: Mapping[str, CompressedLinear], dequantise: bool = False
+) -> dict[str, int]:
+    """Trace ``graph`` and write it to ``path``, checked against the ONNX standard; returns the bytes of its tensors by part.
+
+    Args:
+        layers: the compressed layers of the model, by path; in ``graph`` they are float.
+        dequantise: see ``write_layers``.
+
+    Raises:
+        UserError: the runtime's operators cannot express a layer.
+    """
     import onnx
 
     _trace(graph, path)
     model = onnx.load(path)
     _name_tensors(model.graph)
     _fold_transposes(model.graph)
+    write_layers(model.graph, layers, dequantise)
     _fix_shapes(model.graph, graph)
+    _shorten_names(model.graph)
+    if any(node.domain == MICROSOFT for node in model.graph.node):
+        model.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))
     onnx.helper.set_model_props(model, graph.metadata)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    return sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
+    counted: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        part = GRAPH if tensor.name.startswith(CONSTANT) else part_of(tensor.name)
+        counted[part] = counted.get(part, 0) + len(tensor.raw_data)
+    return counted
 
 
 def _trace(graph: Graph, path: Path) -> None:
@@ -91,6 +112,17 @@ def _fold_transposes(graph: Any) -> None:
             graph.node.remove(node)
     for node in graph.node:
         node.input[:] = [folded.get(name, name) for name in node.input]
+
+
+def _shorten_names(graph: Any) -> None:
+    """Numbers for the names of what flows between nodes, which in a small model take a good part of the file."""
+    keep = {info.name for info in (*graph.input, *graph.output, *graph.initializer)}
+    short: dict[str, str] = {name: name for name in keep}
+    for node in graph.node:
+        node.ClearField("name")
+        node.ClearField("doc_string")
+        for names in (node.input, node.output):
+            names[:] = [short.setdefault(name, f"{len(short)}") if name else "" for name in names]
 
 
 def _fix_shapes(onnx_graph: Any, graph: Graph) -> None:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
 from asrkit.export.directory import Exported
 from asrkit.export.graphs import LOOK_AHEAD
+from asrkit.nn.context import Context
 
 _HEAD = """\
+---
+{card}
+---
+
 # Speech recogniser, configuration {configuration}
 
 {about}
 Input: mono audio of any rate, which the runtime brings to 16 kHz. Run the commands in this directory.
 
+"""
+
+_CLIENT = """
     pip install sherpa-onnx soundfile
 
+"""
+
+_SCRIPT = """
+`encoder.pt`, `decoder.pt`, `joiner.pt` and `ctc.pt` are TorchScript for libtorch (`torch.jit.load`), with the inputs, outputs
+and states of the ONNX form. sherpa-onnx takes that form, which `asrkit export` writes without `--format`.
 """
 
 _OFFLINE = """\
@@ -120,15 +138,15 @@ asrkit evaluate --from . --manifest test.jsonl.gz
 | file | bytes | SHA-256 |
 |---|---|---|
 {files}
-
-`export.yaml` holds these with all that is known of the stages below, the versions, and how far onnxruntime's numbers
-lie from torch's.
-
+{parts}
+`export.yaml` holds these with all that is known of the stages below, the versions, and how far their numbers lie
+from torch's.
+{report}
 ## Where it comes from
 
 {stages}
 
-The rights to the model are those its makers give; asrkit adds none.
+{rights}
 """
 
 
@@ -137,16 +155,38 @@ def tail_seconds(chunk: int) -> float:
     return (4 * chunk + LOOK_AHEAD + 1) * 0.01
 
 
-def describe(exported: Exported) -> str:
-    """The text of README.md."""
+_PARTS = """
+Weights: {compression}.
+
+| part | bytes | as float32 |
+|---|---|---|
+{rows}
+"""
+
+_REPORT = """
+## Measured
+
+Word error rate in % on {words} words of `{manifest}`; {threads} thread of {processor}: real-time factor {rtf:.4f}, {memory:.0f} MB,
+{median:.1f} ms for {piece} (median), {last:.1f} ms (99th percentile).
+
+| system | greedy | beam 4 |
+|---|---|---|
+{rows}
+"""
+
+
+def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> str:
+    """The text of README.md; ``measured`` is what report.json holds."""
     context = exported.parsed_context
     about = f"Sub-models: {', '.join(exported.submodels) or 'none, the backbone alone'}. "
     about += f"Context: {exported.context}.\n" if context.streaming else "Context: full, not streaming.\n"
-    text = _HEAD.format(configuration=exported.configuration, about=about)
-    if context.chunk is None:
-        text += _OFFLINE
+    text = _HEAD.format(card=_card(exported), configuration=exported.configuration, about=about)
+    if exported.format == "torchscript":
+        text += _SCRIPT
+    elif context.chunk is None:
+        text += _CLIENT + _OFFLINE
     else:
-        text += _STREAMING.format(
+        text += _CLIENT + _STREAMING.format(
             chunk_ms=40 * context.chunk,
             latency_ms=context.latency_ms,
             window=4 * context.chunk + LOOK_AHEAD,
@@ -154,4 +194,45 @@ def describe(exported: Exported) -> str:
         )
     files = (f"| {name} | {record.bytes} | `{record.sha256}` |" for name, record in exported.files.items())
     stages = (f"- {entry.get('stage')}: `{entry.get('command')}`" for entry in exported.run.lineage)
-    return text + _TAIL.format(files="\n".join(files), stages="\n".join(stages))
+    parts = (f"| {name} | {part.stored} | {part.float32} |" for name, part in exported.parts.items())
+    rights = f"Licence: {exported.licence}." if exported.licence else "The rights are those its makers give."
+    return text + _TAIL.format(
+        files="\n".join(files),
+        stages="\n".join(stages),
+        parts=_PARTS.format(compression=exported.compression, rows="\n".join(parts)) if exported.parts else "",
+        report="" if measured is None else _measured(measured, context),
+        rights=rights,
+    )
+
+
+def _card(exported: Exported) -> str:
+    """What a model hub reads of a model card."""
+    streaming = ["streaming"] if exported.parsed_context.streaming else []
+    content: dict[str, Any] = {
+        "library_name": "sherpa-onnx" if exported.format == "onnx" else "torch",
+        "pipeline_tag": "automatic-speech-recognition",
+        "tags": ["transducer", "ctc", exported.format, *streaming],
+    }
+    if exported.licence:
+        content["license"] = exported.licence
+    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True)).rstrip()
+
+
+def _measured(measured: Mapping[str, Any], context: Context) -> str:
+    speed, systems = measured["speed"], measured["systems"]
+    rows = (
+        f"| {name} | {100 * found['greedy']['wer']:.2f} | {100 * found['beam']['wer']:.2f} |"
+        for name, found in systems.items()
+    )
+    return _REPORT.format(
+        manifest=measured["manifest"],
+        words=systems["exported"]["greedy"]["words"],
+        threads=speed["threads"],
+        processor=speed["processor"],
+        rtf=speed["real_time_factor"],
+        memory=speed["peak_memory_mb"],
+        piece="a chunk" if context.streaming else "10 s of sound",
+        median=speed["piece_ms"]["median"],
+        last=speed["piece_ms"]["99th"],
+        rows="\n".join(rows),
+    )

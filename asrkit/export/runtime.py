@@ -1,4 +1,4 @@
-"""The files of an exported directory as functions of tensors, by onnxruntime on the CPU.
+"""The files of an exported directory as functions of tensors, by onnxruntime or TorchScript on the CPU.
 
 Shapes: N utterances or streams, T feature frames of 10 ms, T' encoder frames of 40 ms, c encoder frames of a chunk,
 C context size, J joiner dim, V vocabulary, S numbers in a flat state.
@@ -6,6 +6,7 @@ C context size, J joiner dim, V vocabulary, S numbers in a flat state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,25 @@ import torch
 from torch import Tensor
 
 from asrkit.errors import UserError
+from asrkit.export.directory import SUFFIXES, Format
 from asrkit.export.graphs import DECODER, ENCODER, JOINER, zipformer2_states
 from asrkit.export.onnx_file import require_onnx
 
 
-class OnnxModel:
+class ExportedModel:
     """The files in ``path``; each is loaded when it is first needed.
 
-    ``encoder`` is a file: encoder.onnx, whose output is in joiner space (J), or ctc.onnx, whose output is
-    log-probabilities (V).
+    ``encoder`` is a file: encoder, whose output is in joiner space (J), or ctc, whose output is log-probabilities (V).
 
     Args:
-        threads: of each file; None takes as many as torch has.
+        threads: of each ONNX file; None takes as many as torch has, which TorchScript always does.
     """
 
-    def __init__(self, path: Path, state_size: int = 0, threads: int | None = None) -> None:
-        require_onnx()
-        self.path, self.state_size = path, state_size
-        self._session = cache(lambda file: _open_session(path / file, threads or torch.get_num_threads()))
+    def __init__(self, path: Path, state_size: int = 0, format: Format = "onnx", threads: int | None = None) -> None:
+        if format == "onnx":
+            require_onnx()
+        self.path, self.state_size, self.format = path, state_size, format
+        self._program = cache(lambda file: self._open(path / f"{file}{SUFFIXES[format]}", threads))
 
     def encode(self, encoder: str, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Whole utterances: (N, T, 80), (N,) -> (N, T', J or V), (N,)."""
@@ -66,23 +68,63 @@ class OnnxModel:
 
     def _run(self, file: str, *tensors: Tensor) -> list[Tensor]:
         """By position, as the client passes them."""
-        session = self._session(file)
+        return self._program(file)(*tensors)
+
+    def _open(self, path: Path, threads: int | None) -> Callable[..., list[Tensor]]:
+        if self.format == "torchscript":
+            return _open_script(path)
+        session = _open_session(path, threads or torch.get_num_threads())
         names = [info.name for info in session.get_inputs()]
-        arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-        return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+            return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+        return run
 
 
-def _open_session(path: Path, threads: int) -> Any:
+def _open_script(path: Path) -> Callable[..., list[Tensor]]:
+    try:
+        script = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise UserError(f"{path}: torch {torch.__version__} cannot load it; export again with this torch") from error
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            outputs = script(*tensors)
+        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+    return run
+
+
+def run_graph(content: bytes, x: Tensor) -> Tensor:
+    """A graph of one input and one output, on ``x``.
+
+    Raises:
+        UserError: onnxruntime lacks an operator.
+    """
+    session = _open_session(content, 1)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def _open_session(model: Path | bytes, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        content = str(model) if isinstance(model, Path) else model
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no class of their own
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
+        version = f"onnxruntime {onnxruntime.__version__}"
+        if "MatMulNBits" in reason or "matmul_nbits" in reason:
+            raise UserError(
+                f"{version} multiplies no integer weights of these bits ({reason[:200]}); install a newer one, or export "
+                "them as float32 with --dequantise"
+            ) from error
         raise UserError(
-            f"{path}: onnxruntime {onnxruntime.__version__} cannot load it ({reason}); install a newer onnxruntime or "
-            "export again"
+            f"{model if isinstance(model, Path) else 'a layer'}: {version} cannot load it ({reason[:300]}); install a newer "
+            "onnxruntime or export again"
         ) from error

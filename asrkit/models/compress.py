@@ -122,6 +122,14 @@ def _block(path: str) -> int | None:
     return int(words[4]) if words[:2] == ["encoder", "submodels"] else None
 
 
+def part_of(path: str) -> str:
+    """The part a tensor is counted to: ``backbone``, ``submodel NAME``, ``predictor``, ``joiner`` or ``ctc_head``."""
+    words = path.split(".")
+    if words[:2] == ["encoder", "submodels"]:
+        return f"submodel {words[2]}"
+    return "backbone" if words[0] == "encoder" else words[0]
+
+
 def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What each part takes when stored for use, and what it would as float32: ``backbone``, ``submodel NAME``, ``predictor``,
     ``joiner``, ``ctc_head``.
@@ -133,10 +141,8 @@ def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
     counted: dict[str, dict[str, Any]] = {}
 
     def row(path: str) -> dict[str, Any]:
-        words = path.split(".")
-        part = "backbone" if words[0] == "encoder" else words[0]
-        part = f"submodel {words[2]}" if words[:2] == ["encoder", "submodels"] else part
-        return counted.setdefault(part, {"bytes": 0.0, "float_bytes": 0, "weights": 0, "kept": 0, "bits": []})
+        empty = {"bytes": 0.0, "float_bytes": 0, "weights": 0, "kept": 0, "bits": []}
+        return counted.setdefault(part_of(path), empty)
 
     layers, inside = linear_layers(model), set()
     for path, layer in layers.items():
@@ -308,22 +314,19 @@ def rebuilt(spec: ModelSpec, origin: AsrModel) -> AsrModel:
     return model
 
 
-def scaled_back(model: AsrModel) -> AsrModel:
-    """An ordinary model whose float weights are what the masks and integers of ``model`` stand for.
+def recompressed(model: AsrModel, how: Mapping[str, Compression]) -> AsrModel:
+    """The model with ``how`` in place of its own compression; the other layers have their latent float weights."""
+    content = {**to_dict(model.spec), "compression": {path: to_dict(one) for path, one in how.items()}}
+    made = type(model)(from_dict(ModelSpec, content, "model"))
+    wanted = made.state_dict()
+    made.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
+    return made.eval()
 
-    Raises:
-        UserError: a layer has integer inputs, which no float layer imitates.
-    """
-    layers = compressed_layers(model)
-    if quantised := [path for path, layer in layers.items() if layer.how.activations is not None]:
-        raise UserError(
-            f"{quantised[0]} and {len(quantised) - 1} other layers have integer inputs, and their export as integer operators is "
-            "not there yet; export a model trained without --act-bits"
-        )
-    plain = type(model)(from_dict(ModelSpec, {**to_dict(model.spec), "compression": {}}, "model"))
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".mask")}
-    for path, layer in layers.items():
+
+def scaled_back(model: AsrModel) -> AsrModel:
+    """An ordinary model whose float weights are what the masks and integers of ``model`` stand for; its inputs stay float."""
+    plain = recompressed(model, {})
+    for path, layer in compressed_layers(model).items():
         weight = layer.masked_weight() if layer.how.weights is None else layer.codes().weights()
-        tensors[f"{path}.weight"] = weight.detach()
-    plain.load_state_dict(tensors)
-    return plain.eval()
+        plain.get_submodule(path).weight.data.copy_(weight.detach())  # type: ignore[union-attr, operator]
+    return plain

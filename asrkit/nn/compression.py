@@ -302,6 +302,19 @@ class CompressedLinear(nn.Linear):
         if how.mask is not None:
             self.register_buffer("mask", torch.ones(outputs, inputs, dtype=torch.bool))
 
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether weights are multiplied as integers and scaled afterwards; otherwise they are scaled back first, as blocks and
+        zero points need it (the runtime's MatMulNBits does the same)."""
+        weights = self.how.weights
+        return (
+            weights is not None
+            and (weights.scale != "block" or weights.block_size == self.in_features)
+            and weights.symmetric
+            and not weights.scale_gradient
+            and self.how.product == "native"
+        )
+
     def masked_weight(self) -> Tensor:
         """(O, I): the latent weights, zero where the mask is False; those zeros get no gradient."""
         if self.how.mask is None:
@@ -331,10 +344,8 @@ class CompressedLinear(nn.Linear):
 
     def _product(self, x: Tensor, weight: Tensor, how: WeightQuantisation) -> Tensor:
         quantised = weight_codes(weight if how.scale_gradient else weight.detach(), how)
-        one_scale = quantised.scale.shape[1] == 1 and quantised.offset is None
-        if self.how.product == "native" and one_scale and not how.scale_gradient:
+        if self.multiplies_integers:
             return _NativeProduct.apply(x, weight, quantised.codes, quantised.scale, how.largest, self.how.activations)  # type: ignore[no-any-return]
-        # Block scales and zero points: scaled back before the product, as the runtime's MatMulNBits does.
         found = quantised.weights()
         if how.scale_gradient:
             # Rounding passes straight through; the scale's own gradient flows as well.

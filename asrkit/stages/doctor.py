@@ -10,7 +10,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
-import os
 import platform
 import re
 import shutil
@@ -22,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from asrkit.reporting.machine import processor
 
 Status = Literal["ok", "absent", "broken"]
 
@@ -122,7 +123,7 @@ def machine() -> Iterator[Check]:
         required=True,
     )
     yield Check("machine", "system", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
-    yield Check("machine", "processor", "ok", _processor())
+    yield Check("machine", "processor", "ok", processor())
 
 
 def packages(needed: list[Requirement]) -> Iterator[Check]:
@@ -337,21 +338,6 @@ def _version(distribution: str) -> str:
 def _line(error: BaseException) -> str:
     """The first line of an exception's message, with its type when there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _processor() -> str:
-    """Cores this process may use, and the instructions that make bf16 products fast."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*: (.*)$", text, re.M)
-    flags = re.search(r"^flags\s*: (.*)$", text, re.M)
-    known = flags[1].split() if flags else []
-    fast = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8") if flag in known]
-    name = model[1] if model else platform.processor() or platform.machine()
-    return f"{name}, {cores} cores, {' '.join(fast) or 'no wide vector instructions reported'}"
 
 
 @contextlib.contextmanager
