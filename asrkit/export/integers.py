@@ -5,10 +5,11 @@ A file holds a compressed layer in the bytes that ``asrkit info`` counts: codes 
 or block, a bit for each weight or block of a mask, and of masked weights only those that are kept. Operators on these
 constants unfold them, which onnxruntime does once, when it loads the file. What multiplies then:
 
-- integer weights alone: ``com.microsoft.MatMulNBits``, in float32;
+- weights of 4 and 2 bits alone: ``com.microsoft.MatMulNBits``, in float32;
+- weights of 8 bits alone, and masked float weights: ``MatMul`` of what was unfolded (MatMulNBits of 8 bits is newer, and was
+  two to three times slower on chunks);
 - integer weights and inputs: ``MatMulInteger``, with int32 sums, of unsigned numbers with zero points (products of signed
-  weights would overflow the 16-bit sums of processors without VNNI), and scales in training's order;
-- masked float weights: ``MatMul``.
+  weights would overflow the 16-bit sums of processors without VNNI), and scales in training's order.
 
 Shapes: I inputs and O outputs of a layer, n blocks of an output's inputs as trained, m as the runtime has them, b bits.
 """
@@ -158,7 +159,20 @@ def product(nodes: Nodes, layer: CompressedLinear, x: str, dequantise: bool = Fa
         x = nodes("Mul", values, scale)
     if dequantise:
         return nodes("MatMul", x, nodes.tensor("weight", codes.weights().t()))
+    if how.weights.bits == 8:
+        return nodes("MatMul", x, nodes("Transpose", _scaled_back(nodes, layer, codes), perm=[1, 0]))
     return _n_bits_product(nodes, layer, codes, x, how.weights.bits)
+
+
+def _scaled_back(nodes: Nodes, layer: CompressedLinear, codes: Codes) -> str:
+    """Float weights (O, I) of codes of 8 bits."""
+    outputs, inputs = codes.codes.shape
+    trained = codes.scale.shape[1]
+    unsigned = (codes.codes.detach().numpy() + 128).astype(np.uint8)
+    flat = nodes.cast(_kept(nodes, layer, unsigned, np.uint8(128), "codes", 8), np.float32)
+    blocks = nodes.reshape(nodes("Sub", flat, nodes.number(np.float32, 128)), outputs, trained, inputs // trained)
+    scale = nodes.reshape(nodes.tensor("scale", codes.scale), -1, trained, 1)
+    return nodes.reshape(nodes("Mul", blocks, scale), outputs, inputs)
 
 
 def _n_bits_product(nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str, bits: int) -> str:
