@@ -15,6 +15,8 @@ import soundfile
 
 from asrkit.config import resolve
 from asrkit.stages.add_submodel import AddSubModelConfig
+from asrkit.stages.prune import PruneConfig
+from asrkit.stages.qat import QatConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig, train_backbone
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -42,26 +44,49 @@ def recipe(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A copy of the recipe, without what a user's own runs left in it."""
     skip = shutil.ignore_patterns("data", "exp", "download*")
     shutil.copytree(RECIPES / request.param, tmp_path / request.param, ignore=skip)
-    shutil.copy(RECIPES / "common.mk", tmp_path)
+    for shared in RECIPES.glob("*.mk"):
+        shutil.copy(shared, tmp_path)
     return tmp_path / request.param
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_configuration_is_valid(path: Path) -> None:
-    resolve(AddSubModelConfig if path.stem == "modular" else TrainBackboneConfig, path)
+    stages = {"modular": (AddSubModelConfig, PruneConfig, QatConfig), "compress": (PruneConfig, QatConfig)}
+    for settings in stages.get(path.stem, (TrainBackboneConfig,)):
+        resolve(settings, path)
 
 
-@pytest.mark.parametrize("recipe", ["prompts"], indirect=True)
-@pytest.mark.parametrize("target", ["all", "five", "modular"])
-def test_the_prompts_targets_run_dry(recipe: Path, target: str) -> None:
+@pytest.mark.parametrize("recipe", ["prompts", "fsdd"], indirect=True)
+@pytest.mark.parametrize("target", ["all", "five", "modular", "compress"])
+def test_the_targets_run_dry(recipe: Path, target: str) -> None:
+    """What a target reads it has written before, and what it has trained it evaluates."""
+    if recipe.name == "fsdd" and target in ("five", "modular"):
+        return
     outcome = make(recipe, "-n", target, "ASRKIT=/opt/bin/asrkit", "NPROC=1", "SEED=7")
     assert outcome.returncode == 0, outcome.stderr
-    lines = [line for line in outcome.stdout.splitlines() if line.startswith("/opt/bin/asrkit")]
-    outs = {
-        line.split("--out ")[1].split()[0] for line in lines if " train-backbone " in line or " add-submodel " in line
-    }
-    froms = {line.split("--from ")[1].split()[0] for line in lines if "--from " in line}
-    assert froms == outs and len(outs) == {"all": 1, "five": 1, "modular": 7}[target]
+    lines = [
+        line.strip()
+        for line in outcome.stdout.splitlines()
+        if "/opt/bin/asrkit" in line and not line.startswith("echo")
+    ]
+    assert lines
+    written: set[str] = set()
+    evaluated: set[str] = set()
+    links = [line.split()[-2:] for line in outcome.stdout.splitlines() if line.startswith("ln -sfn")]
+    same = {link: str(Path(run).relative_to(recipe)) for run, link in links}
+    for line in lines:
+        for option in ("--from", "--teacher"):
+            if f" {option} " in line:
+                read = line.split(f" {option} ")[1].split()[0]
+                assert same.get(read, read) in written, line
+                if " evaluate " in line:
+                    evaluated.add(same.get(read, read))
+        if " data " not in line and " --out " in line and " summary " not in line:
+            written.add(line.split(" --out ")[1].split()[0])
+    count = (
+        {"all": 5, "five": 1, "modular": 7, "compress": 11} if recipe.name == "prompts" else {"all": 2, "compress": 11}
+    )
+    assert evaluated == written and len(written) == count[target]
     assert all((recipe / line.split("--config ")[1].split()[0]).is_file() for line in lines if "--config " in line)
 
 

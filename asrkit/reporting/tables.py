@@ -213,7 +213,7 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
             percent(row["cer"]),
             str(row["words"]),
             f"{row['bytes']:,}",
-            f"{row['seconds']:.0f}",
+            "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
             f"{row['real_time_factor']:.4f}",
         )
     return table

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from asrkit.errors import UserError
+from asrkit.export.directory import SUFFIXES, is_exported, open_exported
+from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER
+from asrkit.models import load_model
+from asrkit.models.compress import sizes
 from asrkit.reporting.results import read_results
-from asrkit.run_dir import WEIGHTS, atomic_write, open_run, sha256_of
+from asrkit.run_dir import EXPORT, WEIGHTS, atomic_write, open_run, sha256_of
 
 
 def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[str, Any]]:
     """A row for each evaluation of each run, the runs in the order given, optionally written to ``out`` as JSON.
 
     A row holds stage, configuration and context (those evaluated), manifest, method, wer, cer (fractions), words, bytes
-    of the weights, seconds the stage took, real_time_factor of the decoding.
+    (of what that configuration needs to recognise, by the account of `asrkit info`; of an exported model those of its
+    files), seconds the stage took (None of an export), real_time_factor of the decoding.
 
     Raises:
         UserError: a run is incomplete or damaged, or was not evaluated with its present weights.
     """
     rows, findings = [], []
     for path in runs:
-        run = open_run(path)
-        entry, present = run.lineage[-1], sha256_of(path / WEIGHTS)
-        current = [result for result in read_results(path) if result["weights_sha256"] == present]
+        found = _exported(path) if is_exported(path) else _trained(path)
+        current = [result for result in read_results(path) if result["weights_sha256"] == found.sha256]
         if not current:
             findings.append(
                 f"{path}: not evaluated with its present weights; run `asrkit evaluate --from {path} --manifest ...`"
@@ -33,7 +38,7 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
         for result in current:
             rows.append(
                 {
-                    "stage": entry["stage"],
+                    "stage": found.stage,
                     "configuration": result["configuration"],
                     "context": result["context"],
                     "manifest": Path(result["manifest"]).name.split(".")[0],
@@ -41,8 +46,8 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
                     "wer": result["total"]["wer"],
                     "cer": result["total"]["cer"],
                     "words": result["total"]["words"],
-                    "bytes": (path / WEIGHTS).stat().st_size,
-                    "seconds": entry["seconds"],
+                    "bytes": found.size(result["configuration"], result["method"]),
+                    "seconds": found.seconds,
                     "real_time_factor": result["real_time_factor"],
                 }
             )
@@ -52,3 +57,34 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
         with atomic_write(out) as temporary:
             temporary.write_text(json.dumps(rows, indent=2) + "\n")
     return rows
+
+
+@dataclass(frozen=True)
+class _Found:
+    """``size``: from configuration and method to bytes."""
+
+    stage: str
+    sha256: str
+    seconds: float | None
+    size: Callable[[str, str], int]
+
+
+def _trained(path: Path) -> _Found:
+    run = open_run(path)
+    model, entry = load_model(run), run.lineage[-1]
+
+    def size(configuration: str, method: str) -> int:
+        unused = {f"submodel {name}" for name in set(model.spec.submodels) - set(model.submodels_of(configuration))}
+        return sum(part["bytes"] for name, part in sizes(model).items() if name not in unused)
+
+    return _Found(entry["stage"], sha256_of(path / WEIGHTS), entry["seconds"], size)
+
+
+def _exported(path: Path) -> _Found:
+    exported = open_exported(path)
+
+    def size(configuration: str, method: str) -> int:
+        wanted = (CTC,) if method == "ctc" else (ENCODER, DECODER, JOINER)
+        return sum(exported.files[f"{file}{SUFFIXES[exported.format]}"].bytes for file in wanted)
+
+    return _Found("export", sha256_of(path / EXPORT), None, size)
