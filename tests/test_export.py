@@ -35,10 +35,11 @@ from asrkit.decoding.recogniser import load_recogniser
 from asrkit.decoding.search import METHODS, Method, search
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
-from asrkit.models.compress import part_of
+from asrkit.models.compress import QuantisationConfig, part_of
 from asrkit.nn.context import Context, visible
 from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.stages.evaluate import evaluate
+from asrkit.stages.quantise import quantise
 from asrkit.stages.transcribe import transcribe, transcribe_stream
 from asrkit.training.checkpoint import save_weights
 
@@ -549,6 +550,7 @@ def test_the_documented_commands_run(
     (tmp_path / "a.wav").symlink_to(audio[0])
     (tmp_path / "test.jsonl.gz").symlink_to(manifest)
     monkeypatch.chdir(tmp_path)
+    quantise(tmp_path / "exp" / "near", tmp_path / "exp" / "sparse-int4", QuantisationConfig())
     blocks = re.findall(r"^```sh\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
     lines = [shlex.split(line, comments=True) for line in "".join(blocks).replace("\\\n", " ").splitlines()]
     commands = [line for line in lines if line and line[0] == "asrkit"]
@@ -558,7 +560,7 @@ def test_the_documented_commands_run(
         with pytest.raises(SystemExit) as stop:
             main()
         assert not stop.value.code, f"{shlex.join(line)}\n{capsys.readouterr().err}"
-    for name in ("onnx", "onnx-streaming"):
+    for name in ("onnx", "onnx-streaming", "onnx-int4", "onnx-dynamic"):
         assert yaml.safe_load((tmp_path / "exp" / name / "export.yaml").read_text())["format"] == "onnx"
     assert "final" in capsys.readouterr().out
 
