@@ -15,7 +15,7 @@ LHOTSE := $(BIN)lhotse
 # Processes of data-parallel training, one a GPU. (torch 1.13's torchrun does not start on Python 3.11 without --redirects
 # and --tee: the enum behind their default has lost its 0.)
 NPROC ?= 1
-TRAINER := $(if $(filter 1,$(NPROC)),$(ASRKIT),$(BIN)torchrun --nproc_per_node $(NPROC) --redirects 1 --tee 1 -m asrkit)
+TRAINER := $(if $(filter 1,$(NPROC)),$(ASRKIT),$(BIN)torchrun --standalone --nproc_per_node $(NPROC) --redirects 1 --tee 1 -m asrkit)
 TRAIN := $(TRAINER) train-backbone
 # Recordings are read from, and manifests and runs written to, these folders of the recipe.
 DATA ?= data

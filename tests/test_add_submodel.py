@@ -9,29 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from stage_runs import asrkit, sets
 from tones import make_corpus
 
 from asrkit.models import load_model
 from asrkit.models.digests import backbone_digest
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import open_run
-
-QUICK = [
-    "data.num_workers=0", "data.num_buckets=1", "training.log_every=4", "training.evaluate_every=4",
-    "training.tensorboard=false", "training.precision=float32", "training.save_every=2", "loss.backend=torch",
-]  # fmt: skip
-
-
-def asrkit(*words: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "asrkit", *map(str, words)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
-
-
-def sets(*settings: str) -> list[str]:
-    return [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")

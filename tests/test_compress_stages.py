@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import cast
 
 import pytest
+import stage_runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stage_runs import TWO, asrkit, launched
 from tones import make_corpus
 
 from asrkit.data.batches import Batch
@@ -23,27 +24,14 @@ from asrkit.run_dir import open_run
 from asrkit.training.objective import LossConfig, recogniser_loss
 from asrkit.training.sensitivity import choose_bits, measure
 
-QUICK = [
-    "data.num_workers=0", "data.num_buckets=1", "training.log_every=2", "training.evaluate_every=2",
-    "training.tensorboard=false", "training.precision=float32", "training.save_every=2", "loss.backend=torch",
-    "training.steps=4",
-]  # fmt: skip
 SHAPE = [
     "model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=48", "tokenizer.vocab_size=18",
     "model.attention_dropout.probability=0",
 ]  # fmt: skip
 
 
-def asrkit(*words: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "asrkit", *map(str, words)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
-
-
 def sets(*settings: str) -> list[str]:
-    return [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
+    return stage_runs.sets("training.steps=4", "training.evaluate_every=2", *settings)
 
 
 @pytest.fixture(scope="module")
@@ -328,26 +316,45 @@ def test_nothing_is_published_before_the_masks_are_final(corpus: Path, parent: P
         assert bool((layer.weight[~layer.mask] == 0).all())
 
 
+WATCH = """
+import hashlib, os, sys
+from pathlib import Path
+from asrkit.cli import main
+from asrkit.models.compress import compressed_layers
+from asrkit.stages import prune
+
+found = prune.update_masks
+
+def update_masks(model, step, *others):
+    found(model, step, *others)
+    masks = b"".join(layer.mask.numpy().tobytes() for layer in compressed_layers(model).values())
+    Path(os.environ["FOUND"], os.environ["RANK"]).write_text(hashlib.sha256(masks).hexdigest())
+
+prune.update_masks = update_masks
+if os.environ["SUMMED"] == "no":
+    prune.all_sum = lambda world, tensor: None
+main()
+"""
+
+
+@pytest.mark.parametrize("summed", ["yes", "no"])
+def test_two_processes_find_the_same_masks(corpus: Path, parent: Path, tmp_path: Path, summed: str) -> None:
+    """Each hears other utterances: scores by activation are of both together, or the masks would differ."""
+    (tmp_path / "watch.py").write_text(WATCH)
+    (tmp_path / "found").mkdir()
+    words = ["prune", "--from", parent, *data(corpus), "--out", tmp_path / "run",
+             *sets("schedule.score=activation", "training.steps=1")]  # fmt: skip
+    launched([*TWO, str(tmp_path / "watch.py")], *words, FOUND=str(tmp_path / "found"), SUMMED=summed)
+    masks = {(tmp_path / "found" / rank).read_text() for rank in "01"}
+    assert len(masks) == (1 if summed == "yes" else 2)
+
+
 def test_contexts_are_recorded_and_idle_submodels_stay(corpus: Path, parent: Path, tmp_path: Path) -> None:
-    """Two processes with AdamW's decay: what no process trains is left alone, and activation scores are of both."""
+    """Two processes with AdamW's decay: what no process trains is left alone."""
     run = tmp_path / "two"
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--redirects",
-        "1",
-        "--tee",
-        "1",
-    ]
     words = ["prune", "--from", parent, "--configuration", "backbone", *data(corpus), "--out", run,
              *sets("schedule.score=activation", "contexts.train=[full,'chunk=4,left=8']", "training.steps=2")]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "asrkit", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    launched([*TWO, "-m", "asrkit"], *words)
     before, after = open_run(parent).weights(), open_run(run).weights()
     idle = [name for name in before if name.startswith("encoder.submodels.")]
     assert idle and all(torch.equal(before[name], after[name]) for name in idle)

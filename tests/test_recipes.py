@@ -128,7 +128,9 @@ def test_librispeech_parts_sizes_and_processes_are_choices(recipe: Path) -> None
     planned = make(recipe, "-n", *arguments).stdout
     assert "train-other-500" not in planned
     train = next(line for line in planned.splitlines() if "train-backbone" in line)
-    assert train.startswith("/opt/bin/torchrun --nproc_per_node 8 --redirects 1 --tee 1 -m asrkit train-backbone")
+    assert train.startswith(
+        "/opt/bin/torchrun --standalone --nproc_per_node 8 --redirects 1 --tee 1 -m asrkit train-backbone"
+    )
     assert "--manifest data/train-clean-100.jsonl.gz --dev data/dev-clean+dev-other.jsonl.gz" in train
     assert "--config small.yaml --out exp/small" in train
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_runs import TWO
 from tones import make_corpus
 
 from asrkit.errors import UserError
@@ -127,19 +128,7 @@ def test_two_processes_equal_one_with_twice_the_batch(corpus: Path, tmp_path: Pa
         "training.steps=6", "training.log_every=2", "model.dropout=0", "model.predictor_dropout=0",
         "data.augment.spec_augment=null",
     ]  # fmt: skip
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--redirects",
-        "1",
-        "--tee",
-        "1",
-        "--standalone",
-    ]
-    two = run([*command(corpus, tmp_path / "two", *same, prefix=launcher)], OMP_NUM_THREADS="1")
+    two = run([*command(corpus, tmp_path / "two", *same, prefix=TWO)], OMP_NUM_THREADS="1")
     assert two.returncode == 0, two.stderr
     # accumulating two parts is the third way to the same batch
     one = run(command(corpus, tmp_path / "one", *same, "training.accumulate=2"))

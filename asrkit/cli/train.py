@@ -49,7 +49,7 @@ def train_backbone(
         asrkit train-backbone --manifest data/prompts/train.jsonl.gz --dev data/prompts/dev.jsonl.gz \\
             --out exp/backbone --set model.size=tiny --set training.steps=2000
 
-    Several processes: torchrun --nproc_per_node 2 -m asrkit train-backbone ... The run directory holds config.yaml
+    Several processes: torchrun --standalone --nproc_per_node 2 -m asrkit train-backbone ... The run directory holds config.yaml
     with every setting; settings come from the defaults, then --config, then --set. Killed or interrupted, the same
     command goes on from the last saved step.
     """

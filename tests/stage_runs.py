@@ -1,0 +1,37 @@
+"""Stages run as a user runs them: a process, or two, and its words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+# Two processes of one machine. (torch 1.13's torchrun does not start on Python 3.11 without --redirects and --tee.)
+TWO = [
+    sys.executable,
+    *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--redirects", "1", "--tee", "1"],
+]
+QUICK = [
+    "data.num_workers=0", "data.num_buckets=1", "training.log_every=2", "training.evaluate_every=4",
+    "training.tensorboard=false", "training.precision=float32", "training.save_every=2", "loss.backend=torch",
+]  # fmt: skip
+
+
+def asrkit(*words: object, code: int = 0) -> str:
+    """Run a command that ends with ``code``; returns what it said."""
+    return launched([sys.executable, "-m", "asrkit"], *words, code=code)
+
+
+def launched(launcher: list[str], *words: object, code: int = 0, **environment: str) -> str:
+    """The same by another ``launcher``, such as ``[*TWO, "-m", "asrkit"]``."""
+    command = [*launcher, *map(str, words)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def sets(*settings: str) -> list[str]:
+    """--set options: QUICK, and what is given besides."""
+    return [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
