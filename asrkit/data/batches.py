@@ -310,7 +310,7 @@ def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, T
     return mean.float(), (squares / count - mean.square()).clamp(min=1e-4).sqrt().float()
 
 
-def loader(batches: TrainBatches, places: Sequence[int], num_workers: int) -> Any:
+def loader(batches: Any, places: Sequence[int], num_workers: int) -> Any:
     """A DataLoader over the given places, in order, prefetching in ``num_workers`` processes (0: in this one)."""
     # Without worker processes torch 2 wants no prefetch_factor, and torch 1 its default.
     options: dict[str, Any] = {"prefetch_factor": 4} if num_workers else {}

@@ -121,13 +121,24 @@ class AsrModel(nn.Module):
         return self.ctc_head(encoder_out).float().log_softmax(dim=-1)
 
 
+def spec_of(run: RunDir) -> ModelSpec:
+    """The spec of a run directory's recogniser.
+
+    Raises:
+        UserError: the run is of another kind, or model.yaml is damaged.
+    """
+    if "unit" in run.model_spec:
+        raise UserError(f"{run.path}: is a language model of train-lm, not a recogniser")
+    return from_dict(ModelSpec, run.model_spec, str(run.path / MODEL))
+
+
 def load_model(run: RunDir) -> AsrModel:
     """Rebuild the model of a run directory, strictly: on the CPU, float32, eval mode.
 
     Raises:
-        UserError: the weights do not fit the spec.
+        UserError: the run is of another kind, or the weights do not fit the spec.
     """
-    model = AsrModel(from_dict(ModelSpec, run.model_spec, str(run.path / MODEL)))
+    model = AsrModel(spec_of(run))
     try:
         model.load_state_dict(run.weights(), strict=True)
     except RuntimeError as error:

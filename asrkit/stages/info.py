@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from asrkit.config import from_dict
 from asrkit.errors import UserError
+from asrkit.models.asr import spec_of
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_results
-from asrkit.run_dir import MODEL, WEIGHTS, RunDir, open_run, sha256_of
+from asrkit.run_dir import WEIGHTS, RunDir, open_run, sha256_of
 
 # Beside the encoder, what recognising needs; the rest only serves training.
 DECODER = ("predictor", "joiner", "ctc_head")
@@ -24,7 +24,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         UserError: the directory is incomplete or damaged.
     """
     run = open_run(path)
-    spec = from_dict(ModelSpec, run.model_spec, str(path / MODEL))
+    spec = spec_of(run)
     parts = _parts(run)
     evaluations = _evaluations(run)
     return {

@@ -123,7 +123,7 @@ def train_stage(
     prepared = prepare(run, batches)
     run.extra = dict(prepared.extra)
     spec = prepared.model.spec
-    run.describe(to_dict(spec), table, world)
+    run.describe(to_dict(spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", world)
     measure = None
     if material.dev is not None:
         measure = dev_measure(
