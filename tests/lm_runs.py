@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from lhotse import SupervisionSegment
 from lhotse.utils import fastcopy
 from tones import make_corpus
+from typer.testing import CliRunner
 
+from asrkit.cli import app
 from asrkit.data.manifests import open_cuts, write_cuts
+from asrkit.errors import UserError
 
 QUICK = [
     "data.num_workers=0", "data.num_buckets=1", "training.log_every=2", "training.evaluate_every=2",
@@ -24,11 +25,15 @@ SHAPE = [
 
 
 def asrkit(*words: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "asrkit", *map(str, words)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    """Run a command in this process; returns what it says, a user's mistake as ``main`` prints it."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    said, found = result.output, result.exit_code
+    if isinstance(result.exception, UserError):
+        said, found = said + "".join(f"error: {line}\n" for line in result.exception.lines), 1
+    elif result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert found == code, said
+    return said
 
 
 def quick(*settings: str) -> list[str]:

@@ -108,12 +108,12 @@ def test_an_inventory_keeps_its_symbols(tmp_path: Path) -> None:
     """Phones that a normalisation would take for others, and senones; numbered the same in any order of occurrence."""
     symbols = ["d", "dʲ", "dj", "kː", "k", "ə.0.12", "ə.0.1", "s"]
     inventory = write_inventory(reversed(symbols), tmp_path / "tokenizer.model")
-    ids = Inventory(inventory, "phone").ids(symbols)
+    ids = Inventory.of(inventory, "phone").ids(symbols)
     assert sorted(ids) == list(range(2, len(symbols) + 2)) and inventory.vocab_size == len(symbols) + 2
     assert inventory.encode(" ".join(symbols)) == ids
     again = write_inventory(symbols, tmp_path / "again" / "tokenizer.model")
-    assert Inventory(again, "phone").ids(symbols) == ids
-    assert "x" not in Inventory(inventory, "phone") and "<unk>" not in Inventory(inventory, "phone")
+    assert Inventory.of(again, "phone").ids(symbols) == ids
+    assert "x" not in Inventory.of(inventory, "phone") and "<unk>" not in Inventory.of(inventory, "phone")
 
 
 @pytest.mark.parametrize("architecture", ["lstm", "transformer"])
@@ -214,7 +214,7 @@ def test_phones_of_a_text(text: Path, tmp_path: Path) -> None:
         run,
         *sets(*SMALL, "training.steps=2"),
     )
-    inventory = Inventory(Tokenizer(run / "tokenizer.model"), "phone")
+    inventory = Inventory.of(Tokenizer(run / "tokenizer.model"), "phone")
     phones = {phone for word in phones_of(" ".join(WORDS), "en") for phone in word}
     assert all(phone in inventory for phone in phones) and inventory.size == len(phones) + 2
     assert load_lm(open_run(run)).spec.unit == "phone"

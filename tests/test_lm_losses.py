@@ -107,7 +107,7 @@ def test_silence_as_a_class() -> None:
 
 @pytest.fixture(scope="module")
 def inventory(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
-    return Inventory(write_inventory(["a", "b", "c"], tmp_path_factory.mktemp("units") / "tokenizer.model"), "phone")
+    return Inventory.of(write_inventory(["a", "b", "c"], tmp_path_factory.mktemp("units") / "tokenizer.model"), "phone")
 
 
 def make_cut(items: list[tuple[str, float, float]] | None, seconds: float) -> MonoCut:

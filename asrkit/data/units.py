@@ -16,6 +16,7 @@ from asrkit.data.tokenizer import BLANK_ID, UNK_ID, WORD_START, Tokenizer
 from asrkit.run_dir import atomic_write
 
 Unit = Literal["bpe", "phone", "senone"]
+FIRST = max(BLANK_ID, UNK_ID) + 1  # the id of the first unit
 UNITS: tuple[Unit, ...] = ("bpe", "phone", "senone")
 
 
@@ -43,17 +44,20 @@ def write_inventory(symbols: Iterable[str], path: Path) -> Tokenizer:
 
 
 class Inventory:
-    """The symbols of a tokenizer as alignments write them, and their ids.
+    """Symbols as alignments write them, and their ids, from 2 on as in any tokenizer.
 
     A symbol of bpe is the piece itself, such as ``▁the``; one of phones or senones has no ``▁`` before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, unit: Unit) -> None:
-        first = max(BLANK_ID, UNK_ID) + 1
-        pieces = [tokenizer.id_to_piece(number) for number in range(tokenizer.vocab_size)]
-        names = pieces if unit == "bpe" else [piece.removeprefix(WORD_START) for piece in pieces]
-        self.unit, self.size = unit, tokenizer.vocab_size
-        self._ids = {name: number for number, name in enumerate(names) if number >= first}
+    def __init__(self, symbols: Iterable[str], unit: Unit) -> None:
+        self._ids = {symbol: number for number, symbol in enumerate(symbols, start=FIRST)}
+        self.unit, self.size = unit, len(self._ids) + FIRST
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, unit: Unit) -> Inventory:
+        """That of a tokenizer."""
+        pieces = [tokenizer.id_to_piece(number) for number in range(FIRST, tokenizer.vocab_size)]
+        return cls(pieces if unit == "bpe" else [piece.removeprefix(WORD_START) for piece in pieces], unit)
 
     def __contains__(self, symbol: str) -> bool:
         return symbol in self._ids

@@ -48,6 +48,12 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor, tempera
     return -(targets * log_probs).sum(dim=-1).masked_fill(~counted, 0.0).sum(dim=1)
 
 
+def label_cross_entropy(logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    """-log softmax(u)_y over an utterance's counted frames: (B, T', V), (B, T') int64, (B, T') bool -> (B,) float32."""
+    log_probs = logits.float().log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return -log_probs.masked_fill(~counted, 0.0).sum(dim=1)
+
+
 def interpolated_labels(labels: Tensor, soft: Tensor, weight: float) -> Tensor:
     """lambda Y + (1 - lambda) softmax(v / T), the targets of equation 3: labels (B, T') int64, soft (B, T', V) -> (B, T', V)."""
     targets = (1.0 - weight) * soft

@@ -82,6 +82,8 @@ def _parts(run: RunDir) -> list[dict[str, Any]]:
 def _part_of(tensor: str) -> str:
     """``joiner`` of ``joiner.out.weight``."""
     first, *rest = tensor.split(".")
+    if first == "heads":
+        return f"head {rest[0]} (training only)"
     if first != "encoder":
         return first
     return _submodel(rest[1]) if rest[0] == "submodels" else "backbone"

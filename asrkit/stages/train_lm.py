@@ -115,7 +115,7 @@ def train_lm(
                 symbols = chain.from_iterable(table.symbols for table in tables) if tree is None else tree.senones
                 write_inventory(symbols, path)
             broadcast_object(world, None)
-        inventory = Inventory(Tokenizer(path), unit)
+        inventory = Inventory.of(Tokenizer(path), unit)
         for table in tables:
             table.number_by(inventory)
         table, held_out = tables
