@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lm_runs import asrkit, make_aligned_corpus
+from lhotse.supervision import AlignmentItem
+from lm_runs import asrkit, make_aligned_corpus, sets
 
 from asrkit.data.alignment import items_of
 from asrkit.data.manifests import open_cuts, write_cuts
-from asrkit.decoding.alignment import ctc_align, spans_of, viterbi
+from asrkit.data.senones import SenoneConfig, cepstra_of, grow_tree, in_context, load_tree, save_tree
+from asrkit.data.tokenizer import train_tokenizer
+from asrkit.decoding.alignment import ctc_align, even_parts, fit_gaussians, forced_parts, spans_of, viterbi
+from asrkit.errors import UserError
 
 
 def collapse(labels: tuple[int, ...]) -> list[int]:
@@ -168,3 +173,193 @@ def test_wrong_options_of_align(corpus: Path, tmp_path: Path, words: list[str], 
     files = ["--from", corpus / "parent", "--out", tmp_path / "out.jsonl.gz", "--manifest", corpus / "dev.jsonl.gz"]
     said = asrkit("align", *files, *words, code=1)  # of an option given twice the last counts
     assert complaint in said and said.startswith("error: ") and "Traceback" not in said
+
+
+PITCH = {"a": 0.0, "b": 3.0, "c": -3.0, "d": 5.0}  # what stands for a phone's sound in these tests
+
+
+def sing(items: list[AlignmentItem], shift: dict[int, float] | None = None) -> np.ndarray:
+    """Log-mel features of phones, each a slope over the bins, somewhat noisy; ``shift`` is added to the item's slope."""
+    random = np.random.default_rng(0)
+    frames = []
+    for number, item in enumerate(items):
+        slope = PITCH[item.symbol] + (shift or {}).get(number, 0.0)
+        frames += [
+            np.linspace(-slope, slope, 80) + 0.3 * random.standard_normal(80) for _ in range(round(item.duration * 100))
+        ]
+    return np.array(frames)
+
+
+def spell(text: str, length: float = 0.1) -> list[AlignmentItem]:
+    return [AlignmentItem(symbol, round(place * length, 2), length) for place, symbol in enumerate(text)]
+
+
+def test_phones_are_found_within_their_words() -> None:
+    """Evenly shared they are wrong; passes of forced alignment put them where their sound changes."""
+    words, phones, truth = [], [], []
+    for number in range(12):
+        start, lengths = 0.4 * number, (0.1, 0.3) if number % 2 else (0.3, 0.1)
+        said = ["a", "b"] if number % 3 else ["d", "c"]
+        words.append(AlignmentItem("word", round(start, 2), 0.4))
+        phones.append(said)
+        times = (start, start + lengths[0])
+        truth += [AlignmentItem(p, round(t, 2), n) for p, t, n in zip(said, times, lengths, strict=True)]
+    log_mel = sing(truth)
+    found = [item for word, said in zip(words, phones, strict=True) for item in even_parts(word, said)]
+    assert sum(abs(one.start - true.start) > 0.05 for one, true in zip(found, truth, strict=True)) == 12
+    for _ in range(4):
+        found = forced_parts(words, phones, log_mel, fit_gaussians([(found, log_mel)]))
+    assert [item.symbol for item in found] == [item.symbol for item in truth]
+    assert max(abs(one.start - true.start) for one, true in zip(found, truth, strict=True)) <= 0.02
+    # A word of more phones than frames is shared evenly, beside others that are not.
+    short = [AlignmentItem("word", 0.0, 0.02), words[1]]
+    parts = forced_parts(short, [["a", "b", "c"], phones[1]], log_mel, fit_gaussians([(found, log_mel)]))
+    assert [part.duration for part in parts[:3]] == pytest.approx([0.0067] * 3, abs=2e-4) and len(parts) == 5
+
+
+def likelihood(frames: np.ndarray) -> float:
+    """Of frames under their own diagonal Gaussian, without the constants, by the book."""
+    variance = np.maximum(frames.var(axis=0), 1e-4)
+    return float(-0.5 * (np.log(variance) + np.square(frames - frames.mean(axis=0)) / variance - 1).sum())
+
+
+def test_the_tree_asks_what_tells_most() -> None:
+    """a sounds otherwise after d. The first split is of a, by a question that parts d from all others on its left; every
+    question is compared with likelihoods of the frames themselves."""
+    text = "abacabdacadabacdabacada" * 3
+    items = spell(text)
+    after_d = {place: 4.0 for place in range(1, len(text)) if text[place] == "a" and text[place - 1] == "d"}
+    log_mel = sing(items, after_d)
+    tree = grow_tree([(items, log_mel)], SenoneConfig(number=5, smallest=20))
+    assert len(tree.senones) == 5 and tree.roots["a"][0]["side"] == "left" and "senone" in tree.roots["b"][0]
+    (root,) = tree.roots["a"]
+    members = set(tree.questions[root["question"]])
+    assert ("d" in members) != bool({"b", "c"} & members)
+    cepstra = cepstra_of(log_mel)
+
+    def gain(side: str, question: list[str]) -> float:
+        yes, no = [], []  # type: tuple[list[np.ndarray], list[np.ndarray]]
+        for place, (left, phone, right) in enumerate(in_context(list(text))):
+            if phone == "a":
+                (yes if (left if side == "left" else right) in question else no).append(
+                    cepstra[10 * place : 10 * place + 10]
+                )
+        if not yes or not no:
+            return -np.inf
+        halves = [np.concatenate(half) for half in (yes, no)]
+        if min(map(len, halves)) < 20:
+            return -np.inf
+        return sum(map(likelihood, halves)) - likelihood(np.concatenate(halves))
+
+    best = max(gain(side, question) for side in ("left", "right") for question in tree.questions)
+    assert gain(root["side"], tree.questions[root["question"]]) == pytest.approx(best)
+    senones = tree.senones_of(list("dabcab"))
+    assert senones[1] != senones[4]
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.text("abcd", min_size=8, max_size=40), st.integers(1, 30), st.integers(1, 3))
+def test_trees_name_every_context(text: str, number: int, states: int) -> None:
+    """Seen or not, every phone in every context is a senone, among as many as were asked for at most; states share a phone's time."""
+    items = spell(text)
+    tree = grow_tree([(items, sing(items))], SenoneConfig(number=number, smallest=5, states=states))
+    phones = sorted(set(text))
+    assert len(tree.senones) == len(set(tree.senones)) <= max(number, len(phones) * states)
+    for left, phone, right in itertools.product(phones, repeat=3):
+        named = tree.senones_of([left, phone, right])
+        assert len(named) == 3 * states and set(named) <= set(tree.senones)
+        assert all(name.startswith(f"{phone}.{state}.") for state, name in enumerate(named[states : 2 * states]))
+    aligned = tree.align(items)
+    assert [item.symbol for item in aligned] == tree.senones_of(list(text))
+    assert sum(item.duration for item in aligned) == pytest.approx(0.1 * len(text), abs=1e-3)
+    with pytest.raises(UserError, match="no phone x"):
+        tree.senones_of(["x"])
+
+
+def test_a_tree_is_kept(tmp_path: Path) -> None:
+    items = spell("abcdabcadcbdacbd")
+    tree = grow_tree([(items, sing(items))], SenoneConfig(number=8, smallest=5))
+    save_tree(tree, tmp_path / "tree.yaml")
+    assert load_tree(tmp_path / "tree.yaml") == tree
+    (tmp_path / "other.yaml").write_text("a: 1\n")
+    with pytest.raises(UserError, match="not a tree of senones"):
+        load_tree(tmp_path / "other.yaml")
+
+
+def test_phones_and_senones_of_a_manifest(corpus: Path, tmp_path: Path) -> None:
+    """Phones fill their words, senones their phones; and a text read by the tree is what the alignment says."""
+    pytest.importorskip("espeakng_loader")
+    from asrkit.data.phones import phones_of
+
+    out = tmp_path / "aligned.jsonl.gz"
+    said = asrkit("align", "--from", corpus / "parent", "--manifest", corpus / "train.jsonl.gz", "--out", out,
+                  "--unit", "phone", "--unit", "senone", "--phones", "gaussian",
+                  *sets("senones.number=30", "senones.smallest=5", "senones.states=2"))  # fmt: skip
+    assert str(tmp_path / "aligned.senones.yaml") in said
+    tree = load_tree(tmp_path / "aligned.senones.yaml")
+    assert 26 <= len(tree.senones) <= 30
+    for cut in open_cuts(out):
+        words, phones, senones = (items_of(cut, unit) for unit in ("word", "phone", "senone"))
+        assert words is not None and phones is not None and senones is not None and items_of(cut, "bpe") is None
+        spelled = phones_of(cut.supervisions[0].text, "en")
+        assert [item.symbol for item in phones] == [phone for word in spelled for phone in word]
+        place = 0
+        for word, mine in zip(words, spelled, strict=True):
+            parts = phones[place : place + len(mine)]
+            assert parts[0].start == pytest.approx(word.start, abs=1e-3) and parts[-1].end == pytest.approx(
+                word.end, abs=1e-3
+            )
+            place += len(mine)
+        assert [item.symbol for item in senones] == tree.senones_of([item.symbol for item in phones])
+    # Another manifest by the same tree, and one whose phones it does not know.
+    again = ["align", "--from", corpus / "parent", "--unit", "senone", "--senones", tmp_path / "aligned.senones.yaml"]
+    asrkit(*again, "--manifest", corpus / "dev.jsonl.gz", "--out", tmp_path / "dev.jsonl.gz")
+    cuts = list(open_cuts(corpus / "dev.jsonl.gz"))
+    cuts[0].supervisions[0].language = "ru"
+    write_cuts(tmp_path / "strange.jsonl.gz", cuts)
+    said = asrkit(*again, "--manifest", tmp_path / "strange.jsonl.gz", "--out", tmp_path / "x.jsonl.gz", code=1)
+    assert f"cut {cuts[0].id}: senones" in said and not (tmp_path / "x.jsonl.gz").exists()
+
+
+def test_pieces_of_another_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    """They share the time of their word evenly."""
+    tokenizer = train_tokenizer(["alpha bravo carol delta"] * 3, "char", 30, tmp_path / "tokenizer.model")
+    out = tmp_path / "out.jsonl.gz"
+    asrkit(
+        "align",
+        "--from",
+        corpus / "parent",
+        "--manifest",
+        corpus / "dev.jsonl.gz",
+        "--tokenizer",
+        tokenizer.path,
+        "--out",
+        out,
+    )
+    for cut in open_cuts(out):
+        words, pieces = items_of(cut, "word"), items_of(cut, "bpe")
+        assert words is not None and pieces is not None
+        count = len(pieces) // len(words)  # every word has five letters
+        for number, word in enumerate(words):
+            mine = pieces[count * number : count * number + count]
+            assert "".join(piece.symbol for piece in mine) == "\u2581" + word.symbol
+            assert [piece.duration for piece in mine] == pytest.approx([word.duration / count] * count, abs=2e-4)
+
+
+def test_the_senones_of_a_text_and_of_an_alignment_are_the_same(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader")
+    aligned = tmp_path / "aligned.jsonl.gz"
+    asrkit("align", "--from", corpus / "parent", "--manifest", corpus / "train.jsonl.gz", "--out", aligned,
+           "--unit", "senone", *sets("senones.number=30", "senones.smallest=5"))  # fmt: skip
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(cut.supervisions[0].text for cut in open_cuts(aligned)))
+    brief = sets("model.dim=8", "model.num_layers=1", "training.steps=3", "training.tensorboard=false", "training.precision=float32",
+                 "training.log_every=1", "held_out=0")  # fmt: skip
+    losses = []
+    for name, source in (("text", ["--text", text, "--language", "en"]), ("cuts", ["--manifest", aligned])):
+        tree = ["--senones", tmp_path / "aligned.senones.yaml"]
+        asrkit("train-lm", "--unit", "senone", *source, *tree, "--out", tmp_path / name, *brief)
+        losses.append(
+            [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        )
+    assert losses[0] == losses[1]

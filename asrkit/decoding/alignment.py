@@ -141,8 +141,7 @@ def even_parts(word: AlignmentItem, symbols: Sequence[str]) -> list[AlignmentIte
     """A word's time, shared evenly among its phones or pieces."""
     spans = parts_of(word.start, word.end, len(symbols))
     return [
-        AlignmentItem(symbol, round(start, 4), round(end - start, 4))
-        for symbol, (start, end) in zip(symbols, spans, strict=True)
+        AlignmentItem(symbol, start, round(end - start, 4)) for symbol, (start, end) in zip(symbols, spans, strict=True)
     ]
 
 
