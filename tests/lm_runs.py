@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lhotse import SupervisionSegment
-from lhotse.utils import fastcopy
 from tones import make_corpus
 from typer.testing import CliRunner
 
 from asrkit.cli import app
-from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.errors import UserError
 
 QUICK = [
@@ -47,9 +44,7 @@ def sets(*settings: str) -> list[str]:
 def make_aligned_corpus(folder: Path) -> Path:
     """train and dev manifests, and a run directory ``parent`` whose CTC head knows the words; returns that."""
     for seed, (name, count) in enumerate((("train", 24), ("dev", 6))):
-        manifest = make_corpus(folder, count, seed, name)
-        # Words that espeak-ng can pronounce.
-        write_cuts(manifest, [cut.map_supervisions(_english) for cut in open_cuts(manifest)])
+        make_corpus(folder, count, seed, name, language="en")  # words that espeak-ng can pronounce
     parent = folder / "parent"
     asrkit(
         "train-backbone", "--manifest", folder / "train.jsonl.gz", "--out", parent, "--max-duration", 30,
@@ -58,7 +53,3 @@ def make_aligned_corpus(folder: Path) -> Path:
                "training.optimiser.warm_up_steps=10", "training.average_decay=0.9", "training.log_every=50"),
     )  # fmt: skip
     return parent
-
-
-def _english(supervision: SupervisionSegment) -> SupervisionSegment:
-    return fastcopy(supervision, language="en")

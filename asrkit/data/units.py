@@ -63,5 +63,5 @@ class Inventory:
         return symbol in self._ids
 
     def ids(self, symbols: Sequence[str]) -> list[int]:
-        """Ids of symbols that are all in the inventory."""
-        return [self._ids[symbol] for symbol in symbols]
+        """Ids of symbols; 1, ``<unk>``, for one that is not in the inventory."""
+        return [self._ids.get(symbol, UNK_ID) for symbol in symbols]
