@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -318,7 +319,21 @@ def test_phones_and_senones_of_a_manifest(corpus: Path, tmp_path: Path) -> None:
     cuts[0].supervisions[0].language = "ru"
     write_cuts(tmp_path / "strange.jsonl.gz", cuts)
     said = asrkit(*again, "--manifest", tmp_path / "strange.jsonl.gz", "--out", tmp_path / "x.jsonl.gz", code=1)
-    assert f"cut {cuts[0].id}: senones" in said and not (tmp_path / "x.jsonl.gz").exists()
+    assert f"cut {cuts[0].id}: phones: the senones know no phone" in said and not (tmp_path / "x.jsonl.gz").exists()
+
+
+def test_without_espeak_it_says_so_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from asrkit.data.espeak import load_espeak
+    from asrkit.data.phones import _phones_of_word
+
+    for kept in (load_espeak, _phones_of_word):
+        kept.cache_clear()
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    files = ["--manifest", corpus / "dev.jsonl.gz", "--out", tmp_path / "out.jsonl.gz"]
+    said = asrkit("align", "--from", corpus / "parent", "--unit", "phone", *files, code=1)
+    assert said.splitlines() == [
+        "error: synthetic speech and phones need espeak-ng; run: pip install 'asrkit[synth]' (GPL-3)"
+    ]
 
 
 def test_pieces_of_another_tokenizer(corpus: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ class SequenceTable:
         self._source = source
         self._numbers, self._lens, self._ids = array("q"), array("q"), array("i")
         self._known: dict[str, int] = {}
-        self._inventory_ids = np.zeros(0, dtype=np.int64)
+        self._inventory_ids = self._ends = np.zeros(0, dtype=np.int64)
 
     def append(self, number: int, symbols: Sequence[str]) -> None:
         """Add a sequence, of line ``number`` of the source."""
@@ -136,7 +136,7 @@ class SequenceTable:
                 f"{' '.join(missing[:10])}; train on the text that has them"
             )
         self._inventory_ids = np.array(inventory.ids(list(self._known)), dtype=np.int64)
-        self._ends = np.cumsum(np.frombuffer(self._lens, dtype=np.int64)) if len(self) else np.zeros(0, dtype=np.int64)
+        self._ends = np.cumsum(self.lens)
 
     def __len__(self) -> int:
         return len(self._lens)

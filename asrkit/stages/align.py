@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,9 +22,10 @@ from pydantic import Field
 from asrkit.config import config
 from asrkit.data.batches import Batch, cut_features, evaluation_batches, language_of
 from asrkit.data.checks import Finding, find_bad_cuts
+from asrkit.data.espeak import load_espeak
 from asrkit.data.manifests import open_cuts, text_of, write_cuts
 from asrkit.data.phones import phones_of
-from asrkit.data.senones import SenoneConfig, SenoneTree, grow_tree, load_tree, save_tree
+from asrkit.data.senones import SenoneConfig, grow_tree, load_tree, save_tree
 from asrkit.data.tokenizer import WORD_START, Tokenizer
 from asrkit.data.units import Unit
 from asrkit.decoding.acoustic import FRAME_SECONDS, TorchAcousticModel
@@ -100,9 +102,12 @@ def align(
     findings += [Finding(cut.id, "words", said) for cut in cuts for said in _unusual(cut, pieces, other)]
     phones: dict[str, list[list[str]]] = {}
     if {"phone", "senone"} & {*settings.units}:
+        load_espeak()  # refuses once for all cuts, where it is not installed
         for cut in cuts:
             try:
                 phones[cut.id] = phones_of(text_of(cut), language_of(cut) or settings.language)
+                if tree is not None:
+                    tree.senones_of(list(chain.from_iterable(phones[cut.id])))
             except UserError as error:
                 findings.append(Finding(cut.id, "phones", str(error)))
     good = _without(cuts, findings, settings.bad_cuts)
@@ -122,10 +127,9 @@ def align(
         if tree is None:
             grown = _beside(out)
             tree = grow_tree(((alignments[cut.id]["phone"], _log_mel(cut)) for cut in good), settings.senones)
-        findings += (lost := _add_senones(good, alignments, tree))
-        good = _without(good, lost, settings.bad_cuts)
-        if grown is not None:
             save_tree(tree, grown)
+        for cut in good:
+            alignments[cut.id]["senone"] = tree.align(alignments[cut.id]["phone"])
     wanted = (WORD, *settings.units)
     write_cuts(out, (_with_alignment(cut, {unit: alignments[cut.id][unit] for unit in wanted}) for cut in good))
     return Aligned(len(good), findings, grown)
@@ -278,17 +282,6 @@ def _add_phones(
     for cut in cuts:
         log_mel = heard[cut.id] if cut.id in heard else _log_mel(cut)
         alignments[cut.id]["phone"] = again(cut, gaussians, log_mel)
-
-
-def _add_senones(cuts: Sequence[Cut], alignments: Alignments, tree: SenoneTree) -> list[Finding]:
-    """Add ``senone`` to each cut's alignments; the cuts with phones the tree does not know."""
-    findings = []
-    for cut in cuts:
-        try:
-            alignments[cut.id]["senone"] = tree.align(alignments[cut.id]["phone"])
-        except UserError as error:
-            findings.append(Finding(cut.id, "senones", str(error)))
-    return findings
 
 
 def _beside(out: Path) -> Path:
