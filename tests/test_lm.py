@@ -275,5 +275,7 @@ def test_a_language_model_is_no_recogniser(text: Path, tmp_path: Path) -> None:
     asrkit("train-lm", "--text", text, "--out", run, *sets(*SMALL, "training.steps=1"))
     with pytest.raises(UserError, match="is a language model"):
         load_model(open_run(run))
-    said = asrkit("info", run, code=1)
-    assert len(said.splitlines()) == 1 and "is a language model" in said
+    said = asrkit("evaluate", "--from", run, "--manifest", text, code=1)
+    assert "is a language model" in said
+    said = asrkit("info", run)
+    assert "train-lm" in said and "embedding" in said and "configurations" not in said

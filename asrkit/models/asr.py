@@ -19,6 +19,7 @@ from asrkit.config import from_dict
 from asrkit.errors import UserError
 from asrkit.models.compress import compress
 from asrkit.models.encoder import Caches, Encoder
+from asrkit.models.lm import is_language_model
 from asrkit.models.spec import HeadSpec, ModelSpec, PredictorSpec
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import MODEL, RunDir
@@ -162,7 +163,7 @@ def spec_of(run: RunDir) -> ModelSpec:
     Raises:
         UserError: the run is of another kind, or model.yaml is damaged.
     """
-    if "unit" in run.model_spec:
+    if is_language_model(run):
         raise UserError(f"{run.path}: is a language model of train-lm, not a recogniser")
     return from_dict(ModelSpec, run.model_spec, str(run.path / MODEL))
 

@@ -98,13 +98,18 @@ class _Block(nn.Module):
         return self.norm(x + self.feedforward(x))
 
 
+def is_language_model(run: RunDir) -> bool:
+    """Whether a run directory holds a language model rather than a recogniser."""
+    return "unit" in run.model_spec
+
+
 def load_lm(run: RunDir) -> LanguageModel:
     """Rebuild the language model of a run directory, strictly: on the CPU, float32, eval mode.
 
     Raises:
         UserError: the run is of another kind, or its weights do not fit the spec.
     """
-    if "unit" not in run.model_spec:
+    if not is_language_model(run):
         raise UserError(f"{run.path}: holds no language model, but a recogniser; train one with asrkit train-lm")
     model = LanguageModel(from_dict(LmSpec, run.model_spec, str(run.path / MODEL)))
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from asrkit.errors import UserError
 from asrkit.models.asr import spec_of
+from asrkit.models.lm import is_language_model
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_results
@@ -18,13 +19,14 @@ DECODER = ("predictor", "joiner", "ctc_head")
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """Stages, parameters by part, sub-models, configurations and evaluations of a run directory, as plain data.
+    """Stages, parameters by part, sub-models, configurations and evaluations of a run directory, as plain data; of a language
+    model, which has no configurations, the rest.
 
     Raises:
         UserError: the directory is incomplete or damaged.
     """
     run = open_run(path)
-    spec = spec_of(run)
+    spec = None if is_language_model(run) else spec_of(run)
     parts = _parts(run)
     evaluations = _evaluations(run)
     return {
@@ -35,10 +37,10 @@ def describe_run(path: Path) -> dict[str, Any]:
         "bytes": (run.path / WEIGHTS).stat().st_size,
         "vocabulary": run.model_spec.get("vocab_size"),
         "features": run.model_spec.get("features"),
-        "submodels": _submodels(spec, parts),
-        "configurations": _configurations(spec, parts, evaluations),
+        "submodels": [] if spec is None else _submodels(spec, parts),
+        "configurations": [] if spec is None else _configurations(spec, parts, evaluations),
         "evaluations": evaluations,
-        "compression": _compression(run, spec),
+        "compression": None if spec is None else _compression(run, spec),
     }
 
 
