@@ -70,7 +70,8 @@ def align(
     done = run(parent, manifest, out, settings, tokenizer=tokenizer, senones=senones, device=device)
     for finding in done.left_out:
         typer.echo(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}", err=True)
-    typer.echo(f"{out}: {done.cuts} cuts, aligned by {', '.join(['word', *settings.units])}")
+    units = ", ".join(["word", *settings.units])
+    typer.echo(f"{out}: {done.cuts} cuts, aligned by {units}; mean score of a word {done.score:.2f}")
     if done.tree is not None:
         typer.echo(f"{done.tree}: the tree of senones; give it to align and train-lm as --senones")
 

@@ -62,9 +62,11 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class Aligned:
-    """How many cuts were written, those left out and why, and where the tree of senones is, if one was grown."""
+    """How many cuts were written, the mean score of their words, the cuts left out and why, and where the tree of senones is, if one
+    was grown."""
 
     cuts: int
+    score: float
     left_out: list[Finding]
     tree: Path | None
 
@@ -132,7 +134,8 @@ def align(
             alignments[cut.id]["senone"] = tree.align(alignments[cut.id]["phone"])
     wanted = (WORD, *settings.units)
     write_cuts(out, (_with_alignment(cut, {unit: alignments[cut.id][unit] for unit in wanted}) for cut in good))
-    return Aligned(len(good), findings, grown)
+    score = np.mean([word.score for cut in good for word in alignments[cut.id][WORD]])
+    return Aligned(len(good), float(score), findings, grown)
 
 
 def _check_options(out: Path, settings: AlignConfig, tokenizer: Path | None, senones: Path | None) -> None:
