@@ -140,7 +140,7 @@ def synthesise_or_skip(*arguments, **options):
 def test_without_the_extra(texts, tmp_path, monkeypatch):
     from asrkit.data import synthesise as module
 
-    module._load_espeak.cache_clear()
+    module.load_espeak.cache_clear()
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(UserError, match=r"pip install 'asrkit\[synth\]'"):
         synthesise([(texts, "en")], tmp_path / "out", minutes=0.1)

@@ -16,6 +16,7 @@ from tones import RATE, WORDS, make_corpus, say
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 DOCS = Path(__file__).parent.parent / "docs"
+LM = "model.dim=8 model.num_layers=1 training.steps=1 training.tensorboard=false"
 SHORT = "model.size=tiny model.num_layers=1 training.steps=3 training.tensorboard=false tokenizer.vocab_size=20"
 
 
@@ -23,7 +24,7 @@ def corpus(folder: Path) -> None:
     """Manifests where the documents have them."""
     prompts = folder / "data" / "prompts"
     for seed, (name, count) in enumerate((("train", 10), ("dev", 3), ("test", 3))):
-        make_corpus(prompts, count, seed, name)
+        make_corpus(prompts, count, seed, name, language="en")
 
 
 @pytest.mark.parametrize(
@@ -32,10 +33,14 @@ def corpus(folder: Path) -> None:
         ("add-submodel", {"train-backbone", "add-submodel", "evaluate", "submodel", "info"}),
         ("qat", {"quantise", "qat", "evaluate", "info"}),
         ("prune", {"prune", "qat", "info"}),
+        ("align", {"align"}),
+        ("lm-distill", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
     ],
 )
 def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -> None:
     """Every command of the page, in its order; training is cut short and small."""
+    if page in ("align", "lm-distill"):
+        pytest.importorskip("espeakng_loader")
     corpus(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -48,7 +53,9 @@ def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -
         "model.predictor_dim=16 model.joiner_dim=16"
     )
     for words in listed:
-        if words[1] in ("train-backbone", "add-submodel", "qat", "prune"):
+        if words[1] == "train-lm":
+            words += [part for setting in LM.split() for part in ("--set", setting)]
+        if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill-lm"):
             steps = 12 if "iterative" in words else 1
             brief = f"training.steps={steps} training.tensorboard=false data.num_workers=0 loss.backend=torch"
             settings = [*brief.split(), *(small.split() if words[1] == "train-backbone" else [])]

@@ -24,7 +24,7 @@ def say(words: list[str], random: np.random.Generator) -> np.ndarray:
     return (audio + 1e-3 * random.standard_normal(len(audio))).astype(np.float32)
 
 
-def make_corpus(folder: Path, count: int, seed: int = 0, name: str = "train") -> Path:
+def make_corpus(folder: Path, count: int, seed: int = 0, name: str = "train", language: str = "xx") -> Path:
     """Write ``count`` utterances and their manifest; returns the manifest's path."""
     random = np.random.default_rng(seed)
     (folder / name).mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,9 @@ def make_corpus(folder: Path, count: int, seed: int = 0, name: str = "train") ->
         cut = recording.to_cut()
         cut.id = recording.id
         cut.supervisions = [
-            SupervisionSegment(recording.id, recording.id, 0, recording.duration, text=" ".join(words), language="xx")
+            SupervisionSegment(
+                recording.id, recording.id, 0, recording.duration, text=" ".join(words), language=language
+            )
         ]
         cuts.append(cut)
     manifest = folder / f"{name}.jsonl.gz"

@@ -60,7 +60,7 @@ def info(
     for table in run_tables(description):
         table_console().print(table)
     features = ", ".join(f"{key} {value}" for key, value in (description["features"] or {}).items())
-    typer.echo(f"vocabulary: {description['vocabulary']} tokens; features: {features}")
+    typer.echo(f"vocabulary: {description['vocabulary']} tokens" + (f"; features: {features}" if features else ""))
     for entry in description["stages"]:
         typer.echo(f"command: {entry.get('command', 'unknown')}")
 

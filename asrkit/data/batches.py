@@ -7,7 +7,7 @@ loader processes without copies, and any one is reached at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from asrkit.config import config
+from asrkit.data.alignment import Segments
 from asrkit.data.augment import (
     AugmentConfig,
     channel_curves,
@@ -45,7 +46,7 @@ class Batch:
 
     features: (B, T, 80) float32, padded with log(1e-10); feature_lens: (B,) int64.
     symbols: (B, U) int64 padded with 0, symbol_lens: (B,); empty when no tokenizer was given.
-    durations: seconds of audio, as perturbed.
+    durations: seconds of audio, as perturbed. segments: what ``TrainBatches.annotate`` made, by name.
     """
 
     features: Tensor
@@ -56,11 +57,13 @@ class Batch:
     durations: list[float]
     symbols: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     symbol_lens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    segments: dict[str, Segments] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
         names = ("features", "feature_lens", "symbols", "symbol_lens")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, segments={name: mine.to(device) for name, mine in self.segments.items()})
 
 
 @config
@@ -156,7 +159,11 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
 
     Args:
         rank: added to the number of the accumulated part, gives the slice.
+
+    ``annotate``, where a stage sets it, makes ``segments`` of each utterance's cuts and the feature frames left of them.
     """
+
+    annotate: Callable[[Sequence[Sequence[tuple[Cut, int]]]], dict[str, Segments]] | None = None
 
     def __init__(
         self,
@@ -176,14 +183,16 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         chosen = self.plan(step)
         mine = range(part, len(chosen), self.slices)
         augment = self.settings.augment
-        features, symbols, cuts, texts, warps = [], [], [], [], []
+        features, symbols, cuts, texts, warps, parts = [], [], [], [], [], []
         for position in mine:
             # Seeded by the place in the whole batch, so that the number of processes does not change the data.
             random = np.random.default_rng((self.seed, 2, step, position))
             joined = [self.table[int(chosen[position])]]
             if random.uniform() < augment.join:
                 joined.append(self.table[int(random.choice(chosen))])
-            item = torch.cat([cut_features(cut, augment, random, self.noise) for cut in joined])
+            heard = [cut_features(cut, augment, random, self.noise) for cut in joined]
+            parts.append([(cut, len(part)) for cut, part in zip(joined, heard, strict=True)])
+            item = torch.cat(heard)
             if augment.channel_db > 0:
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
             warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
@@ -213,6 +222,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             durations,
             padded,
             symbol_lens,
+            self.annotate(parts) if self.annotate is not None else {},
         )
 
 
@@ -310,7 +320,7 @@ def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, T
     return mean.float(), (squares / count - mean.square()).clamp(min=1e-4).sqrt().float()
 
 
-def loader(batches: TrainBatches, places: Sequence[int], num_workers: int) -> Any:
+def loader(batches: Any, places: Sequence[int], num_workers: int) -> Any:
     """A DataLoader over the given places, in order, prefetching in ``num_workers`` processes (0: in this one)."""
     # Without worker processes torch 2 wants no prefetch_factor, and torch 1 its default.
     options: dict[str, Any] = {"prefetch_factor": 4} if num_workers else {}

@@ -20,6 +20,7 @@ import torch
 from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 
+from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import SAMPLE_RATE, resample
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.text import TextError, normalise, sentence_key
@@ -30,7 +31,6 @@ VARIANTS = ("", *(f"+f{i}" for i in range(1, 6)), *(f"+m{i}" for i in range(1, 9
 BASE_VOICES = {"en": ("en-us", "en-us", "en", "en-gb-x-rp")}  # en is British; twice is twice as often
 TELEPHONE_RATE = 8000
 RECORD = "synthesis.json"
-_SYNCHRONOUS, _UTF8 = 2, 1
 _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
 
 
@@ -240,7 +240,7 @@ class _Espeak:
     """
 
     def __init__(self) -> None:
-        self._library, self.rate, self._pieces = _load_espeak()
+        self._library, self.rate, self._pieces = load_espeak()
 
     def use(self, voice: str) -> None:
         if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
@@ -256,34 +256,8 @@ class _Espeak:
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(draw.seed))
         self._pieces.clear()
         encoded = text.encode() + b"\0"
-        if self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, _UTF8, None, None) != 0 or not self._pieces:
+        if self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, UTF8, None, None) != 0 or not self._pieces:
             raise UserError(
                 f"espeak-ng says nothing for '{text}' as {draw.voice}; remove the line or choose another voice"
             )
         return np.concatenate(self._pieces), self.rate
-
-
-_held: list[object] = []  # the library calls its callback as long as the process lives
-
-
-@cache
-def _load_espeak() -> tuple[ctypes.CDLL, int, list[np.ndarray]]:
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        raise UserError("synthetic speech needs espeak-ng; run: pip install 'asrkit[synth]' (GPL-3)") from error
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    pieces: list[np.ndarray] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(samples: ctypes._Pointer[ctypes.c_short], count: int, events: int) -> int:
-        if samples and count > 0:
-            pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, str(espeakng_loader.get_data_path()).encode(), 0)
-    if rate <= 0:
-        raise UserError("espeak-ng does not start; reinstall it: pip install --force-reinstall espeakng-loader")
-    library.espeak_SetSynthCallback(collect)
-    _held.append(collect)
-    return library, rate, pieces

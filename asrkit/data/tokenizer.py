@@ -13,6 +13,7 @@ from asrkit.run_dir import atomic_write
 
 TokenizerKind = Literal["bpe", "unigram", "char"]
 BLANK_ID, UNK_ID = 0, 1
+WORD_START = "\u2581"  # sentencepiece's visible space
 
 
 class Tokenizer:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.tokenizer import WORD_START, Tokenizer
 from asrkit.decoding.acoustic import FRAME_SECONDS
 from asrkit.decoding.hypothesis import Hypothesis
-
-WORD_START = "\u2581"  # sentencepiece's visible space
 
 
 @dataclass(frozen=True)

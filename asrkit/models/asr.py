@@ -6,6 +6,11 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +19,8 @@ from asrkit.config import from_dict
 from asrkit.errors import UserError
 from asrkit.models.compress import compress
 from asrkit.models.encoder import Caches, Encoder
-from asrkit.models.spec import ModelSpec, PredictorSpec
+from asrkit.models.lm import is_language_model
+from asrkit.models.spec import HeadSpec, ModelSpec, PredictorSpec
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import MODEL, RunDir
 
@@ -67,6 +73,19 @@ class Joiner(nn.Module):
         return self.out(torch.tanh(encoder + predictor))
 
 
+class Head(nn.Module):
+    """Two linear layers from a backbone layer to the classes of a unit (arXiv 2110.10429); the ReLU between them is ours."""
+
+    def __init__(self, dim: int, spec: HeadSpec) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(dim, spec.hidden)
+        self.out = nn.Linear(spec.hidden, spec.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T', D) -> logits (B, T', classes)."""
+        return self.out(F.relu(self.hidden(x)))
+
+
 class AsrModel(nn.Module):
     """A transducer and a CTC recogniser on one convolutional backbone."""
 
@@ -87,6 +106,7 @@ class AsrModel(nn.Module):
         self.simple_encoder = nn.Linear(dim, spec.vocab_size)
         self.simple_predictor = nn.Linear(spec.predictor.dim, spec.vocab_size)
         compress(self, spec.compression)
+        self.heads = nn.ModuleDict({name: Head(dim, head) for name, head in spec.heads.items()})
 
     def encode(
         self,
@@ -121,15 +141,44 @@ class AsrModel(nn.Module):
         return self.ctc_head(encoder_out).float().log_softmax(dim=-1)
 
 
-def load_model(run: RunDir) -> AsrModel:
-    """Rebuild the model of a run directory, strictly: on the CPU, float32, eval mode.
+@contextmanager
+def tapped(model: AsrModel, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """Yield a dictionary that holds, after each pass through the encoder, what the named blocks gave: (B, T', D)."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        return lambda block, arguments, output: outputs.update({layer: output[0]})
+
+    handles = [model.encoder.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spec_of(run: RunDir) -> ModelSpec:
+    """The spec of a run directory's recogniser.
 
     Raises:
-        UserError: the weights do not fit the spec.
+        UserError: the run is of another kind, or model.yaml is damaged.
     """
-    model = AsrModel(from_dict(ModelSpec, run.model_spec, str(run.path / MODEL)))
+    if is_language_model(run):
+        raise UserError(f"{run.path}: is a language model of train-lm, not a recogniser")
+    return from_dict(ModelSpec, run.model_spec, str(run.path / MODEL))
+
+
+def load_model(run: RunDir) -> AsrModel:
+    """Rebuild the model of a run directory, strictly: on the CPU, float32, eval mode. Heads that only served its training are
+    left out, so that no later stage and no export knows of them.
+
+    Raises:
+        UserError: the run is of another kind, or the weights do not fit the spec.
+    """
+    model = AsrModel(replace(spec_of(run), heads={}))
+    weights = {name: tensor for name, tensor in run.weights().items() if not name.startswith("heads.")}
     try:
-        model.load_state_dict(run.weights(), strict=True)
+        model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise UserError(
             f"{run.path}: weights and model.yaml disagree ({' '.join(str(error).split())[:300]})"

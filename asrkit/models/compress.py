@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Part = Literal["encoder", "submodels", "joiner", "heads"]
 # Layers that only serve training are never compressed: no export holds them.
-TRAINING_ONLY = ("simple_encoder", "simple_predictor")
+TRAINING_ONLY = ("simple_encoder", "simple_predictor", "heads")
 
 
 @config
@@ -71,7 +71,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path not in TRAINING_ONLY
+        if isinstance(module, nn.Linear) and path.partition(".")[0] not in TRAINING_ONLY
     }
 
 

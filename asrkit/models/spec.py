@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from asrkit.config import config
+from asrkit.data.units import Unit
 from asrkit.nn.compression import Compression
 from asrkit.nn.context import parse_context
 
@@ -86,6 +87,19 @@ class SubModelSpec:
 
 
 @config
+class HeadSpec:
+    """A frame classifier of two linear layers on a backbone layer, which only serves training (arXiv 2110.10429).
+
+    ``classes``: of the unit's inventory, with 0 for silence. ``layer``: the block it hangs on, None being the top.
+    """
+
+    unit: Unit
+    classes: Positive
+    hidden: Positive
+    layer: Annotated[int, Field(ge=0)] | None = None
+
+
+@config
 class ConfigurationSpec:
     """A named operating point: the sub-models that are active, and the contexts it was trained in, the first by default."""
 
@@ -98,7 +112,8 @@ class ModelSpec:
     """A convolutional backbone with a CTC head and a transducer on top, and the sub-models added to it.
 
     ``configuration`` is the one the last stage trained, which is used where none is named. ``compression`` says, by the
-    path of a linear layer such as ``encoder.blocks.0.conv.out``, how it is masked and quantised.
+    path of a linear layer such as ``encoder.blocks.0.conv.out``, how it is masked and quantised. ``heads`` are those the run
+    was trained with; whoever loads the model leaves them out.
     """
 
     vocab_size: Annotated[int, Field(ge=2)]
@@ -110,6 +125,7 @@ class ModelSpec:
     configurations: dict[str, ConfigurationSpec] = field(default_factory=lambda: {BACKBONE: ConfigurationSpec()})
     configuration: str = BACKBONE
     compression: dict[str, Compression] = field(default_factory=dict)
+    heads: dict[str, HeadSpec] = field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_and_layers(self) -> Any:
@@ -126,6 +142,14 @@ class ModelSpec:
                 raise ValueError(f"configuration {name}: a name is letters, digits, - and _, a letter first")
             if missing := [part for part in configuration.submodels if part not in self.submodels]:
                 raise ValueError(f"configuration {name}: no sub-model {', '.join(missing)}")
+        for name, head in self.heads.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"head {name}: a name is letters, digits, - and _, a letter first")
+            if head.layer is not None and head.layer >= self.encoder.num_layers:
+                raise ValueError(
+                    f"head {name}: layer {head.layer} is out of range; "
+                    f"the encoder has layers 0 to {self.encoder.num_layers - 1}"
+                )
         if self.configuration not in self.configurations:
             raise ValueError(f"no configuration {self.configuration}")
         return self

@@ -88,7 +88,9 @@ def _cells(counts: dict[str, Any]) -> list[str]:
 
 def run_tables(description: dict[str, Any]) -> list[Table]:
     """Stages, configurations, sub-models, parts and evaluations of a run, as ``describe_run`` gives them."""
-    tables = [_stages(description), _configurations(description)]
+    tables = [_stages(description)]
+    if description["configurations"]:
+        tables.append(_configurations(description))
     if description["submodels"]:
         tables.append(_submodels(description))
     tables.append(_parts(description))

@@ -6,25 +6,27 @@ import math
 from pathlib import Path
 from typing import Any
 
-from asrkit.config import from_dict
 from asrkit.errors import UserError
+from asrkit.models.asr import spec_of
+from asrkit.models.lm import is_language_model
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_results
-from asrkit.run_dir import MODEL, WEIGHTS, RunDir, open_run, sha256_of
+from asrkit.run_dir import WEIGHTS, RunDir, open_run, sha256_of
 
 # Beside the encoder, what recognising needs; the rest only serves training.
 DECODER = ("predictor", "joiner", "ctc_head")
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """Stages, parameters by part, sub-models, configurations and evaluations of a run directory, as plain data.
+    """Stages, parameters by part, sub-models, configurations and evaluations of a run directory, as plain data; of a language
+    model, which has no configurations, the rest.
 
     Raises:
         UserError: the directory is incomplete or damaged.
     """
     run = open_run(path)
-    spec = from_dict(ModelSpec, run.model_spec, str(path / MODEL))
+    spec = None if is_language_model(run) else spec_of(run)
     parts = _parts(run)
     evaluations = _evaluations(run)
     return {
@@ -35,10 +37,10 @@ def describe_run(path: Path) -> dict[str, Any]:
         "bytes": (run.path / WEIGHTS).stat().st_size,
         "vocabulary": run.model_spec.get("vocab_size"),
         "features": run.model_spec.get("features"),
-        "submodels": _submodels(spec, parts),
-        "configurations": _configurations(spec, parts, evaluations),
+        "submodels": [] if spec is None else _submodels(spec, parts),
+        "configurations": [] if spec is None else _configurations(spec, parts, evaluations),
         "evaluations": evaluations,
-        "compression": _compression(run, spec),
+        "compression": None if spec is None else _compression(run, spec),
     }
 
 
@@ -82,6 +84,8 @@ def _parts(run: RunDir) -> list[dict[str, Any]]:
 def _part_of(tensor: str) -> str:
     """``joiner`` of ``joiner.out.weight``."""
     first, *rest = tensor.split(".")
+    if first == "heads":
+        return f"head {rest[0]} (training only)"
     if first != "encoder":
         return first
     return _submodel(rest[1]) if rest[0] == "submodels" else "backbone"

@@ -16,6 +16,7 @@ from torch import Tensor
 from asrkit.config import digest, from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.models.asr import spec_of
 from asrkit.models.digests import ENCODER, SUBMODELS, backbone_digest, tensors_digest
 from asrkit.models.spec import BACKBONE, NAME, ConfigurationSpec, SubModelSpec
 from asrkit.nn.context import parse_context
@@ -58,7 +59,7 @@ def describe_submodels(path: Path) -> dict[str, Any]:
         UserError: the directory is incomplete or damaged.
     """
     run = open_run(path)
-    spec = from_dict(ModelSpec, run.model_spec, str(path))
+    spec = spec_of(run)
     with safe_open(run.path / WEIGHTS, framework="pt") as file:
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iteration)
     submodels = [

@@ -111,8 +111,9 @@ class RunLog:
         }
         self._clock, self._waited, self._audio = time.monotonic(), 0.0, 0.0
         self._write(row, "train")
-        wer = f"  dev WER {progress.last_dev['wer']:.2%}" if progress.last_dev else ""
-        text = f"loss {row.get('loss', float('nan')):.4f}  lr {lr:.2e}  {row['timing']['audio_per_second']:.0f} s audio/s{wer}"
+        speed = f"  {row['timing']['audio_per_second']:.0f} s audio/s" if audio else ""
+        known = f"  dev {shown(progress.last_dev)}" if progress.last_dev else ""
+        text = f"loss {row.get('loss', float('nan')):.4f}  lr {lr:.2e}{speed}{known}"
         if self._display is not None:
             self._display.update(self._bar, text=text)
         else:
@@ -132,7 +133,7 @@ class RunLog:
             "dev",
         )
         best = "  best so far" if progress.best.get("step") == progress.step else _best(progress)
-        self.note(f"step {progress.step}: dev WER {measured['wer']:.2%}{best}")
+        self.note(f"step {progress.step}: dev {shown(measured)}{best}")
         self._clock = time.monotonic()
 
     def skipped(self, step: int, cut_ids: list[str]) -> None:
@@ -160,4 +161,10 @@ class RunLog:
 
 def _best(progress: Progress) -> str:
     """What the best measurement was, once one counts."""
-    return f"  best {progress.best['wer']:.2%}" if progress.best else "  not counted yet"
+    return f"  best {shown(progress.best)}" if progress.best else "  not counted yet"
+
+
+def shown(measured: dict[str, float]) -> str:
+    """The metric that chooses the best, the first, as a person reads it."""
+    name, value = next(iter(measured.items()))
+    return f"WER {value:.2%}" if name == "wer" else f"{name} {value:.2f}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import nn
 
 from asrkit.config import config
-from asrkit.data.batches import Batch, TrainBatches, loader
+from asrkit.data.batches import BucketPlan, loader
 from asrkit.errors import UserError
 from asrkit.training.checkpoint import Progress, load_state, save_state
 from asrkit.training.distributed import World, all_sum, broadcast_object, gather_lists, sum_gradients
@@ -56,12 +56,33 @@ class TrainingConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
 
 
+class TrainingBatch(Protocol):
+    """What the loop asks of a batch, of audio or of text; ``durations`` are seconds of audio, none of text."""
+
+    @property
+    def cut_ids(self) -> list[str]: ...
+
+    @property
+    def durations(self) -> list[float]: ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+class TrainingBatches(Protocol):
+    """``batches[step * slices + slice]``, after a plan that knows how many steps are an epoch."""
+
+    @property
+    def plan(self) -> BucketPlan: ...
+
+    def __getitem__(self, place: int) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """What a stage hands to the loop.
 
     loss: (model, batch on the device, step) -> LossOutput.
-    measure: the averaged model -> dev metrics (``wer`` chooses the best); None when there is no dev manifest.
+    measure: the averaged model -> dev metrics, the lowest first one being the best; None when there is nothing to measure on.
     publish: (averaged model, step, metrics): write the run's weights and lineage; main process only.
     frozen: parts of the model that stay in evaluation mode (no dropout) while the rest trains.
     after_step: (model, step), when the weights have moved, those of the model and those of its average.
@@ -69,8 +90,8 @@ class Task:
     """
 
     model: nn.Module
-    loss: Callable[[Any, Batch, int], LossOutput]
-    batches: TrainBatches
+    loss: Callable[[Any, Any, int], LossOutput]
+    batches: TrainingBatches
     measure: Callable[[nn.Module], dict[str, float]] | None
     publish: Callable[[nn.Module, int, dict[str, float]], None]
     frozen: Sequence[nn.Module] = ()
@@ -157,7 +178,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = lr
             optimiser.zero_grad(set_to_none=True)
-            done = _accumulate(task, model, source, step, settings.accumulate, dtype, scaler)
+            done = _accumulate(task, model, source, step, settings.accumulate, device, dtype, scaler)
             totals = all_sum(world, torch.tensor([done.count, done.audio], dtype=torch.float64, device=device))
             sum_gradients(world, trained)
             if scaler is not None:
@@ -217,16 +238,16 @@ class _Done:
 def _accumulate(
     task: Task,
     model: nn.Module,
-    source: Iterator[tuple[Batch, float]],
+    source: Iterator[tuple[TrainingBatch, float]],
     step: int,
     parts: int,
+    device: torch.device,
     dtype: torch.dtype,
     scaler: Any,
 ) -> _Done:
     done = _Done()
     for _ in range(parts):
         batch, waited = next(source)
-        device = batch.features.device
         context = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
         with context:
             output = task.loss(model, batch, step)
@@ -267,7 +288,8 @@ def _measure(
         began = time.monotonic()
         measured = task.measure(average)
         ready = progress.step >= task.not_before
-        better = ready and (not progress.best or measured["wer"] <= progress.best["wer"])
+        first = next(iter(measured))
+        better = ready and (not progress.best or measured[first] <= progress.best[first])
         if better:
             progress.best = {**measured, "step": progress.step}
         progress.last_dev = measured
@@ -310,8 +332,8 @@ class _Shadow:
 
 
 def _fetch(
-    batches: TrainBatches, places: Sequence[int], num_workers: int, device: torch.device
-) -> Iterator[tuple[Batch, float]]:
+    batches: TrainingBatches, places: Sequence[int], num_workers: int, device: torch.device
+) -> Iterator[tuple[TrainingBatch, float]]:
     """Batches on the device, each with the seconds training waited for it."""
     source = iter(loader(batches, places, num_workers))
     while True:

@@ -124,16 +124,15 @@ class RunWriter:
         if self.world.is_main:
             self._console.print(text, highlight=False, soft_wrap=True)
 
-    def describe(self, spec: dict[str, Any], table: CutTable, world: World) -> None:
-        """Write model.yaml and say what is going to be trained on what; from here on the directory is kept."""
+    def describe(self, spec: dict[str, Any], data: str, world: World) -> None:
+        """Write model.yaml and say what is going to be trained on what ``data``; from here on the directory is kept."""
         self.began = True
         if world.is_main:
             write_yaml(self.path / MODEL, spec)
             if self.fresh and self.left_out:
                 write_yaml(self.path / LEFT_OUT, self.left_out)
             self.note(
-                f"{self.path}: {len(table)} utterances, {table.durations.sum() / 60:.1f} min, "
-                f"vocabulary {spec['vocab_size']}, {world.size} process(es) on {world.device}"
+                f"{self.path}: {data}, vocabulary {spec['vocab_size']}, {world.size} process(es) on {world.device}"
             )
 
     def batches(

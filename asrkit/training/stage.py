@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from lhotse import CutSet
 from pydantic import Field
 from torch import nn
 
@@ -73,6 +74,7 @@ class Prepared:
     not_before: the first step after which the model is what the stage promises.
     extra: what the stage adds to its entry in the lineage.
     check: looks at the finished run's weights; raises when what the stage promises does not hold.
+    measure: (averaged model, dev cuts) -> what to measure besides error rates.
     """
 
     model: AsrModel
@@ -82,6 +84,7 @@ class Prepared:
     not_before: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, torch.Tensor]], None] | None = None
+    measure: Callable[[Any, CutSet], dict[str, float]] | None = None
 
 
 def load_teacher(path: Path, student: RunDir) -> AsrModel:
@@ -123,10 +126,10 @@ def train_stage(
     prepared = prepare(run, batches)
     run.extra = dict(prepared.extra)
     spec = prepared.model.spec
-    run.describe(to_dict(spec), table, world)
+    run.describe(to_dict(spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", world)
     measure = None
     if material.dev is not None:
-        measure = dev_measure(
+        measure_wer = measure = dev_measure(
             material.dev,
             tokenizer,
             settings.data.max_duration,
@@ -135,6 +138,12 @@ def train_stage(
             spec.configuration,
             parse_context(spec.configurations[spec.configuration].contexts[0]),
         )
+        if (besides := prepared.measure) is not None:
+            dev = material.dev
+
+            def measure(model: nn.Module) -> dict[str, float]:
+                return {**measure_wer(model), **besides(model, dev)}
+
     task = Task(
         model=prepared.model,
         loss=prepared.loss,

@@ -1,0 +1,114 @@
+"""Alignments of cuts, as lhotse keeps them in supervisions, and the frames of a batch they label.
+
+Shapes: B utterances, T' encoder frames of 40 ms, N segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from lhotse.supervision import AlignmentItem
+from torch import Tensor
+
+from asrkit.data.features import FRAME_SHIFT
+from asrkit.data.units import Inventory
+
+SUBSAMPLING = 4
+SILENT, UNKNOWN = -1, -2  # frames of no segment: between the units, and where nothing is known or nothing is
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The units of a batch's utterances and the frames each takes (arXiv 2110.10429, figure 2).
+
+    symbols (B, N) int64, padded with 0; symbol_lens (B,). frames (B, T') int64: the segment each frame belongs to, or
+    SILENT, or UNKNOWN (padding, or a part of the utterance that is not aligned). A unit said twice is two segments, and one too
+    short for a frame of its own still is a segment.
+    """
+
+    symbols: Tensor
+    symbol_lens: Tensor
+    frames: Tensor
+
+    def to(self, device: torch.device) -> Segments:
+        """The same on ``device``."""
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+def items_of(cut: Cut, unit: str) -> list[AlignmentItem] | None:
+    """The alignment of a cut in a unit, in order of time; None where a supervision has none."""
+    items: list[AlignmentItem] = []
+    for supervision in sorted(cut.supervisions, key=lambda s: s.start):
+        mine = (supervision.alignment or {}).get(unit)
+        if not mine:
+            return None
+        items += mine
+    return items
+
+
+def symbols_of(cut: Cut, unit: str) -> list[str] | None:
+    """The units of a cut's alignment, in order; None where it has none."""
+    items = items_of(cut, unit)
+    return None if items is None else [item.symbol for item in items]
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """Makes the segments of a batch, by the name they are wanted under, from the alignments of its cuts.
+
+    inventories: of what each name means; alignments are looked up by the inventory's unit.
+    repeats: keep, every item is a segment (ours); merge, neighbours of the same unit are one, as the paper's deduplication of
+        frame labels makes them.
+    fill: silence belongs to the segment before it.
+    """
+
+    inventories: Mapping[str, Inventory]
+    repeats: str = "keep"
+    fill: bool = False
+
+    def __call__(self, utterances: Sequence[Sequence[tuple[Cut, int]]]) -> dict[str, Segments]:
+        """Segments of utterances, each of one or several cuts with the feature frames that perturbation left of it."""
+        return {name: self._segments(inventory, utterances) for name, inventory in self.inventories.items()}
+
+    def _segments(self, inventory: Inventory, utterances: Sequence[Sequence[tuple[Cut, int]]]) -> Segments:
+        labelled = [self._label(inventory, parts) for parts in utterances]
+        num_segments = max(1, *(len(ids) for ids, _ in labelled))
+        symbols = torch.zeros(len(labelled), num_segments, dtype=torch.int64)
+        frames = torch.full((len(labelled), max(len(row) for _, row in labelled)), UNKNOWN)
+        for number, (ids, row) in enumerate(labelled):
+            symbols[number, : len(ids)] = torch.from_numpy(ids)
+            frames[number, : len(row)] = torch.from_numpy(row)
+        return Segments(symbols, torch.tensor([len(ids) for ids, _ in labelled]), frames)
+
+    def _label(self, inventory: Inventory, parts: Sequence[tuple[Cut, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the segments, and the segment of each encoder frame."""
+        num_frames = max(0, (sum(length for _, length in parts) - 3) // SUBSAMPLING)
+        middles = (np.arange(num_frames) + 0.5) * SUBSAMPLING * FRAME_SHIFT
+        frames = np.full(num_frames, UNKNOWN, dtype=np.int64)
+        ids: list[int] = []
+        offset = 0.0
+        for cut, length in parts:
+            seconds = length * FRAME_SHIFT
+            inside = (middles >= offset) & (middles < offset + seconds)
+            items = items_of(cut, inventory.unit)
+            if items is not None:
+                # Speed and tempo stretch the whole recording alike.
+                own = (middles[inside] - offset) * (cut.duration / seconds)
+                starts = np.array([item.start for item in items])
+                place = np.searchsorted(starts, own, side="right") - 1
+                covered = (place >= 0) & (own < np.array([item.end for item in items])[place])
+                if self.fill:
+                    covered |= place >= 0
+                frames[inside] = np.where(covered, place + len(ids), SILENT)
+                ids += inventory.ids([item.symbol for item in items])
+            offset += seconds
+        numbers = np.array(ids, dtype=np.int64)
+        if self.repeats == "merge" and len(numbers):
+            merged = np.cumsum(np.concatenate([[False], numbers[1:] != numbers[:-1]]))
+            frames = np.where(frames >= 0, merged[np.maximum(frames, 0)], frames)
+            numbers = numbers[np.concatenate([[True], numbers[1:] != numbers[:-1]])]
+        return numbers, frames

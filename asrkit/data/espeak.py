@@ -1,0 +1,44 @@
+"""espeak-ng in this process: a C library with one global state, called by ctypes. The extra ``synth`` brings it (GPL-3)."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import numpy as np
+
+from asrkit.errors import UserError
+
+SYNCHRONOUS, UTF8 = 2, 1
+
+_held: list[object] = []  # the library calls its callback as long as the process lives
+
+
+@cache
+def load_espeak() -> tuple[ctypes.CDLL, int, list[np.ndarray]]:
+    """The library, the rate it speaks at, and the list it puts its samples into.
+
+    Raises:
+        UserError: the extra is not installed.
+    """
+    try:
+        import espeakng_loader
+    except ImportError as error:
+        raise UserError(
+            "synthetic speech and phones need espeak-ng; run: pip install 'asrkit[synth]' (GPL-3)"
+        ) from error
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    pieces: list[np.ndarray] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    def collect(samples: ctypes._Pointer[ctypes.c_short], count: int, events: int) -> int:
+        if samples and count > 0:
+            pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    rate = library.espeak_Initialize(SYNCHRONOUS, 0, str(espeakng_loader.get_data_path()).encode(), 0)
+    if rate <= 0:
+        raise UserError("espeak-ng does not start; reinstall it: pip install --force-reinstall espeakng-loader")
+    library.espeak_SetSynthCallback(collect)
+    _held.append(collect)
+    return library, rate, pieces

@@ -1,0 +1,121 @@
+"""Language models over units of speech: what comes next, given all that came before.
+
+Shapes: B sequences, N symbols, V vocabulary (with 0, which begins and ends every sequence), D model dim.
+Source: the LSTM of arXiv 2110.10429 (an embedding and 4 LSTM layers); the Transformer is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from asrkit.config import config, from_dict
+from asrkit.data.units import Unit
+from asrkit.errors import UserError
+from asrkit.models.spec import Positive, Probability
+from asrkit.nn.conformer import FeedForward, LayerNorm
+from asrkit.nn.submodels import Attention
+from asrkit.run_dir import MODEL, RunDir
+
+END = 0  # what every sequence begins and ends with: the tokenizer's blank, which is no unit
+
+
+@config
+class LmShape:
+    """The network. Widths are open in the paper; the defaults are ours. ``heads`` are of the Transformer."""
+
+    architecture: Literal["lstm", "transformer"] = "lstm"
+    dim: Annotated[int, Field(ge=2)] = 256
+    num_layers: Positive = 4
+    heads: Positive = 4
+    dropout: Probability = 0.1
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Any:
+        if self.architecture == "transformer" and self.dim % (2 * self.heads):
+            raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
+        return self
+
+
+@config
+class LmSpec:
+    """model.yaml of a language model; its units are the pieces of the run's tokenizer.model."""
+
+    unit: Unit
+    vocab_size: Annotated[int, Field(ge=2)]
+    shape: LmShape
+
+
+class LanguageModel(nn.Module):
+    """An embedding, LSTM or causal Transformer layers, and a projection to the vocabulary."""
+
+    def __init__(self, spec: LmSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        shape = spec.shape
+        self.embedding = nn.Embedding(spec.vocab_size, shape.dim)
+        self.dropout = nn.Dropout(shape.dropout)
+        between = shape.dropout if shape.num_layers > 1 else 0.0
+        self.layers: nn.Module = (
+            nn.LSTM(shape.dim, shape.dim, shape.num_layers, batch_first=True, dropout=between)
+            if shape.architecture == "lstm"
+            else nn.ModuleList(_Block(shape) for _ in range(shape.num_layers))
+        )
+        self.out = nn.Linear(shape.dim, spec.vocab_size)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """(B, N) int64 -> logits (B, N + 1, V) of each next symbol: at n, given the first n; at the last, of the end.
+
+        Padding after a sequence's end changes nothing before it.
+        """
+        start = symbols.new_full((len(symbols), 1), END)
+        x = self.dropout(self.embedding(torch.cat([start, symbols], dim=1)))
+        if isinstance(self.layers, nn.LSTM):
+            x, _ = self.layers(x)
+        else:
+            places = torch.arange(x.shape[1], device=x.device)
+            seen = (places <= places.unsqueeze(1)).unsqueeze(0)
+            assert isinstance(self.layers, nn.ModuleList)
+            for block in self.layers:
+                x = block(x, seen)
+        return self.out(self.dropout(x)).float()
+
+
+class _Block(nn.Module):
+    """Attention to what came before, then a feed-forward module four times as wide; each is added to its input."""
+
+    def __init__(self, shape: LmShape) -> None:
+        super().__init__()
+        self.attention = Attention(shape.dim, shape.dim, shape.heads, shape.dropout)
+        self.feedforward = FeedForward(shape.dim, 4 * shape.dim, shape.dropout)
+        self.norm = LayerNorm(shape.dim)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        x = x + self.attention(x, seen)[0]
+        return self.norm(x + self.feedforward(x))
+
+
+def is_language_model(run: RunDir) -> bool:
+    """Whether a run directory holds a language model rather than a recogniser."""
+    return "unit" in run.model_spec
+
+
+def load_lm(run: RunDir) -> LanguageModel:
+    """Rebuild the language model of a run directory, strictly: on the CPU, float32, eval mode.
+
+    Raises:
+        UserError: the run is of another kind, or its weights do not fit the spec.
+    """
+    if not is_language_model(run):
+        raise UserError(f"{run.path}: holds no language model, but a recogniser; train one with asrkit train-lm")
+    model = LanguageModel(from_dict(LmSpec, run.model_spec, str(run.path / MODEL)))
+    try:
+        model.load_state_dict(run.weights(), strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{run.path}: weights and model.yaml disagree ({' '.join(str(error).split())[:300]})"
+        ) from error
+    return model.eval()

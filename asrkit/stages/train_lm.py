@@ -1,0 +1,208 @@
+"""train-lm: a causal language model over word pieces, phones or senones, to teach a recogniser (arXiv 2110.10429)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import field
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from asrkit.config import config, to_dict
+from asrkit.data.batches import BucketPlan
+from asrkit.data.phones import check_language
+from asrkit.data.senones import load_tree
+from asrkit.data.sequences import (
+    Sentence,
+    SequenceBatch,
+    SequenceBatches,
+    SequenceTable,
+    is_manifest,
+    read_sentences,
+    speller,
+)
+from asrkit.data.text import split_of
+from asrkit.data.tokenizer import Tokenizer, train_tokenizer
+from asrkit.data.units import Inventory, Unit, write_inventory
+from asrkit.errors import UserError
+from asrkit.losses.language_model import sequence_nll
+from asrkit.models.lm import LanguageModel, LmShape, LmSpec
+from asrkit.models.spec import Positive
+from asrkit.run_dir import TOKENIZER
+from asrkit.training.distributed import broadcast_object, join_world
+from asrkit.training.loop import Task, TrainingConfig, train
+from asrkit.training.objective import LossOutput
+from asrkit.training.optim import OptimiserConfig
+from asrkit.training.run import RunWriter
+
+MAX_FINDINGS = 20  # shown of the lines that cannot be used
+
+
+@config
+class TrainLmConfig:
+    """Everything train-lm can be told; config.yaml of the run holds it with every default written out.
+
+    ``language`` of a text's phones. ``held_out``: the share of sentences that perplexity is measured on where no --dev is
+    given. ``vocab_size``: of the bpe trained when no tokenizer is given. ``max_symbols``: in a step and process.
+    """
+
+    unit: Unit = "bpe"
+    language: str = ""
+    seed: Annotated[int, Field(ge=0)] = 1
+    bad_lines: Literal["refuse", "skip"] = "refuse"
+    held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    vocab_size: Annotated[int, Field(ge=4)] = 500
+    max_symbols: Positive = 4000
+    num_buckets: Positive = 20
+    model: LmShape = field(default_factory=LmShape)
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(optimiser=OptimiserConfig(name="adamw", learning_rate=1e-3))
+    )
+
+
+def train_lm(
+    source: Path,
+    out: Path,
+    settings: TrainLmConfig,
+    *,
+    dev: Path | None = None,
+    tokenizer: Path | None = None,
+    senones: Path | None = None,
+    device: str = "auto",
+    command: str = "",
+) -> Path:
+    """Train a language model on a text or manifest, or go on with a run that was interrupted; returns ``out``.
+
+    Args:
+        source: a text of one sentence a line; or a manifest, of which the words count for bpe, else the alignments.
+        dev: the same, to measure perplexity on; None holds out a share of the sentences.
+        tokenizer: of bpe, such as the recogniser's; None trains one.
+        senones: the tree ``align`` wrote, which a text's senones need.
+
+    Raises:
+        UserError: files or options that do not go together, lines that the unit cannot spell, an unusable out.
+        Interrupted: stopped by a signal, state saved.
+    """
+    unit = settings.unit
+    _check_options(unit, settings.language, source, dev, tokenizer, senones)
+    kind = "manifest" if is_manifest(source) else "text"
+    inputs = {kind: source, "dev": dev, "tokenizer": tokenizer, "senones": senones}
+    with (
+        join_world(device) as world,
+        RunWriter.open(out, "train-lm", to_dict(settings), inputs, command, world) as run,
+    ):
+        if run.finished:
+            return out
+        path = out / TOKENIZER
+        if unit == "bpe":
+            if world.is_main and not path.is_file():
+                if tokenizer is not None:
+                    Tokenizer(tokenizer).copy_to(path)
+                else:
+                    texts = (sentence.text for sentence in read_sentences(source, unit))
+                    train_tokenizer(texts, "bpe", settings.vocab_size, path)
+            broadcast_object(world, None)  # the others read it only once it is there
+        tree = None if senones is None else load_tree(senones)
+        spell = speller(unit, Tokenizer(path) if unit == "bpe" else None, tree)
+        tables = _read(source, dev, settings, spell, run.note)
+        if unit != "bpe":
+            if world.is_main and not path.is_file():
+                symbols = chain.from_iterable(table.symbols for table in tables) if tree is None else tree.senones
+                write_inventory(symbols, path)
+            broadcast_object(world, None)
+        inventory = Inventory.of(Tokenizer(path), unit)
+        for table in tables:
+            table.number_by(inventory)
+        table, held_out = tables
+        slices = world.size * settings.training.accumulate
+        plan = BucketPlan(table.lens + 1, settings.max_symbols * slices, settings.num_buckets, slices, settings.seed)
+        torch.manual_seed(settings.seed)
+        spec = LmSpec(unit=unit, vocab_size=inventory.size, shape=settings.model)
+        run.describe(to_dict(spec), f"{len(table)} sentences, {table.lens.sum()} {unit} units", world)
+        if not len(held_out):
+            run.note(f"{out}: no sentence is held out, so no perplexity is measured; give --dev or a higher held_out")
+        task = Task(
+            model=LanguageModel(spec),
+            loss=lm_loss,
+            batches=SequenceBatches(table, plan, slices),
+            measure=perplexity_of(held_out, settings.max_symbols) if len(held_out) else None,
+            publish=run.publish,
+        )
+        train(task, out, settings.training, 0, settings.seed, world)
+        run.finish()
+    return out
+
+
+def lm_loss(model: LanguageModel, batch: SequenceBatch, step: int) -> LossOutput:
+    """-log P of each sequence; the count is of symbols and ends."""
+    loss = sequence_nll(model(batch.symbols), batch.symbols, batch.symbol_lens)
+    return LossOutput(loss, float((batch.symbol_lens + 1).sum()), {})
+
+
+def perplexity_of(held_out: SequenceTable, max_symbols: int) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a model to its perplexity on the held-out sequences, ends included."""
+
+    @torch.no_grad()
+    def measure(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, LanguageModel)
+        place = model.out.weight.device
+        total, count = 0.0, 0.0
+        for batch in held_out.batches(max_symbols):
+            output = lm_loss(model, batch.to(place), 0)
+            total, count = total + float(output.loss.double().sum()), count + output.count
+        return {"perplexity": math.exp(min(total / count, 700.0))}
+
+    return measure
+
+
+def _check_options(
+    unit: Unit, language: str, source: Path, dev: Path | None, tokenizer: Path | None, senones: Path | None
+) -> None:
+    texts = [path for path in (source, dev) if path is not None and not is_manifest(path)]
+    findings = []
+    if tokenizer is not None and unit != "bpe":
+        findings.append(f"--tokenizer: is for --unit bpe; {unit} units are those of the alignments or the text")
+    if senones is not None and unit != "senone":
+        findings.append("--senones: is for --unit senone")
+    if unit == "senone" and senones is None and texts:
+        findings.append(f"{texts[0]}: the senones of a text need the tree that align wrote; give it with --senones")
+    if unit != "bpe" and texts and not language:
+        findings.append(f"{texts[0]}: say whose pronunciation it has, as in --language en")
+    if findings:
+        raise UserError.of(findings)
+    if unit != "bpe" and texts:
+        check_language(language)
+
+
+def _read(
+    source: Path,
+    dev: Path | None,
+    settings: TrainLmConfig,
+    spell: Callable[[Sentence], Any],
+    note: Callable[[str], None],
+) -> tuple[SequenceTable, SequenceTable]:
+    """The sequences to train on and those to measure on; lines that cannot be spelled are refused or left out."""
+    table, held_out = SequenceTable(str(source)), SequenceTable(str(dev or source))
+    findings: list[str] = []
+    for path, whole in ((source, table), *([] if dev is None else [(dev, held_out)])):
+        for sentence in read_sentences(path, settings.unit, settings.language):
+            try:
+                symbols = spell(sentence)
+            except UserError as error:
+                findings.append(f"{sentence.where}: {error}")
+                continue
+            apart = dev is None and split_of(sentence.text, dev=settings.held_out, test=0.0) == "dev"
+            (held_out if apart else whole).append(sentence.number, symbols)
+    if findings and settings.bad_lines == "refuse":
+        more = f"{len(findings)} unusable lines: mend them, or leave them out with --set bad_lines=skip"
+        raise UserError.of([*findings[:MAX_FINDINGS], more])
+    for finding in findings:
+        note(f"left out: {finding}")
+    if not len(table):
+        raise UserError(f"{source}: no sentence is left to train on")
+    return table, held_out
