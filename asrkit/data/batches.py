@@ -26,7 +26,8 @@ from asrkit.data.augment import (
     channel_curves,
     coloured_noise,
     pad,
-    perturb_samples,
+    perturb_sound,
+    perturb_time,
     spec_augment,
     stretch,
     vocal_tract_warp,
@@ -45,6 +46,7 @@ class Batch:
 
     features: (B, T, 80) float32, padded with log(1e-10); feature_lens: (B,) int64.
     symbols: (B, U) int64 padded with 0, symbol_lens: (B,); empty when no tokenizer was given.
+    clean: (B, T, 80), the features without what changed their sound and not their timing; empty when not asked for.
     durations: seconds of audio, as perturbed.
     """
 
@@ -56,10 +58,11 @@ class Batch:
     durations: list[float]
     symbols: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     symbol_lens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    clean: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
-        names = ("features", "feature_lens", "symbols", "symbol_lens")
+        names = ("features", "feature_lens", "symbols", "symbol_lens", "clean")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -156,6 +159,8 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
 
     Args:
         rank: added to the number of the accumulated part, gives the slice.
+
+    With ``clean`` set, batches hold the clean features as well.
     """
 
     def __init__(
@@ -170,20 +175,23 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
     ) -> None:
         self.table, self.plan, self.slices = table, plan, slices
         self.settings, self.tokenizer, self.noise, self.seed = settings, tokenizer, noise, seed
+        self.clean = False
 
     def __getitem__(self, place: int) -> Batch:
         step, part = divmod(place, self.slices)
         chosen = self.plan(step)
         mine = range(part, len(chosen), self.slices)
         augment = self.settings.augment
-        features, symbols, cuts, texts, warps = [], [], [], [], []
+        features, clean, symbols, cuts, texts, warps = [], [], [], [], [], []
         for position in mine:
             # Seeded by the place in the whole batch, so that the number of processes does not change the data.
             random = np.random.default_rng((self.seed, 2, step, position))
             joined = [self.table[int(chosen[position])]]
             if random.uniform() < augment.join:
                 joined.append(self.table[int(random.choice(chosen))])
-            item = torch.cat([cut_features(cut, augment, random, self.noise) for cut in joined])
+            pairs = [perturbed_features(cut, augment, random, self.noise, self.clean) for cut in joined]
+            item = torch.cat([heard for heard, _ in pairs])
+            clean.append(torch.cat([untouched for _, untouched in pairs]))
             if augment.channel_db > 0:
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
             warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
@@ -213,6 +221,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             durations,
             padded,
             symbol_lens,
+            *([pad(clean)[0]] if self.clean else []),
         )
 
 
@@ -235,37 +244,50 @@ def cut_samples(cut: Cut) -> Tensor:
     return resample(samples.mean(dim=0), cut.sampling_rate)
 
 
-def cut_features(
-    cut: Cut,
-    augment: AugmentConfig | None,
-    random: np.random.Generator | None = None,
-    noise: CutTable | None = None,
-) -> Tensor:
-    """(T, 80) features of a cut: precomputed when the manifest has them, else from its audio; perturbed on request.
+def cut_features(cut: Cut) -> Tensor:
+    """(T, 80) features of a cut: precomputed when the manifest has them, else from its audio.
+
+    Raises:
+        UserError: unreadable audio, or features of another dimension.
+    """
+    return _stored_features(cut) if cut.has_features else fbank(cut_samples(cut))
+
+
+def perturbed_features(
+    cut: Cut, augment: AugmentConfig, random: np.random.Generator, noise: CutTable | None, clean: bool
+) -> tuple[Tensor, Tensor]:
+    """A cut's perturbed features (T, 80), and, if ``clean``, those whose timing alone was perturbed, else the same again.
 
     Raises:
         UserError: unreadable audio, or features of another dimension.
     """
     if cut.has_features:
-        features = torch.from_numpy(cut.load_features())
-        if features.shape[1] != NUM_MEL_BINS:
-            raise UserError(
-                f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them"
-            )
+        features = untouched = _stored_features(cut)
     else:
         samples = cut_samples(cut)
-        if augment is not None and random is not None:
-            hum = None
-            if random.uniform() < augment.noise_probability:
-                hum = (
-                    coloured_noise(len(samples), random)
-                    if noise is None
-                    else cut_samples(noise[int(random.integers(len(noise)))])
-                )
-            samples = perturb_samples(samples, augment, random, hum)
-        features = fbank(samples)
-    if augment is not None and random is not None and augment.tempo > 0:
-        features = stretch(features, 1.0 + float(random.uniform(-augment.tempo, augment.tempo)))
+        hum = None
+        if random.uniform() < augment.noise_probability:
+            hum = (
+                coloured_noise(len(samples), random)
+                if noise is None
+                else cut_samples(noise[int(random.integers(len(noise)))])
+            )
+        timed = perturb_time(samples, augment, random)
+        features = untouched = fbank(perturb_sound(timed, augment, random, hum))
+        if clean:
+            untouched = fbank(timed)
+    if augment.tempo > 0:
+        factor = 1.0 + float(random.uniform(-augment.tempo, augment.tempo))
+        features, untouched = stretch(features, factor), stretch(untouched, factor)
+    return features, untouched
+
+
+def _stored_features(cut: Cut) -> Tensor:
+    features = torch.from_numpy(cut.load_features())
+    if features.shape[1] != NUM_MEL_BINS:
+        raise UserError(
+            f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them"
+        )
     return features
 
 
@@ -282,7 +304,7 @@ def evaluation_batches(cuts: CutSet | Sequence[Cut], max_duration: float) -> Ite
 
 
 def _plain_batch(cuts: list[Cut]) -> Batch:
-    features, lens = pad([cut_features(cut, None) for cut in cuts])
+    features, lens = pad([cut_features(cut) for cut in cuts])
     return Batch(
         features,
         lens,
@@ -302,7 +324,7 @@ def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, T
         torch.zeros(NUM_MEL_BINS, dtype=torch.float64),
     )
     for index in chosen:
-        features = cut_features(table[int(index)], None).double()
+        features = cut_features(table[int(index)]).double()
         count += len(features)
         total += features.sum(0)
         squares += features.square().sum(0)
