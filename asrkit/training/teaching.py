@@ -1,0 +1,416 @@
+"""What frozen teachers say of a batch, and how much of it the student is told.
+
+Each utterance is taught by the teacher of its language, or by several, whose posteriors are averaged. The divergence from
+them on the transducer's lattice (arXiv 2011.06110) is weighted for each utterance by how well student and teacher know it
+(self-adaptive distillation, US20220309340A1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from asrkit.config import config, from_dict, to_dict
+from asrkit.data.batches import Batch
+from asrkit.errors import UserError
+from asrkit.losses.distillation import (
+    Classes,
+    Direction,
+    LastRow,
+    counted_nodes,
+    delayed,
+    divergence,
+    frame_divergence,
+    full_lattice_divergence,
+    mean_log_probs,
+    node_log_probs,
+)
+from asrkit.losses.transducer import gather_pruned, transducer_loss
+from asrkit.models import AsrModel
+from asrkit.models.spec import ModelSpec, Positive
+from asrkit.nn.context import Context, parse_context
+from asrkit.training.objective import (
+    AttentionDropoutConfig,
+    ContextsConfig,
+    LossConfig,
+    LossOutput,
+    NonNegative,
+    Pass,
+    draw_gates,
+    drawn,
+    one_pass,
+    recogniser_loss,
+)
+from asrkit.training.teachers import Teacher, Teachers, route
+
+Step = Annotated[int, Field(ge=0)]
+
+
+@config
+class WeightConfig:
+    """The weight w of an utterance's distillation; the four kinds are those of US20220309340A1, their functions ours.
+
+    constant: 1. linear, exponential: from ``start`` to ``end`` between the steps ``begin`` and ``over``. piecewise: that of
+    the last of the ``points`` [step, weight] reached. teacher-loss: 1 / (1 + L_teacher). student-teacher:
+    L_student / (1 + L_teacher), of which the nearest published code is that of google-research/protoscribe.
+    The losses are the transducers' on the reference, ``per`` token, frame, or utterance (sum). ``detach``: no gradient
+    through the weight (that code has one). ``clamp``: the least and the most w may be.
+    """
+
+    kind: Literal["constant", "linear", "exponential", "piecewise", "teacher-loss", "student-teacher"] = (
+        "student-teacher"
+    )
+    start: NonNegative = 1.0
+    end: NonNegative = 0.01
+    begin: Step = 0
+    over: Step | None = None  # None: the end of the training
+    points: list[tuple[Step, NonNegative]] = field(default_factory=list)
+    per: Literal["token", "frame", "sum"] = "token"
+    detach: bool = True
+    clamp: tuple[NonNegative, NonNegative] | None = None
+
+    @model_validator(mode="after")
+    def _decays(self) -> Any:
+        if self.kind in ("linear", "exponential") and self.end > self.start:
+            raise ValueError(f"a decaying weight ends at or below its start, not at {self.end} from {self.start}")
+        if self.kind == "exponential" and self.end == 0:
+            raise ValueError("an exponential decay never reaches 0; set end above 0, or kind=linear")
+        if self.kind in ("linear", "exponential") and self.over is not None and self.over <= self.begin:
+            raise ValueError(f"over={self.over} must lie after begin={self.begin}")
+        if self.kind == "piecewise":
+            if not self.points or self.points[0][0] != 0:
+                raise ValueError("piecewise needs points such as [[0, 1.0], [1000, 0.1]], the first at step 0")
+            for (step, weight), (later, after) in pairwise(self.points):
+                if later <= step or after > weight:
+                    raise ValueError("the steps of points must rise and their weights must not")
+        if self.clamp is not None and self.clamp[0] > self.clamp[1]:
+            raise ValueError(f"clamp is [least, most], not {list(self.clamp)}")
+        return self
+
+    @property
+    def needs_teacher_loss(self) -> bool:
+        return self.kind in ("teacher-loss", "student-teacher")
+
+
+def weights_of(
+    settings: WeightConfig,
+    step: int,
+    steps: int,
+    student_loss: Tensor,
+    teacher_loss: Tensor,
+    symbol_lens: Tensor,
+    encoder_out_lens: Tensor,
+) -> Tensor:
+    """The weight of each utterance, (B,), of the transducer losses (B,); ``steps`` is the length of the training."""
+    if settings.needs_teacher_loss:
+        if settings.per != "sum":
+            lens = (symbol_lens if settings.per == "token" else encoder_out_lens).clamp(min=1)
+            student_loss, teacher_loss = student_loss / lens, teacher_loss / lens
+        if settings.detach:
+            student_loss = student_loss.detach()
+        weights = 1 / (1 + teacher_loss.detach())
+        if settings.kind == "student-teacher":
+            weights = student_loss * weights
+    else:
+        weights = torch.full_like(student_loss.detach(), scheduled_weight(settings, step, steps))
+    return weights if settings.clamp is None else weights.clamp(*settings.clamp)
+
+
+def scheduled_weight(settings: WeightConfig, step: int, steps: int) -> float:
+    """The weight of a kind that knows nothing but the step."""
+    if settings.kind == "constant":
+        return 1.0
+    if settings.kind == "piecewise":
+        return [weight for first, weight in settings.points if first <= step][-1]
+    over = steps - 1 if settings.over is None else settings.over
+    done = min(1.0, max(0.0, (step - settings.begin) / max(1, over - settings.begin)))
+    if settings.kind == "linear":
+        return settings.start + done * (settings.end - settings.start)
+    return settings.start ** (1 - done) * settings.end**done
+
+
+@config
+class TeachingConfig:
+    """How the student is taught. What the sources leave open is ours.
+
+    ``scale``: beta, of loss + beta * w * divergence; with ``combination`` convex it is alpha, of (1 - alpha) * pruned
+    transducer loss + alpha * w * divergence, the other losses staying whole. ``ctc_scale``: of the divergence of the CTC
+    posteriors, likewise times w. ``classes`` three: next symbol, blank and the rest; all: the whole vocabulary.
+    ``lattice`` pruned: the student's own band; full: every node, ``chunk`` frames at a time. ``reduction`` over the nodes of
+    an utterance. ``direction`` forward: KL(teacher || student). ``last_row``: after the last symbol, blank and rest
+    (``all``: all) are compared, or nothing. ``delay``: encoder frames the teacher is behind.
+    ``input`` clean: the teacher hears the utterance without SpecAugment, noise and other changes of its sound; shared: as
+    the student does. ``context`` own: the first its configuration was trained in; same: the student's.
+    """
+
+    scale: NonNegative = 0.1
+    combination: Literal["additive", "convex"] = "additive"
+    ctc_scale: NonNegative = 0.1
+    classes: Classes = "three"
+    lattice: Literal["pruned", "full"] = "pruned"
+    chunk: Positive = 8
+    reduction: Literal["sum", "mean"] = "sum"
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    direction: Direction = "forward"
+    last_row: LastRow = "two"
+    delay: Annotated[int, Field(ge=-5, le=5)] = 0
+    input: Literal["clean", "shared"] = "clean"
+    context: Literal["own", "same"] = "own"
+    weight: WeightConfig = field(default_factory=WeightConfig)
+
+    @model_validator(mode="after")
+    def _alpha(self) -> Any:
+        if self.combination == "convex" and self.scale > 1:
+            raise ValueError(f"scale is a share of 1 with combination=convex, not {self.scale}")
+        return self
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What one teacher makes of the utterances (N of them) it teaches."""
+
+    teacher: Teacher
+    symbols: Tensor  # (N, U)
+    symbol_lens: Tensor  # (N,)
+    encoder_out: Tensor  # (N, T', D)
+    encoder_out_lens: Tensor  # (N,)
+    predicted: Tensor  # (N, U + 1, P)
+    joiner_in: tuple[Tensor, Tensor]  # (N, T', J), (N, U + 1, J)
+
+
+class Lesson:
+    """What the teachers say of a batch: every answer has the batch's own order of utterances, and no gradient.
+
+    Args:
+        own: the student's pass; its lattice and lengths are those of the lesson.
+        context: the student's.
+    """
+
+    @torch.no_grad()
+    def __init__(self, teachers: Teachers, batch: Batch, own: Pass, settings: TeachingConfig, context: Context) -> None:
+        self.settings = settings
+        self._groups: list[tuple[Tensor, list[_Heard]]] = []
+        features = batch.clean if settings.input == "clean" else batch.features
+        for places, guides in route(teachers, batch.languages):
+            rows = torch.tensor(places, device=features.device)
+            heard = []
+            for guide in guides:
+                model = guide.model.to(features.device)
+                mine = model.spec.configurations[model.spec.configuration].contexts[0]
+                heard_in = context if settings.context == "same" else parse_context(mine)
+                encoder_out, _ = model.encode(features[rows], batch.feature_lens[rows], None, heard_in)
+                encoder_out = delayed(encoder_out, own.encoder_out_lens[rows], settings.delay)
+                symbols = guide.symbols(batch.symbols[rows])
+                predicted = model.predictor(model.predictor.contexts_of(symbols))
+                joiner_in = (model.joiner.project_encoder(encoder_out), model.joiner.project_predictor(predicted))
+                heard.append(
+                    _Heard(
+                        guide,
+                        symbols,
+                        own.symbol_lens[rows],
+                        encoder_out,
+                        own.encoder_out_lens[rows],
+                        predicted,
+                        joiner_in,
+                    )
+                )
+            self._groups.append((rows, heard))
+
+    def node_log_probs(self, frames: slice, ranges: Tensor) -> Tensor:
+        """At the nodes ``ranges`` (B, c, S) of the ``frames``: log-probabilities (B, c, S, C)."""
+
+        def of(heard: _Heard, rows: Tensor) -> Tensor:
+            encoded, predicted = heard.joiner_in
+            logits = heard.teacher.model.joiner(*gather_pruned(encoded[:, frames], predicted, ranges[rows]))
+            with torch.autocast(logits.device.type, enabled=False):
+                return node_log_probs(
+                    logits,
+                    heard.symbols,
+                    ranges[rows],
+                    heard.symbol_lens,
+                    self.settings.classes,
+                    self.settings.temperature,
+                )
+
+        return self._gather(of)
+
+    def ctc_log_probs(self) -> Tensor:
+        """(B, T', V)"""
+        return self._gather(lambda heard, rows: heard.teacher.model.ctc_log_probs(heard.encoder_out))
+
+    def transducer_losses(self, loss: LossConfig) -> Tensor:
+        """Each utterance's pruned transducer loss (B,), on the teacher's own lattice; the mean of several teachers'."""
+
+        def of(heard: _Heard, rows: Tensor) -> Tensor:
+            model = heard.teacher.model
+            return transducer_loss(
+                *heard.joiner_in,
+                model.joiner,
+                model.simple_encoder(heard.encoder_out),
+                model.simple_predictor(heard.predicted),
+                heard.symbols,
+                heard.encoder_out_lens,
+                heard.symbol_lens,
+                prune_range=loss.prune_range,
+                lm_scale=loss.lm_scale,
+                am_scale=loss.am_scale,
+                backend=loss.backend,
+                topology=loss.topology,
+            ).pruned
+
+        return self._gather(of, lambda losses: torch.stack(losses).mean(dim=0))
+
+    @torch.no_grad()
+    def _gather(
+        self, of: Callable[[_Heard, Tensor], Tensor], mean: Callable[[list[Tensor]], Tensor] = mean_log_probs
+    ) -> Tensor:
+        """What ``of`` says of each group's rows, the mean of its teachers, in the batch's order."""
+        said = [(rows, mean([of(heard, rows) for heard in several])) for rows, several in self._groups]
+        if len(said) == 1:
+            return said[0][1]
+        answer = said[0][1].new_empty(sum(len(rows) for rows, _ in said), *said[0][1].shape[1:])
+        for rows, part in said:
+            answer[rows] = part
+        return answer
+
+
+def taught_loss(
+    model: AsrModel,
+    teachers: Teachers,
+    batch: Batch,
+    step: int,
+    settings: LossConfig,
+    teaching: TeachingConfig,
+    context: Context,
+    steps: int,
+    configuration: str | None = None,
+    gates: Tensor | None = None,
+) -> LossOutput:
+    """``recogniser_loss`` in one context, and what the teachers, each in its default configuration, add to it."""
+    own = one_pass(model, batch, step, settings, configuration, context, gates)
+    loss, parts = own.loss, dict(own.parts)
+    count = float(own.encoder_out_lens.sum())
+    at_nodes = teaching.scale > 0 and own.transducer is not None
+    at_frames = teaching.ctc_scale > 0 and settings.ctc_scale > 0
+    if not (at_nodes or at_frames):
+        return LossOutput(loss, count, parts)
+    lesson = Lesson(teachers, batch, own, teaching, context)
+    student_loss = torch.zeros_like(loss) if own.transducer is None else own.transducer.pruned
+    teacher_loss = torch.zeros_like(loss)
+    if teaching.weight.needs_teacher_loss:
+        teacher_loss = lesson.transducer_losses(settings)
+        parts["teacher_loss"] = _where(own.possible, teacher_loss).sum()
+    weights = weights_of(
+        teaching.weight, step, steps, student_loss, teacher_loss, own.symbol_lens, own.encoder_out_lens
+    )
+    # Nothing is taught where there is no alignment, whose loss would be infinite.
+    weights = _where(own.possible, weights)
+    parts["weight"] = (weights.detach() * own.encoder_out_lens).sum()  # logged, like all, as the mean over frames
+    if at_nodes:
+        taught = _where(own.possible, _on_the_lattice(model, batch, own, lesson, teaching))
+        parts["taught"] = taught.detach().sum()
+        if teaching.combination == "convex":
+            loss = loss - teaching.scale * own.pruned
+        loss = loss + teaching.scale * (weights * taught)
+    if at_frames:
+        found = model.ctc_log_probs(own.encoder_out)
+        heard = frame_divergence(found, lesson.ctc_log_probs(), own.encoder_out_lens, teaching.direction)
+        heard = _where(own.possible, heard)
+        parts["taught_ctc"] = heard.detach().sum()
+        loss = loss + teaching.ctc_scale * (weights * heard)
+    return LossOutput(loss, count, parts)
+
+
+def _on_the_lattice(model: AsrModel, batch: Batch, own: Pass, lesson: Lesson, teaching: TeachingConfig) -> Tensor:
+    """The divergence of each utterance, (B,), as ``teaching`` measures it; times the temperature's square, as the
+    gradient falls with it."""
+    assert own.transducer is not None and own.joiner_in is not None
+    lens = (own.encoder_out_lens, own.symbol_lens)
+    if teaching.lattice == "full":
+        encoded, predicted = own.joiner_in
+        total = full_lattice_divergence(
+            encoded,
+            predicted,
+            model.joiner,
+            lesson.node_log_probs,
+            batch.symbols,
+            *lens,
+            classes=teaching.classes,
+            temperature=teaching.temperature,
+            direction=teaching.direction,
+            last_row=teaching.last_row,
+            chunk=teaching.chunk,
+        )
+        ranges = torch.arange(predicted.shape[1], device=encoded.device).expand(*encoded.shape[:2], -1)
+        nodes = counted_nodes(ranges, *lens, teaching.last_row)
+    else:
+        ranges = own.transducer.ranges
+        nodes = counted_nodes(ranges, *lens, teaching.last_row)
+        expected = lesson.node_log_probs(slice(None), ranges)
+        with torch.autocast(expected.device.type, enabled=False):
+            found = node_log_probs(
+                own.transducer.logits, batch.symbols, ranges, lens[1], teaching.classes, teaching.temperature
+            )
+            total = divergence(found, expected, nodes, teaching.direction)
+    if teaching.reduction == "mean":
+        total = total / nodes.sum(dim=(1, 2)).clamp(min=1)
+    return total if teaching.temperature == 1.0 else total * teaching.temperature**2
+
+
+def _where(possible: Tensor, values: Tensor) -> Tensor:
+    return torch.where(possible, values, torch.zeros_like(values))
+
+
+def loss_of_a_stage(
+    spec: ModelSpec,
+    settings: LossConfig,
+    contexts: ContextsConfig,
+    teachers: Teachers | None = None,
+    teaching: TeachingConfig | None = None,
+    *,
+    steps: int = 1,
+    configuration: str | None = None,
+    attention_dropout: AttentionDropoutConfig | None = None,
+) -> Callable[[Any, Batch, int], LossOutput]:
+    """The loss of a stage that trains ``spec``'s default configuration, in ``contexts`` or else those it was trained in.
+
+    Args:
+        steps: the length of the training, over which a teacher's weight may decay.
+        configuration: the one to train where it is not the default.
+
+    Raises:
+        UserError: teachers, and contexts to train jointly.
+    """
+    train = contexts.train or spec.configurations[spec.configuration].contexts
+    mine = from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
+    if teachers is None:
+        return lambda model, batch, step: recogniser_loss(
+            model, batch, step, settings, mine, configuration, attention_dropout
+        )
+    if mine.sampling == "joint":
+        raise UserError("a teacher teaches one context a batch; use contexts.sampling=random")
+
+    def taught(model: AsrModel, batch: Batch, step: int) -> LossOutput:
+        gates = None
+        if attention_dropout is not None and model.training:
+            gates = draw_gates(attention_dropout, len(model.encoder.blocks), len(batch.cut_ids))
+        return taught_loss(
+            model,
+            teachers,
+            batch,
+            step,
+            settings,
+            teaching or TeachingConfig(),
+            drawn(mine.choices),
+            steps,
+            configuration,
+            gates,
+        )
+
+    return taught
