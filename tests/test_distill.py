@@ -14,11 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from lhotse import CutSet
+from safetensors.torch import load_file
 from tones import make_corpus
 
+from asrkit.data.batches import cut_features
+from asrkit.data.manifests import text_of
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.recogniser import load_recogniser
+from asrkit.decoding.search import decode
 from asrkit.models import AsrModel, load_model
 from asrkit.models.compress import compressed_layers
 from asrkit.run_dir import open_run, sha256_of
+from asrkit.training.derived import derive_run
 
 QUICK = [
     "data.num_workers=0", "data.num_buckets=1", "training.log_every=1", "training.evaluate_every=2",
@@ -27,6 +36,12 @@ QUICK = [
 ]  # fmt: skip
 SHAPE = ["model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=48"]
 SMALLER = ["model.size=tiny", "model.num_layers=1", "model.dim=16", "model.feedforward_dim=24", "model.joiner_dim=24"]
+
+# torch 1.13 wants --redirects and --tee on Python 3.11.
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--redirects", "1", "--tee", "1",
+    "-m", "asrkit",
+]  # fmt: skip
 
 
 def asrkit(*words: object, code: int = 0, env: dict[str, str] | None = None) -> str:
@@ -172,19 +187,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(corpus: Path, teacher: Path
 def test_two_processes_equal_one_with_two_parts(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     common = ["distill", "--teacher", teacher, "--manifest", corpus / "train.jsonl.gz", "--max-duration", "10"]
     still = ("training.steps=2", "model.dropout=0", "model.predictor_dropout=0", *SMALLER)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-        "--redirects",
-        "1",
-        "--tee",
-        "1",
-    ]
-    words = [*torchrun, "-m", "asrkit", *common, "--out", tmp_path / "two", *sets(*still)]
+    words = [*TORCHRUN, *common, "--out", tmp_path / "two", *sets(*still)]
     subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300)
     asrkit(*common, "--out", tmp_path / "one", *sets(*still, "training.accumulate=2"))
     one, two = (open_run(tmp_path / name).weights() for name in ("one", "two"))
@@ -262,3 +265,110 @@ def test_all_findings_at_once(corpus: Path, teacher: Path, tmp_path: Path) -> No
     )
     said = asrkit("distill", "--teacher", "fr=exp/a", "--teacher", "it=exp/b", *words[3:], code=1).strip().splitlines()
     assert len(said) == 2 and "exp/a" in said[0] and "exp/b" in said[1]
+
+
+def test_posteriors_are_kept_and_the_teachers_run_once(
+    corpus: Path, teacher: Path, second: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    common = ["--teacher", teacher, "--teacher", f"fr={second}", *data(corpus)]
+    stored = [*common, "--store", store]
+    # Nothing random but the first weights, so that live and stored teachers can be compared.
+    still = (
+        "data.augment.spec_augment=null", "data.augment.volume_db=0", "model.dropout=0", "model.predictor_dropout=0", *SMALLER
+    )  # fmt: skip
+    live = ("data.augment.speed=0", "teacher.ctc_scale=0")
+    said = asrkit("distill", *stored, "--out", tmp_path / "one", *sets(*still))
+    assert "12 utterances heard" in said
+    files = {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    assert len(files) == 2
+    assert "heard" not in asrkit("distill", *stored, "--out", tmp_path / "two", *sets(*still))
+    assert {path: path.stat().st_mtime_ns for path in store.iterdir()} == files
+    assert weights_equal(tmp_path / "one", tmp_path / "two")
+    asrkit("distill", *common, "--out", tmp_path / "live", *sets(*still, *live))
+    for mine, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "live"), strict=True):
+        for name in {"taught", "weight", "teacher_loss", "pruned"} & mine.keys():
+            # The stored teacher's loss is over the whole lattice, the live one's over its pruned band.
+            assert mine[name] == pytest.approx(theirs[name], rel=0.02), name
+    # The same directory for other teachers, and what it cannot know.
+    said = asrkit("distill", "--teacher", teacher, *data(corpus), "--store", store, "--out", tmp_path / "no", *sets(*SMALLER), code=1)  # fmt: skip
+    assert "holds the posteriors of others (teachers.fr" in said
+    said = asrkit("distill", *stored, "--out", tmp_path / "no", *sets("data.augment.speed=0.1", "teacher.classes=all"), code=1)  # fmt: skip
+    assert said.count("\n") == 2 and "set data.augment.speed=0.0" in said and "set teacher.classes=three" in said
+    assert not (tmp_path / "no").exists()
+
+
+def test_two_processes_share_the_listening(corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    words = [*TORCHRUN, "distill", "--teacher", teacher, "--manifest", corpus / "train.jsonl.gz", "--max-duration", "10",
+             "--store", tmp_path / "store", "--out", tmp_path / "two", *sets("training.steps=1", *SMALLER)]  # fmt: skip
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files = list((tmp_path / "store").glob("*.safetensors"))
+    assert [len(load_file(file)) for file in files] == [6, 6]
+
+
+def _hush(number: int, cut: dict[str, Any]) -> None:
+    if number % 2:
+        cut["supervisions"][0]["text"] = ""
+    if number == 3:
+        cut["supervisions"] = []
+
+
+def test_cuts_without_text_are_labelled_by_their_teacher(corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    half = copied(corpus, tmp_path / "half.jsonl.gz", _hush)
+    words = ["--manifest", half, "--max-duration", 20, "--out", tmp_path / "run", *sets(*SMALLER, "training.steps=2")]
+    said = asrkit("distill", "--teacher", biased(teacher, tmp_path / "some", 2.0), *words, code=1)
+    assert "the text is empty" in said and "no supervision" in said
+    said = asrkit("distill", "--teacher", f"en={teacher}", "--teacher", f"fr={teacher}", "--teacher", f"it={teacher}",
+                  "--labels", "teacher", *words, code=1)  # fmt: skip
+    assert "1 cuts without a language, such as train-3" in said and not (tmp_path / "run").exists()
+    said = asrkit("distill", "--teacher", tmp_path / "some", "--labels", "teacher", *words)
+    assert "heard 6 utterances without a text" in said
+    given = {cut.id: text_of(cut) for cut in CutSet.from_file(corpus / "train.jsonl.gz")}
+    labelled = {cut.id: cut for cut in CutSet.from_file(tmp_path / "run" / "labelled-0.jsonl.gz")}
+    assert labelled.keys() == given.keys()
+    model = load_recogniser(tmp_path / "some").model
+    for cut_id, cut in labelled.items():
+        number = int(cut_id.split("-")[1])
+        if number % 2 == 0:
+            assert text_of(cut) == given[cut_id]
+            continue
+        features = cut_features(cut)[None]
+        (hypothesis,) = decode(model, features, torch.tensor([features.shape[1]]), "beam")
+        tokenizer = Tokenizer(open_run(teacher).tokenizer_path)
+        assert text_of(cut) == tokenizer.decode(hypothesis.tokens) != ""
+        assert cut.supervisions[0].custom["labelled_by"] == "teacher"
+
+
+@pytest.mark.parametrize(("towards_blank", "reason"), [(50.0, "heard nothing in it"), (-50.0, "its tokens need")])
+def test_labels_that_cannot_be_used_are_left_out(
+    corpus: Path, teacher: Path, tmp_path: Path, towards_blank: float, reason: str
+) -> None:
+    half = copied(corpus, tmp_path / "half.jsonl.gz", _hush)
+    deaf = biased(teacher, tmp_path / "deaf", towards_blank)
+    said = asrkit("distill", "--teacher", deaf, "--labels", "teacher", "--manifest", half, "--out", tmp_path / "run",
+                  *sets(*SMALLER, "training.steps=1"))  # fmt: skip
+    assert said.count(reason) == 6
+    assert len(yaml.safe_load((tmp_path / "run" / "left_out.yaml").read_text())) == 6
+
+
+def biased(teacher: Path, out: Path, towards_blank: float) -> Path:
+    """The teacher with the joiner's bias for the blank set to a value."""
+    run = open_run(teacher)
+    model = load_model(run)
+    with torch.no_grad():
+        model.joiner.out.bias[0] = towards_blank
+    return derive_run(out, run, "test", {}, model)
+
+
+def test_encoders_of_other_widths_are_met_through_maps_that_are_not_kept(
+    corpus: Path, teacher: Path, tmp_path: Path
+) -> None:
+    words = ["distill", "--teacher", teacher, *data(corpus)]
+    asrkit(*words, "--out", tmp_path / "run", *sets(*SMALLER, "teacher.encoder_scale=1"))
+    assert all(row["taught_encoder"] > 0 for row in metrics(tmp_path / "run") if "taught" in row)
+    assert not any(name.startswith("teacher_maps") for name in open_run(tmp_path / "run").weights())
+    state = load_file(tmp_path / "run" / "state" / "latest.safetensors")
+    assert state["model.teacher_maps.0.weight"].shape == (32, 16)
+    # The maps learn, and are part of what a run resumes from.
+    assert not torch.equal(state["model.teacher_maps.0.weight"], state["average.teacher_maps.0.weight"])

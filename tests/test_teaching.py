@@ -9,22 +9,25 @@ from typing import Any, Literal, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_runs import SUBMODELS, write_run
 
 from asrkit.config import from_dict, to_dict
 from asrkit.data.batches import Batch
 from asrkit.errors import UserError
-from asrkit.losses.distillation import node_divergence
+from asrkit.losses.distillation import counted_nodes, node_divergence
 from asrkit.losses.transducer import gather_pruned, transducer_loss
-from asrkit.models import AsrModel
+from asrkit.models import AsrModel, ModelSpec
 from asrkit.nn.context import FULL, parse_context
+from asrkit.training.lesson import Lesson
 from asrkit.training.objective import LossConfig, LossOutput, one_pass, recogniser_loss
+from asrkit.training.stored import StoredLesson, heard_arcs
 from asrkit.training.teachers import ANY, Teacher, Teachers, open_teachers, route
 from asrkit.training.teaching import (
     TeachingConfig,
     WeightConfig,
+    add_encoder_maps,
     scheduled_weight,
     taught_loss,
     weights_of,
@@ -369,3 +372,49 @@ def _eighths(run: Any) -> AsrModel:
     model = load_model(run)
     model.subsampling = 8
     return model
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(-3, 3), st.integers(1, 4), st.integers(0, 10**6))
+def test_what_is_stored_is_what_the_teachers_say(teachers: Teachers, delay: int, width: int, seed: int) -> None:
+    """Up to float16, at any nodes."""
+    b = batch()
+    lens = torch.div(b.feature_lens - 3, 4, rounding_mode="floor")
+    common = (b.languages, b.features, b.feature_lens, b.symbols, b.symbol_lens, lens)
+    live = Lesson(teachers, *common, delay=delay)
+    arcs = heard_arcs(teachers, b)
+    assert [mine.shape for mine in arcs] == [(2, int(t), int(u) + 1) for t, u in zip(lens, b.symbol_lens, strict=True)]
+    kept = StoredLesson(arcs, b.symbol_lens, lens, delay)
+    generator = torch.Generator().manual_seed(seed)
+    ranges = torch.randint(0, 8 - width, (4, 7, 1), generator=generator) + torch.arange(width)
+    nodes = counted_nodes(ranges, lens - 3, b.symbol_lens)
+    one, other = (lesson.node_log_probs(slice(3, 10), ranges).exp()[nodes] for lesson in (live, kept))
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+    # The live loss is over the teacher's pruned lattice, which is the whole when it is wide enough.
+    whole = LossConfig(backend="torch", prune_range=7)
+    torch.testing.assert_close(
+        live.transducer_losses(whole)[[0, 2, 3]], kept.transducer_losses(whole)[[0, 2, 3]], rtol=5e-3, atol=5e-3
+    )
+
+
+def test_encoders_are_met_in_the_teachers_space(teachers: Teachers, student: AsrModel) -> None:
+    student.eval()
+    (guide,) = teachers[ANY]
+    common: dict[str, Any] = {"scale": 0.0, "ctc_scale": 0.0, "encoder_scale": 1.0, "weight": CONSTANT}
+    same = AsrModel(guide.model.spec)
+    same.load_state_dict(guide.model.state_dict())
+    same.eval()
+    assert float(taught(same, alone(guide), batch(), input="shared", **common).parts["taught_encoder"]) < 1e-6
+    spec = to_dict(student.spec)
+    spec["encoder"]["dim"] = 24
+    wider = AsrModel(from_dict(ModelSpec, spec, "test")).eval()
+    add_encoder_maps(wider, teachers, from_dict(TeachingConfig, {"encoder_scale": 1.0}, "teacher"))
+    names = {teacher.name for several in teachers.values() for teacher in several}
+    assert set(wider.teacher_maps) == names and len(names) == 4
+    found = taught(wider, teachers, batch(), **common)
+    found.loss.sum().backward()
+    for teacher_map in wider.teacher_maps.values():
+        (gradient, _) = (parameter.grad for parameter in teacher_map.parameters())
+        assert gradient is not None and float(gradient.abs().sum()) > 0
+    add_encoder_maps(student, teachers, TeachingConfig(encoder_scale=1.0))
+    assert not len(student.teacher_maps)  # as wide as every teacher

@@ -49,6 +49,12 @@ def distill(
     tokenizer: Annotated[
         Path | None, typer.Option(help="sentencepiece model of a new student. [default: the teachers']")
     ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="teacher: cuts without text get what their teacher hears. [default: given]")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Directory to keep the teachers' posteriors in, so that they run once.")
+    ] = None,
     configuration: Annotated[
         str | None, typer.Option(help="The one to train, with --from; left out, the student's default.")
     ] = None,
@@ -74,18 +80,20 @@ def distill(
     A language given twice is taught the mean of both. The teachers' run directories stay as they are.
     """
     from asrkit.config import resolve
-    from asrkit.stages.distill import DistillConfig, trained_student_defaults
+    from asrkit.stages.distill import DistillConfig, defaults
     from asrkit.stages.distill import distill as run
 
     given = {
         "model.size": size,
         "teacher.weight.kind": weight,
+        "labels": labels,
         "configuration": configuration,
         "seed": seed,
         "data.max_duration": max_duration,
     }
-    defaults = None if parent is None else trained_student_defaults()
-    settings = resolve(DistillConfig, config, changes_of(overrides, given), defaults)
+    settings = resolve(
+        DistillConfig, config, changes_of(overrides, given), defaults(parent is not None, store is not None)
+    )
     train_or_stop(
         out,
         lambda: run(
@@ -95,6 +103,7 @@ def distill(
             settings,
             parent=parent,
             tokenizer=tokenizer,
+            store=store,
             dev=dev,
             device=device,
         ),

@@ -207,10 +207,6 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         if augment.spec_augment is not None:
             random = np.random.default_rng((self.seed, 3, step, part))
             batch = spec_augment(batch, lens, augment.spec_augment, random)
-        symbol_lens = torch.tensor([len(item) for item in symbols])
-        padded = torch.zeros(len(symbols), int(symbol_lens.max()), dtype=torch.int64)
-        for row, ids in enumerate(symbols):
-            padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         durations = [len(item) * FRAME_SHIFT for item in features]
         return Batch(
             batch,
@@ -219,8 +215,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             texts,
             [language_of(cut) for cut in cuts],
             durations,
-            padded,
-            symbol_lens,
+            *_padded_symbols(symbols),
             *([pad(clean)[0]] if self.clean else []),
         )
 
@@ -313,6 +308,21 @@ def _plain_batch(cuts: list[Cut]) -> Batch:
         [language_of(cut) for cut in cuts],
         [cut.duration for cut in cuts],
     )
+
+
+def with_symbols(batch: Batch, tokenizer: Tokenizer) -> Batch:
+    """The same batch with the tokens of its texts."""
+    symbols, symbol_lens = _padded_symbols([tokenizer.encode(text) for text in batch.texts])
+    return replace(batch, symbols=symbols, symbol_lens=symbol_lens)
+
+
+def _padded_symbols(symbols: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(B, U) int64 padded with 0, and (B,)."""
+    symbol_lens = torch.tensor([len(item) for item in symbols])
+    padded = torch.zeros(len(symbols), int(symbol_lens.max()), dtype=torch.int64)
+    for row, ids in enumerate(symbols):
+        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return padded, symbol_lens
 
 
 def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,8 @@ class AsrModel(nn.Module):
         # The cheap joiner that only serves to prune the lattice; exports leave it out.
         self.simple_encoder = nn.Linear(dim, spec.vocab_size)
         self.simple_predictor = nn.Linear(spec.predictor.dim, spec.vocab_size)
+        # Where teachers' encoders are met, by teacher: filled by the stage that needs it, in no run directory.
+        self.teacher_maps = nn.ModuleDict()
         compress(self, spec.compression)
 
     def encode(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
+from typing import Literal
 
 from asrkit.config import config, to_dict
-from asrkit.data.batches import TrainBatches, language_of
+from asrkit.data.augment import AugmentConfig
+from asrkit.data.batches import DataConfig, TrainBatches, language_of
 from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.search import Method
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.models.compress import rebuilt, with_configuration
@@ -26,10 +29,12 @@ from asrkit.training.backbone import (
     trained_configuration,
 )
 from asrkit.training.distributed import join_world
+from asrkit.training.labels import label
 from asrkit.training.masks import keep_pruned
 from asrkit.training.objective import check_contexts
 from asrkit.training.run import Material, RunWriter, read_material
 from asrkit.training.stage import FineTuneConfig, Prepared, StageConfig, inputs_of, train_stage
+from asrkit.training.stored import Store
 from asrkit.training.teachers import (
     ANY,
     Teachers,
@@ -39,7 +44,7 @@ from asrkit.training.teachers import (
     open_teachers,
     shared_tokenizer,
 )
-from asrkit.training.teaching import TeachingConfig, loss_of_a_stage
+from asrkit.training.teaching import TeachingConfig, add_encoder_maps, loss_of_a_stage
 
 
 @config
@@ -47,19 +52,30 @@ class DistillConfig(StageConfig):
     """Everything distill can be told; config.yaml of the run holds it with every default written out.
 
     ``model`` is the shape of a new student. ``tokenizer``, when set, is that of one trained from the manifest for it; left
-    out, it is the teachers'. ``configuration``: the one to train of a student that has been trained before.
+    out, it is the teachers'. ``configuration``: the one to train of a student that has been trained before. ``labels``
+    teacher: a cut without text gets what the (first) teacher of its language hears, by ``labels_method``; texts that are
+    there stay. Ours.
     """
 
     model: BackboneConfig = field(default_factory=BackboneConfig)
     tokenizer: TokenizerConfig | None = None
     configuration: str | None = None
     teacher: TeachingConfig = field(default_factory=TeachingConfig)
+    labels: Literal["given", "teacher"] = "given"
+    labels_method: Method = "beam"
 
 
-def trained_student_defaults() -> DistillConfig:
-    """The defaults for a student that has been trained before, where a new one's differ."""
-    later = FineTuneConfig()
-    return DistillConfig(loss=later.loss, training=later.training)
+def defaults(trained_student: bool, stored: bool) -> DistillConfig:
+    """The defaults of a run: those of later stages for a student that has been trained before; for posteriors on disk,
+    which are of unchanged audio and of the lattice alone, no change of timing and no CTC posteriors."""
+    plain = FineTuneConfig() if trained_student else DistillConfig()
+    augment = AugmentConfig(speed=0.0) if stored else AugmentConfig()
+    return DistillConfig(
+        loss=plain.loss,
+        training=plain.training,
+        data=DataConfig(augment=augment),
+        teacher=TeachingConfig(ctc_scale=0.0) if stored else TeachingConfig(),
+    )
 
 
 def distill(
@@ -70,6 +86,7 @@ def distill(
     *,
     parent: Path | None = None,
     tokenizer: Path | None = None,
+    store: Path | None = None,
     dev: Path | None = None,
     device: str = "auto",
     command: str = "",
@@ -81,13 +98,14 @@ def distill(
             the mean of their posteriors.
         parent: run directory of the student; None makes a new one.
         tokenizer: sentencepiece model of a new student.
+        store: directory of the teachers' posteriors, which are read where they are there and made where not.
 
     Raises:
         UserError: unusable teachers, student, manifests, languages, tokenizers or output directory, found before training.
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
-    _check(teachers, settings, parent, tokenizer)
+    _check(teachers, settings, parent, tokenizer, store)
     opened = open_teachers(teachers)
     source = None if parent is None else open_run(parent)
     origin = None if source is None else load_model(source)
@@ -101,6 +119,7 @@ def distill(
             for language, several in teachers.items()
         },
         **({} if source is None else {"from": str(parent), "from_weights_sha256": sha256_of(source.path / WEIGHTS)}),
+        **({} if store is None else {"store": str(store)}),
         **to_dict(settings),
     }
     files = {**inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer), **weights}
@@ -110,7 +129,12 @@ def distill(
     ):
         if run.finished:
             return out
-        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
+        data = settings.data
+        if settings.labels == "teacher":
+            seconds, policy = data.max_duration, settings.bad_cuts
+            every = label([manifest, *data.also], opened, settings.labels_method, seconds, policy, run)
+            manifest, data = every[0], replace(data, also=tuple(every[1:]))
+        material = read_material(manifest, dev, data, settings.bad_cuts, run)
         if findings := check_languages(teachers, material.every):
             raise UserError.of(findings)
         given = tokenizer if source is None else source.tokenizer_path
@@ -118,28 +142,33 @@ def distill(
             given = _teachers_tokenizer(opened)
         pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
         matched = _match(opened, pieces, material, settings)
+        kept = None if store is None else Store(store, matched, pieces)
 
         def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
             _say(run, opened, material)
+            if kept is not None:
+                for heard in kept.fill(matched, batches.table, pieces, run.world, settings.data.max_duration):
+                    run.note(f"{store}: {heard} utterances heard")
             if origin is None or spec is None:
                 model = new_model(settings.model, settings.contexts, run, batches)
                 configuration = trained_configuration(settings.model)
             else:
                 model, configuration = rebuilt(spec, origin), spec.configuration
+            add_encoder_maps(model, matched, settings.teacher)
             return Prepared(
                 model=model,
                 loss=loss_of_a_stage(
                     model.spec,
                     settings.loss,
                     settings.contexts,
-                    matched,
+                    matched if kept is None else kept,
                     settings.teacher,
                     steps=settings.training.steps,
                     configuration=configuration,
                     attention_dropout=settings.model.attention_dropout if origin is None else None,
                 ),
                 after_step=keep_pruned,
-                clean=settings.teacher.input == "clean",
+                clean=kept is None and settings.teacher.input == "clean",
             )
 
         train_stage(run, settings, material, pieces, prepare)
@@ -147,7 +176,11 @@ def distill(
 
 
 def _check(
-    teachers: Mapping[str, Sequence[Path]], settings: DistillConfig, parent: Path | None, tokenizer: Path | None
+    teachers: Mapping[str, Sequence[Path]],
+    settings: DistillConfig,
+    parent: Path | None,
+    tokenizer: Path | None,
+    store: Path | None,
 ) -> None:
     """Refuse what contradicts itself, before anything is read."""
     findings = []
@@ -169,6 +202,26 @@ def _check(
         findings.append(
             "data.augment.join joins utterances of any language, and each teacher knows its own; set it to 0"
         )
+    if store is not None:
+        augment, teaching = settings.data.augment, settings.teacher
+        changes = {
+            "data.augment.speed": (augment.speed, 0.0),
+            "data.augment.tempo": (augment.tempo, 0.0),
+            "data.augment.silence": (augment.silence, 0.0),
+            "data.augment.join": (augment.join, 0.0),
+            "data.bpe_dropout": (settings.data.bpe_dropout, 0.0),
+            "teacher.classes": (teaching.classes, "three"),
+            "teacher.temperature": (teaching.temperature, 1.0),
+            "teacher.input": (teaching.input, "clean"),
+            "teacher.context": (teaching.context, "own"),
+            "teacher.ctc_scale": (teaching.ctc_scale, 0.0),
+            "teacher.encoder_scale": (teaching.encoder_scale, 0.0),
+        }
+        findings += [
+            f"--store {store}: holds next symbol and blank of unchanged audio; set {key}={needed}, not {value}"
+            for key, (value, needed) in changes.items()
+            if value != needed
+        ]
     if findings:
         raise UserError.of(findings)
 
@@ -183,7 +236,7 @@ def _teachers_tokenizer(teachers: Teachers) -> Path:
     return found
 
 
-def _match(teachers: Teachers, tokenizer: Tokenizer, material: Material, settings: DistillConfig) -> dict[str, list]:
+def _match(teachers: Teachers, tokenizer: Tokenizer, material: Material, settings: DistillConfig) -> Teachers:
     """The teachers as teachers of this tokenizer's symbols."""
     own = sha256_of(tokenizer.path)
     others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]

@@ -26,7 +26,7 @@ from asrkit.training.objective import LossOutput
 from asrkit.training.run import RunWriter
 from asrkit.training.stage import CompressConfig, Prepared, fine_tune
 from asrkit.training.teachers import ANY, load_teacher
-from asrkit.training.teaching import loss_of_a_stage
+from asrkit.training.teaching import add_encoder_maps, loss_of_a_stage
 
 
 @config
@@ -112,6 +112,8 @@ def prune(
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         model = rebuilt(spec, origin)
+        if guides is not None:
+            add_encoder_maps(model, guides, settings.teacher)
         layers = compressed_layers(model)
         weights = sum(layer.weight.numel() for layer in layers.values())
         run.note(f"{run.path}: {len(layers)} layers of {weights} weights; masks are final before step {final}")

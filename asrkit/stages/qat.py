@@ -36,7 +36,7 @@ from asrkit.training.run import RunWriter
 from asrkit.training.sensitivity import BITS, choose_bits, measure
 from asrkit.training.stage import CompressConfig, Prepared, fine_tune
 from asrkit.training.teachers import ANY, load_teacher
-from asrkit.training.teaching import loss_of_a_stage
+from asrkit.training.teaching import add_encoder_maps, loss_of_a_stage
 
 SAMPLE = 4  # training batches that sensitivity is measured on
 
@@ -105,6 +105,8 @@ def qat(
             idle = tuple(f"encoder.submodels.{name}." for name in origin.spec.submodels if name not in active)
             new = {name: t for name, t in fresh.items() if name not in kept and not name.startswith(idle)}
             model.load_state_dict(new, strict=False)
+        if guides is not None:
+            add_encoder_maps(model, guides, settings.teacher)
         counts = Counter(how.weights.bits for how in chosen.compression.values() if how.weights is not None)
         said = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
         run.note(f"{run.path}: {said}")

@@ -24,8 +24,12 @@ LISTED = 10  # of many cuts with the same trouble
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model, and its own token for each of the student's (V,); None where they share a tokenizer."""
+    """A frozen model, and its own token for each of the student's (V,); None where they share a tokenizer.
 
+    ``name`` is its place among the teachers given, from 0 on.
+    """
+
+    name: str
     run: RunDir
     model: AsrModel
     tokens: Tensor | None = None
@@ -52,7 +56,7 @@ def open_teachers(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Teacher
                 continue
             try:
                 run = open_run(path)
-                loaded[path] = Teacher(run, load_model(run).requires_grad_(False))
+                loaded[path] = Teacher(str(len(loaded)), run, load_model(run).requires_grad_(False))
             except UserError as error:
                 findings += [f"--teacher {language}={path}: {line.removeprefix(f'{path}: ')}" for line in error.lines]
                 continue

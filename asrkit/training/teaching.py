@@ -8,13 +8,13 @@ them on the transducer's lattice (arXiv 2011.06110) is weighted for each utteran
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from asrkit.config import config, from_dict, to_dict
 from asrkit.data.batches import Batch
@@ -22,19 +22,18 @@ from asrkit.errors import UserError
 from asrkit.losses.distillation import (
     Classes,
     Direction,
+    Distance,
     LastRow,
     counted_nodes,
-    delayed,
     divergence,
     frame_divergence,
     full_lattice_divergence,
-    mean_log_probs,
     node_log_probs,
 )
-from asrkit.losses.transducer import gather_pruned, transducer_loss
 from asrkit.models import AsrModel
 from asrkit.models.spec import ModelSpec, Positive
-from asrkit.nn.context import Context, parse_context
+from asrkit.nn.context import Context
+from asrkit.training.lesson import Lesson
 from asrkit.training.objective import (
     AttentionDropoutConfig,
     ContextsConfig,
@@ -47,7 +46,8 @@ from asrkit.training.objective import (
     one_pass,
     recogniser_loss,
 )
-from asrkit.training.teachers import Teacher, Teachers, route
+from asrkit.training.stored import Store, StoredLesson
+from asrkit.training.teachers import Teachers, each
 
 Step = Annotated[int, Field(ge=0)]
 
@@ -141,7 +141,8 @@ class TeachingConfig:
 
     ``scale``: beta, of loss + beta * w * divergence; with ``combination`` convex it is alpha, of (1 - alpha) * pruned
     transducer loss + alpha * w * divergence, the other losses staying whole. ``ctc_scale``: of the divergence of the CTC
-    posteriors, likewise times w. ``classes`` three: next symbol, blank and the rest; all: the whole vocabulary.
+    posteriors, likewise times w; ``encoder_scale``: of the ``encoder_distance`` of the encoders' frames, likewise; a teacher
+    of another width is met through a linear map that learns and is not kept. ``classes`` three: next symbol, blank and the rest; all: the whole vocabulary.
     ``lattice`` pruned: the student's own band; full: every node, ``chunk`` frames at a time. ``reduction`` over the nodes of
     an utterance. ``direction`` forward: KL(teacher || student). ``last_row``: after the last symbol, blank and rest
     (``all``: all) are compared, or nothing. ``delay``: encoder frames the teacher is behind.
@@ -160,6 +161,8 @@ class TeachingConfig:
     direction: Direction = "forward"
     last_row: LastRow = "two"
     delay: Annotated[int, Field(ge=-5, le=5)] = 0
+    encoder_scale: NonNegative = 0.0
+    encoder_distance: Distance = "mse"
     input: Literal["clean", "shared"] = "clean"
     context: Literal["own", "same"] = "own"
     weight: WeightConfig = field(default_factory=WeightConfig)
@@ -171,118 +174,9 @@ class TeachingConfig:
         return self
 
 
-@dataclass(frozen=True)
-class _Heard:
-    """What one teacher makes of the utterances (N of them) it teaches."""
-
-    teacher: Teacher
-    symbols: Tensor  # (N, U)
-    symbol_lens: Tensor  # (N,)
-    encoder_out: Tensor  # (N, T', D)
-    encoder_out_lens: Tensor  # (N,)
-    predicted: Tensor  # (N, U + 1, P)
-    joiner_in: tuple[Tensor, Tensor]  # (N, T', J), (N, U + 1, J)
-
-
-class Lesson:
-    """What the teachers say of a batch: every answer has the batch's own order of utterances, and no gradient.
-
-    Args:
-        own: the student's pass; its lattice and lengths are those of the lesson.
-        context: the student's.
-    """
-
-    @torch.no_grad()
-    def __init__(self, teachers: Teachers, batch: Batch, own: Pass, settings: TeachingConfig, context: Context) -> None:
-        self.settings = settings
-        self._groups: list[tuple[Tensor, list[_Heard]]] = []
-        features = batch.clean if settings.input == "clean" else batch.features
-        for places, guides in route(teachers, batch.languages):
-            rows = torch.tensor(places, device=features.device)
-            heard = []
-            for guide in guides:
-                model = guide.model.to(features.device)
-                mine = model.spec.configurations[model.spec.configuration].contexts[0]
-                heard_in = context if settings.context == "same" else parse_context(mine)
-                encoder_out, _ = model.encode(features[rows], batch.feature_lens[rows], None, heard_in)
-                encoder_out = delayed(encoder_out, own.encoder_out_lens[rows], settings.delay)
-                symbols = guide.symbols(batch.symbols[rows])
-                predicted = model.predictor(model.predictor.contexts_of(symbols))
-                joiner_in = (model.joiner.project_encoder(encoder_out), model.joiner.project_predictor(predicted))
-                heard.append(
-                    _Heard(
-                        guide,
-                        symbols,
-                        own.symbol_lens[rows],
-                        encoder_out,
-                        own.encoder_out_lens[rows],
-                        predicted,
-                        joiner_in,
-                    )
-                )
-            self._groups.append((rows, heard))
-
-    def node_log_probs(self, frames: slice, ranges: Tensor) -> Tensor:
-        """At the nodes ``ranges`` (B, c, S) of the ``frames``: log-probabilities (B, c, S, C)."""
-
-        def of(heard: _Heard, rows: Tensor) -> Tensor:
-            encoded, predicted = heard.joiner_in
-            logits = heard.teacher.model.joiner(*gather_pruned(encoded[:, frames], predicted, ranges[rows]))
-            with torch.autocast(logits.device.type, enabled=False):
-                return node_log_probs(
-                    logits,
-                    heard.symbols,
-                    ranges[rows],
-                    heard.symbol_lens,
-                    self.settings.classes,
-                    self.settings.temperature,
-                )
-
-        return self._gather(of)
-
-    def ctc_log_probs(self) -> Tensor:
-        """(B, T', V)"""
-        return self._gather(lambda heard, rows: heard.teacher.model.ctc_log_probs(heard.encoder_out))
-
-    def transducer_losses(self, loss: LossConfig) -> Tensor:
-        """Each utterance's pruned transducer loss (B,), on the teacher's own lattice; the mean of several teachers'."""
-
-        def of(heard: _Heard, rows: Tensor) -> Tensor:
-            model = heard.teacher.model
-            return transducer_loss(
-                *heard.joiner_in,
-                model.joiner,
-                model.simple_encoder(heard.encoder_out),
-                model.simple_predictor(heard.predicted),
-                heard.symbols,
-                heard.encoder_out_lens,
-                heard.symbol_lens,
-                prune_range=loss.prune_range,
-                lm_scale=loss.lm_scale,
-                am_scale=loss.am_scale,
-                backend=loss.backend,
-                topology=loss.topology,
-            ).pruned
-
-        return self._gather(of, lambda losses: torch.stack(losses).mean(dim=0))
-
-    @torch.no_grad()
-    def _gather(
-        self, of: Callable[[_Heard, Tensor], Tensor], mean: Callable[[list[Tensor]], Tensor] = mean_log_probs
-    ) -> Tensor:
-        """What ``of`` says of each group's rows, the mean of its teachers, in the batch's order."""
-        said = [(rows, mean([of(heard, rows) for heard in several])) for rows, several in self._groups]
-        if len(said) == 1:
-            return said[0][1]
-        answer = said[0][1].new_empty(sum(len(rows) for rows, _ in said), *said[0][1].shape[1:])
-        for rows, part in said:
-            answer[rows] = part
-        return answer
-
-
 def taught_loss(
     model: AsrModel,
-    teachers: Teachers,
+    teachers: Teachers | Store,
     batch: Batch,
     step: int,
     settings: LossConfig,
@@ -298,9 +192,25 @@ def taught_loss(
     count = float(own.encoder_out_lens.sum())
     at_nodes = teaching.scale > 0 and own.transducer is not None
     at_frames = teaching.ctc_scale > 0 and settings.ctc_scale > 0
-    if not (at_nodes or at_frames):
+    if not (at_nodes or at_frames or teaching.encoder_scale > 0):
         return LossOutput(loss, count, parts)
-    lesson = Lesson(teachers, batch, own, teaching, context)
+    lesson: Lesson | StoredLesson
+    if isinstance(teachers, Store):
+        lesson = teachers.lesson(batch, own.encoder_out_lens, own.symbol_lens, teaching.delay)
+    else:
+        lesson = Lesson(
+            teachers,
+            batch.languages,
+            batch.clean if teaching.input == "clean" else batch.features,
+            batch.feature_lens,
+            batch.symbols,
+            own.symbol_lens,
+            own.encoder_out_lens,
+            classes=teaching.classes,
+            temperature=teaching.temperature,
+            delay=teaching.delay,
+            context=context if teaching.context == "same" else None,
+        )
     student_loss = torch.zeros_like(loss) if own.transducer is None else own.transducer.pruned
     teacher_loss = torch.zeros_like(loss)
     if teaching.weight.needs_teacher_loss:
@@ -319,15 +229,25 @@ def taught_loss(
             loss = loss - teaching.scale * own.pruned
         loss = loss + teaching.scale * (weights * taught)
     if at_frames:
+        assert isinstance(lesson, Lesson)  # a store has the nodes alone
         found = model.ctc_log_probs(own.encoder_out)
         heard = frame_divergence(found, lesson.ctc_log_probs(), own.encoder_out_lens, teaching.direction)
         heard = _where(own.possible, heard)
         parts["taught_ctc"] = heard.detach().sum()
         loss = loss + teaching.ctc_scale * (weights * heard)
+    if teaching.encoder_scale > 0:
+        assert isinstance(lesson, Lesson)
+        far = _where(
+            own.possible, lesson.encoder_distances(own.encoder_out, model.teacher_maps, teaching.encoder_distance)
+        )
+        parts["taught_encoder"] = far.detach().sum()
+        loss = loss + teaching.encoder_scale * (weights * far)
     return LossOutput(loss, count, parts)
 
 
-def _on_the_lattice(model: AsrModel, batch: Batch, own: Pass, lesson: Lesson, teaching: TeachingConfig) -> Tensor:
+def _on_the_lattice(
+    model: AsrModel, batch: Batch, own: Pass, lesson: Lesson | StoredLesson, teaching: TeachingConfig
+) -> Tensor:
     """The divergence of each utterance, (B,), as ``teaching`` measures it; times the temperature's square, as the
     gradient falls with it."""
     assert own.transducer is not None and own.joiner_in is not None
@@ -367,11 +287,19 @@ def _where(possible: Tensor, values: Tensor) -> Tensor:
     return torch.where(possible, values, torch.zeros_like(values))
 
 
+def add_encoder_maps(model: AsrModel, teachers: Teachers, teaching: TeachingConfig) -> None:
+    """Give the student a linear map to the encoder of each teacher of another width, where these are to be met."""
+    if teaching.encoder_scale > 0:
+        mine = model.spec.encoder.dim
+        widths = {teacher.name: teacher.model.spec.encoder.dim for teacher in each(teachers)}
+        model.teacher_maps.update({name: nn.Linear(mine, width) for name, width in widths.items() if width != mine})
+
+
 def loss_of_a_stage(
     spec: ModelSpec,
     settings: LossConfig,
     contexts: ContextsConfig,
-    teachers: Teachers | None = None,
+    teachers: Teachers | Store | None = None,
     teaching: TeachingConfig | None = None,
     *,
     steps: int = 1,
