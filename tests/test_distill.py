@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lhotse import CutSet
 from safetensors.torch import load_file
 from tones import make_corpus
 
+from asrkit.cli import main
 from asrkit.data.batches import cut_features
 from asrkit.data.manifests import text_of
 from asrkit.data.tokenizer import Tokenizer
@@ -44,16 +46,15 @@ TORCHRUN = [
 ]  # fmt: skip
 
 
-def asrkit(*words: object, code: int = 0, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "asrkit", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **(env or {})},
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+def asrkit(*words: object, code: int = 0) -> str:
+    """The command line in this process, which spares the imports; what it said."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(sys, "argv", ["asrkit", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == code, said.getvalue()
+    return said.getvalue()
 
 
 def sets(*settings: str) -> list[str]:

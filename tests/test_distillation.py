@@ -260,7 +260,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def test_memory_is_that_of_a_chunk() -> None:
-    """The logits of the whole lattice would be 149 MB, of a chunk 1.9 MB."""
+    """The logits of the whole lattice take 149 MB, those of a chunk 1.9 MB, the gradients and the teacher as much again."""
 
     def megabytes(*words: int) -> float:
         done = subprocess.run(

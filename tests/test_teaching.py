@@ -20,10 +20,11 @@ from asrkit.losses.distillation import counted_nodes, node_divergence
 from asrkit.losses.transducer import gather_pruned, transducer_loss
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.nn.context import FULL, parse_context
+from asrkit.run_dir import write_yaml
 from asrkit.training.lesson import Lesson
 from asrkit.training.objective import LossConfig, LossOutput, one_pass, recogniser_loss
 from asrkit.training.stored import StoredLesson, heard_arcs
-from asrkit.training.teachers import ANY, Teacher, Teachers, open_teachers, route
+from asrkit.training.teachers import ANY, Teacher, Teachers, check_heads, open_teachers, route
 from asrkit.training.teaching import (
     TeachingConfig,
     WeightConfig,
@@ -326,7 +327,7 @@ def test_through_the_weight_flows_what_the_formula_says(teachers: Teachers, stud
 
 @pytest.mark.parametrize("kind", ["linear", "exponential"])
 def test_decays_reach_their_ends_and_never_rise(kind: Any) -> None:
-    config = WeightConfig(kind=kind, start=2.0, end=0.5, begin=3, over=13)
+    config = WeightConfig(kind=kind, start=2.0, end=0.5, from_step=3, to_step=13)
     values = [scheduled_weight(config, step, 30) for step in range(30)]
     assert values[3] == pytest.approx(2.0) and values[13] == pytest.approx(0.5)
     assert set(values[:4]) == {2.0} and set(values[13:]) == {values[13]}
@@ -347,7 +348,7 @@ def test_piecewise() -> None:
     [
         ({"kind": "linear", "start": 0.1, "end": 0.2}, "ends at or below"),
         ({"kind": "exponential", "end": 0.0}, "never reaches 0"),
-        ({"kind": "linear", "begin": 5, "over": 5}, "must lie after"),
+        ({"kind": "linear", "from_step": 5, "to_step": 5}, "must lie after"),
         ({"kind": "piecewise"}, "needs points"),
         ({"kind": "piecewise", "points": [[0, 0.5], [3, 0.6]]}, "must not"),
         ({"clamp": [2.0, 1.0]}, "least, most"),
@@ -364,6 +365,18 @@ def test_other_frame_rates_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("asrkit.training.teachers.load_model", _eighths)
     with pytest.raises(UserError, match="an encoder frame for 8 feature frames"):
         open_teachers({"en": [path]})
+
+
+def test_teachers_without_the_head_that_teaches_are_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    write_yaml(path / "config.yaml", {"stage": "train-backbone", "loss": {"ctc_scale": 0.0, "transducer_scale": 1.0}})
+    opened = open_teachers({"en": [path]})
+    assert check_heads(opened, transducer=True, ctc=False) == []
+    (said,) = check_heads(opened, transducer=True, ctc=True)
+    assert "was trained without CTC; set teacher.ctc_scale=0" in said
+    write_yaml(path / "config.yaml", {"stage": "train-backbone", "loss": {"ctc_scale": 0.3, "transducer_scale": 0.0}})
+    (said,) = check_heads(open_teachers({"en": [path]}), transducer=True, ctc=True)
+    assert "was trained without a transducer" in said
 
 
 def _eighths(run: Any) -> AsrModel:

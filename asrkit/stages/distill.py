@@ -38,6 +38,7 @@ from asrkit.training.stored import Store
 from asrkit.training.teachers import (
     ANY,
     Teachers,
+    check_heads,
     check_languages,
     each,
     match_tokenizer,
@@ -107,6 +108,11 @@ def distill(
     check_contexts(settings.contexts, settings.loss)
     _check(teachers, settings, parent, tokenizer, store)
     opened = open_teachers(teachers)
+    needs_transducer = settings.teacher.scale > 0 or settings.teacher.weight.needs_teacher_loss
+    if findings := check_heads(
+        opened, needs_transducer, settings.teacher.ctc_scale > 0 and settings.loss.ctc_scale > 0
+    ):
+        raise UserError.of(findings)
     source = None if parent is None else open_run(parent)
     origin = None if source is None else load_model(source)
     spec = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,11 @@ def label(
     if not all(path.is_file() for path in written):
         opened = [usable_cuts(open_cuts(path, False), None, policy, run, False, False) for path in manifests]
         silent = [cut for cuts in opened for cut in cuts if not text_of(cut).strip()]
-        if findings := check_languages(teachers, silent):
+        findings = check_languages(teachers, silent)
+        twice = [cut_id for cut_id, count in Counter(cut.id for cut in silent).items() if count > 1]
+        if twice:
+            findings.append(f"{len(twice)} cuts are in two manifests, such as {twice[0]}; give each its own id")
+        if findings:
             raise UserError.of(findings)
         usable = usable_cuts(CutSet.from_cuts(silent), None, policy, run, True, False) if silent else []
         texts = _transcribe(list(usable), teachers, method, max_duration, run)

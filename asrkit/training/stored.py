@@ -23,7 +23,7 @@ from asrkit.errors import UserError
 from asrkit.losses.distillation import delayed, three_classes
 from asrkit.losses.transducer import arc_loss
 from asrkit.nn.conformer import subsampled_lens
-from asrkit.run_dir import read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import MODEL, WEIGHTS, read_yaml, sha256_of, write_yaml
 from asrkit.training.checkpoint import save_tensors
 from asrkit.training.distributed import World, broadcast_object
 from asrkit.training.lesson import Lesson
@@ -49,7 +49,7 @@ class Store:
         self.path = path
         about = {
             "teachers": {
-                language: [sha256_of(teacher.run.path / "model.safetensors") for teacher in several]
+                language: [sha256_of(teacher.run.path / file) for teacher in several for file in (MODEL, WEIGHTS)]
                 for language, several in teachers.items()
             },
             "tokenizer": sha256_of(tokenizer.path),
@@ -73,6 +73,9 @@ class Store:
         """Let the teachers hear every cut of ``table`` whose posteriors are not there; yields how many have been heard.
 
         Every process does its share, and has all of them at the end.
+
+        Raises:
+            UserError: cuts that differ and have one id; a damaged file.
         """
         if world.is_main and not (self.path / ABOUT).is_file():
             write_yaml(self.path / ABOUT, self._about)
@@ -81,8 +84,10 @@ class Store:
         missing: dict[str, Cut] = {}
         for index in range(len(table)):
             cut = table[index]
-            self._keys[cut.id] = _key(cut)
-            if self._keys[cut.id] not in self._places:
+            key = _key(cut)
+            if self._keys.setdefault(cut.id, key) != key:
+                raise UserError(f"cut {cut.id}: two manifests have it, and not alike; --store needs ids that differ")
+            if key not in self._places:
                 missing[cut.id] = cut
         # Longest first, so that the shares are about equal.
         ordered = sorted(missing.values(), key=lambda cut: (-cut.duration, cut.id))
@@ -128,7 +133,11 @@ def heard_arcs(teachers: Teachers, batch: Batch) -> list[Tensor]:
         parts.append(lesson.node_log_probs(frames, ranges)[..., :2].half().cpu())
     sizes = zip(lens.tolist(), (batch.symbol_lens + 1).tolist(), strict=True)
     arcs = torch.cat(parts, dim=1).permute(0, 3, 1, 2)
-    return [mine[:, :frames, :positions].clone() for mine, (frames, positions) in zip(arcs, sizes, strict=True)]
+    whole = torch.contiguous_format
+    return [
+        mine[:, :frames, :positions].clone(memory_format=whole)
+        for mine, (frames, positions) in zip(arcs, sizes, strict=True)
+    ]
 
 
 class StoredLesson:

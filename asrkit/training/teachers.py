@@ -50,24 +50,38 @@ def open_teachers(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Teacher
     """
     findings: list[str] = []
     loaded: dict[Path, Teacher] = {}
-    for language, several in paths.items():
-        for path in several:
-            if path in loaded:
-                continue
-            try:
-                run = open_run(path)
-                loaded[path] = Teacher(str(len(loaded)), run, load_model(run).requires_grad_(False))
-            except UserError as error:
-                findings += [f"--teacher {language}={path}: {line.removeprefix(f'{path}: ')}" for line in error.lines]
-                continue
-            if (rate := loaded[path].model.subsampling) != AsrModel.subsampling:
-                findings.append(
-                    f"--teacher {language}={path}: has an encoder frame for {rate} feature frames, the student one for "
-                    f"{AsrModel.subsampling}; a teacher's frames must be the student's"
-                )
+    for language, path in ((language, path) for language, several in paths.items() for path in several):
+        if path in loaded:
+            continue
+        option = f"--teacher {path}" if language == ANY else f"--teacher {language}={path}"
+        try:
+            run = open_run(path)
+            loaded[path] = Teacher(str(len(loaded)), run, load_model(run).requires_grad_(False))
+        except UserError as error:
+            findings += [f"{option}: {line.removeprefix(f'{path}: ')}" for line in error.lines]
+            continue
+        if (rate := loaded[path].model.subsampling) != AsrModel.subsampling:
+            findings.append(
+                f"{option}: has an encoder frame for {rate} feature frames, the student one for "
+                f"{AsrModel.subsampling}; a teacher's frames must be the student's"
+            )
     if findings:
         raise UserError.of(findings)
     return {language: [loaded[path] for path in several] for language, several in paths.items()}
+
+
+def check_heads(teachers: Teachers, transducer: bool, ctc: bool) -> list[str]:
+    """Which teachers were last trained without the head that is to teach; [] if none."""
+    findings = []
+    for teacher in each(teachers):
+        scales = teacher.run.config.get("loss", {})
+        if transducer and scales.get("transducer_scale") == 0:
+            findings.append(
+                f"--teacher {teacher.run.path}: was trained without a transducer; choose another, or teach by CTC: teacher.scale=0 and teacher.weight.kind=constant"
+            )
+        if ctc and scales.get("ctc_scale") == 0:
+            findings.append(f"--teacher {teacher.run.path}: was trained without CTC; set teacher.ctc_scale=0")
+    return findings
 
 
 def load_teacher(path: Path, tokenizer: Path) -> Teacher:

@@ -54,9 +54,10 @@ Step = Annotated[int, Field(ge=0)]
 
 @config
 class WeightConfig:
-    """The weight w of an utterance's distillation; the four kinds are those of US20220309340A1, their functions ours.
+    """The weight w of an utterance's distillation. That it is constant, or falls with the step, or with the teacher's loss, or
+    that and rises with the student's, is of US20220309340A1; the functions are ours.
 
-    constant: 1. linear, exponential: from ``start`` to ``end`` between the steps ``begin`` and ``over``. piecewise: that of
+    constant: 1. linear, exponential: from ``start`` to ``end`` between ``from_step`` and ``to_step``. piecewise: that of
     the last of the ``points`` [step, weight] reached. teacher-loss: 1 / (1 + L_teacher). student-teacher:
     L_student / (1 + L_teacher), of which the nearest published code is that of google-research/protoscribe.
     The losses are the transducers' on the reference, ``per`` token, frame, or utterance (sum). ``detach``: no gradient
@@ -68,8 +69,8 @@ class WeightConfig:
     )
     start: NonNegative = 1.0
     end: NonNegative = 0.01
-    begin: Step = 0
-    over: Step | None = None  # None: the end of the training
+    from_step: Step = 0
+    to_step: Step | None = None  # None: the end of the training
     points: list[tuple[Step, NonNegative]] = field(default_factory=list)
     per: Literal["token", "frame", "sum"] = "token"
     detach: bool = True
@@ -81,8 +82,8 @@ class WeightConfig:
             raise ValueError(f"a decaying weight ends at or below its start, not at {self.end} from {self.start}")
         if self.kind == "exponential" and self.end == 0:
             raise ValueError("an exponential decay never reaches 0; set end above 0, or kind=linear")
-        if self.kind in ("linear", "exponential") and self.over is not None and self.over <= self.begin:
-            raise ValueError(f"over={self.over} must lie after begin={self.begin}")
+        if self.kind in ("linear", "exponential") and self.to_step is not None and self.to_step <= self.from_step:
+            raise ValueError(f"to_step={self.to_step} must lie after from_step={self.from_step}")
         if self.kind == "piecewise":
             if not self.points or self.points[0][0] != 0:
                 raise ValueError("piecewise needs points such as [[0, 1.0], [1000, 0.1]], the first at step 0")
@@ -128,8 +129,8 @@ def scheduled_weight(settings: WeightConfig, step: int, steps: int) -> float:
         return 1.0
     if settings.kind == "piecewise":
         return [weight for first, weight in settings.points if first <= step][-1]
-    over = steps - 1 if settings.over is None else settings.over
-    done = min(1.0, max(0.0, (step - settings.begin) / max(1, over - settings.begin)))
+    last = steps - 1 if settings.to_step is None else settings.to_step
+    done = min(1.0, max(0.0, (step - settings.from_step) / max(1, last - settings.from_step)))
     if settings.kind == "linear":
         return settings.start + done * (settings.end - settings.start)
     return settings.start ** (1 - done) * settings.end**done
@@ -142,9 +143,9 @@ class TeachingConfig:
     ``scale``: beta, of loss + beta * w * divergence; with ``combination`` convex it is alpha, of (1 - alpha) * pruned
     transducer loss + alpha * w * divergence, the other losses staying whole. ``ctc_scale``: of the divergence of the CTC
     posteriors, likewise times w; ``encoder_scale``: of the ``encoder_distance`` of the encoders' frames, likewise; a teacher
-    of another width is met through a linear map that learns and is not kept. ``classes`` three: next symbol, blank and the rest; all: the whole vocabulary.
-    ``lattice`` pruned: the student's own band; full: every node, ``chunk`` frames at a time. ``reduction`` over the nodes of
-    an utterance. ``direction`` forward: KL(teacher || student). ``last_row``: after the last symbol, blank and rest
+    of another width is met through a linear map that learns and is not kept. ``classes`` three: next symbol, blank and the
+    rest; all: the whole vocabulary. ``lattice`` pruned: the student's own band; full: every node, ``chunk`` frames at a
+    time. ``reduction`` over the nodes of an utterance. ``direction`` forward: KL(teacher || student). ``last_row``: after the last symbol, blank and rest
     (``all``: all) are compared, or nothing. ``delay``: encoder frames the teacher is behind.
     ``input`` clean: the teacher hears the utterance without SpecAugment, noise and other changes of its sound; shared: as
     the student does. ``context`` own: the first its configuration was trained in; same: the student's.
