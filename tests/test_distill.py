@@ -373,3 +373,14 @@ def test_encoders_of_other_widths_are_met_through_maps_that_are_not_kept(
     assert state["model.teacher_maps.0.weight"].shape == (32, 16)
     # The maps learn, and are part of what a run resumes from.
     assert not torch.equal(state["model.teacher_maps.0.weight"], state["average.teacher_maps.0.weight"])
+
+
+def test_sound_in_a_shar_directory_is_heard_once_too(corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "shar").mkdir()
+    CutSet.from_file(corpus / "train.jsonl.gz").to_shar(tmp_path / "shar", fields={"recording": "wav"}, shard_size=6)
+    words = ["distill", "--teacher", teacher, "--manifest", tmp_path / "shar", "--store", tmp_path / "store"]
+    settings = sets(*SMALLER, "training.steps=1")
+    assert "12 utterances heard" in asrkit(*words, "--out", tmp_path / "one", *settings)
+    assert "heard" not in asrkit(*words, "--out", tmp_path / "two", *settings)
+    said = asrkit(*words[:5], "--labels", "teacher", "--out", tmp_path / "no", *settings, code=1)
+    assert "holds sound as well as cuts" in said and not (tmp_path / "no").exists()

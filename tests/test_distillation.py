@@ -161,6 +161,27 @@ def test_gradients_sum_to_nothing_and_constants_change_nothing(seed: int, classe
 
 @settings(deadline=None, max_examples=25)
 @given(seeds)
+def test_the_gradient_is_the_formulas(seed: int) -> None:
+    """P_k (1 - Pt_c / Ps_c) for a token k of class c; P_k - Pt_k in the full form (equation 3)."""
+    made = lattice(1, 1, 1, 2, 6, seed)
+    made |= {"ranges": torch.tensor([[[0]]]), "encoder_out_lens": torch.tensor([1]), "symbol_lens": torch.tensor([1])}
+    made |= {who: made[who][:, :, :1] for who in ("student", "teacher")}
+    student = made["student"].clone().requires_grad_()
+    three, every = (
+        torch.autograd.grad(node_divergence(**{**made, "student": student}, classes=classes).sum(), student)[0].flatten()  # type: ignore[arg-type]
+        for classes in ("three", "all")
+    )  # fmt: skip
+    found, expected = (made[who].flatten().softmax(0) for who in ("student", "teacher"))
+    torch.testing.assert_close(every, found - expected)
+    symbol = int(made["symbols"][0, 0])
+    others = [k for k in range(6) if k not in (0, symbol)]
+    for members in ([0], [symbol], others):
+        share = found[members] * (1 - expected[members].sum() / found[members].sum())
+        torch.testing.assert_close(three[members], share, rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seeds)
 def test_which_other_symbol_it_is_does_not_matter(seed: int) -> None:
     """Logits of symbols that are neither blank nor next are swapped among themselves."""
     made = lattice(1, 4, 1, 2, 6, seed)

@@ -22,13 +22,14 @@ from asrkit.models import AsrModel, ModelSpec
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import write_yaml
 from asrkit.training.lesson import Lesson
-from asrkit.training.objective import LossConfig, LossOutput, one_pass, recogniser_loss
+from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, one_pass, recogniser_loss
 from asrkit.training.stored import StoredLesson, heard_arcs
 from asrkit.training.teachers import ANY, Teacher, Teachers, check_heads, open_teachers, route
 from asrkit.training.teaching import (
     TeachingConfig,
     WeightConfig,
     add_encoder_maps,
+    loss_of_a_stage,
     scheduled_weight,
     taught_loss,
     weights_of,
@@ -377,6 +378,15 @@ def test_teachers_without_the_head_that_teaches_are_refused(tmp_path: Path) -> N
     write_yaml(path / "config.yaml", {"stage": "train-backbone", "loss": {"ctc_scale": 0.3, "transducer_scale": 0.0}})
     (said,) = check_heads(open_teachers({"en": [path]}), transducer=True, ctc=True)
     assert "was trained without a transducer" in said
+
+
+def test_a_weight_of_losses_needs_a_transducer(teachers: Teachers, student: AsrModel) -> None:
+    ctc_only = LossConfig(transducer_scale=0.0)
+    with pytest.raises(UserError, match="compares transducers"):
+        loss_of_a_stage(student.spec, ctc_only, ContextsConfig(), teachers, TeachingConfig())
+    teaching = TeachingConfig(weight=WeightConfig(kind="constant"), ctc_scale=0.5)
+    found = loss_of_a_stage(student.spec, ctc_only, ContextsConfig(), teachers, teaching)(student, batch(), 0)
+    assert "taught_ctc" in found.parts and "taught" not in found.parts
 
 
 def _eighths(run: Any) -> AsrModel:

@@ -314,7 +314,7 @@ def loss_of_a_stage(
         configuration: the one to train where it is not the default.
 
     Raises:
-        UserError: teachers, and contexts to train jointly.
+        UserError: teachers, and contexts to train jointly, or a weight of losses that there are not.
     """
     train = contexts.train or spec.configurations[spec.configuration].contexts
     mine = from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
@@ -322,8 +322,14 @@ def loss_of_a_stage(
         return lambda model, batch, step: recogniser_loss(
             model, batch, step, settings, mine, configuration, attention_dropout
         )
+    teaching = teaching or TeachingConfig()
     if mine.sampling == "joint":
         raise UserError("a teacher teaches one context a batch; use contexts.sampling=random")
+    if teaching.weight.needs_teacher_loss and settings.transducer_scale == 0:
+        raise UserError(
+            f"teacher.weight.kind={teaching.weight.kind} compares transducers, but loss.transducer_scale is 0; "
+            "set teacher.weight.kind=constant"
+        )
 
     def taught(model: AsrModel, batch: Batch, step: int) -> LossOutput:
         gates = None
@@ -335,7 +341,7 @@ def loss_of_a_stage(
             batch,
             step,
             settings,
-            teaching or TeachingConfig(),
+            teaching,
             drawn(mine.choices),
             steps,
             configuration,
