@@ -75,7 +75,8 @@ def distill(
         asrkit distill --teacher en=exp/en --teacher fr=exp/fr --teacher '*=exp/all' \\
             --manifest data/all.jsonl.gz --out exp/student
 
-        asrkit distill --from exp/student --teacher exp/large --manifest data/prompts/train.jsonl.gz --out exp/better
+        asrkit distill --from exp/student --teacher exp/large --manifest data/prompts/train.jsonl.gz \\
+            --out exp/better
 
     A language given twice is taught the mean of both. The teachers' run directories stay as they are.
     """
