@@ -164,7 +164,7 @@ def open_run(path: Path) -> RunDir:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run directory; --from takes the --out of a training stage")
+        raise UserError(f"{path}: no such run directory; give the --out of a training stage")
     missing = [name for name in (CONFIG, MODEL, WEIGHTS, TOKENIZER, LINEAGE) if not (path / name).is_file()]
     if missing and (path / EXPORT).is_file():
         raise UserError(f"{path}: holds an exported model, which is to be run; give the run directory it was made from")

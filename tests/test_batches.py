@@ -31,6 +31,7 @@ from asrkit.data.batches import (
     evaluation_batches,
     feature_statistics,
     loader,
+    perturbed_features,
     text_of,
 )
 from asrkit.data.features import LOG_EPS, fbank
@@ -136,10 +137,10 @@ def test_precomputed_features_are_taken_as_they_are(corpus: tuple[CutSet, Tokeni
     cuts = corpus[0].subset(first=3)
     stored = cuts.compute_and_store_features(Fbank(FbankConfig(num_mel_bins=80)), tmp_path / "feats")
     for cut, plain in zip(stored, cuts, strict=True):
-        torch.testing.assert_close(cut_features(cut, None), cut_features(plain, None), rtol=0, atol=2e-3)
+        torch.testing.assert_close(cut_features(cut), cut_features(plain), rtol=0, atol=2e-3)
     narrow = cuts.compute_and_store_features(Fbank(FbankConfig(num_mel_bins=40)), tmp_path / "narrow")
     with pytest.raises(UserError, match="40 bins"):
-        cut_features(next(iter(narrow)), None)
+        cut_features(next(iter(narrow)))
 
 
 def test_features_equal_the_device_s(corpus: tuple[CutSet, Tokenizer]) -> None:
@@ -156,7 +157,7 @@ def test_features_equal_the_device_s(corpus: tuple[CutSet, Tokenizer]) -> None:
 
 
 def test_statistics_are_those_of_all_frames(corpus: tuple[CutSet, Tokenizer]) -> None:
-    frames = torch.cat([cut_features(cut, None) for cut in corpus[0]])
+    frames = torch.cat([cut_features(cut) for cut in corpus[0]])
     mean, std = feature_statistics(CutTable(corpus[0]))
     torch.testing.assert_close(mean, frames.mean(0), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(std, frames.std(0, unbiased=False).clamp(min=0.01), rtol=1e-3, atol=1e-3)
@@ -166,7 +167,7 @@ def test_unreadable_audio_names_the_cut(corpus: tuple[CutSet, Tokenizer], tmp_pa
     path = make_corpus(tmp_path, 1, name="gone")
     (tmp_path / "gone" / "0.wav").unlink()
     with pytest.raises(UserError, match="gone-0"):
-        cut_features(next(iter(CutSet.from_file(path))), None)
+        cut_features(next(iter(CutSet.from_file(path))))
 
 
 @given(st.floats(0.8, 1.25), st.integers(1, 50))
@@ -218,4 +219,27 @@ def test_joined_utterances_join_their_texts(corpus: tuple[CutSet, Tokenizer]) ->
 def test_augmentation_off_is_the_plain_features(corpus: tuple[CutSet, Tokenizer]) -> None:
     off = AugmentConfig(speed=0.0, volume_db=0.0, spec_augment=None)
     cut = next(iter(corpus[0]))
-    assert torch.equal(cut_features(cut, off, np.random.default_rng(0)), cut_features(cut, None))
+    heard, untouched = perturbed_features(cut, off, np.random.default_rng(0), None, clean=True)
+    assert torch.equal(heard, cut_features(cut)) and torch.equal(untouched, heard)
+
+
+def test_clean_features_keep_the_timing_alone(corpus: tuple[CutSet, Tokenizer]) -> None:
+    everything = {
+        "silence": 0.2,
+        "noise_probability": 1.0,
+        "tempo": 0.1,
+        "channel_db": 3.0,
+        "vocal_tract": 0.1,
+        "join": 0.5,
+    }
+    plain, both = _batches(corpus, augment=everything), _batches(corpus, augment=everything)
+    both.clean = True
+    for place in range(2):
+        batch = both[place]
+        assert torch.equal(plain[place].features, batch.features) and plain[place].clean.numel() == 0
+        assert batch.clean.shape == batch.features.shape and not torch.equal(batch.clean, batch.features)
+    # Where nothing but the timing is perturbed, the clean features are the perturbed ones.
+    timing = {"silence": 0.2, "tempo": 0.1, "join": 0.5, "volume_db": 0.0, "spec_augment": None}
+    timed = _batches(corpus, augment=timing)
+    timed.clean = True
+    assert torch.equal(timed[0].clean, timed[0].features)

@@ -8,7 +8,8 @@ import pytest
 
 from asrkit.config import differences, digest, from_dict, resolve, to_dict
 from asrkit.errors import UserError
-from asrkit.stages.train_backbone import TrainBackboneConfig, model_spec
+from asrkit.stages.train_backbone import TrainBackboneConfig
+from asrkit.training.backbone import model_spec
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from asrkit.config import from_dict, resolve
 from asrkit.data.batches import Batch
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec
-from asrkit.stages.train_backbone import BackboneConfig, TrainBackboneConfig, model_spec
+from asrkit.stages.train_backbone import TrainBackboneConfig
+from asrkit.training.backbone import BackboneConfig, model_spec
 from asrkit.training.objective import (
     AttentionDropoutConfig,
     ContextsConfig,

@@ -1,4 +1,4 @@
-"""distill-lm: what its heads learn and leave alone, the runs it makes, and how they go on."""
+"""distill --lm: what its heads learn and leave alone, the runs it makes, and how they go on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from asrkit.stages.distill_lm import (
     taught_by_lms,
     with_heads,
 )
-from asrkit.training.objective import ContextsConfig, LossConfig, loss_of_a_stage
+from asrkit.training.objective import ContextsConfig, LossConfig
+from asrkit.training.teaching import loss_of_a_stage
 
 pytest.importorskip("espeakng_loader")
 UNITS = ("bpe", "phone", "senone")
@@ -64,7 +65,7 @@ def lm_options(corpus: Path, *units: str) -> list[str]:
 
 def distill(corpus: Path, out: Path, *more: object, code: int = 0, steps: int = 4) -> str:
     files = ["--from", corpus / "parent", "--manifest", corpus / "aligned.jsonl.gz", "--out", out, "--max-duration", 20]
-    return asrkit("distill-lm", *files, *quick(f"training.steps={steps}"), *more, code=code)
+    return asrkit("distill", *files, *quick(f"training.steps={steps}"), *more, code=code)
 
 
 class Setup:
@@ -332,7 +333,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(corpus: Path, tmp_path: Pa
     more = [*lm_options(corpus, "phone", "bpe"), "--supervised", "senone"]
     distill(corpus, tmp_path / "whole", *more)
     files = ["--from", corpus / "parent", "--manifest", corpus / "aligned.jsonl.gz", "--out", tmp_path / "parted"]
-    words = ["distill-lm", *files, "--max-duration", 20, *quick("training.steps=4"), *more]
+    words = ["distill", *files, "--max-duration", 20, *quick("training.steps=4"), *more]
     stopped = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, *map(str, words)], capture_output=True, text=True, timeout=300
     )

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from asrkit import __version__
-from asrkit.cli import compress, data, evaluate, export, inspect, lm, submodel, train
+from asrkit.cli import compress, data, distill, evaluate, export, inspect, lm, submodel, train
 from asrkit.errors import UserError
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ def _root(
     """Turn real speech into small, fast, streaming speech recognisers."""
 
 
-for _group in (data, train, submodel, compress, lm, evaluate, export, inspect):
+for _group in (data, train, submodel, distill, compress, lm, evaluate, export, inspect):
     _group.register(app)
 
 

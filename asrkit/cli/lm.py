@@ -1,4 +1,4 @@
-"""align, train-lm and distill-lm."""
+"""align and train-lm."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import typer
 
 from asrkit.cli.options import (
     Config,
-    Dev,
     Device,
-    Manifest,
-    MaxDuration,
     Out,
     Overrides,
     Seed,
@@ -25,7 +22,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands around language models."""
     app.command("align")(align)
     app.command("train-lm")(train_lm)
-    app.command("distill-lm")(distill_lm)
 
 
 def align(
@@ -120,64 +116,3 @@ def train_lm(
     given = {"unit": unit, "language": language, "seed": seed}
     settings = resolve(TrainLmConfig, config, changes_of(overrides, given))
     train_or_stop(out, lambda: run(source, out, settings, dev=dev, tokenizer=tokenizer, senones=senones, device=device))
-
-
-def distill_lm(
-    parent: Annotated[Path, typer.Option("--from", help="Run directory of the model to teach.")],
-    lm: Annotated[
-        list[str], typer.Option(help="NAME=RUN, a language model of train-lm and the name of its head. Repeatable.")
-    ],
-    manifest: Manifest,
-    out: Out,
-    labels: Annotated[
-        float | None, typer.Option("--lambda", help="Share of the recogniser's own loss, 0 to 1. [default: 0.9]")
-    ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="mtl, a head for each; or lst, labels mixed with posteriors. [default: mtl]")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Of the language models. [default: 1; of lst 5]", show_default=False)
-    ] = None,
-    supervised: Annotated[
-        str | None, typer.Option(help="Unit of a head on the aligned labels themselves; left out, there is none.")
-    ] = None,
-    configuration: Annotated[str | None, typer.Option(help="The one to train; left out, the parent's default.")] = None,
-    dev: Dev = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    seed: Seed = None,
-    max_duration: MaxDuration = None,
-    device: Device = "auto",
-) -> None:
-    """Let language models teach a recogniser's frames what comes next, through heads that only training has.
-
-    Example:
-
-        asrkit distill-lm --from exp/backbone --lm phone=exp/lm-phone --lm bpe=exp/lm-bpe --lambda 0.9 \\
-            --supervised phone --manifest exp/aligned.jsonl.gz --dev exp/aligned-dev.jsonl.gz --out exp/lmkd
-
-    The manifest is one that align wrote, in the units of the language models. The heads are dropped by whatever reads the run
-    directory next: evaluate, export and later stages see the recogniser alone.
-    """
-    from asrkit.config import resolve
-    from asrkit.errors import UserError
-    from asrkit.stages.distill_lm import DistillLmConfig
-    from asrkit.stages.distill_lm import distill_lm as run
-
-    named = [text.partition("=") for text in lm]
-    if wrong := [text for text, (name, _, path) in zip(lm, named, strict=True) if not (name and path)]:
-        raise UserError.of([f"--lm {text}: write NAME=RUN, such as phone=exp/lm-phone" for text in wrong])
-    lms = {name: Path(path) for name, _, path in named}
-    if len(lms) < len(named):
-        raise UserError("--lm: a name occurs twice; give each language model its own")
-    given = {
-        "labels": labels,
-        "mode": mode,
-        "temperature": temperature,
-        "supervised": supervised,
-        "configuration": configuration,
-        "seed": seed,
-        "data.max_duration": max_duration,
-    }
-    settings = resolve(DistillLmConfig, config, changes_of(overrides, given))
-    train_or_stop(out, lambda: run(parent, lms, manifest, out, settings, dev=dev, device=device))

@@ -57,10 +57,8 @@ class AugmentConfig:
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
 
 
-def perturb_samples(
-    samples: Tensor, settings: AugmentConfig, random: np.random.Generator, noise: Tensor | None
-) -> Tensor:
-    """Speed, silence, noise and volume of one recording: (num_samples,) -> (other num_samples,) at 16 kHz."""
+def perturb_time(samples: Tensor, settings: AugmentConfig, random: np.random.Generator) -> Tensor:
+    """Speed and silence of one recording: (num_samples,) -> (other num_samples,) at 16 kHz."""
     if settings.speed > 0:
         # Steps of 1 % keep the resampling filters few and short.
         span = round(settings.speed * 100)
@@ -71,6 +69,13 @@ def perturb_samples(
         level = 10.0 ** (float(random.uniform(-80.0, -45.0)) / 20.0)
         faint = torch.from_numpy(level * random.standard_normal(before + after).astype(np.float32))
         samples = torch.cat([faint[:before], samples, faint[before:]])
+    return samples
+
+
+def perturb_sound(
+    samples: Tensor, settings: AugmentConfig, random: np.random.Generator, noise: Tensor | None
+) -> Tensor:
+    """Noise and volume of one recording, which leave time as it is: (num_samples,) -> (num_samples,)."""
     if noise is not None:
         samples = add_noise(samples, noise, float(random.uniform(*settings.noise_snr_db)), random)
     if settings.volume_db > 0:

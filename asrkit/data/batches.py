@@ -27,7 +27,8 @@ from asrkit.data.augment import (
     channel_curves,
     coloured_noise,
     pad,
-    perturb_samples,
+    perturb_sound,
+    perturb_time,
     spec_augment,
     stretch,
     vocal_tract_warp,
@@ -46,6 +47,7 @@ class Batch:
 
     features: (B, T, 80) float32, padded with log(1e-10); feature_lens: (B,) int64.
     symbols: (B, U) int64 padded with 0, symbol_lens: (B,); empty when no tokenizer was given.
+    clean: (B, T, 80), the features without what changed their sound and not their timing; empty when not asked for.
     durations: seconds of audio, as perturbed. segments: what ``TrainBatches.annotate`` made, by name.
     """
 
@@ -57,11 +59,12 @@ class Batch:
     durations: list[float]
     symbols: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     symbol_lens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    clean: Tensor = field(default_factory=lambda: torch.zeros(0))
     segments: dict[str, Segments] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
-        names = ("features", "feature_lens", "symbols", "symbol_lens")
+        names = ("features", "feature_lens", "symbols", "symbol_lens", "clean")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved, segments={name: mine.to(device) for name, mine in self.segments.items()})
 
@@ -160,6 +163,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
     Args:
         rank: added to the number of the accumulated part, gives the slice.
 
+    With ``clean`` set, batches hold the clean features as well.
     ``annotate``, where a stage sets it, makes ``segments`` of each utterance's cuts and the feature frames left of them.
     """
 
@@ -177,22 +181,24 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
     ) -> None:
         self.table, self.plan, self.slices = table, plan, slices
         self.settings, self.tokenizer, self.noise, self.seed = settings, tokenizer, noise, seed
+        self.clean = False
 
     def __getitem__(self, place: int) -> Batch:
         step, part = divmod(place, self.slices)
         chosen = self.plan(step)
         mine = range(part, len(chosen), self.slices)
         augment = self.settings.augment
-        features, symbols, cuts, texts, warps, parts = [], [], [], [], [], []
+        features, clean, symbols, cuts, texts, warps, parts = [], [], [], [], [], [], []
         for position in mine:
             # Seeded by the place in the whole batch, so that the number of processes does not change the data.
             random = np.random.default_rng((self.seed, 2, step, position))
             joined = [self.table[int(chosen[position])]]
             if random.uniform() < augment.join:
                 joined.append(self.table[int(random.choice(chosen))])
-            heard = [cut_features(cut, augment, random, self.noise) for cut in joined]
-            parts.append([(cut, len(part)) for cut, part in zip(joined, heard, strict=True)])
-            item = torch.cat(heard)
+            pairs = [perturbed_features(cut, augment, random, self.noise, self.clean) for cut in joined]
+            parts.append([(cut, len(heard)) for cut, (heard, _) in zip(joined, pairs, strict=True)])
+            item = torch.cat([heard for heard, _ in pairs])
+            clean.append(torch.cat([untouched for _, untouched in pairs]))
             if augment.channel_db > 0:
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
             warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
@@ -208,10 +214,6 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         if augment.spec_augment is not None:
             random = np.random.default_rng((self.seed, 3, step, part))
             batch = spec_augment(batch, lens, augment.spec_augment, random)
-        symbol_lens = torch.tensor([len(item) for item in symbols])
-        padded = torch.zeros(len(symbols), int(symbol_lens.max()), dtype=torch.int64)
-        for row, ids in enumerate(symbols):
-            padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         durations = [len(item) * FRAME_SHIFT for item in features]
         return Batch(
             batch,
@@ -220,9 +222,9 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             texts,
             [language_of(cut) for cut in cuts],
             durations,
-            padded,
-            symbol_lens,
-            self.annotate(parts) if self.annotate is not None else {},
+            *_padded_symbols(symbols),
+            clean=pad(clean)[0] if self.clean else torch.zeros(0),
+            segments=self.annotate(parts) if self.annotate is not None else {},
         )
 
 
@@ -245,37 +247,50 @@ def cut_samples(cut: Cut) -> Tensor:
     return resample(samples.mean(dim=0), cut.sampling_rate)
 
 
-def cut_features(
-    cut: Cut,
-    augment: AugmentConfig | None,
-    random: np.random.Generator | None = None,
-    noise: CutTable | None = None,
-) -> Tensor:
-    """(T, 80) features of a cut: precomputed when the manifest has them, else from its audio; perturbed on request.
+def cut_features(cut: Cut) -> Tensor:
+    """(T, 80) features of a cut: precomputed when the manifest has them, else from its audio.
+
+    Raises:
+        UserError: unreadable audio, or features of another dimension.
+    """
+    return _stored_features(cut) if cut.has_features else fbank(cut_samples(cut))
+
+
+def perturbed_features(
+    cut: Cut, augment: AugmentConfig, random: np.random.Generator, noise: CutTable | None, clean: bool
+) -> tuple[Tensor, Tensor]:
+    """A cut's perturbed features (T, 80), and, if ``clean``, those whose timing alone was perturbed, else the same again.
 
     Raises:
         UserError: unreadable audio, or features of another dimension.
     """
     if cut.has_features:
-        features = torch.from_numpy(cut.load_features())
-        if features.shape[1] != NUM_MEL_BINS:
-            raise UserError(
-                f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them"
-            )
+        features = untouched = _stored_features(cut)
     else:
         samples = cut_samples(cut)
-        if augment is not None and random is not None:
-            hum = None
-            if random.uniform() < augment.noise_probability:
-                hum = (
-                    coloured_noise(len(samples), random)
-                    if noise is None
-                    else cut_samples(noise[int(random.integers(len(noise)))])
-                )
-            samples = perturb_samples(samples, augment, random, hum)
-        features = fbank(samples)
-    if augment is not None and random is not None and augment.tempo > 0:
-        features = stretch(features, 1.0 + float(random.uniform(-augment.tempo, augment.tempo)))
+        hum = None
+        if random.uniform() < augment.noise_probability:
+            hum = (
+                coloured_noise(len(samples), random)
+                if noise is None
+                else cut_samples(noise[int(random.integers(len(noise)))])
+            )
+        timed = perturb_time(samples, augment, random)
+        features = untouched = fbank(perturb_sound(timed, augment, random, hum))
+        if clean:
+            untouched = fbank(timed)
+    if augment.tempo > 0:
+        factor = 1.0 + float(random.uniform(-augment.tempo, augment.tempo))
+        features, untouched = stretch(features, factor), stretch(untouched, factor)
+    return features, untouched
+
+
+def _stored_features(cut: Cut) -> Tensor:
+    features = torch.from_numpy(cut.load_features())
+    if features.shape[1] != NUM_MEL_BINS:
+        raise UserError(
+            f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them"
+        )
     return features
 
 
@@ -292,7 +307,7 @@ def evaluation_batches(cuts: CutSet | Sequence[Cut], max_duration: float) -> Ite
 
 
 def _plain_batch(cuts: list[Cut]) -> Batch:
-    features, lens = pad([cut_features(cut, None) for cut in cuts])
+    features, lens = pad([cut_features(cut) for cut in cuts])
     return Batch(
         features,
         lens,
@@ -301,6 +316,21 @@ def _plain_batch(cuts: list[Cut]) -> Batch:
         [language_of(cut) for cut in cuts],
         [cut.duration for cut in cuts],
     )
+
+
+def with_symbols(batch: Batch, tokenizer: Tokenizer) -> Batch:
+    """The same batch with the tokens of its texts."""
+    symbols, symbol_lens = _padded_symbols([tokenizer.encode(text) for text in batch.texts])
+    return replace(batch, symbols=symbols, symbol_lens=symbol_lens)
+
+
+def _padded_symbols(symbols: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(B, U) int64 padded with 0, and (B,)."""
+    symbol_lens = torch.tensor([len(item) for item in symbols])
+    padded = torch.zeros(len(symbols), int(symbol_lens.max()), dtype=torch.int64)
+    for row, ids in enumerate(symbols):
+        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return padded, symbol_lens
 
 
 def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, Tensor]:
@@ -312,7 +342,7 @@ def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, T
         torch.zeros(NUM_MEL_BINS, dtype=torch.float64),
     )
     for index in chosen:
-        features = cut_features(table[int(index)], None).double()
+        features = cut_features(table[int(index)]).double()
         count += len(features)
         total += features.sum(0)
         squares += features.square().sum(0)

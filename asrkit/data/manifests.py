@@ -19,33 +19,37 @@ from asrkit.run_dir import atomic_write
 MAX_FINDINGS = 20  # a file of another format is wrong on every line: the first few say it all
 
 
-def open_cuts(path: Path) -> CutSet:
+def open_cuts(path: Path, need_text: bool = True) -> CutSet:
     """Read and check a manifest; ``.jsonl`` and ``.jsonl.gz`` wholly into memory, a Shar directory lazily.
+
+    Args:
+        need_text: where it is not needed, a cut without a supervision is given one without words.
 
     Raises:
         UserError: missing, empty, truncated, broken JSON, a cut without text, an id twice; with line numbers.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_shar(path)
+        return _open_shar(path, need_text)
     if not path.exists():
         raise UserError(f"{path}: no such manifest; 'asrkit data import' and 'asrkit data prompts' make them")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path}: not a manifest; give a .jsonl or .jsonl.gz file of cuts, or a Shar directory")
-    return CutSet.from_cuts(_read_cuts([path]))
+    return CutSet.from_cuts(_read_cuts([path], need_text))
 
 
-def _open_shar(folder: Path) -> CutSet:
+def _open_shar(folder: Path, need_text: bool) -> CutSet:
     shards = sorted([*folder.glob("cuts.*.jsonl"), *folder.glob("cuts.*.jsonl.gz")])
     if not shards:
         raise UserError(
             f"{folder}: not a Shar directory (no cuts.*.jsonl.gz in it); give a manifest file or a Shar directory"
         )
-    _read_cuts(shards)
-    return CutSet.from_shar(in_dir=folder)
+    _read_cuts(shards, need_text)
+    cuts = CutSet.from_shar(in_dir=folder)
+    return cuts if need_text else cuts.map(_with_supervision)
 
 
-def _read_cuts(paths: list[Path]) -> list[Cut]:
+def _read_cuts(paths: list[Path], need_text: bool) -> list[Cut]:
     cuts: list[Cut] = []
     findings: list[str] = []
     first_place: dict[str, str] = {}
@@ -53,7 +57,7 @@ def _read_cuts(paths: list[Path]) -> list[Cut]:
         for number, line in _numbered_lines(path):
             place = f"{path}:{number}"
             try:
-                cut = _parse_cut(line)
+                cut = _parse_cut(line, need_text)
             except ValueError as error:
                 findings.append(f"{place}: {error}")
                 continue
@@ -86,7 +90,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from error
 
 
-def _parse_cut(line: str) -> Cut:
+def _parse_cut(line: str, need_text: bool) -> Cut:
     try:
         data: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -100,12 +104,22 @@ def _parse_cut(line: str) -> Cut:
         raise ValueError(
             f"{name}: a {type(cut).__name__}, not a cut; 'lhotse cut simple' joins recordings and supervisions"
         )
+    if not need_text:
+        cut = _with_supervision(cut)
     if not cut.supervisions:
         raise ValueError(f"cut {name}: no supervision; add one with the text, or remove the line")
-    if not all((supervision.text or "").strip() for supervision in cut.supervisions):
+    if need_text and not all((supervision.text or "").strip() for supervision in cut.supervisions):
         raise ValueError(f"cut {name}: the text is empty; add it, or remove the line")
     if cut.duration <= 0:
         raise ValueError(f"cut {name}: duration {cut.duration} is not above 0; mend or remove the line")
+    return cut
+
+
+def _with_supervision(cut: Cut) -> Cut:
+    """The cut, with one supervision without words if it has none."""
+    if not cut.supervisions:
+        recording = cut.recording_id if cut.has_recording else cut.id
+        cut.supervisions = [SupervisionSegment(cut.id, recording, 0, cut.duration, text="")]
     return cut
 
 
@@ -162,3 +176,8 @@ def make_cut(
 def text_of(cut: Cut) -> str:
     """All supervisions' texts of a cut, in order of time, joined by a space."""
     return " ".join(s.text or "" for s in sorted(cut.supervisions, key=lambda s: s.start))
+
+
+def is_labelled(cut: Cut) -> bool:
+    """Whether the text of a cut is a recogniser's, and not given."""
+    return any("labelled_by" in (supervision.custom or {}) for supervision in cut.supervisions)

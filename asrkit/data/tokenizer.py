@@ -64,13 +64,26 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._model.DecodeIds([i for i in ids if i != BLANK_ID])
 
+    def pieces(self, text: str) -> list[str]:
+        """The tokens of ``text`` as they are spelt."""
+        return self._model.Encode(text, out_type=str)
+
+    def piece_to_id(self, piece: str) -> int:
+        """The token spelt so, or that of <unk>."""
+        return self._model.PieceToId(piece)
+
     def id_to_piece(self, token_id: int) -> str:
         return self._model.IdToPiece(token_id)
 
     def missing_characters(self, text: str) -> set[str]:
         """The characters of ``text`` this tokenizer has no piece for."""
-        pieces = self._model.Encode(text, out_type=str)
-        return {ch for piece in pieces if self._model.PieceToId(piece) == UNK_ID for ch in piece if ch != "\u2581"}
+        return {
+            ch
+            for piece in self.pieces(text)
+            if self._model.PieceToId(piece) == UNK_ID
+            for ch in piece
+            if ch != "\u2581"
+        }
 
     def copy_to(self, path: Path) -> None:
         """Copy the model to ``path``, with tokens.txt beside it."""

@@ -1,18 +1,26 @@
-"""What one transducer teaches another on a common lattice.
+"""What one transducer teaches another on a common lattice, node by node, and through CTC and the encoder.
 
-Shapes: B batch, T frames, U symbols, S prune range, V vocabulary with blank 0. Node (t, u): at frame t, u symbols emitted.
+Shapes: B batch, T frames, U symbols, S prune range, V vocabulary with blank 0, C classes (3 or V), J joiner dimension,
+D encoder dim. Node (t, u): at frame t, u symbols emitted. A full lattice is a pruned one with S = U + 1 that starts at 0.
+Source: Panchapagesan et al. 2020 (arXiv 2011.06110), equations 3 and 7.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from asrkit.losses.transducer import arc_log_probs
+from asrkit.losses.transducer import Joiner, arc_log_probs
 
 Classes = Literal["three", "all"]
+Direction = Literal["forward", "reverse"]
+LastRow = Literal["two", "drop"]
+Distance = Literal["mse", "l2", "cosine"]
 _SMALLEST = 1e-7  # of the third class's probability, which rounding may make negative
 
 
@@ -28,28 +36,145 @@ def node_divergence(
     """Sum over an utterance's kept nodes of KL(teacher || student), (B,), float32 (float64 for such inputs).
 
     Both logits are (B, T, S, V), at the nodes of the same ``ranges`` (B, T, S); symbols (B, U). The teacher gets no
-    gradient. ``three``: of each node the next symbol, the blank and all the rest are compared (Panchapagesan et al. 2020,
-    arXiv 2011.06110, equation 7); ``all``: the whole vocabulary. Nodes beyond the utterance's frames or symbols count
-    nothing; after the last symbol only the blank and the rest are told apart.
+    gradient. ``three``: of each node the next symbol, the blank and all the rest are compared (equation 7); ``all``: the
+    whole vocabulary (equation 3). Nodes beyond the utterance's frames or symbols count nothing; after the last symbol
+    only the blank and the rest are told apart.
     """
-    teacher = teacher.detach()
+    found, expected = (
+        node_log_probs(logits, symbols, ranges, symbol_lens, classes) for logits in (student, teacher.detach())
+    )
+    return divergence(found, expected, counted_nodes(ranges, encoder_out_lens, symbol_lens))
+
+
+def node_log_probs(
+    logits: Tensor,
+    symbols: Tensor,
+    ranges: Tensor,
+    symbol_lens: Tensor,
+    classes: Classes = "three",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probabilities (B, T, S, C) of the classes at each node, of joiner logits (B, T, S, V) over ``temperature``."""
+    if temperature != 1.0:
+        logits = logits / temperature
     if classes == "all":
-        expected, found = (_precise(logits).log_softmax(dim=-1) for logits in (teacher, student))
-        divergence = (expected.exp() * (expected - found)).sum(dim=-1)
+        return _precise(logits).log_softmax(dim=-1)
+    return three_classes(*arc_log_probs(logits, symbols, ranges), ranges, symbol_lens)
+
+
+def three_classes(symbol: Tensor, blank: Tensor, ranges: Tensor, symbol_lens: Tensor) -> Tensor:
+    """Log-probabilities (B, T, S, 3) of next symbol, blank and rest, of those of the two arcs, (B, T, S) each.
+
+    After the last symbol there is no next one, and the first class is the same smallest number for everyone.
+    """
+    last = ranges >= symbol_lens.view(-1, 1, 1)
+    known = torch.where(last, blank, torch.logaddexp(symbol, blank))
+    rest = (-torch.expm1(known)).clamp(min=_SMALLEST).log()
+    return torch.stack([symbol.masked_fill(last, math.log(_SMALLEST)), blank, rest], dim=-1)
+
+
+def counted_nodes(ranges: Tensor, encoder_out_lens: Tensor, symbol_lens: Tensor, last_row: LastRow = "two") -> Tensor:
+    """Which nodes of ``ranges`` (B, T, S) are an utterance's own; ``drop`` leaves out those after the last symbol."""
+    frames = torch.arange(ranges.shape[1], device=ranges.device).view(1, -1, 1)
+    lens = symbol_lens.view(-1, 1, 1)
+    row = ranges < lens if last_row == "drop" else ranges <= lens
+    return (frames < encoder_out_lens.view(-1, 1, 1)) & row
+
+
+def divergence(found: Tensor, expected: Tensor, nodes: Tensor, direction: Direction = "forward") -> Tensor:
+    """Sum over the ``nodes`` (B, T, S) of KL(expected || found), (B,), of log-probabilities (B, T, S, C).
+
+    ``reverse`` is KL(found || expected): it seeks one of the teacher's answers where forward covers them all.
+    """
+    if direction == "reverse":
+        found, expected = expected, found
+    return (expected.exp() * (expected - found)).sum(dim=-1).masked_fill(~nodes, 0.0).sum(dim=(1, 2))
+
+
+def full_lattice_divergence(
+    encoder: Tensor,
+    predictor: Tensor,
+    joiner: Joiner,
+    expected: Callable[[slice, Tensor], Tensor],
+    symbols: Tensor,
+    encoder_out_lens: Tensor,
+    symbol_lens: Tensor,
+    *,
+    classes: Classes = "three",
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+    last_row: LastRow = "two",
+    chunk: int = 8,
+) -> Tensor:
+    """The ``divergence`` (B,) over every node of the lattice, ``chunk`` frames at a time.
+
+    Logits are made anew in the backward pass, so that memory holds those of one chunk, whatever the vocabulary.
+
+    Args:
+        encoder, predictor: of the student, (B, T, J) and (B, U + 1, J), already projected to the ``joiner``.
+        expected: (frames, ranges (B, c, U + 1)) -> the teacher's ``node_log_probs`` (B, c, U + 1, C) of those frames.
+    """
+    rows = torch.arange(predictor.shape[1], device=encoder.device)
+
+    def part(encoded: Tensor, predictor: Tensor, first: int) -> Tensor:
+        size = encoded.shape[1]
+        ranges = rows.expand(len(encoded), size, -1)
+        logits = joiner(encoded.unsqueeze(2), predictor.unsqueeze(1))
+        with torch.no_grad():
+            taught = expected(slice(first, first + size), ranges)
+        with torch.autocast(logits.device.type, enabled=False):
+            found = node_log_probs(logits, symbols, ranges, symbol_lens, classes, temperature)
+            nodes = counted_nodes(ranges, encoder_out_lens - first, symbol_lens, last_row)
+            return divergence(found, taught, nodes, direction)
+
+    parts = [
+        checkpoint(
+            part, encoder[:, first : first + chunk], predictor, first, use_reentrant=False, preserve_rng_state=False
+        )
+        for first in range(0, encoder.shape[1], chunk)
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
+def frame_divergence(
+    found: Tensor, expected: Tensor, encoder_out_lens: Tensor, direction: Direction = "forward"
+) -> Tensor:
+    """Sum over an utterance's frames of KL(expected || found), (B,), of CTC log-probabilities (B, T, V)."""
+    return divergence(found.unsqueeze(2), expected.unsqueeze(2), _own_frames(found, encoder_out_lens), direction)
+
+
+def encoder_distance(found: Tensor, expected: Tensor, encoder_out_lens: Tensor, kind: Distance = "mse") -> Tensor:
+    """Sum over an utterance's frames of how far (B, T, D) encoder frames are from the teacher's, (B,).
+
+    mse: the mean of the squared differences; l2: their Euclidean length; cosine: one less the cosine.
+    """
+    found, expected = _precise(found), _precise(expected.detach())
+    if kind == "cosine":
+        far = 1 - torch.cosine_similarity(found, expected, dim=-1)
     else:
-        last = ranges >= symbol_lens.view(-1, 1, 1)
-        expected, found = (_three(logits, symbols, ranges, last) for logits in (teacher, student))
-        divergence = (expected * (expected.log() - found.log())).sum(dim=-1)
-    frames = torch.arange(student.shape[1], device=student.device).view(1, -1, 1)
-    inside = (frames < encoder_out_lens.view(-1, 1, 1)) & (ranges <= symbol_lens.view(-1, 1, 1))
-    return divergence.masked_fill(~inside, 0.0).sum(dim=(1, 2))
+        squared = (found - expected).square()
+        # The root's slope is infinite where the two are equal.
+        far = squared.mean(dim=-1) if kind == "mse" else (squared.sum(dim=-1) + 1e-12).sqrt()
+    return far.masked_fill(~_own_frames(found, encoder_out_lens).squeeze(2), 0.0).sum(dim=1)
 
 
-def _three(logits: Tensor, symbols: Tensor, ranges: Tensor, last: Tensor) -> Tensor:
-    """Probabilities (B, T, S, 3) of the next symbol, the blank and the rest; where ``last``, the symbol is of the rest."""
-    symbol, blank = (arc.exp() for arc in arc_log_probs(logits, symbols, ranges))
-    symbol = symbol.masked_fill(last, 0.0)
-    return torch.stack([symbol, blank, 1.0 - symbol - blank], dim=-1).clamp(min=_SMALLEST)
+def delayed(encoder_out: Tensor, encoder_out_lens: Tensor, delay: int) -> Tensor:
+    """Encoder frames (B, T, D) moved ``delay`` frames later within each utterance; at its ends the nearest is repeated."""
+    if delay == 0:
+        return encoder_out
+    frames = (torch.arange(encoder_out.shape[1], device=encoder_out.device) - delay).clamp(min=0)
+    frames = torch.minimum(frames, encoder_out_lens.unsqueeze(1) - 1).clamp(min=0)
+    return encoder_out.gather(1, frames.unsqueeze(2).expand(-1, -1, encoder_out.shape[2]))
+
+
+def mean_log_probs(parts: list[Tensor]) -> Tensor:
+    """The logarithm of the mean of several models' probabilities."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(dim=0) - math.log(len(parts))
+
+
+def _own_frames(x: Tensor, encoder_out_lens: Tensor) -> Tensor:
+    frames = torch.arange(x.shape[1], device=x.device)
+    return (frames < encoder_out_lens.unsqueeze(1)).unsqueeze(2)
 
 
 def _precise(x: Tensor) -> Tensor:

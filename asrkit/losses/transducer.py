@@ -232,8 +232,15 @@ def full_loss(
             return k2.rnnt_loss(_full_precision(logits), symbols, rnnt_type=topology, **options)
         targets = F.pad(symbols, (0, 1), value=BLANK).unsqueeze(1).expand(-1, logits.shape[1], -1)
         px, py = _ArcLogProbs.apply(logits, targets)
-        starts = symbols.new_zeros(1, 1)
-        return -_LatticeSum.apply(px, py, starts, symbols.shape[1], encoder_out_lens, symbol_lens, topology)[0]
+        return arc_loss(px, py, encoder_out_lens, symbol_lens, topology)
+
+
+def arc_loss(
+    px: Tensor, py: Tensor, encoder_out_lens: Tensor, symbol_lens: Tensor, topology: Topology = "regular"
+) -> Tensor:
+    """Return the loss (B,) over all alignments, from the log-probabilities of the arcs, both (B, T, U + 1)."""
+    starts = symbol_lens.new_zeros(1, 1)
+    return -_LatticeSum.apply(px, py, starts, px.shape[2] - 1, encoder_out_lens, symbol_lens, topology)[0]
 
 
 def _simple_log_probs(

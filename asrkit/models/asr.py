@@ -105,6 +105,8 @@ class AsrModel(nn.Module):
         # The cheap joiner that only serves to prune the lattice; exports leave it out.
         self.simple_encoder = nn.Linear(dim, spec.vocab_size)
         self.simple_predictor = nn.Linear(spec.predictor.dim, spec.vocab_size)
+        # Where teachers' encoders are met, by teacher: filled by the stage that needs it, in no run directory.
+        self.teacher_maps = nn.ModuleDict()
         compress(self, spec.compression)
         self.heads = nn.ModuleDict({name: Head(dim, head) for name, head in spec.heads.items()})
 

@@ -252,7 +252,7 @@ def _joined(text: str, parts: Sequence[AlignmentItem]) -> AlignmentItem:
 
 
 def _log_mel(cut: Cut) -> np.ndarray:
-    return cut_features(cut, None).numpy()
+    return cut_features(cut).numpy()
 
 
 def _add_phones(

@@ -1,4 +1,4 @@
-"""distill-lm: language models teach the encoder's frames through heads that only training has (arXiv 2110.10429).
+"""distill --lm: language models teach the encoder's frames through heads that only training has (arXiv 2110.10429).
 
 The paper's model is a hybrid one, whose main output is trained on the labels of aligned frames. Here the main output is the recogniser:
 its own loss (transducer and CTC) stands in for the labels' cross-entropy, and a supervised frame head, trained on the aligned labels as in
@@ -42,9 +42,10 @@ from asrkit.models.spec import Positive
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, open_run, sha256_of
 from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import LossOutput, loss_of_a_stage
+from asrkit.training.objective import LossOutput
 from asrkit.training.run import RunWriter
 from asrkit.training.stage import FineTuneConfig, Prepared, fine_tune
+from asrkit.training.teaching import loss_of_a_stage
 
 SUPERVISED = "supervised"  # the head trained on the alignment's own labels
 SHOWN = 10  # cuts or symbols named in a finding
@@ -63,7 +64,7 @@ class HeadConfig:
 
 @config
 class DistillLmConfig(FineTuneConfig):
-    """Everything distill-lm can be told; config.yaml of the run holds it with every default written out.
+    """Everything distill --lm can be told; config.yaml of the run holds it with every default written out.
 
     ``mode``: mtl, a head for each language model (the paper's equation 4); lst, one supervised head whose labels are mixed with
     the posteriors (equation 3), which the paper improves on. ``labels``: lambda, the labels' share; 0.9 is the best of arXiv 1907.06017,

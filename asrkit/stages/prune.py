@@ -22,9 +22,11 @@ from asrkit.nn.compression import Mask
 from asrkit.run_dir import open_run
 from asrkit.training.distributed import World, all_sum
 from asrkit.training.masks import MaskSchedule, keep_pruned, last_update, sparsity_due, update_masks, watch_inputs
-from asrkit.training.objective import LossOutput, loss_of_a_stage
+from asrkit.training.objective import LossOutput
 from asrkit.training.run import RunWriter
-from asrkit.training.stage import CompressConfig, Prepared, fine_tune, load_teacher
+from asrkit.training.stage import CompressConfig, Prepared, fine_tune
+from asrkit.training.teachers import ANY, load_teacher
+from asrkit.training.teaching import add_encoder_maps, loss_of_a_stage
 
 
 @config
@@ -84,8 +86,10 @@ def prune(
     spec = with_configuration(
         pruned_spec(origin, mask, settings.layers, active), settings.configuration, settings.contexts.train
     )
-    guide = None if teacher is None else load_teacher(teacher, source)
-    plain = loss_of_a_stage(spec, settings.loss, settings.contexts, guide, settings.teacher)
+    guides = None if teacher is None else {ANY: [load_teacher(teacher, source.tokenizer_path)]}
+    plain = loss_of_a_stage(
+        spec, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps
+    )
 
     found_at = -1
 
@@ -108,6 +112,8 @@ def prune(
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         model = rebuilt(spec, origin)
+        if guides is not None:
+            add_encoder_maps(model, guides, settings.teacher)
         layers = compressed_layers(model)
         weights = sum(layer.weight.numel() for layer in layers.values())
         run.note(f"{run.path}: {len(layers)} layers of {weights} weights; masks are final before step {final}")
@@ -117,6 +123,7 @@ def prune(
             after_step=after_step,
             not_before=final + 1,
             extra={"masks_final_before_step": final},
+            clean=guides is not None and settings.teacher.input == "clean",
         )
 
     return fine_tune(

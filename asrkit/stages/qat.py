@@ -31,10 +31,12 @@ from asrkit.run_dir import MODEL, open_run, read_yaml
 from asrkit.training.distributed import broadcast_object
 from asrkit.training.loop import TrainingConfig
 from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import ContextsConfig, LossConfig, loss_of_a_stage
+from asrkit.training.objective import ContextsConfig, LossConfig
 from asrkit.training.run import RunWriter
 from asrkit.training.sensitivity import BITS, choose_bits, measure
-from asrkit.training.stage import CompressConfig, Prepared, fine_tune, load_teacher
+from asrkit.training.stage import CompressConfig, Prepared, fine_tune
+from asrkit.training.teachers import ANY, load_teacher
+from asrkit.training.teaching import add_encoder_maps, loss_of_a_stage
 
 SAMPLE = 4  # training batches that sensitivity is measured on
 
@@ -87,7 +89,7 @@ def qat(
     origin = load_model(source)
     active = origin.submodels_of(settings.configuration)
     spec = quantised_spec(origin, settings.quantisation, active)
-    guide = None if teacher is None else load_teacher(teacher, source)
+    guides = None if teacher is None else {ANY: [load_teacher(teacher, source.tokenizer_path)]}
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         chosen = spec
@@ -103,13 +105,18 @@ def qat(
             idle = tuple(f"encoder.submodels.{name}." for name in origin.spec.submodels if name not in active)
             new = {name: t for name, t in fresh.items() if name not in kept and not name.startswith(idle)}
             model.load_state_dict(new, strict=False)
+        if guides is not None:
+            add_encoder_maps(model, guides, settings.teacher)
         counts = Counter(how.weights.bits for how in chosen.compression.values() if how.weights is not None)
         said = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
         run.note(f"{run.path}: {said}")
         return Prepared(
             model=model,
-            loss=loss_of_a_stage(chosen, settings.loss, settings.contexts, guide, settings.teacher),
+            loss=loss_of_a_stage(
+                chosen, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps
+            ),
             after_step=keep_pruned,
+            clean=guides is not None and settings.teacher.input == "clean",
         )
 
     return fine_tune(

@@ -5,67 +5,22 @@ Stage A of modular training (US20240185839A1): the backbone alone, or with atten
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from lhotse.cut import Cut
-from pydantic import Field
-
-from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batches import TrainBatches, feature_statistics, text_of
-from asrkit.data.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
-from asrkit.models import SIZES, AsrModel, ModelSpec
-from asrkit.models.spec import BACKBONE, ConfigurationSpec, Positive, Probability, Size
-from asrkit.nn.context import FULL
-from asrkit.run_dir import TOKENIZER
-from asrkit.training.distributed import World, broadcast_object, join_world
-from asrkit.training.objective import (
-    AttentionDropoutConfig,
-    ContextsConfig,
-    check_contexts,
-    recogniser_loss,
+from asrkit.config import config, to_dict
+from asrkit.data.batches import TrainBatches
+from asrkit.training.backbone import (
+    BackboneConfig,
+    TokenizerConfig,
+    new_model,
+    run_tokenizer,
+    trained_configuration,
 )
+from asrkit.training.distributed import join_world
+from asrkit.training.objective import check_contexts, recogniser_loss
 from asrkit.training.run import RunWriter, read_material
 from asrkit.training.stage import Prepared, StageConfig, inputs_of, train_stage
-
-JOINT = "joint"  # the sub-model that trains together with the backbone
-
-
-@config
-class TokenizerConfig:
-    """The tokenizer trained from the manifest when none is given."""
-
-    kind: TokenizerKind = "bpe"
-    vocab_size: Annotated[int, Field(ge=4)] = 500
-
-
-@config
-class BackboneConfig:
-    """``size`` names a preset; any other field set replaces the preset's value.
-
-    Attention, where ``attention_dropout.probability`` is below 1, is a sub-model named ``joint`` in every layer:
-    ``attention_heads`` of it, ``attention_dim`` wide (the backbone's width when none is given). Its output projections
-    begin as zeros, so that the model begins as a backbone.
-    """
-
-    size: Size = "small"
-    dim: Positive | None = None
-    num_layers: Positive | None = None
-    feedforward_dim: Positive | None = None
-    kernel_size: Positive | None = None
-    subsampling_channels: tuple[Positive, Positive] = (8, 32)
-    dropout: Probability = 0.1
-    predictor_dim: Positive | None = None
-    predictor_dropout: Probability = 0.1
-    context_size: Positive = 2
-    joiner_dim: Positive | None = None
-    norms: Literal["shared", "per_mode"] = "shared"
-    attention_dropout: AttentionDropoutConfig = field(default_factory=AttentionDropoutConfig)
-    attention_dim: Positive | None = None
-    attention_heads: Positive = 4
-    attention_place: Literal["serial", "parallel"] = "serial"
 
 
 @config
@@ -74,51 +29,6 @@ class TrainBackboneConfig(StageConfig):
 
     model: BackboneConfig = field(default_factory=BackboneConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-
-
-def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:
-    """The full spec of a preset with the replacements of ``settings``, trained in ``contexts``."""
-    preset: dict[str, Any] = SIZES[settings.size]
-    encoder = {
-        key: getattr(settings, key) or preset["encoder"][key]
-        for key in ("dim", "num_layers", "feedforward_dim", "kernel_size")
-    }
-    trained = ConfigurationSpec(contexts=(contexts or ContextsConfig()).train or [str(FULL)])
-    configurations = {BACKBONE: to_dict(trained)}
-    submodels = {}
-    if settings.attention_dropout.probability < 1:
-        configurations[JOINT] = {**to_dict(trained), "submodels": [JOINT]}
-        submodels[JOINT] = {
-            "kind": "attention",
-            "layers": list(range(encoder["num_layers"])),
-            "place": settings.attention_place,
-            "dim": settings.attention_dim or encoder["dim"],
-            "heads": settings.attention_heads,
-            "dropout": settings.dropout,
-        }
-    return from_dict(
-        ModelSpec,
-        {
-            "vocab_size": vocab_size,
-            "encoder": {
-                **encoder,
-                "subsampling_channels": settings.subsampling_channels,
-                "dropout": settings.dropout,
-                "norms": settings.norms,
-            },
-            "predictor": {
-                "dim": settings.predictor_dim or preset["predictor"]["dim"],
-                "context_size": settings.context_size,
-                "dropout": settings.predictor_dropout,
-            },
-            "joiner_dim": settings.joiner_dim or preset["joiner_dim"],
-            "submodels": submodels,
-            "configurations": configurations,
-            # With attention dropped now and then it is the backbone that is being made; never dropped, the whole.
-            "configuration": JOINT if settings.attention_dropout.probability == 0 else BACKBONE,
-        },
-        "model",
-    )
 
 
 def train_backbone(
@@ -138,21 +48,18 @@ def train_backbone(
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
-    dropout = settings.model.attention_dropout
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
-        model = AsrModel(model_spec(settings.model, Tokenizer(run.path / TOKENIZER).vocab_size, settings.contexts))
-        for attention in model.encoder.submodels.values():
-            attention.silence()  # type: ignore[operator]
-        if run.fresh:
-            mean, std = feature_statistics(batches.table)
-            model.encoder.normalise.mean.copy_(mean)
-            model.encoder.normalise.std.copy_(std)
-        trained = JOINT if dropout.probability < 1 else BACKBONE
         return Prepared(
-            model=model,
+            model=new_model(settings.model, settings.contexts, run, batches),
             loss=lambda model, batch, step: recogniser_loss(
-                model, batch, step, settings.loss, settings.contexts, trained, dropout
+                model,
+                batch,
+                step,
+                settings.loss,
+                settings.contexts,
+                trained_configuration(settings.model),
+                settings.model.attention_dropout,
             ),
         )
 
@@ -164,20 +71,6 @@ def train_backbone(
         if run.finished:
             return out
         material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
-        pieces = _tokenizer(world, out, tokenizer, material.every, settings.tokenizer)
+        pieces = run_tokenizer(world, out, tokenizer, material.every, settings.tokenizer)
         train_stage(run, settings, material, pieces, prepare)
     return out
-
-
-def _tokenizer(
-    world: World, out: Path, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig
-) -> Tokenizer:
-    """The run's tokenizer: what is there already, else a copy of the given one, else one trained on the texts."""
-    path = out / TOKENIZER
-    if world.is_main and not path.is_file():
-        if given is not None:
-            Tokenizer(given).copy_to(path)
-        else:
-            train_tokenizer((text_of(cut) for cut in cuts), settings.kind, settings.vocab_size, path)
-    broadcast_object(world, None)  # the others read it only once it is there
-    return Tokenizer(path)

@@ -76,11 +76,17 @@ def load_state(run: Path, model: nn.Module, average: nn.Module, optimiser: torch
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Write a model's parameters and buffers, float32 (masks as they are), atomically."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    """Write a model's parameters and buffers, float32 (masks as they are), atomically; not its maps to teachers."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("teacher_maps.")}
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
     plain = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    save_tensors(path, {name: tensor.contiguous().clone() for name, tensor in plain.items()})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors of the CPU, none of which share memory, atomically."""
     with atomic_write(path) as temporary:
-        _save({name: tensor.contiguous().clone() for name, tensor in plain.items()}, temporary, {})
+        _save(tensors, temporary, {})
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

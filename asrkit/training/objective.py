@@ -3,7 +3,6 @@ model is trained for, with attention dropout where the stage asks for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,10 +11,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from asrkit.config import config, from_dict, to_dict
+from asrkit.config import config
 from asrkit.data.batches import Batch
 from asrkit.errors import UserError
-from asrkit.losses.distillation import Classes, node_divergence
+from asrkit.losses.distillation import Classes, delayed, node_divergence
 from asrkit.losses.transducer import (
     Backend,
     Topology,
@@ -25,7 +24,7 @@ from asrkit.losses.transducer import (
     warm_up_scales,
 )
 from asrkit.models.asr import AsrModel
-from asrkit.models.spec import ContextText, ModelSpec
+from asrkit.models.spec import ContextText
 from asrkit.nn.context import FULL, Context, parse_context
 
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -77,6 +76,15 @@ class ContextsConfig:
             raise ValueError("in-place distillation needs contexts.sampling=joint")
         return self
 
+    @property
+    def choices(self) -> list[Context]:
+        return [parse_context(text) for text in self.train or [str(FULL)]]
+
+
+def drawn(contexts: list[Context]) -> Context:
+    """One of the contexts, by torch's generator on the CPU."""
+    return contexts[0] if len(contexts) == 1 else contexts[int(torch.randint(len(contexts), ()))]
+
 
 def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:
     """Refuse settings that contradict each other.
@@ -88,16 +96,6 @@ def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:
         raise UserError(
             "contexts.distillation_scale compares transducers, but loss.transducer_scale is 0; set one of them"
         )
-
-
-@config
-class TeacherConfig:
-    """What a frozen model teaches the one that trains: ``scale`` times the divergence of their transducers' posteriors on the
-    student's pruned lattice, over ``classes``, and ``ctc_scale`` times that of their CTC posteriors."""
-
-    scale: NonNegative = 1.0
-    ctc_scale: NonNegative = 0.3
-    classes: Classes = "all"
 
 
 @config
@@ -140,8 +138,13 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One way through the model: its loss, and what distillation reads of it."""
+class Pass:
+    """One way through the model: its loss (B,), and what distillation reads of it.
+
+    ``possible`` (B,): whether the transducer has room for the symbols, whose number in ``symbol_lens`` is cut to fit.
+    ``pruned`` (B,): the pruned transducer's share of the loss. ``joiner_in``: the joiner's two projected inputs,
+    (B, T', J) and (B, U + 1, J).
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -150,6 +153,8 @@ class _Pass:
     symbol_lens: Tensor
     possible: Tensor
     transducer: TransducerLoss | None
+    pruned: Tensor
+    joiner_in: tuple[Tensor, Tensor] | None
 
 
 def recogniser_loss(
@@ -168,36 +173,26 @@ def recogniser_loss(
     drawn by torch's generator on the CPU. Joint contexts log full context under the plain names.
     """
     contexts = contexts or ContextsConfig()
-    choices = [parse_context(text) for text in contexts.train or [str(FULL)]]
     gates = None
     if attention_dropout is not None and model.training:
         gates = draw_gates(attention_dropout, len(model.encoder.blocks), len(batch.cut_ids))
+    choices = contexts.choices
     if contexts.sampling == "random":
-        chosen = choices[0] if len(choices) == 1 else choices[int(torch.randint(len(choices), ()))]
-        only = _one_pass(model, batch, step, settings, configuration, chosen, gates)
+        only = one_pass(model, batch, step, settings, configuration, drawn(choices), gates)
         return LossOutput(only.loss, float(only.encoder_out_lens.sum()), only.parts)
-    others = [context for context in choices if context.streaming]
-    chosen = others[0] if len(others) == 1 else others[int(torch.randint(len(others), ()))]
-    full = _one_pass(model, batch, step, settings, configuration, FULL, gates)
-    streaming = _one_pass(model, batch, step, settings, configuration, chosen, gates)
+    chosen = drawn([context for context in choices if context.streaming])
+    full = one_pass(model, batch, step, settings, configuration, FULL, gates)
+    streaming = one_pass(model, batch, step, settings, configuration, chosen, gates)
     loss = full.loss + streaming.loss
     parts = full.parts | {f"streaming_{name}": value for name, value in streaming.parts.items() if name != "left_out"}
     if contexts.distillation_scale > 0:
-        divergence = _divergence(
-            model,
-            batch,
-            full.encoder_out,
-            full.encoder_out_lens,
-            streaming,
-            contexts.distillation_classes,
-            contexts.distillation_delay,
-        )
+        divergence = _divergence(model, batch, full, streaming, contexts)
         loss = loss + contexts.distillation_scale * divergence
         parts["distillation"] = divergence.detach().sum()
     return LossOutput(loss, float(full.encoder_out_lens.sum()), parts)
 
 
-def _one_pass(
+def one_pass(
     model: AsrModel,
     batch: Batch,
     step: int,
@@ -205,7 +200,7 @@ def _one_pass(
     configuration: str | None,
     context: Context,
     gates: Tensor | None,
-) -> _Pass:
+) -> Pass:
     encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens, configuration, context, gates)
     loss = encoder_out.new_zeros(len(batch.cut_ids), dtype=torch.float32)
     parts: dict[str, Tensor] = {}
@@ -226,12 +221,12 @@ def _one_pass(
     possible = encoder_out_lens >= batch.symbol_lens
     # Shortened, so that an impossible utterance has a finite loss to be masked.
     symbol_lens = torch.minimum(batch.symbol_lens, encoder_out_lens)
-    transducer = None
+    transducer, joiner_in, weighed = None, None, torch.zeros_like(loss)
     if settings.transducer_scale > 0:
         predicted = model.predictor(model.predictor.contexts_of(batch.symbols))
+        joiner_in = (model.joiner.project_encoder(encoder_out), model.joiner.project_predictor(predicted))
         transducer = transducer_loss(
-            model.joiner.project_encoder(encoder_out),
-            model.joiner.project_predictor(predicted),
+            *joiner_in,
             model.joiner,
             model.simple_encoder(encoder_out),
             model.simple_predictor(predicted),
@@ -248,99 +243,39 @@ def _one_pass(
             torch.where(possible, part, torch.zeros_like(part)) for part in (transducer.simple, transducer.pruned)
         )
         simple_scale, pruned_scale = warm_up_scales(step, settings.warm_up_steps, settings.simple_scale)
+        weighed = settings.transducer_scale * pruned_scale * pruned
         loss = loss + settings.transducer_scale * (simple_scale * simple + pruned_scale * pruned)
         parts |= {"simple": simple.detach().sum(), "pruned": pruned.detach().sum()}
         parts.setdefault("left_out", (~possible).sum())
-    return _Pass(loss, parts, encoder_out, encoder_out_lens, symbol_lens, possible, transducer)
+    return Pass(
+        loss,
+        parts,
+        encoder_out,
+        encoder_out_lens,
+        symbol_lens,
+        possible,
+        transducer,
+        weighed,
+        joiner_in,
+    )
 
 
-def loss_of_a_stage(
-    spec: ModelSpec,
-    settings: LossConfig,
-    contexts: ContextsConfig,
-    teacher: AsrModel | None = None,
-    teaching: TeacherConfig | None = None,
-) -> Callable[[Any, Batch, int], LossOutput]:
-    """The loss of a stage that trains ``spec``'s default configuration, in ``contexts`` or else those it was trained in.
-
-    Raises:
-        UserError: a teacher, and contexts to train jointly.
-    """
-    train = contexts.train or spec.configurations[spec.configuration].contexts
-    mine = from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
-    if teacher is None:
-        return lambda model, batch, step: recogniser_loss(model, batch, step, settings, mine)
-    if mine.sampling == "joint":
-        raise UserError("a teacher teaches one context a batch; use contexts.sampling=random")
-    choices = [parse_context(text) for text in train]
-
-    def taught(model: AsrModel, batch: Batch, step: int) -> LossOutput:
-        chosen = choices[0] if len(choices) == 1 else choices[int(torch.randint(len(choices), ()))]
-        guide = teacher.to(batch.features.device).eval()
-        return taught_loss(model, guide, batch, step, settings, teaching or TeacherConfig(), chosen)
-
-    return taught
-
-
-def taught_loss(
-    model: AsrModel,
-    teacher: AsrModel,
-    batch: Batch,
-    step: int,
-    settings: LossConfig,
-    teaching: TeacherConfig,
-    context: Context = FULL,
-) -> LossOutput:
-    """``recogniser_loss`` in one context, and what ``teacher``, in evaluation mode and in the same context, says of it.
-
-    Each runs in its own default configuration.
-    """
-    own = _one_pass(model, batch, step, settings, None, context, None)
-    with torch.no_grad():
-        encoder_out, _ = teacher.encode(batch.features, batch.feature_lens, None, context)
-    loss, parts = own.loss, dict(own.parts)
-    if teaching.scale > 0 and own.transducer is not None:
-        taught = _divergence(teacher, batch, encoder_out, own.encoder_out_lens, own, teaching.classes)
-        loss, parts["taught"] = loss + teaching.scale * taught, taught.detach().sum()
-    if teaching.ctc_scale > 0 and settings.ctc_scale > 0:
-        with torch.no_grad():
-            expected = teacher.ctc_log_probs(encoder_out)
-        found = model.ctc_log_probs(own.encoder_out)
-        valid = torch.arange(found.shape[1], device=found.device) < own.encoder_out_lens.unsqueeze(1)
-        per_frame = (expected.exp() * (expected - found)).sum(-1).masked_fill(~valid, 0.0)
-        loss, parts["taught_ctc"] = loss + teaching.ctc_scale * per_frame.sum(1), per_frame.detach().sum()
-    return LossOutput(loss, float(own.encoder_out_lens.sum()), parts)
-
-
-def _divergence(
-    teacher: AsrModel,
-    batch: Batch,
-    teacher_out: Tensor,
-    encoder_out_lens: Tensor,
-    student: _Pass,
-    classes: Classes,
-    delay: int = 0,
-) -> Tensor:
-    """How far a pass is from what ``teacher`` makes of its own encoder frames, (B,), on the pass's own pruned lattice."""
-    if student.transducer is None:
+def _divergence(model: AsrModel, batch: Batch, full: Pass, streaming: Pass, contexts: ContextsConfig) -> Tensor:
+    """How far the streaming pass is from the full one, (B,), on the streaming pass's own pruned lattice."""
+    if full.joiner_in is None or streaming.transducer is None:
         raise ValueError("distillation compares transducers, and this pass had none")
-    num_frames = teacher_out.shape[1]
     with torch.no_grad():
-        # Frame t of the teacher is its frame t - delay; at the ends, where there is none, the nearest.
-        frames = (torch.arange(num_frames, device=teacher_out.device) - delay).clamp(min=0)
-        frames = torch.minimum(frames, encoder_out_lens.unsqueeze(1) - 1).clamp(min=0)
-        rows = torch.arange(len(frames), device=frames.device).unsqueeze(1)
-        predicted = teacher.joiner.project_predictor(teacher.predictor(teacher.predictor.contexts_of(batch.symbols)))
-        encoded = teacher.joiner.project_encoder(teacher_out[rows, frames])
-        expected = teacher.joiner(*gather_pruned(encoded, predicted, student.transducer.ranges))
+        encoded, predicted = full.joiner_in
+        encoded = delayed(encoded, full.encoder_out_lens, contexts.distillation_delay)
+        expected = model.joiner(*gather_pruned(encoded, predicted, streaming.transducer.ranges))
     with torch.autocast(expected.device.type, enabled=False):
         divergence = node_divergence(
-            student.transducer.logits,
+            streaming.transducer.logits,
             expected,
             batch.symbols,
-            student.transducer.ranges,
-            student.encoder_out_lens,
-            student.symbol_lens,
-            classes,
+            streaming.transducer.ranges,
+            streaming.encoder_out_lens,
+            streaming.symbol_lens,
+            contexts.distillation_classes,
         )
-    return torch.where(student.possible, divergence, torch.zeros_like(divergence))
+    return torch.where(streaming.possible, divergence, torch.zeros_like(divergence))

@@ -23,7 +23,7 @@ from asrkit import __version__
 from asrkit.config import differences, digest
 from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, evaluation_batches
 from asrkit.data.checks import Finding, find_bad_cuts
-from asrkit.data.manifests import open_cuts
+from asrkit.data.manifests import is_labelled, open_cuts
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.evaluation import measure_wer
@@ -47,6 +47,7 @@ from asrkit.training.checkpoint import STATE_FILE, save_weights
 from asrkit.training.distributed import World, broadcast_object
 
 DONE, LEFT_OUT = "done", "left_out.yaml"
+LABELLED = "labelled-*.jsonl.gz"  # manifests whose missing texts are a teacher's
 
 
 @dataclass
@@ -124,6 +125,11 @@ class RunWriter:
         if self.world.is_main:
             self._console.print(text, highlight=False, soft_wrap=True)
 
+    def leave_out(self, cut_id: str, reason: str) -> None:
+        """Train without a cut, and say so."""
+        self.note(f"left out: cut {cut_id}: {reason}")
+        self.left_out[cut_id] = reason
+
     def describe(self, spec: dict[str, Any], data: str, world: World) -> None:
         """Write model.yaml and say what is going to be trained on what ``data``; from here on the directory is kept."""
         self.began = True
@@ -183,9 +189,15 @@ class RunWriter:
 
 
 def usable_cuts(
-    cuts: CutSet, tokenizer: Tokenizer | None, policy: str, run: RunWriter, read_audio: bool = False
+    cuts: CutSet,
+    tokenizer: Tokenizer | None,
+    policy: str,
+    run: RunWriter,
+    read_audio: bool = False,
+    need_text: bool = True,
 ) -> CutSet:
-    """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says.
+    """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says; those
+    whose text is a teacher's are left out, as nobody can mend them.
 
     A resumed run leaves out what the run left out when it began, without looking again.
 
@@ -195,15 +207,17 @@ def usable_cuts(
     findings: list[Finding] = []
     if run.fresh:
         found = find_bad_cuts(cuts, tokenizer, read_audio=read_audio) if run.world.is_main else []
+        found = [finding for finding in found if need_text or finding.kind != "text"]
         findings = broadcast_object(run.world, found)  # type: ignore[assignment]
-    if findings and policy == "refuse":
+    labelled = {cut.id for cut in cuts if is_labelled(cut)} if findings else set()
+    refused = [finding for finding in findings if finding.cut_id not in labelled]
+    if refused and policy == "refuse":
         raise UserError.of(
-            [f"cut {f.cut_id}: {f.kind}: {f.detail}" for f in findings]
-            + [f"{len(findings)} unusable cuts: mend the manifest, or leave them out with --set bad_cuts=skip"]
+            [f"cut {f.cut_id}: {f.kind}: {f.detail}" for f in refused]
+            + [f"{len(refused)} unusable cuts: mend the manifest, or leave them out with --set bad_cuts=skip"]
         )
     for finding in findings:
-        run.note(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}")
-        run.left_out[finding.cut_id] = f"{finding.kind}: {finding.detail}"
+        run.leave_out(finding.cut_id, f"{finding.kind}: {finding.detail}")
     kept = CutSet.from_cuts(cut for cut in cuts if cut.id not in run.left_out) if run.left_out else cuts
     if not len(kept):
         raise UserError("no usable cut is left in the manifest")
@@ -314,8 +328,8 @@ def _existing(path: Path, stage: str, content: dict[str, Any]) -> dict[str, Any]
 
 def _clear(path: Path) -> None:
     """Leave no trace of a run that was refused before it began."""
-    for name in (CONFIG, TOKENIZER, TOKENS, ".lock"):
-        (path / name).unlink(missing_ok=True)
+    for file in (*(path / name for name in (CONFIG, TOKENIZER, TOKENS, ".lock")), *path.glob(LABELLED)):
+        file.unlink(missing_ok=True)
     if not any(path.iterdir()):
         path.rmdir()
 

@@ -15,16 +15,16 @@ from torch import nn
 from asrkit.config import config, to_dict
 from asrkit.data.batches import Batch, DataConfig, TrainBatches
 from asrkit.data.tokenizer import Tokenizer
-from asrkit.errors import UserError
-from asrkit.models import AsrModel, load_model
+from asrkit.models import AsrModel
 from asrkit.models.spec import Positive
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.distributed import broadcast_object, join_world
 from asrkit.training.loop import Task, TrainingConfig, train
-from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, TeacherConfig, check_contexts
+from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, check_contexts
 from asrkit.training.optim import OptimiserConfig
 from asrkit.training.run import Material, RunWriter, dev_measure, read_material, training_table
+from asrkit.training.teaching import TeachingConfig, WeightConfig
 
 
 @config
@@ -57,11 +57,21 @@ class FineTuneConfig(StageConfig):
 class CompressConfig(FineTuneConfig):
     """What the stages that make a model smaller have in common.
 
-    ``configuration``: the one to train, None for the parent's default. ``teacher``: how a model given to teach does so.
+    ``configuration``: the one to train, None for the parent's default. ``teacher``: how a model given to teach does so; ours
+    is all it knows, of the very input of the student, as the two began as one.
     """
 
     configuration: str | None = None
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: TeachingConfig = field(
+        default_factory=lambda: TeachingConfig(
+            scale=1.0,
+            ctc_scale=0.3,
+            classes="all",
+            input="shared",
+            context="same",
+            weight=WeightConfig(kind="constant"),
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ class Prepared:
     extra: what the stage adds to its entry in the lineage.
     check: looks at the finished run's weights; raises when what the stage promises does not hold.
     measure: (averaged model, dev cuts) -> what to measure besides error rates.
+    clean: whether the loss needs the clean features of its batches.
     """
 
     model: AsrModel
@@ -84,22 +95,8 @@ class Prepared:
     not_before: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, torch.Tensor]], None] | None = None
+    clean: bool = False
     measure: Callable[[Any, CutSet], dict[str, float]] | None = None
-
-
-def load_teacher(path: Path, student: RunDir) -> AsrModel:
-    """The frozen model of a run directory, to teach that of ``student``, whose tokenizer it must share.
-
-    Raises:
-        UserError: unusable, or of another tokenizer.
-    """
-    run = open_run(path)
-    if sha256_of(run.tokenizer_path) != sha256_of(student.tokenizer_path):
-        raise UserError(
-            f"--teacher {path}: has another tokenizer than {student.path}, so its tokens mean something else; "
-            "a teacher must have been trained with the student's (train-backbone --tokenizer)"
-        )
-    return load_model(run).requires_grad_(False)
 
 
 def train_stage(
@@ -125,6 +122,7 @@ def train_stage(
     torch.manual_seed(settings.seed)
     prepared = prepare(run, batches)
     run.extra = dict(prepared.extra)
+    batches.clean = prepared.clean
     spec = prepared.model.spec
     run.describe(to_dict(spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", world)
     measure = None

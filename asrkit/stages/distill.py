@@ -1,0 +1,267 @@
+"""distill: one or several trained models teach a student, new or trained, each utterance by the teacher of its language.
+
+The recogniser's loss and the divergence of the transducers' posteriors at every lattice node (arXiv 2011.06110), weighted for
+each utterance by how well student and teacher know it (self-adaptive distillation, US20220309340A1).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Literal
+
+from asrkit.config import config, to_dict
+from asrkit.data.augment import AugmentConfig
+from asrkit.data.batches import DataConfig, TrainBatches, language_of
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.search import Method
+from asrkit.errors import UserError
+from asrkit.models import load_model
+from asrkit.models.compress import rebuilt, with_configuration
+from asrkit.run_dir import WEIGHTS, open_run, sha256_of
+from asrkit.training.backbone import (
+    BackboneConfig,
+    TokenizerConfig,
+    new_model,
+    run_tokenizer,
+    trained_configuration,
+)
+from asrkit.training.distributed import join_world
+from asrkit.training.labels import label
+from asrkit.training.masks import keep_pruned
+from asrkit.training.objective import check_contexts
+from asrkit.training.run import Material, RunWriter, read_material
+from asrkit.training.stage import FineTuneConfig, Prepared, StageConfig, inputs_of, train_stage
+from asrkit.training.stored import Store
+from asrkit.training.teachers import (
+    ANY,
+    Teachers,
+    check_heads,
+    check_languages,
+    each,
+    match_tokenizer,
+    open_teachers,
+    shared_tokenizer,
+)
+from asrkit.training.teaching import TeachingConfig, add_encoder_maps, loss_of_a_stage
+
+
+@config
+class DistillConfig(StageConfig):
+    """Everything distill can be told; config.yaml of the run holds it with every default written out.
+
+    ``model`` is the shape of a new student. ``tokenizer``, when set, is that of one trained from the manifest for it; left
+    out, it is the teachers'. ``configuration``: the one to train of a student that has been trained before. ``labels``
+    teacher: a cut without text gets what the (first) teacher of its language hears, by ``labels_method``; texts that are
+    there stay. Ours.
+    """
+
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    tokenizer: TokenizerConfig | None = None
+    configuration: str | None = None
+    teacher: TeachingConfig = field(default_factory=TeachingConfig)
+    labels: Literal["given", "teacher"] = "given"
+    labels_method: Method = "beam"
+
+
+def defaults(trained_student: bool, stored: bool) -> DistillConfig:
+    """The defaults of a run: those of later stages for a student that has been trained before; for posteriors on disk,
+    which are of unchanged audio and of the lattice alone, no change of timing and no CTC posteriors."""
+    plain = FineTuneConfig() if trained_student else DistillConfig()
+    augment = AugmentConfig(speed=0.0) if stored else AugmentConfig()
+    return DistillConfig(
+        loss=plain.loss,
+        training=plain.training,
+        data=DataConfig(augment=augment),
+        teacher=TeachingConfig(ctc_scale=0.0) if stored else TeachingConfig(),
+    )
+
+
+def distill(
+    teachers: Mapping[str, Sequence[Path]],
+    manifest: Path,
+    out: Path,
+    settings: DistillConfig,
+    *,
+    parent: Path | None = None,
+    tokenizer: Path | None = None,
+    store: Path | None = None,
+    dev: Path | None = None,
+    device: str = "auto",
+    command: str = "",
+) -> Path:
+    """Train a student under teachers, or go on with a run that was interrupted; returns ``out``.
+
+    Args:
+        teachers: run directories by language; ``*`` is for all languages that are not named, several of one language teach
+            the mean of their posteriors.
+        parent: run directory of the student; None makes a new one.
+        tokenizer: sentencepiece model of a new student.
+        store: directory of the teachers' posteriors, which are read where they are there and made where not.
+
+    Raises:
+        UserError: unusable teachers, student, manifests, languages, tokenizers or output directory, found before training.
+        Interrupted: stopped by a signal, state saved.
+    """
+    check_contexts(settings.contexts, settings.loss)
+    _check(teachers, settings, parent, tokenizer, store)
+    opened = open_teachers(teachers)
+    needs_transducer = settings.teacher.scale > 0 or settings.teacher.weight.needs_teacher_loss
+    if findings := check_heads(
+        opened, needs_transducer, settings.teacher.ctc_scale > 0 and settings.loss.ctc_scale > 0
+    ):
+        raise UserError.of(findings)
+    source = None if parent is None else open_run(parent)
+    origin = None if source is None else load_model(source)
+    spec = None
+    if origin is not None:
+        spec = with_configuration(origin.spec, settings.configuration, settings.contexts.train)
+    weights = {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(opened)}
+    told = {
+        "teachers": {
+            language: {str(path): sha256_of(path / WEIGHTS) for path in several}
+            for language, several in teachers.items()
+        },
+        **({} if source is None else {"from": str(parent), "from_weights_sha256": sha256_of(source.path / WEIGHTS)}),
+        **({} if store is None else {"store": str(store)}),
+        **to_dict(settings),
+    }
+    files = {**inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer), **weights}
+    with (
+        join_world(device) as world,
+        RunWriter.open(out, "distill", told, files, command, world, parent=parent) as run,
+    ):
+        if run.finished:
+            return out
+        data = settings.data
+        if settings.labels == "teacher":
+            seconds, policy = data.max_duration, settings.bad_cuts
+            every = label([manifest, *data.also], opened, settings.labels_method, seconds, policy, run)
+            manifest, data = every[0], replace(data, also=tuple(every[1:]))
+        material = read_material(manifest, dev, data, settings.bad_cuts, run)
+        if findings := check_languages(teachers, material.every):
+            raise UserError.of(findings)
+        given = tokenizer if source is None else source.tokenizer_path
+        if given is None and settings.tokenizer is None:
+            given = _teachers_tokenizer(opened)
+        pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
+        matched = _match(opened, pieces, material, settings)
+        kept = None if store is None else Store(store, matched, pieces)
+
+        def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
+            _say(run, opened, material)
+            if kept is not None:
+                for heard in kept.fill(matched, batches.table, pieces, run.world, settings.data.max_duration):
+                    run.note(f"{store}: {heard} utterances heard")
+            if origin is None or spec is None:
+                model = new_model(settings.model, settings.contexts, run, batches)
+                configuration = trained_configuration(settings.model)
+            else:
+                model, configuration = rebuilt(spec, origin), spec.configuration
+            add_encoder_maps(model, matched, settings.teacher)
+            return Prepared(
+                model=model,
+                loss=loss_of_a_stage(
+                    model.spec,
+                    settings.loss,
+                    settings.contexts,
+                    matched if kept is None else kept,
+                    settings.teacher,
+                    steps=settings.training.steps,
+                    configuration=configuration,
+                    attention_dropout=settings.model.attention_dropout if origin is None else None,
+                ),
+                after_step=keep_pruned,
+                clean=kept is None and settings.teacher.input == "clean",
+            )
+
+        train_stage(run, settings, material, pieces, prepare)
+    return out
+
+
+def _check(
+    teachers: Mapping[str, Sequence[Path]],
+    settings: DistillConfig,
+    parent: Path | None,
+    tokenizer: Path | None,
+    store: Path | None,
+) -> None:
+    """Refuse what contradicts itself, before anything is read."""
+    findings = []
+    if settings.loss.transducer_scale == 0:
+        findings.append("loss.transducer_scale is 0, but teachers teach a transducer; set it above 0")
+    if settings.contexts.sampling == "joint":
+        findings.append("a teacher teaches one context a batch; use contexts.sampling=random")
+    if parent is not None and tokenizer is not None:
+        findings.append(f"--tokenizer {tokenizer}: a trained student has its own; leave out --tokenizer or --from")
+    if parent is not None and settings.tokenizer is not None:
+        findings.append("tokenizer: a trained student has its own; leave out --set tokenizer.* or --from")
+    if parent is not None and settings.model != BackboneConfig():
+        findings.append(
+            "--size and model: a trained student has its shape; leave out --size and --set model.*, or --from"
+        )
+    if parent is None and settings.configuration is not None:
+        findings.append(f"--configuration {settings.configuration}: a new student has one only; it goes with --from")
+    if settings.data.augment.join > 0 and set(teachers) != {ANY}:
+        findings.append(
+            "data.augment.join joins utterances of any language, and each teacher knows its own; set it to 0"
+        )
+    if store is not None:
+        augment, teaching = settings.data.augment, settings.teacher
+        changes = {
+            "data.augment.speed": (augment.speed, 0.0),
+            "data.augment.tempo": (augment.tempo, 0.0),
+            "data.augment.silence": (augment.silence, 0.0),
+            "data.augment.join": (augment.join, 0.0),
+            "data.bpe_dropout": (settings.data.bpe_dropout, 0.0),
+            "teacher.classes": (teaching.classes, "three"),
+            "teacher.temperature": (teaching.temperature, 1.0),
+            "teacher.input": (teaching.input, "clean"),
+            "teacher.context": (teaching.context, "own"),
+            "teacher.ctc_scale": (teaching.ctc_scale, 0.0),
+            "teacher.encoder_scale": (teaching.encoder_scale, 0.0),
+        }
+        findings += [
+            f"--store {store}: holds next symbol and blank of unchanged audio; set {key}={needed}, not {value}"
+            for key, (value, needed) in changes.items()
+            if value != needed
+        ]
+    if findings:
+        raise UserError.of(findings)
+
+
+def _teachers_tokenizer(teachers: Teachers) -> Path:
+    found = shared_tokenizer(teachers)
+    if found is None:
+        raise UserError(
+            "the teachers have different tokenizers, so the student's must be said: give --tokenizer FILE, "
+            "or --set tokenizer.kind=char to train one from the manifest"
+        )
+    return found
+
+
+def _match(teachers: Teachers, tokenizer: Tokenizer, material: Material, settings: DistillConfig) -> Teachers:
+    """The teachers as teachers of this tokenizer's symbols."""
+    own = sha256_of(tokenizer.path)
+    others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]
+    teaching, findings = settings.teacher, []
+    if others:
+        who = f"teachers with another tokenizer than the student's ({', '.join(others)})"
+        if teaching.classes == "all":
+            findings.append(f"{who}: their whole vocabulary means something else; set teacher.classes=three")
+        if teaching.ctc_scale > 0 and settings.loss.ctc_scale > 0:
+            findings.append(f"{who}: their CTC posteriors mean something else; set teacher.ctc_scale=0")
+        if settings.data.bpe_dropout > 0:
+            findings.append(f"{who}: they must part every text alike; set data.bpe_dropout=0")
+    if findings:
+        raise UserError.of(findings)
+    return match_tokenizer(teachers, tokenizer, material.every)
+
+
+def _say(run: RunWriter, teachers: Teachers, material: Material) -> None:
+    counts = Counter(language if language in teachers else ANY for language in map(language_of, material.every))
+    for language, several in teachers.items():
+        names = ", ".join(str(teacher.run.path) for teacher in several)
+        run.note(f"{run.path}: {names} teaches {counts[language]} utterances" + f" of {language}" * (language != ANY))

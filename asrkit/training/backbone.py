@@ -1,0 +1,135 @@
+"""A new model: its shape, how it begins, and its tokenizer, for the stages that do not start from a trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from lhotse.cut import Cut
+from pydantic import Field
+
+from asrkit.config import config, from_dict, to_dict
+from asrkit.data.batches import TrainBatches, feature_statistics, text_of
+from asrkit.data.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from asrkit.models import SIZES, AsrModel, ModelSpec
+from asrkit.models.spec import BACKBONE, ConfigurationSpec, Positive, Probability, Size
+from asrkit.nn.context import FULL
+from asrkit.run_dir import TOKENIZER
+from asrkit.training.distributed import World, broadcast_object
+from asrkit.training.objective import AttentionDropoutConfig, ContextsConfig
+from asrkit.training.run import RunWriter
+
+JOINT = "joint"  # the sub-model that trains together with the backbone
+
+
+@config
+class TokenizerConfig:
+    """The tokenizer trained from the manifest when none is given."""
+
+    kind: TokenizerKind = "bpe"
+    vocab_size: Annotated[int, Field(ge=4)] = 500
+
+
+@config
+class BackboneConfig:
+    """``size`` names a preset; any other field set replaces the preset's value.
+
+    Attention, where ``attention_dropout.probability`` is below 1, is a sub-model named ``joint`` in every layer:
+    ``attention_heads`` of it, ``attention_dim`` wide (the backbone's width when none is given). Its output projections
+    begin as zeros, so that the model begins as a backbone.
+    """
+
+    size: Size = "small"
+    dim: Positive | None = None
+    num_layers: Positive | None = None
+    feedforward_dim: Positive | None = None
+    kernel_size: Positive | None = None
+    subsampling_channels: tuple[Positive, Positive] = (8, 32)
+    dropout: Probability = 0.1
+    predictor_dim: Positive | None = None
+    predictor_dropout: Probability = 0.1
+    context_size: Positive = 2
+    joiner_dim: Positive | None = None
+    norms: Literal["shared", "per_mode"] = "shared"
+    attention_dropout: AttentionDropoutConfig = field(default_factory=AttentionDropoutConfig)
+    attention_dim: Positive | None = None
+    attention_heads: Positive = 4
+    attention_place: Literal["serial", "parallel"] = "serial"
+
+
+def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:
+    """The full spec of a preset with the replacements of ``settings``, trained in ``contexts``."""
+    preset: dict[str, Any] = SIZES[settings.size]
+    encoder = {
+        key: getattr(settings, key) or preset["encoder"][key]
+        for key in ("dim", "num_layers", "feedforward_dim", "kernel_size")
+    }
+    trained = ConfigurationSpec(contexts=(contexts or ContextsConfig()).train or [str(FULL)])
+    configurations = {BACKBONE: to_dict(trained)}
+    submodels = {}
+    if settings.attention_dropout.probability < 1:
+        configurations[JOINT] = {**to_dict(trained), "submodels": [JOINT]}
+        submodels[JOINT] = {
+            "kind": "attention",
+            "layers": list(range(encoder["num_layers"])),
+            "place": settings.attention_place,
+            "dim": settings.attention_dim or encoder["dim"],
+            "heads": settings.attention_heads,
+            "dropout": settings.dropout,
+        }
+    return from_dict(
+        ModelSpec,
+        {
+            "vocab_size": vocab_size,
+            "encoder": {
+                **encoder,
+                "subsampling_channels": settings.subsampling_channels,
+                "dropout": settings.dropout,
+                "norms": settings.norms,
+            },
+            "predictor": {
+                "dim": settings.predictor_dim or preset["predictor"]["dim"],
+                "context_size": settings.context_size,
+                "dropout": settings.predictor_dropout,
+            },
+            "joiner_dim": settings.joiner_dim or preset["joiner_dim"],
+            "submodels": submodels,
+            "configurations": configurations,
+            # With attention dropped now and then it is the backbone that is being made; never dropped, the whole.
+            "configuration": JOINT if settings.attention_dropout.probability == 0 else BACKBONE,
+        },
+        "model",
+    )
+
+
+def new_model(settings: BackboneConfig, contexts: ContextsConfig, run: RunWriter, batches: TrainBatches) -> AsrModel:
+    """An untrained model: attention adds nothing yet, the features' statistics are those of the training cuts."""
+    model = AsrModel(model_spec(settings, batches.tokenizer.vocab_size, contexts))
+    for attention in model.encoder.submodels.values():
+        attention.silence()  # type: ignore[operator]
+    if run.fresh:
+        mean, std = feature_statistics(batches.table)
+        model.encoder.normalise.mean.copy_(mean)
+        model.encoder.normalise.std.copy_(std)
+    return model
+
+
+def trained_configuration(settings: BackboneConfig) -> str:
+    """The one a new model trains in: with its attention, where that is not dropped all the time."""
+    return JOINT if settings.attention_dropout.probability < 1 else BACKBONE
+
+
+def run_tokenizer(
+    world: World, out: Path, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig
+) -> Tokenizer:
+    """The run's tokenizer: what is there already, else a copy of the given one, else one trained on the texts."""
+    path = out / TOKENIZER
+    if world.is_main and not path.is_file():
+        if given is not None:
+            Tokenizer(given).copy_to(path)
+        else:
+            train_tokenizer((text_of(cut) for cut in cuts), settings.kind, settings.vocab_size, path)
+    broadcast_object(world, None)  # the others read it only once it is there
+    return Tokenizer(path)

@@ -1,0 +1,177 @@
+"""Who teaches whom: frozen models by language, and whether they can teach this student on these cuts at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from lhotse.cut import Cut
+from torch import Tensor
+
+from asrkit.data.batches import language_of
+from asrkit.data.manifests import text_of
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.errors import UserError
+from asrkit.models import AsrModel, load_model
+from asrkit.run_dir import RunDir, open_run, sha256_of
+
+ANY = "*"  # the language of teachers for all that have none of their own
+LISTED = 10  # of many cuts with the same trouble
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model, and its own token for each of the student's (V,); None where they share a tokenizer.
+
+    ``name`` is its place among the teachers given, from 0 on.
+    """
+
+    name: str
+    run: RunDir
+    model: AsrModel
+    tokens: Tensor | None = None
+
+    def symbols(self, symbols: Tensor) -> Tensor:
+        """The student's ``symbols`` (B, U) as the teacher's."""
+        return symbols if self.tokens is None else self.tokens.to(symbols.device)[symbols]
+
+
+Teachers = Mapping[str, Sequence[Teacher]]  # by language
+
+
+def open_teachers(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Teacher]]:
+    """Load the models of run directories, each once, to teach whoever speaks the language.
+
+    Raises:
+        UserError: directories that cannot be used, or models with another encoder frame rate; all of them.
+    """
+    findings: list[str] = []
+    loaded: dict[Path, Teacher] = {}
+    for language, path in ((language, path) for language, several in paths.items() for path in several):
+        if path in loaded:
+            continue
+        option = f"--teacher {path}" if language == ANY else f"--teacher {language}={path}"
+        try:
+            run = open_run(path)
+            loaded[path] = Teacher(str(len(loaded)), run, load_model(run).requires_grad_(False))
+        except UserError as error:
+            findings += [f"{option}: {line.removeprefix(f'{path}: ')}" for line in error.lines]
+            continue
+        if (rate := loaded[path].model.subsampling) != AsrModel.subsampling:
+            findings.append(
+                f"{option}: has an encoder frame for {rate} feature frames, the student one for "
+                f"{AsrModel.subsampling}; a teacher's frames must be the student's"
+            )
+    if findings:
+        raise UserError.of(findings)
+    return {language: [loaded[path] for path in several] for language, several in paths.items()}
+
+
+def check_heads(teachers: Teachers, transducer: bool, ctc: bool) -> list[str]:
+    """Which teachers were last trained without the head that is to teach; [] if none."""
+    findings = []
+    for teacher in each(teachers):
+        scales = teacher.run.config.get("loss", {})
+        if transducer and scales.get("transducer_scale") == 0:
+            findings.append(
+                f"--teacher {teacher.run.path}: was trained without a transducer; choose another, or teach by CTC: teacher.scale=0 and teacher.weight.kind=constant"
+            )
+        if ctc and scales.get("ctc_scale") == 0:
+            findings.append(f"--teacher {teacher.run.path}: was trained without CTC; set teacher.ctc_scale=0")
+    return findings
+
+
+def load_teacher(path: Path, tokenizer: Path) -> Teacher:
+    """The model of a run directory, to teach one with this very ``tokenizer``.
+
+    Raises:
+        UserError: unusable, or of another tokenizer.
+    """
+    (teacher,) = open_teachers({ANY: [path]})[ANY]
+    if sha256_of(teacher.run.tokenizer_path) != sha256_of(tokenizer):
+        raise UserError(
+            f"--teacher {path}: has another tokenizer than {tokenizer.parent}, so its tokens mean something else; "
+            "a teacher must have been trained with the student's (train-backbone --tokenizer)"
+        )
+    return teacher
+
+
+def each(teachers: Teachers) -> list[Teacher]:
+    """Every teacher once."""
+    return list({id(teacher): teacher for several in teachers.values() for teacher in several}.values())
+
+
+def shared_tokenizer(teachers: Teachers) -> Path | None:
+    """The tokenizer all teachers have; None when there are several."""
+    files = {sha256_of(teacher.run.tokenizer_path): teacher.run.tokenizer_path for teacher in each(teachers)}
+    return next(iter(files.values())) if len(files) == 1 else None
+
+
+def route(teachers: Teachers, languages: Sequence[str]) -> list[tuple[list[int], Sequence[Teacher]]]:
+    """The rows of a batch that share their teachers, and these."""
+    groups: dict[tuple[int, ...], tuple[list[int], Sequence[Teacher]]] = {}
+    for row, language in enumerate(languages):
+        mine = teachers[language] if language in teachers else teachers[ANY]
+        groups.setdefault(tuple(id(teacher) for teacher in mine), ([], mine))[0].append(row)
+    return list(groups.values())
+
+
+def check_languages(languages: Iterable[str], cuts: Iterable[Cut]) -> list[str]:
+    """Why the cuts cannot all be taught by teachers of these languages; [] if they can."""
+    known = set(languages)
+    if ANY in known:
+        return []
+    untaught: Counter[str] = Counter()
+    unnamed: list[str] = []
+    for cut in cuts:
+        language = language_of(cut)
+        if not language:
+            unnamed.append(cut.id)
+        elif language not in known:
+            untaught[language] += 1
+    findings = []
+    if untaught:
+        counts = ", ".join(f"{language} ({count} cuts)" for language, count in sorted(untaught.items()))
+        findings.append(f"no teacher for the languages {counts}; add --teacher LANGUAGE=RUN, or '*=RUN' for all others")
+    if unnamed:
+        findings.append(
+            f"{len(unnamed)} cuts without a language, such as {', '.join(unnamed[:LISTED])}; "
+            "give their supervisions one, or add --teacher '*=RUN'"
+        )
+    return findings
+
+
+def match_tokenizer(teachers: Teachers, tokenizer: Tokenizer, cuts: Iterable[Cut]) -> dict[str, list[Teacher]]:
+    """The teachers as this tokenizer's: one with another is taught in by the pieces that are the same.
+
+    Raises:
+        UserError: a text that a teacher parts into other pieces, so that symbol u of the lattice is not the same; lists
+            the cuts.
+    """
+    own = sha256_of(tokenizer.path)
+    others = [t for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]
+    matched = {id(t): t for t in each(teachers)}
+    tokenizers = {id(t): Tokenizer(t.run.tokenizer_path) for t in others}
+    differing: dict[int, list[str]] = {id(t): [] for t in others}
+    for cut in cuts if others else ():
+        for teacher in teachers.get(language_of(cut), teachers.get(ANY, ())):
+            if id(teacher) in tokenizers:
+                text = text_of(cut)
+                if tokenizer.pieces(text) != tokenizers[id(teacher)].pieces(text):
+                    differing[id(teacher)].append(cut.id)
+    findings = []
+    for teacher in others:
+        cut_ids, theirs = differing[id(teacher)], tokenizers[id(teacher)]
+        if cut_ids:
+            findings.append(
+                f"--teacher {teacher.run.path}: its tokenizer parts {len(cut_ids)} texts otherwise than the student's, "
+                f"cuts {', '.join(cut_ids[:LISTED])}; train it with the student's (train-backbone --tokenizer)"
+            )
+        tokens = [theirs.piece_to_id(tokenizer.id_to_piece(i)) for i in range(tokenizer.vocab_size)]
+        matched[id(teacher)] = replace(teacher, tokens=torch.tensor(tokens))
+    if findings:
+        raise UserError.of(findings)
+    return {language: [matched[id(t)] for t in several] for language, several in teachers.items()}
