@@ -28,6 +28,7 @@ from asrkit.errors import UserError
 from asrkit.export import parity
 from asrkit.export.directory import SUFFIXES, open_exported
 from asrkit.export.integers import CONSTANT, Nodes, layer_alone, product
+from asrkit.export.readme import tail_seconds
 from asrkit.export.runtime import run_graph
 from asrkit.models import load_model
 from asrkit.models.compress import LayerChoice, QuantisationConfig, compressed_layers, pruned_spec, rebuilt
@@ -42,6 +43,7 @@ from asrkit.nn.compression import (
 )
 from asrkit.reporting.wer import align, count
 from asrkit.run_dir import LINEAGE, MODEL, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.stages import export as stage
 from asrkit.stages.export import QUANTISED, export
 from asrkit.stages.quantise import quantise
 from asrkit.training.checkpoint import save_weights
@@ -117,12 +119,17 @@ def test_the_runtime_computes_what_a_layer_does(
     assert counted <= stored <= counted + padding + 8  # a zero beside the kept weights, a byte begun
 
 
-def test_blocks_the_runtime_cannot_have() -> None:
+def test_blocks_the_runtime_cannot_have(run: Path, tmp_path: Path) -> None:
     layer = make_layer(24, 8, {"weights": {"bits": 4, "scale": "block", "block_size": 12}}, 1)
     with pytest.raises(UserError, match="layer: has a scale for each 12 inputs.*--dequantise"):
         layer_alone("layer", layer)
-    x = torch.randn(1, 3, 24)
-    torch.testing.assert_close(run_graph(layer_alone("layer", layer, dequantise=True), x), layer(x).detach())
+    quantise(
+        run, tmp_path / "blocks", QuantisationConfig(weights=WeightQuantisation(bits=4, scale="block", block_size=8))
+    )
+    with pytest.raises(UserError, match="--dequantise"):
+        export(tmp_path / "blocks", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+    export(tmp_path / "blocks", tmp_path / "onnx", dequantise=True)
 
 
 SPEC: dict[str, Any] = {
@@ -236,21 +243,35 @@ def test_sherpa_runs_integers_and_masks(
     assert exported.parts["backbone"].stored < 0.8 * exported.parts["backbone"].float32
 
     # sherpa-onnx finds the tokens that our own searches find in the exported model and in torch.
-    recogniser = load_recogniser(tmp_path / "onnx")
+    context = exported.parsed_context
+    tail = 0.0 if context.chunk is None else tail_seconds(context.chunk)
+    samples = [torch.from_numpy(soundfile.read(path, dtype="float32")[0]) for path in audio]
+    features = [fbank(torch.nn.functional.pad(one, (0, int(16000 * tail)))) for one in samples]
     for method in METHODS:
         heard = [tokens for tokens, _ in client(tmp_path / "onnx", audio, method)]
-        if not streaming:
-            features = [fbank(torch.from_numpy(soundfile.read(path, dtype="float32")[0])) for path in audio]
-            longest = max(map(len, features))
-            padded = [torch.nn.functional.pad(f, (0, 0, 0, longest - len(f)), value=-23.0259) for f in features]
-            batch = torch.stack(padded), torch.tensor([len(f) for f in features])
-            for one in (recogniser.model, TorchAcousticModel(model)):
-                ours = [hypothesis.tokens for hypothesis in search(one, one.encode(*batch), method)]
-                if kind == "int8-inputs":  # features that differ by 1e-6 round to other codes now and then
-                    assert errors(ours, heard) <= 0.1 * sum(map(len, ours))
-                else:
-                    assert heard == ours
+        for one in (load_recogniser(tmp_path / "onnx").model, TorchAcousticModel(model, context=context)):
+            encoded = [whole_chunks(one, mine) for mine in features] if context.streaming else [together(one, features)]
+            ours = [hypothesis.tokens for output in encoded for hypothesis in search(one, output, method)]
+            if kind == "int8-inputs":  # features that differ by 1e-6 round to other codes now and then
+                assert errors(ours, heard) <= 0.1 * sum(map(len, ours))
+            else:
+                assert heard == ours
         assert sum(map(len, heard)) > 3
+
+
+def together(model: Any, features: list[torch.Tensor]) -> Any:
+    """Recordings in one padded batch."""
+    longest = max(map(len, features))
+    padded = [torch.nn.functional.pad(one, (0, 0, 0, longest - len(one)), value=-23.0259) for one in features]
+    return model.encode(torch.stack(padded), torch.tensor([len(one) for one in features]))
+
+
+def whole_chunks(model: Any, features: torch.Tensor) -> Any:
+    """The chunks that the client computes: those with more than they need."""
+    window = 4 * model.context.chunk + 3
+    count = (len(features) - 1 - window) // (4 * model.context.chunk) + 1
+    frames = (count - 1) * 4 * model.context.chunk + window
+    return model.encode(features[None, :frames], torch.tensor([frames]))
 
 
 def errors(expected: list[list[int]], found: list[list[int]]) -> int:
@@ -267,6 +288,7 @@ def digits(packed: np.ndarray, bits: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", list(QUANTISED))
 def test_quantise_while_exporting(run: Path, tmp_path: Path, kind: str) -> None:
     exported = export(run, tmp_path / "onnx", configuration="near", quantise=kind)
+    assert exported.quantise == kind and "without training" in exported.compression
     plain = exported.parts["backbone"]
     assert plain.stored == plain.counted < 0.6 * plain.float32
     if kind == "dynamic":
@@ -296,22 +318,73 @@ def test_dequantised(run: Path, tmp_path: Path) -> None:
     assert exported.parts["backbone"].stored == exported.parts["backbone"].float32
 
 
-def test_a_code_that_differs_is_found(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bit of one integer, in a model whose outputs the mean would hide it in."""
+@pytest.mark.parametrize(("kind", "tensor"), [("int8-inputs", "codes"), ("int4", "scale"), ("sparse", "mask")])
+def test_a_file_that_holds_something_else_is_not_published(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tensor: str
+) -> None:
+    """One bit of one number of one file, which no output would show."""
+    source = sparse(run, tmp_path / "model") if kind == "sparse" else tmp_path / "model"
+    if kind != "sparse":
+        quantise(run, source, KINDS[kind])
+    original = stage.write_onnx
+    name = f"encoder.blocks.0.conv.gate.{tensor}"
+
+    def write(graph: Any, path: Path, *others: Any) -> dict[str, int]:
+        counted = original(graph, path, *others)
+        if path.name == "ctc.onnx":
+            model = onnx.load(path)
+            (found,) = (one for one in model.graph.initializer if one.name == name)
+            found.raw_data = bytes([found.raw_data[0] ^ 1]) + found.raw_data[1:]
+            onnx.save(model, path)
+        return counted
+
+    monkeypatch.setattr(stage, "write_onnx", write)
+    with pytest.raises(UserError, match=f"ctc.onnx: {name} is not what was trained"):
+        export(source, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_layer_that_computes_something_else_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantise(run, tmp_path / "int8", KINDS["int8-inputs"])
 
-    def spoilt(path: str, layer: CompressedLinear, dequantise: bool = False) -> bytes:
-        model = onnx.load_from_string(layer_alone(path, layer, dequantise))
+    def spoilt(path: str, layer: CompressedLinear) -> bytes:
+        model = onnx.load_from_string(layer_alone(path, layer))
         (codes,) = (tensor for tensor in model.graph.initializer if tensor.name == f"{path}.codes")
-        values = onnx.numpy_helper.to_array(codes).copy()
-        values.flat[3] ^= 1
-        codes.CopyFrom(onnx.numpy_helper.from_array(values, codes.name))
+        codes.raw_data = codes.raw_data[:3] + bytes([codes.raw_data[3] ^ 1]) + codes.raw_data[4:]
         return bytes(model.SerializeToString())
 
     monkeypatch.setattr(parity, "layer_alone", spoilt)
-    with pytest.raises(UserError, match="integer products, layer by layer: the exported file differs"):
+    with pytest.raises(UserError, match="encoder.blocks.0.conv.gate: computes something else"):
         export(tmp_path / "int8", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_names_and_weights_that_mislead(tmp_path: Path) -> None:
+    """A sub-model called model, and layers of equal weights, which the tracer would make one."""
+    spec = {**SPEC, "submodels": {"model": SPEC["submodels"]["near"]}}
+    spec |= {"configurations": {"all": {"submodels": ["model"], "contexts": ["full"]}}, "configuration": "all"}
+    path = write_run(tmp_path / "run", spec)
+    model = load_model(open_run(path))
+    with torch.no_grad():
+        for layer in model.encoder.submodels["model"].layers.values():  # type: ignore[union-attr]
+            for linear in (layer.query, layer.key):
+                linear.weight.zero_()
+    republish(path, model)
+    exported = export(path, tmp_path / "onnx", quantise="int8")
+    names = {tensor.name for tensor in onnx.load(tmp_path / "onnx" / "encoder.onnx").graph.initializer}
+    assert {f"encoder.submodels.model.layers.1.{one}.codes" for one in ("query", "key", "value", "out")} <= names
+    assert exported.parts["submodel model"].stored < 0.5 * exported.parts["submodel model"].float32
+
+
+def test_layers_that_stay_float_are_told(run: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    export(run, tmp_path / "onnx", configuration="near", quantise="int4", warn=told.append)
+    assert "layers stay float, as their inputs are no multiple of 32" in told[0]
+    quantise(run, tmp_path / "inputs", KINDS["int8-inputs"])
+    with pytest.raises(UserError, match="integer inputs.*leave --format and --dequantise out"):
+        export(tmp_path / "inputs", tmp_path / "again", dequantise=True)
 
 
 def test_a_runtime_without_the_operator(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +424,7 @@ def test_torchscript(run: Path, audio: list[Path], tmp_path: Path) -> None:
     unused = torch.jit.load(str(tmp_path / "script-False" / "joiner.pt"))  # type: ignore[no-untyped-call]
     assert (tmp_path / "script-False" / "joiner.pt").stat().st_size < 40_000 and unused is not None
     quantise(run, tmp_path / "inputs", KINDS["int8-inputs"])
-    with pytest.raises(UserError, match="integer inputs.*leave --format out"):
+    with pytest.raises(UserError, match="integer inputs.*leave --format and --dequantise out"):
         export(tmp_path / "inputs", tmp_path / "onnx", format="torchscript")
 
 
@@ -400,6 +473,8 @@ def test_report_and_pack(
 
     assert asrkit(*arguments[:4], str(tmp_path / "other"), "--pack", str(pack)) == 1
     assert f"{pack}: exists" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert asrkit(*arguments[:4], str(tmp_path / "other"), "--pack", str(tmp_path / "other" / "m.tar")) == 1
+    assert "lies in --out" in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert asrkit(*arguments[:4], str(tmp_path / "other"), "--report", str(tmp_path / "none.jsonl.gz")) == 1
     assert "none.jsonl.gz" in capsys.readouterr().err and not (tmp_path / "other").exists()
 

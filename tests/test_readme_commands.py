@@ -100,7 +100,8 @@ def test_your_own_recordings(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "summary.json").read_text())
     assert (row["stage"], row["configuration"], row["method"]) == ("train-backbone", "backbone", "greedy")
     assert (row["wer"], row["words"]) == (result["total"]["wer"], result["total"]["words"])
-    assert row["bytes"] == (tmp_path / "exp/mine/model.safetensors").stat().st_size
+    # What recognises, without the CTC head that greedy search leaves alone and what only training needs.
+    assert 0 < row["bytes"] < 0.99 * (tmp_path / "exp/mine/model.safetensors").stat().st_size
     result["weights_sha256"] = "of other weights"
     (tmp_path / "exp/mine/evaluation/test-backbone-full-greedy/result.json").write_text(json.dumps(result))
     refused = subprocess.run(summary, cwd=tmp_path, capture_output=True, text=True, timeout=300)

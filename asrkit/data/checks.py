@@ -12,12 +12,14 @@ from typing import TypeVar
 
 import numpy as np
 import soundfile
+from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 
 from asrkit.data.features import FRAME_SHIFT
-from asrkit.data.manifests import text_of
+from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.text import sentence_key
 from asrkit.data.tokenizer import Tokenizer
+from asrkit.errors import UserError
 
 SILENCE_PEAK = 1e-3  # -60 dBFS
 TOLERANCE = 0.02  # seconds a file may be shorter than its manifest says, as decoders differ
@@ -236,3 +238,18 @@ def _audio_of(cut: Cut) -> tuple[str, float] | None:
     if not isinstance(cut, MonoCut) or not cut.has_recording or cut.recording.sources[0].type != "file":
         return None
     return str(cut.recording.sources[0].source), cut.start
+
+
+def decodable_cuts(manifest: Path) -> tuple[CutSet, list[str]]:
+    """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others.
+
+    Raises:
+        UserError: an unreadable manifest, or a line for each cut that cannot be decoded.
+    """
+    cuts = open_cuts(manifest)
+    found = find_bad_cuts(cuts, None, read_audio=True)
+    lines = {finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}" for finding in found}
+    fatal = [line for finding, line in lines.items() if finding.kind != "silent"]
+    if fatal:
+        raise UserError.of([*fatal, f"{manifest}: {len(fatal)} cuts cannot be decoded; mend or remove them"])
+    return cuts, list(lines.values())

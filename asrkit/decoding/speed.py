@@ -49,7 +49,7 @@ def measure_speed(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{path}: cannot be measured: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+        raise UserError(f"{path.name}: cannot be measured: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
     return Speed(**json.loads(done.stdout))
 
 
@@ -85,10 +85,13 @@ def _peak_mb(reset: bool = False) -> float:
             Path("/proc/self/clear_refs").write_text("5")
         (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 1024
-    except OSError:
+    except (OSError, ValueError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_measure(**json.loads(sys.argv[1])))))
+    try:
+        print(json.dumps(asdict(_measure(**json.loads(sys.argv[1])))))
+    except UserError as wrong:
+        sys.exit("; ".join(wrong.lines))

@@ -90,7 +90,7 @@ class Exported:
     """export.yaml.
 
     context: full, or the chunk and left context every streaming file is fixed to. state_size: numbers in a stream's
-    state, 0 where there is none. parts: of an ONNX export, the transducer's three files and the CTC head.
+    state, 0 where there is none. quantise: what made integers of float weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head.
     """
 
     format: Format = "onnx"
@@ -104,6 +104,8 @@ class Exported:
     sample_rate: int
     opset: int | None
     compression: str
+    quantise: str | None = None
+    dequantised: bool = False
     files: dict[str, FileRecord]
     parts: dict[str, PartRecord]
     parity: ParityRecord
@@ -145,8 +147,8 @@ def open_exported(path: Path) -> Exported:
     return exported
 
 
-def pack_directory(path: Path, name: str, pack: Path) -> None:
-    """Put an exported directory into an uncompressed tar file, as ``name``; the same files give the same bytes.
+def pack_directory(path: Path, pack: Path) -> None:
+    """Put an exported directory into an uncompressed tar file, under its own name; the same files give the same bytes.
 
     Raises:
         UserError: the file cannot be written; nothing is left of it.
@@ -159,6 +161,6 @@ def pack_directory(path: Path, name: str, pack: Path) -> None:
         return entry
 
     with atomic_write(pack) as temporary, tarfile.open(temporary, "w") as archive:
-        archive.add(path, name, recursive=False, filter=plain)
+        archive.add(path, path.name, recursive=False, filter=plain)
         for file in sorted(path.iterdir()):
-            archive.add(file, f"{name}/{file.name}", filter=plain)
+            archive.add(file, f"{path.name}/{file.name}", filter=plain)

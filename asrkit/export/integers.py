@@ -83,12 +83,8 @@ class Nodes:
         return self("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
-def write_layers(graph: Any, layers: Mapping[str, CompressedLinear], dequantise: bool = False) -> None:
-    """Put compressed layers into a traced graph, in place of the float layers of the same paths.
-
-    Args:
-        graph: an onnx GraphProto of what ``scaled_back`` makes of the model.
-        dequantise: layers whose inputs are float stay dense float32.
+def write_layers(graph: Any, layers: Mapping[str, CompressedLinear]) -> None:
+    """Put compressed layers into a traced graph (an onnx GraphProto), in place of the float layers of the same paths.
 
     Raises:
         UserError: MatMulNBits cannot express a layer's blocks.
@@ -98,11 +94,11 @@ def write_layers(graph: Any, layers: Mapping[str, CompressedLinear], dequantise:
     there = {tensor.name for tensor in graph.initializer}
     for path, layer in layers.items():
         weight = f"{path}.weight"
-        if weight not in there or (dequantise and layer.how.activations is None):
+        if weight not in there:  # it is in another file
             continue
         (place,) = (number for number, node in enumerate(graph.node) if weight in node.input)
         node, nodes = graph.node[place], Nodes(path)
-        y = product(nodes, layer, node.input[0], dequantise)
+        y = product(nodes, layer, node.input[0])
         if node.op_type == "Gemm":  # a product of matrices with the bias in it
             nodes("Add", y, node.input[2])
         nodes.nodes[-1].output[0] = node.output[0]
@@ -116,7 +112,18 @@ def write_layers(graph: Any, layers: Mapping[str, CompressedLinear], dequantise:
         there |= set(new)
 
 
-def layer_alone(path: str, layer: CompressedLinear, dequantise: bool = False) -> bytes:
+def layer_constants(path: str, layer: CompressedLinear) -> dict[str, np.ndarray]:
+    """What a file must hold of a layer, by name.
+
+    Raises:
+        UserError: MatMulNBits cannot express the layer's blocks.
+    """
+    nodes = Nodes(path)
+    product(nodes, layer, "x")
+    return {name: array for name, array in nodes.tensors.items() if not name.startswith(CONSTANT)}
+
+
+def layer_alone(path: str, layer: CompressedLinear) -> bytes:
     """An ONNX model of one layer, from x (..., ..., I) to (..., ..., O).
 
     Raises:
@@ -125,7 +132,7 @@ def layer_alone(path: str, layer: CompressedLinear, dequantise: bool = False) ->
     from onnx import TensorProto, helper, numpy_helper
 
     nodes = Nodes(path)
-    y = product(nodes, layer, "x", dequantise)
+    y = product(nodes, layer, "x")
     if layer.bias is not None:
         nodes("Add", y, nodes.tensor("bias", layer.bias))
     nodes.nodes[-1].output[0] = "y"
@@ -141,7 +148,7 @@ def layer_alone(path: str, layer: CompressedLinear, dequantise: bool = False) ->
     return found
 
 
-def product(nodes: Nodes, layer: CompressedLinear, x: str, dequantise: bool = False) -> str:
+def product(nodes: Nodes, layer: CompressedLinear, x: str) -> str:
     """The layer's output for input ``x``, before its bias.
 
     Raises:
@@ -157,8 +164,6 @@ def product(nodes: Nodes, layer: CompressedLinear, x: str, dequantise: bool = Fa
             return _integer_product(nodes, layer, codes, x, how.weights.bits, how.activations)
         values, scale = _input_codes(nodes, x, how.activations)
         x = nodes("Mul", values, scale)
-    if dequantise:
-        return nodes("MatMul", x, nodes.tensor("weight", codes.weights().t()))
     if how.weights.bits == 8:
         return nodes("MatMul", x, nodes("Transpose", _scaled_back(nodes, layer, codes), perm=[1, 0]))
     return _n_bits_product(nodes, layer, codes, x, how.weights.bits)
@@ -183,7 +188,7 @@ def _n_bits_product(nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str,
     if not fitting and trained > 1:
         raise UserError(
             f"{nodes.path}: has a scale for each {inputs // trained} inputs, and the runtime's are for multiples of "
-            f"{BLOCKS[-1]}; export float32 weights with --dequantise, or train with weights.block_size={BLOCKS[-1]}"
+            f"{BLOCKS[-1]}; train with weights.block_size={BLOCKS[-1]}, or, where inputs are float, export with --dequantise"
         )
     block = fitting[0] if fitting else BLOCKS[-1]
     count = -(-inputs // block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from asrkit.export.integers import CONSTANT, MICROSOFT, OPSET, write_layers
 from asrkit.models.compress import part_of
 from asrkit.nn.compression import CompressedLinear
 
+PREFIX = re.compile(r"^(step\.)?model\.")  # where the model is in the traced modules
 GRAPH = "graph"  # the part that constants of the computation belong to
 INSTALL = "pip install 'asrkit[export]'"
 
@@ -32,14 +34,11 @@ def require_onnx() -> None:
         raise UserError(f"export and exported models need onnx and onnxruntime ({error}); {INSTALL}") from error
 
 
-def write_onnx(
-    graph: Graph, path: Path, layers: Mapping[str, CompressedLinear], dequantise: bool = False
-) -> dict[str, int]:
+def write_onnx(graph: Graph, path: Path, layers: Mapping[str, CompressedLinear]) -> dict[str, int]:
     """Trace ``graph`` and write it to ``path``, checked against the ONNX standard; returns the bytes of its tensors by part.
 
     Args:
-        layers: the compressed layers of the model, by path; in ``graph`` they are float.
-        dequantise: see ``write_layers``.
+        layers: by path, the layers to write masked or as integers; in ``graph`` they are float.
 
     Raises:
         UserError: the runtime's operators cannot express a layer.
@@ -50,7 +49,7 @@ def write_onnx(
     model = onnx.load(path)
     _name_tensors(model.graph)
     _fold_transposes(model.graph)
-    write_layers(model.graph, layers, dequantise)
+    write_layers(model.graph, layers)
     _fix_shapes(model.graph, graph)
     _shorten_names(model.graph)
     if any(node.domain == MICROSOFT for node in model.graph.node):
@@ -85,7 +84,7 @@ def _trace(graph: Graph, path: Path) -> None:
 
 def _name_tensors(graph: Any) -> None:
     """``step.model.encoder.x`` to ``encoder.x``: what model.safetensors calls it."""
-    new = {tensor.name: tensor.name.rpartition("model.")[2] for tensor in graph.initializer}
+    new = {tensor.name: PREFIX.sub("", tensor.name) for tensor in graph.initializer}
     for tensor in graph.initializer:
         tensor.name = new[tensor.name]
     for node in graph.node:

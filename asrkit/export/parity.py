@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from asrkit.data.features import LOG_EPS
 from asrkit.errors import UserError
 from asrkit.export.directory import DifferenceRecord
 from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER, LOOK_AHEAD, StateLayout
-from asrkit.export.integers import layer_alone
+from asrkit.export.integers import layer_alone, layer_constants
 from asrkit.export.runtime import ExportedModel, run_graph
 from asrkit.models.asr import AsrModel
 from asrkit.models.encoder import join_streams
@@ -95,19 +97,39 @@ _REPORT = "nothing was exported; try another version of the runtime, and report 
 
 
 @torch.no_grad()
-def compare_layers(layers: Mapping[str, CompressedLinear], dequantise: bool, found: Differences) -> None:
-    """Each compressed layer by itself, with inputs of all sizes; integer products must agree to the last bit.
+def compare_layers(layers: Mapping[str, CompressedLinear], directory: Path, found: Differences) -> None:
+    """Each compressed layer by itself, with inputs of all sizes (integer products must agree to the last bit), and its codes,
+    scales and masks in the files, number by number.
 
     Raises:
-        UserError: the runtime cannot express a layer.
+        UserError: the runtime cannot express a layer, a layer computes something else, or a file holds something else.
     """
+    from onnx import load, numpy_helper
+
+    stored: dict[str, dict[str, Any]] = {}
+    for found_file in sorted(directory.glob("*.onnx")):
+        stored[found_file.name] = {tensor.name: tensor for tensor in load(found_file).graph.initializer}
     generator = torch.Generator().manual_seed(1)
+    findings = []
     for path, layer in layers.items():
         x = torch.randn(3, 7, layer.in_features, generator=generator) * torch.logspace(-3, 1, 7).view(1, 7, 1)
         x[0, 0] = 0.0
         integers = layer.how.activations is not None and layer.multiplies_integers
-        what = EXACT if integers else LAYERS
-        found.add(what, layer(x), run_graph(layer_alone(path, layer, dequantise), x))
+        expected, computed = layer(x), run_graph(layer_alone(path, layer), x)
+        found.add(EXACT if integers else LAYERS, expected, computed)
+        if not (expected - computed).abs().max() <= (0.0 if integers else TOLERANCE * expected.abs().max()):
+            findings.append(f"{path}: computes something else in onnxruntime than in torch; {_REPORT}")
+        constants = layer_constants(path, layer)
+        holding = [file for file, tensors in stored.items() if any(name in tensors for name in constants)]
+        for file in holding:
+            for name, array in constants.items():
+                tensor = stored[file].get(name)
+                if tensor is None or not np.array_equal(numpy_helper.to_array(tensor), array):
+                    findings.append(f"{file}: {name} is not what was trained; {_REPORT}")
+        if not holding:
+            findings.append(f"{path}: its integers and masks are in no file; {_REPORT}")
+    if findings:
+        raise UserError.of(findings)
 
 
 @torch.no_grad()

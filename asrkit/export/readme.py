@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -225,7 +226,7 @@ def _measured(measured: Mapping[str, Any], context: Context) -> str:
         for name, found in systems.items()
     )
     return _REPORT.format(
-        manifest=measured["manifest"],
+        manifest=PurePath(measured["manifest"]).name,
         words=systems["exported"]["greedy"]["words"],
         threads=speed["threads"],
         processor=speed["processor"],

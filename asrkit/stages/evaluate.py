@@ -13,8 +13,7 @@ import torch
 from lhotse import CutSet
 
 from asrkit.data.batches import evaluation_batches
-from asrkit.data.checks import find_bad_cuts
-from asrkit.data.manifests import open_cuts
+from asrkit.data.checks import decodable_cuts
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.evaluation import score
 from asrkit.decoding.latency import emission_latencies, summarise_latencies, word_ends
@@ -92,7 +91,7 @@ def evaluate(
         findings += contradictions
         choice = ContextChoice()
     recogniser = _gather(findings, lambda: load_recogniser(run_path, device, configuration, choice, methods))
-    checked = _gather(findings, lambda: _usable(manifest))
+    checked = _gather(findings, lambda: decodable_cuts(manifest))
     if findings or recogniser is None or checked is None:
         raise UserError.of(findings)
     cuts, warnings = checked
@@ -158,17 +157,6 @@ def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
     except UserError as error:
         findings += error.lines
         return None
-
-
-def _usable(manifest: Path) -> tuple[CutSet, list[str]]:
-    """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others."""
-    cuts = open_cuts(manifest)
-    found = find_bad_cuts(cuts, None, read_audio=True)
-    lines = {finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}" for finding in found}
-    fatal = [line for finding, line in lines.items() if finding.kind != "silent"]
-    if fatal:
-        raise UserError.of([*fatal, f"{manifest}: {len(fatal)} cuts cannot be decoded; mend or remove them"])
-    return cuts, list(lines.values())
 
 
 @dataclass

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lhotse.cut import Cut
 
 from asrkit import __version__
 from asrkit.config import to_dict
 from asrkit.data.batches import Batch, evaluation_batches
+from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import open_cuts
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, TorchAcousticModel
@@ -57,6 +58,7 @@ from asrkit.models import AsrModel, load_model
 from asrkit.models.compress import (
     LayerChoice,
     QuantisationConfig,
+    choose_layers,
     compressed_layers,
     part_of,
     quantised_spec,
@@ -69,7 +71,18 @@ from asrkit.nn.compression import ActivationQuantisation, CompressedLinear, Weig
 from asrkit.nn.context import FULL, Context, parse_context
 from asrkit.reporting.machine import processor
 from asrkit.reporting.wer import ErrorCounts, align, count
-from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, WEIGHTS, RunDir, atomic_directory, open_run, sha256_of, write_yaml
+from asrkit.run_dir import (
+    EXPORT,
+    TOKENIZER,
+    TOKENS,
+    WEIGHTS,
+    RunDir,
+    atomic_directory,
+    occupied,
+    open_run,
+    sha256_of,
+    write_yaml,
+)
 
 OFFLINE_FRAMES = 400  # feature frames of the longest random utterance
 SEARCHES: tuple[Method, ...] = ("greedy", "ctc")
@@ -122,36 +135,54 @@ def export(
         UserError: the run directory cannot be exported so, ``out`` is taken, or the check fails; nothing is left.
     """
     require_onnx()
-    if not streaming and (chunk is not None or left is not None):
-        raise UserError("--chunk and --left say how to stream; give --streaming too")
-    if pack is not None and pack.exists():
-        raise UserError(f"{pack}: exists; choose another --pack or remove it")
     run = open_run(run_path)
     model = load_model(run)
     name = configuration or model.spec.configuration
+    findings = [
+        *occupied(out),
+        *_refusals(out, streaming or (chunk is None and left is None), dequantise, format, pack),
+    ]
     if name not in model.spec.configurations:
-        raise UserError(f"{run_path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
+        findings.append(f"{run_path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
+    cuts = None
+    if report is not None:
+        try:
+            cuts = list(decodable_cuts(report)[0])
+        except UserError as error:
+            findings += error.lines
+    if findings:
+        raise UserError.of(findings)
     context = _context(run_path, model, name, streaming, chunk, left, warn)
     submodels, weights_sha256 = model.submodels_of(name), sha256_of(run.path / WEIGHTS)
     if quantise is not None:
-        model = rebuilt(quantised_spec(model, QUANTISED[quantise], submodels), model).eval()
+        settings = QUANTISED[quantise]
+        wanted = len(choose_layers(model, settings.layers, submodels))
+        model = rebuilt(quantised_spec(model, settings, submodels), model).eval()
+        if skipped := wanted - len(active_layers(model, submodels)):
+            warn(
+                f"--quantise {quantise}: {skipped} of {wanted} layers stay float, as their inputs are no multiple of "
+                f"{settings.weights.block_size}; asrkit quantise takes other blocks"
+            )
     layers = active_layers(model, submodels)
-    if format == "torchscript" and any(layer.how.activations is not None for layer in layers.values()):
+    dense = dequantise or format == "torchscript"
+    if dense and any(layer.how.activations is not None for layer in layers.values()):
         raise UserError(
-            f"{run_path}: has layers with integer inputs, and their integer products are written as ONNX only; "
-            "leave --format out"
+            f"{run_path}: has layers with integer inputs, whose integer products are written as ONNX integers only; leave "
+            "--format and --dequantise out"
         )
-    planned = graphs(
-        scaled_back(model), name, context, f"configuration {name}, context {context}, weights {weights_sha256}"
-    )
+    plain = scaled_back(model)
+    written = {} if dense else layers
+    for path in written:
+        # Their numbers come later; the tracer would make one tensor of two that are equal.
+        torch.nn.init.normal_(plain.get_submodule(path).weight)  # type: ignore[arg-type]
+    planned = graphs(plain, name, context, f"configuration {name}, context {context}, weights {weights_sha256}")
     state_size = StateLayout(model, submodels, context.left).size if context.streaming else 0
-    cuts = None if report is None else list(open_cuts(report))
     with atomic_directory(out) as temporary:
         names = [f"{graph.file}{SUFFIXES[format]}" for graph in planned]
         tensors: dict[str, dict[str, int]] = {}
         for file, graph in zip(names, planned, strict=True):
             if format == "onnx":
-                tensors[file] = write_onnx(graph, temporary / file, layers, dequantise)
+                tensors[file] = write_onnx(graph, temporary / file, written)
             else:
                 write_script(graph, temporary / file)
         Tokenizer.load(run.tokenizer_path).copy_to(temporary / TOKENIZER)
@@ -159,7 +190,7 @@ def export(
         files = ExportedAcousticModel(
             ExportedModel(temporary, state_size, format), context, model.vocab_size, model.context_size
         )
-        parity = check(original, files, _recordings(run, warn), layers if format == "onnx" else {}, dequantise)
+        parity = check(original, files, _recordings(run, warn), layers, written)
         exported = Exported(
             format=format,
             configuration=name,
@@ -171,7 +202,9 @@ def export(
             state_size=state_size,
             sample_rate=model.spec.features.sample_rate,
             opset=OPSET if format == "onnx" else None,
-            compression=_said(layers, dequantise or format == "torchscript"),
+            compression=_said(layers, quantise is not None, dense),
+            quantise=quantise,
+            dequantised=dense and bool(layers),
             files={
                 file: FileRecord(
                     bytes=(temporary / file).stat().st_size,
@@ -193,10 +226,27 @@ def export(
             measured = {"manifest": str(report), **_measure(temporary, original, files, tokenizer, cuts)}
             (temporary / REPORT).write_text(json.dumps(measured, indent=2) + "\n")
         (temporary / README).write_text(describe(exported, measured), encoding="utf-8")
-        (temporary / ".gitattributes").write_text("*.onnx filter=lfs diff=lfs merge=lfs -text\n")
-        if pack is not None:
-            pack_directory(temporary, out.name, pack)
+        (temporary / ".gitattributes").write_text(f"*{SUFFIXES[format]} filter=lfs diff=lfs merge=lfs -text\n")
+    if pack is not None:
+        pack_directory(out, pack)
     return exported
+
+
+def _refusals(out: Path, consistent: bool, dequantise: bool, format: Format, pack: Path | None) -> list[str]:
+    """What is wrong with the options themselves."""
+    findings = []
+    if not consistent:
+        findings.append("--chunk and --left say how to stream; give --streaming too")
+    if dequantise and format == "torchscript":
+        findings.append("--dequantise: TorchScript is float32 anyway; leave it out")
+    if pack is not None:
+        if pack.exists():
+            findings.append(f"{pack}: exists; choose another --pack or remove it")
+        elif out.resolve() in pack.resolve().parents:
+            findings.append(f"{pack}: lies in --out, which it is to hold; choose another --pack")
+        elif any(parent.exists() and not parent.is_dir() for parent in pack.absolute().parents):
+            findings.append(f"{pack}: leads through a file; choose another --pack")
+    return findings
 
 
 def active_layers(model: AsrModel, submodels: Sequence[str]) -> dict[str, CompressedLinear]:
@@ -208,7 +258,7 @@ def active_layers(model: AsrModel, submodels: Sequence[str]) -> dict[str, Compre
     }
 
 
-def _said(layers: Mapping[str, CompressedLinear], dense: bool) -> str:
+def _said(layers: Mapping[str, CompressedLinear], untrained: bool, dense: bool) -> str:
     """One line on what the weights are."""
     if not layers:
         return "float32"
@@ -223,7 +273,9 @@ def _said(layers: Mapping[str, CompressedLinear], dense: bool) -> str:
         said.append(f"inputs of {' and '.join(map(str, inputs))} bits")
     if masked:
         said.append(f"{100 * kept / masked:.0f} % of the masked weights kept")
-    return ", ".join(said) + (", as dense float32" if dense and not inputs else "")
+    if untrained:
+        said.append("rounded without training")
+    return ", ".join(said) + (", as dense float32" if dense else "")
 
 
 def _parts(model: AsrModel, tensors: Mapping[str, Mapping[str, int]]) -> dict[str, PartRecord]:
@@ -261,14 +313,14 @@ def _measure(
             found[method] = {"wer": words.rate, "errors": words.errors, "words": words.words}
         rows[what] = found
     speed = measure_speed(directory, configuration, context)
-    pieces = sorted(1000 * seconds for seconds in speed.pieces)
+    pieces = [1000 * seconds for seconds in speed.pieces]
     return {
         "systems": rows,
         "speed": {
             "real_time_factor": speed.real_time_factor,
             "peak_memory_mb": speed.memory_mb,
             "threads": 1,
-            "piece_ms": {"median": statistics.median(pieces), "99th": pieces[int(0.99 * (len(pieces) - 1))]},
+            "piece_ms": {"median": float(np.median(pieces)), "99th": float(np.percentile(pieces, 99))},
             "processor": processor(),
         },
     }
@@ -279,9 +331,10 @@ def check(
     exported: ExportedAcousticModel,
     recordings: Batch | None,
     layers: Mapping[str, CompressedLinear],
-    dequantise: bool,
+    written: Mapping[str, CompressedLinear],
 ) -> ParityRecord:
-    """Compare each of ``layers`` by itself, every output of every file, and the tokens found, on random features and on
+    """Compare each layer of ``written``, which the files hold as it is, by itself; of the model, whose compressed ``layers``
+    they imitate, every output of every file, and the tokens found, on random features and on
     ``recordings``.
 
     Raises:
@@ -291,9 +344,8 @@ def check(
     configuration = original.configuration or model.spec.configuration
     rounded = [layer.how.activations.bits for layer in layers.values() if layer.how.activations is not None]
     differences = Differences(min(rounded, default=None))
-    compare_layers(
-        {path: one for path, one in layers.items() if one.how.activations or not dequantise}, dequantise, differences
-    )
+    if written:
+        compare_layers(written, exported.onnx.path, differences)
     num_frames = streaming_frames(model, configuration, context) if context.streaming else OFFLINE_FRAMES
     features = random_log_mel(model, num_frames)
     lens = torch.tensor([num_frames, num_frames * 2 // 3, num_frames // 4])

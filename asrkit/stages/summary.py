@@ -21,8 +21,8 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
     """A row for each evaluation of each run, the runs in the order given, optionally written to ``out`` as JSON.
 
     A row holds stage, configuration and context (those evaluated), manifest, method, wer, cer (fractions), words, bytes
-    (of what that configuration needs to recognise, by the account of `asrkit info`; of an exported model those of its
-    files), seconds the stage took (None of an export), real_time_factor of the decoding.
+    (of what that configuration and method need to recognise, by the account of `asrkit info`; of an exported model
+    those of its files), seconds the stage took (None of an export), real_time_factor of the decoding.
 
     Raises:
         UserError: a run is incomplete or damaged, or was not evaluated with its present weights.
@@ -75,6 +75,7 @@ def _trained(path: Path) -> _Found:
 
     def size(configuration: str, method: str) -> int:
         unused = {f"submodel {name}" for name in set(model.spec.submodels) - set(model.submodels_of(configuration))}
+        unused |= {"predictor", "joiner"} if method == "ctc" else {"ctc_head"}
         return sum(part["bytes"] for name, part in sizes(model).items() if name not in unused)
 
     return _Found(entry["stage"], sha256_of(path / WEIGHTS), entry["seconds"], size)

@@ -28,7 +28,7 @@ $(LM)/lm-bpe/done: LM_UNIT := --unit bpe --tokenizer $(RUN)/tokenizer.model
 $(LM)/lm-phone/done: LM_UNIT := --unit phone --language en
 $(LM)/lm-senone/done: LM_UNIT := --unit senone --language en --senones $(ALIGNED)/spoken.senones.yaml
 $(UNITS:%=$(LM)/lm-%/done): | $(ALIGNED)/spoken.jsonl.gz
-	$(ASRKIT) train-lm --text $(DATA)/fortunes-en.txt $(LM_UNIT) --set training.steps=$(LM_STEPS) --seed $(SEED) --out $(@D)
+	$(ASRKIT) train-lm --text $(DATA)/fortunes-en.txt $(LM_UNIT) --set training.steps=$(LM_STEPS) --set bad_lines=skip --seed $(SEED) --out $(@D)
 
 $(LM)/none/done: HEADS := --lm senone=$(LM)/lm-senone --lambda 1
 $(LM)/senone/done: HEADS := --lm senone=$(LM)/lm-senone --lambda 0.9
