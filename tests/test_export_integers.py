@@ -6,7 +6,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -368,7 +368,7 @@ def test_names_and_weights_that_mislead(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", spec)
     model = load_model(open_run(path))
     with torch.no_grad():
-        for layer in model.encoder.submodels["model"].layers.values():  # type: ignore[union-attr]
+        for layer in cast(Any, model.encoder.submodels["model"]).layers.values():
             for linear in (layer.query, layer.key):
                 linear.weight.zero_()
     republish(path, model)
