@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from asrkit.config import from_dict
 from asrkit.errors import UserError
+from asrkit.nn import compression
 from asrkit.nn.compression import (
     ActivationQuantisation,
     CompressedLinear,
@@ -106,20 +108,27 @@ def test_a_clip_search_is_never_worse(bits: Any, scale: Any, seed: int) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.integers(1, 6),
-    st.integers(1, 1500),
+    st.integers(1, 40),
+    st.one_of(st.integers(1, 1500), st.integers(1, 190).map(lambda eighths: 8 * eighths)),
+    st.sampled_from([3, 8, 24]),
     st.sampled_from([7, 127, 255]),
     st.sampled_from([1, 7, 127]),
     st.integers(0, 10**6),
 )
-def test_emulated_products_are_those_of_integers(rows: int, inputs: int, x_size: int, w_size: int, seed: int) -> None:
+def test_products_are_those_of_integers(
+    rows: int, inputs: int, outputs: int, x_size: int, w_size: int, seed: int
+) -> None:
+    """Emulated in float, and in int8 where torch and the processor multiply so."""
     generator = torch.Generator().manual_seed(seed)
     # All of one sign and near the largest, so that sums get as large as they can.
     x = torch.randint(x_size - 1, x_size + 1, (rows, inputs), generator=generator)
-    codes = torch.randint(w_size - 1, w_size + 1, (3, inputs), generator=generator)
-    expected = x.to(torch.int32) @ codes.to(torch.int32).t()
-    found = integer_product(x.float(), codes.float(), x_size, w_size)
-    assert torch.equal(found, expected.float())
+    codes = torch.randint(w_size - 1, w_size + 1, (outputs, inputs), generator=generator)
+    codes = codes * torch.randint(0, 2, codes.shape[:1], generator=generator).mul(2).sub(1).unsqueeze(1)
+    expected = x.to(torch.int64) @ codes.to(torch.int64).t()
+    for native in {False, compression.multiplies_int8("cpu")}:
+        with mock.patch.object(compression, "multiplies_int8", lambda device, native=native: native):
+            found = integer_product(x.float().view(1, rows, inputs), codes.float(), x_size, w_size)
+        assert torch.equal(found, expected.float().unsqueeze(0))
 
 
 @settings(deadline=None, max_examples=40)

@@ -403,3 +403,22 @@ def test_bad_input_ends_in_a_line(corpus: Path, tmp_path: Path, words: list[str]
         complaint in said and "Traceback" not in said and all(line.startswith("error: ") for line in said.splitlines())
     )
     assert not (tmp_path / "kd").exists()
+
+
+def test_teachers_and_language_models_are_not_mixed(tmp_path: Path) -> None:
+    files = ["--manifest", tmp_path / "m.jsonl.gz", "--out", tmp_path / "out"]
+    for words, says in (
+        (["--teacher", "exp/a", "--lm", "bpe=exp/lm", "--from", "exp/a"], "--teacher: for teachers, not for --lm"),
+        (
+            ["--size", "tiny", "--store", "kept", "--lm", "bpe=exp/lm", "--from", "exp/a"],
+            "--size, --store: for teachers",
+        ),
+        (["--teacher", "exp/a", "--lambda", 0.5, "--mode", "lst"], "--lambda, --mode: needs --lm"),
+        (["--lm", "bpe=exp/lm"], "--lm: teaches a model that has been trained; give it as --from"),
+        (["--lm", "exp/lm", "--from", "exp/a"], "--lm exp/lm: write NAME=RUN"),
+        (["--lm", "a=exp/x", "--lm", "a=exp/y", "--from", "exp/a"], "--lm: a name occurs twice"),
+        ([], "--teacher: give at least one, as RUN or LANGUAGE=RUN; or --lm"),
+    ):
+        said = asrkit("distill", *files, *words, code=1)
+        assert f"error: {says}" in said and len(said.splitlines()) == 1
+    assert not any(tmp_path.iterdir())

@@ -9,6 +9,7 @@ US20250078815A1). Where these leave a choice, it is an option below and its defa
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
@@ -217,12 +218,42 @@ def input_codes(x: Tensor, how: ActivationQuantisation) -> QuantisedInput:
 
 
 def integer_product(x: Tensor, codes: Tensor, largest_x: int, largest_w: int) -> Tensor:
-    """x (..., I) and codes (O, I), whole numbers of at most the given sizes, to the exact (..., O), float32.
+    """x (..., I) and codes (O, I), whole numbers of at most the given sizes (x may have none below 0), to the exact (..., O).
 
-    In float32 while every partial sum stays below 2^24 (arXiv 2203.15952: integers emulated in float), else in float64.
+    In int8 with int32 sums where torch can; else in float32 while every partial sum stays below 2^24 (arXiv 2203.15952:
+    integers emulated in float), else in float64.
     """
+    rows = x.reshape(-1, x.shape[-1])
+    if _fits_int8(len(rows), *codes.shape) and multiplies_int8(x.device.type):
+        shift = 128 if largest_x > 127 else 0  # 0 to 255 as -128 to 127
+        sums = _int8_product(rows - shift, codes)
+        if shift:
+            sums = sums + shift * codes.sum(1).to(torch.int32)
+        return sums.view(*x.shape[:-1], len(codes)).float()
     dtype = torch.float32 if x.shape[-1] * largest_x * largest_w < EXACT else torch.float64
     return F.linear(x.to(dtype), codes.to(dtype)).float()
+
+
+def _int8_product(rows: Tensor, codes: Tensor) -> Tensor:
+    """Whole numbers from -128 to 127: (N, I), (O, I) -> (N, O) int32."""
+    product: Tensor = cast(Any, torch)._int_mm(rows.to(torch.int8), codes.to(torch.int8).t())
+    return product
+
+
+def _fits_int8(rows: int, outputs: int, inputs: int) -> bool:
+    """What the product wants of its shapes: refused on GPUs otherwise, and wrong on CPUs where an axis is 1 (torch 2.13)."""
+    return rows > 16 and outputs % 8 == 0 and inputs % 8 == 0
+
+
+@cache
+def multiplies_int8(device: str) -> bool:
+    """Whether torch multiplies int8 with int32 sums there, and keeps all of them: processors without VNNI may add in 16 bits."""
+    try:
+        largest = torch.full((32, 64), -128.0, device=device)
+        smallest = torch.full((64, 64), -127.0, device=device)
+        return bool((_int8_product(largest, smallest) == 64 * 128 * 127).all())
+    except (AttributeError, RuntimeError):  # torch before 2.2, or a device it is not written for
+        return False
 
 
 class _NativeProduct(torch.autograd.Function):

@@ -9,7 +9,7 @@ LM_SYSTEMS := none $(UNITS) all
 ALIGN = $(ASRKIT) align --from $(RUN) $(UNITS:%=--unit %) --language en --set bad_cuts=skip
 LM_STEPS ?= 400
 TAUGHT = --manifest $(ALIGNED)/train.jsonl.gz --dev $(ALIGNED)/dev.jsonl.gz --set 'data.also=[$(ALIGNED)/spoken.jsonl.gz]' \
-    --supervised senone --config modular.yaml --set unaligned=skip --set training.steps=250 --set training.evaluate_every=250 --seed $(SEED) $(SET)
+    --supervised senone --config modular.yaml --set unaligned=allow --set training.steps=250 --set training.evaluate_every=250 --seed $(SEED) $(SET)
 
 .PHONY: lm
 lm: $(LM_SYSTEMS:%=$(LM)/%/evaluation/done)
