@@ -409,3 +409,39 @@ def test_what_is_quantised_or_pruned_is_not_so_again(corpus: Path, parent: Path,
         assert "quantised already" in said
     said = asrkit("prune", "--from", sparse, *data(corpus), "--out", tmp_path / "run", *sets(), code=1)
     assert "pruned already" in said
+
+
+def test_training_on_keeps_what_the_model_is(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
+    """train-backbone --from: tokenizer, statistics, masks and idle sub-models stay; the other weights move a little."""
+    still = sets("training.optimiser.learning_rate=1e-6")
+    asrkit("train-backbone", "--from", sparse, *data(corpus), "--out", tmp_path / "on", *still)
+    before, after = model_of(sparse), model_of(tmp_path / "on")
+    assert open_run(sparse).tokenizer_path.read_bytes() == open_run(tmp_path / "on").tokenizer_path.read_bytes()
+    assert before.spec == after.spec
+    for path, layer in compressed_layers(after).items():
+        assert torch.equal(layer.mask, compressed_layers(before)[path].mask)
+        assert not layer.weight[~layer.mask].any()
+    moved = [name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after.state_dict()[name])]
+    assert len(moved) > 20 and not any("normalise" in name or name.endswith(".mask") for name in moved)
+    assert all(torch.allclose(before.state_dict()[name], after.state_dict()[name], atol=1e-4) for name in moved)
+    assert [entry["stage"] for entry in open_run(tmp_path / "on").lineage] == [
+        "train-backbone", "prune", "train-backbone"
+    ]  # fmt: skip
+    backbone = ["--from", parent, "--configuration", "backbone"]
+    asrkit("train-backbone", *backbone, *data(corpus), "--out", tmp_path / "backbone", *still)
+    idle = model_of(tmp_path / "backbone")
+    assert idle.spec.configuration == "backbone"
+    for name, tensor in model_of(parent).state_dict().items():
+        if name.startswith("encoder.submodels."):
+            assert torch.equal(tensor, idle.state_dict()[name]), name
+
+
+def test_training_on_refuses_what_a_new_model_is_told(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    words = ["--from", parent, "--tokenizer", parent / "tokenizer.model", *data(corpus), "--out", tmp_path / "no"]
+    said = asrkit("train-backbone", *words, *sets("model.size=tiny", "tokenizer.kind=char"), code=1)
+    lines = said.strip().splitlines()
+    assert len(lines) == 3 and "--tokenizer" in lines[0] and "tokenizer: " in lines[1] and "has its shape" in lines[2]
+    said = asrkit(
+        "train-backbone", *data(corpus), "--configuration", "joint", "--out", tmp_path / "no", *sets(), code=1
+    )
+    assert said.count("\n") == 1 and "goes with --from" in said and not (tmp_path / "no").exists()

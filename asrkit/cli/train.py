@@ -34,32 +34,43 @@ def register(app: typer.Typer) -> None:
 def train_backbone(
     manifest: Manifest,
     out: Out,
+    parent: Annotated[
+        Path | None, typer.Option("--from", help="Run directory of a model to train on; left out, a new one is made.")
+    ] = None,
     dev: Dev = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="sentencepiece model; left out, one is trained.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="sentencepiece model of a new model; left out, one is trained.")
+    ] = None,
+    configuration: Annotated[
+        str | None, typer.Option(help="The one to train, with --from; left out, the model's default.")
+    ] = None,
     config: Config = None,
     overrides: Overrides = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
     device: Device = "auto",
 ) -> None:
-    """Train a convolutional backbone with a transducer and a CTC head.
+    """Train a convolutional backbone with a transducer and a CTC head, or train a model on with other data.
 
-    Example:
+    Examples:
 
         asrkit train-backbone --manifest data/prompts/train.jsonl.gz --dev data/prompts/dev.jsonl.gz \\
             --out exp/backbone --set model.size=tiny --set training.steps=2000
+
+        asrkit train-backbone --from exp/backbone --manifest data/mine/train.jsonl.gz \\
+            --dev data/mine/dev.jsonl.gz --out exp/mine --set training.steps=500
 
     Several processes: torchrun --standalone --nproc_per_node 2 -m asrkit train-backbone ... The run directory holds config.yaml
     with every setting; settings come from the defaults, then --config, then --set. Killed or interrupted, the same
     command goes on from the last saved step.
     """
     from asrkit.config import resolve
-    from asrkit.stages.train_backbone import TrainBackboneConfig
+    from asrkit.stages.train_backbone import TrainBackboneConfig, defaults
     from asrkit.stages.train_backbone import train_backbone as run
 
-    changes = changes_of(overrides, {"seed": seed, "data.max_duration": max_duration})
-    settings = resolve(TrainBackboneConfig, config, changes)
-    train_or_stop(out, lambda: run(manifest, out, settings, dev=dev, tokenizer=tokenizer, device=device))
+    changes = changes_of(overrides, {"configuration": configuration, "seed": seed, "data.max_duration": max_duration})
+    settings = resolve(TrainBackboneConfig, config, changes, defaults(parent is not None))
+    train_or_stop(out, lambda: run(manifest, out, settings, parent=parent, dev=dev, tokenizer=tokenizer, device=device))
 
 
 def add_submodel(

@@ -18,22 +18,21 @@ from asrkit.data.batches import DataConfig, TrainBatches, language_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.search import Method
 from asrkit.errors import UserError
-from asrkit.models import load_model
-from asrkit.models.compress import rebuilt, with_configuration
-from asrkit.run_dir import WEIGHTS, open_run, sha256_of
+from asrkit.run_dir import WEIGHTS, sha256_of
 from asrkit.training.backbone import (
-    BackboneConfig,
+    NewOrTrainedConfig,
     TokenizerConfig,
-    new_model,
+    check_start,
+    first_model,
+    open_parent,
     run_tokenizer,
-    trained_configuration,
 )
 from asrkit.training.distributed import join_world
 from asrkit.training.labels import label
 from asrkit.training.masks import keep_pruned
 from asrkit.training.objective import check_contexts
 from asrkit.training.run import Material, RunWriter, read_material
-from asrkit.training.stage import FineTuneConfig, Prepared, StageConfig, inputs_of, train_stage
+from asrkit.training.stage import FineTuneConfig, Prepared, inputs_of, train_stage
 from asrkit.training.stored import Store
 from asrkit.training.teachers import (
     ANY,
@@ -49,18 +48,13 @@ from asrkit.training.teaching import TeachingConfig, add_encoder_maps, loss_of_a
 
 
 @config
-class DistillConfig(StageConfig):
+class DistillConfig(NewOrTrainedConfig):
     """Everything distill can be told; config.yaml of the run holds it with every default written out.
 
-    ``model`` is the shape of a new student. ``tokenizer``, when set, is that of one trained from the manifest for it; left
-    out, it is the teachers'. ``configuration``: the one to train of a student that has been trained before. ``labels``
-    teacher: a cut without text gets what the (first) teacher of its language hears, by ``labels_method``; texts that are
-    there stay. Ours.
+    Without ``tokenizer`` a new student has the teachers'. ``labels`` teacher: a cut without text gets what the (first) teacher
+    of its language hears, by ``labels_method``; texts that are there stay. Ours.
     """
 
-    model: BackboneConfig = field(default_factory=BackboneConfig)
-    tokenizer: TokenizerConfig | None = None
-    configuration: str | None = None
     teacher: TeachingConfig = field(default_factory=TeachingConfig)
     labels: Literal["given", "teacher"] = "given"
     labels_method: Method = "beam"
@@ -113,18 +107,14 @@ def distill(
         opened, needs_transducer, settings.teacher.ctc_scale > 0 and settings.loss.ctc_scale > 0
     ):
         raise UserError.of(findings)
-    source = None if parent is None else open_run(parent)
-    origin = None if source is None else load_model(source)
-    spec = None
-    if origin is not None:
-        spec = with_configuration(origin.spec, settings.configuration, settings.contexts.train)
+    origin = None if parent is None else open_parent(parent, settings)
     weights = {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(opened)}
     told = {
         "teachers": {
             language: {str(path): sha256_of(path / WEIGHTS) for path in several}
             for language, several in teachers.items()
         },
-        **({} if source is None else {"from": str(parent), "from_weights_sha256": sha256_of(source.path / WEIGHTS)}),
+        **({} if origin is None else origin.told),
         **({} if store is None else {"store": str(store)}),
         **to_dict(settings),
     }
@@ -143,7 +133,7 @@ def distill(
         material = read_material(manifest, dev, data, settings.bad_cuts, run)
         if findings := check_languages(teachers, material.every):
             raise UserError.of(findings)
-        given = tokenizer if source is None else source.tokenizer_path
+        given = tokenizer if origin is None else origin.run.tokenizer_path
         if given is None and settings.tokenizer is None:
             given = _teachers_tokenizer(opened)
         pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
@@ -155,11 +145,7 @@ def distill(
             if kept is not None:
                 for heard in kept.fill(matched, batches.table, pieces, run.world, settings.data.max_duration):
                     run.note(f"{store}: {heard} utterances heard")
-            if origin is None or spec is None:
-                model = new_model(settings.model, settings.contexts, run, batches)
-                configuration = trained_configuration(settings.model)
-            else:
-                model, configuration = rebuilt(spec, origin), spec.configuration
+            model, configuration = first_model(settings, origin, run, batches)
             add_encoder_maps(model, matched, settings.teacher)
             return Prepared(
                 model=model,
@@ -189,21 +175,11 @@ def _check(
     store: Path | None,
 ) -> None:
     """Refuse what contradicts itself, before anything is read."""
-    findings = []
+    findings = check_start(settings, parent, tokenizer)
     if settings.loss.transducer_scale == 0:
         findings.append("loss.transducer_scale is 0, but teachers teach a transducer; set it above 0")
     if settings.contexts.sampling == "joint":
         findings.append("a teacher teaches one context a batch; use contexts.sampling=random")
-    if parent is not None and tokenizer is not None:
-        findings.append(f"--tokenizer {tokenizer}: a trained student has its own; leave out --tokenizer or --from")
-    if parent is not None and settings.tokenizer is not None:
-        findings.append("tokenizer: a trained student has its own; leave out --set tokenizer.* or --from")
-    if parent is not None and settings.model != BackboneConfig():
-        findings.append(
-            "--size and model: a trained student has its shape; leave out --size and --set model.*, or --from"
-        )
-    if parent is None and settings.configuration is not None:
-        findings.append(f"--configuration {settings.configuration}: a new student has one only; it goes with --from")
     if settings.data.augment.join > 0 and set(teachers) != {ANY}:
         findings.append(
             "data.augment.join joins utterances of any language, and each teacher knows its own; set it to 0"

@@ -1,34 +1,41 @@
 """train-backbone: from manifests to a trained convolutional backbone with a transducer and a CTC head.
 
-Stage A of modular training (US20240185839A1): the backbone alone, or with attention that is dropped at random.
+Stage A of modular training (US20240185839A1): the backbone alone, or with attention that is dropped at random. A model that has
+been trained before is trained on, whatever its parts: fine-tuning.
 """
 
 from __future__ import annotations
 
-from dataclasses import field
 from pathlib import Path
 
 from asrkit.config import config, to_dict
 from asrkit.data.batches import TrainBatches
+from asrkit.errors import UserError
 from asrkit.training.backbone import (
-    BackboneConfig,
+    NewOrTrainedConfig,
     TokenizerConfig,
-    new_model,
+    check_start,
+    first_model,
+    open_parent,
     run_tokenizer,
-    trained_configuration,
 )
 from asrkit.training.distributed import join_world
-from asrkit.training.objective import check_contexts, recogniser_loss
+from asrkit.training.masks import keep_pruned
+from asrkit.training.objective import check_contexts
 from asrkit.training.run import RunWriter, read_material
-from asrkit.training.stage import Prepared, StageConfig, inputs_of, train_stage
+from asrkit.training.stage import FineTuneConfig, Prepared, StageConfig, inputs_of, train_stage
+from asrkit.training.teaching import loss_of_a_stage
 
 
 @config
-class TrainBackboneConfig(StageConfig):
+class TrainBackboneConfig(NewOrTrainedConfig):
     """Everything train-backbone can be told; config.yaml of the run holds it with every default written out."""
 
-    model: BackboneConfig = field(default_factory=BackboneConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+def defaults(trained: bool) -> TrainBackboneConfig:
+    """The defaults of a run: those of later stages for a model that has been trained before."""
+    plain = FineTuneConfig() if trained else StageConfig()
+    return TrainBackboneConfig(loss=plain.loss, training=plain.training)
 
 
 def train_backbone(
@@ -36,6 +43,7 @@ def train_backbone(
     out: Path,
     settings: TrainBackboneConfig,
     *,
+    parent: Path | None = None,
     dev: Path | None = None,
     tokenizer: Path | None = None,
     device: str = "auto",
@@ -43,34 +51,44 @@ def train_backbone(
 ) -> Path:
     """Train a backbone, or go on with a run that was interrupted; returns ``out``.
 
+    Args:
+        parent: run directory of a model to train on; None makes a new one. Its tokenizer and its features' statistics stay, and
+            so do sub-models that the trained configuration has not, masks and the kind of integers.
+        tokenizer: sentencepiece model of a new model; None trains one.
+
     Raises:
-        UserError: unusable manifests, tokenizer, output directory or sizes, found before any training.
+        UserError: unusable manifests, tokenizer, parent, output directory or sizes, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
+    if findings := check_start(settings, parent, tokenizer):
+        raise UserError.of(findings)
+    origin = None if parent is None else open_parent(parent, settings)
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
+        model, configuration = first_model(settings, origin, run, batches)
         return Prepared(
-            model=new_model(settings.model, settings.contexts, run, batches),
-            loss=lambda model, batch, step: recogniser_loss(
-                model,
-                batch,
-                step,
+            model=model,
+            loss=loss_of_a_stage(
+                model.spec,
                 settings.loss,
                 settings.contexts,
-                trained_configuration(settings.model),
-                settings.model.attention_dropout,
+                configuration=configuration,
+                attention_dropout=settings.model.attention_dropout if origin is None else None,
             ),
+            after_step=keep_pruned,
         )
 
+    told = {**({} if origin is None else origin.told), **to_dict(settings)}
     inputs = inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer)
     with (
         join_world(device) as world,
-        RunWriter.open(out, "train-backbone", to_dict(settings), inputs, command, world) as run,
+        RunWriter.open(out, "train-backbone", told, inputs, command, world, parent=parent) as run,
     ):
         if run.finished:
             return out
         material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
-        pieces = run_tokenizer(world, out, tokenizer, material.every, settings.tokenizer)
+        given = tokenizer if origin is None else origin.run.tokenizer_path
+        pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
         train_stage(run, settings, material, pieces, prepare)
     return out

@@ -1,9 +1,9 @@
-"""A new model: its shape, how it begins, and its tokenizer, for the stages that do not start from a trained one."""
+"""The model of a stage that makes a new one or trains one on: its shape, how it begins, and its tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,13 +13,15 @@ from pydantic import Field
 from asrkit.config import config, from_dict, to_dict
 from asrkit.data.batches import TrainBatches, feature_statistics, text_of
 from asrkit.data.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
-from asrkit.models import SIZES, AsrModel, ModelSpec
+from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
+from asrkit.models.compress import rebuilt, with_configuration
 from asrkit.models.spec import BACKBONE, ConfigurationSpec, Positive, Probability, Size
 from asrkit.nn.context import FULL
-from asrkit.run_dir import TOKENIZER
+from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.distributed import World, broadcast_object
 from asrkit.training.objective import AttentionDropoutConfig, ContextsConfig
 from asrkit.training.run import RunWriter
+from asrkit.training.stage import StageConfig
 
 JOINT = "joint"  # the sub-model that trains together with the backbone
 
@@ -57,6 +59,67 @@ class BackboneConfig:
     attention_dim: Positive | None = None
     attention_heads: Positive = 4
     attention_place: Literal["serial", "parallel"] = "serial"
+
+
+@config
+class NewOrTrainedConfig(StageConfig):
+    """What a stage can be told that makes a new model or trains one on.
+
+    ``model``: the shape of a new one. ``tokenizer``: of the one trained from the manifest for it, where none is given.
+    ``configuration``: the one to train of a model that has been trained before; None is its default.
+    """
+
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    tokenizer: TokenizerConfig | None = None
+    configuration: str | None = None
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A trained model to go on from. ``spec`` is its spec, with the configuration and the contexts that are now trained."""
+
+    run: RunDir
+    model: AsrModel
+    spec: ModelSpec
+
+    @property
+    def told(self) -> dict[str, str]:
+        """For config.yaml: what the run began with."""
+        return {"from": str(self.run.path), "from_weights_sha256": sha256_of(self.run.path / WEIGHTS)}
+
+
+def check_start(settings: NewOrTrainedConfig, parent: Path | None, tokenizer: Path | None) -> list[str]:
+    """What is said of a new model where a trained one is given, and the other way round."""
+    findings = []
+    if parent is not None and tokenizer is not None:
+        findings.append(f"--tokenizer {tokenizer}: a trained model has its own; leave out --tokenizer or --from")
+    if parent is not None and settings.tokenizer is not None:
+        findings.append("tokenizer: a trained model has its own; leave out --set tokenizer.* or --from")
+    if parent is not None and settings.model != BackboneConfig():
+        findings.append("model: a trained model has its shape; leave out its size and --set model.*, or --from")
+    if parent is None and settings.configuration is not None:
+        findings.append(f"--configuration {settings.configuration}: a new model has one only; it goes with --from")
+    return findings
+
+
+def open_parent(path: Path, settings: NewOrTrainedConfig) -> Parent:
+    """Load the model of a run directory to train it on.
+
+    Raises:
+        UserError: an unusable run directory, or one without the configuration.
+    """
+    run = open_run(path)
+    model = load_model(run)
+    return Parent(run, model, with_configuration(model.spec, settings.configuration, settings.contexts.train))
+
+
+def first_model(
+    settings: NewOrTrainedConfig, parent: Parent | None, run: RunWriter, batches: TrainBatches
+) -> tuple[AsrModel, str]:
+    """The model as training begins, and the configuration it trains in."""
+    if parent is not None:
+        return rebuilt(parent.spec, parent.model), parent.spec.configuration
+    return new_model(settings.model, settings.contexts, run, batches), trained_configuration(settings.model)
 
 
 def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:

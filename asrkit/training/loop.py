@@ -325,8 +325,9 @@ class _Shadow:
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        torch._foreach_mul_(self._average, decay)
-        torch._foreach_add_(self._average, self._weights, alpha=1 - decay)
+        # By the difference, so that weights which nothing trains stay what they are to the last bit.
+        moved = torch._foreach_sub(self._weights, self._average)
+        torch._foreach_add_(self._average, moved, alpha=1 - decay)
         for mine, theirs in self._buffers:
             mine.copy_(theirs)
 

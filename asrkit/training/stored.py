@@ -98,9 +98,9 @@ class Store:
             for batch in evaluation_batches(chosen, max_duration):
                 arcs = heard_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
                 tensors |= {self._keys[cut_id]: mine for cut_id, mine in zip(batch.cut_ids, arcs, strict=True)}
-                yield len(tensors) + first
             name = f"{digest(sorted(tensors))[:16]}.safetensors"
             save_tensors(self.path / name, tensors)
+            yield first + len(chosen)
         broadcast_object(world, None)
         self._open()
 
