@@ -8,8 +8,11 @@ import json
 import numpy as np
 import pytest
 import soundfile
-from lhotse import CutSet
+import torch
+from lhotse import CutSet, Fbank, FbankConfig, NumpyFilesWriter
 
+from asrkit.data.batches import CutTable, cut_features, cut_samples
+from asrkit.data.checks import find_bad_cuts
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.errors import UserError
 
@@ -18,7 +21,7 @@ def cuts(folder, count=3):
     made = []
     for number in range(count):
         audio = folder / f"{number}.wav"
-        soundfile.write(audio, np.full(1600, 0.1), 16000)
+        soundfile.write(audio, np.full(1600, 0.1 * (number + 1)), 16000)
         made.append(
             make_cut(
                 f"cut-{number}",
@@ -65,7 +68,30 @@ def test_shar_directory(tmp_path):
     CutSet.from_cuts(cuts(tmp_path)).to_shar(tmp_path / "shar", fields={"recording": "wav"}, shard_size=2)
     read = list(open_cuts(tmp_path / "shar"))
     assert [cut.id for cut in read] == ["cut-0", "cut-1", "cut-2"]
-    assert read[2].load_audio().shape == (1, 1600)
+    assert not any(cut.is_in_memory for cut in read)
+    write_cuts(tmp_path / "again.jsonl.gz", read)
+    table, again = CutTable(read), list(open_cuts(tmp_path / "again.jsonl.gz"))
+    for index in (2, 0, 1):  # the last of one shard first
+        expected = cut_samples(cuts(tmp_path)[index])
+        assert expected.abs().max() > 0
+        assert all(torch.equal(cut_samples(one[index]), expected) for one in (table, read, again))
+    (tmp_path / "shar" / "recording.000001.tar").unlink()
+    bad = find_bad_cuts(open_cuts(tmp_path / "shar"), read_audio=True)
+    assert [(finding.cut_id, finding.kind) for finding in bad if finding.kind != "short"] == [("cut-2", "unreadable")]
+    (tmp_path / "shar" / "recording.000001.tar").write_bytes(gzip.compress(b"no tar"))
+    with pytest.raises(UserError, match="recording.000001.tar: cannot read it"):
+        open_cuts(tmp_path / "shar")
+
+
+def test_shar_directory_of_features(tmp_path):
+    (tmp_path / "shar").mkdir()
+    whole = [
+        cut.compute_and_store_features(Fbank(FbankConfig(num_filters=80)), NumpyFilesWriter(tmp_path / "features"))
+        for cut in cuts(tmp_path)
+    ]
+    CutSet.from_cuts(whole).to_shar(tmp_path / "shar", fields={"features": "numpy"}, shard_size=2)
+    for cut, expected in zip(open_cuts(tmp_path / "shar"), whole, strict=True):
+        assert torch.equal(cut_features(cut), torch.from_numpy(expected.load_features()))
 
 
 def test_missing_empty_and_other_files(tmp_path):

@@ -382,5 +382,5 @@ def test_sound_in_a_shar_directory_is_heard_once_too(corpus: Path, teacher: Path
     settings = sets(*SMALLER, "training.steps=1")
     assert "12 utterances heard" in asrkit(*words, "--out", tmp_path / "one", *settings)
     assert "heard" not in asrkit(*words, "--out", tmp_path / "two", *settings)
-    said = asrkit(*words[:5], "--labels", "teacher", "--out", tmp_path / "no", *settings, code=1)
-    assert "holds sound as well as cuts" in said and not (tmp_path / "no").exists()
+    asrkit(*words[:5], "--labels", "teacher", "--out", tmp_path / "labelled", *settings)
+    asrkit("evaluate", "--from", tmp_path / "one", "--manifest", tmp_path / "shar")

@@ -35,6 +35,7 @@ from asrkit.data.augment import (
 )
 from asrkit.data.features import FRAME_SHIFT, LOG_EPS, NUM_MEL_BINS, fbank, resample
 from asrkit.data.manifests import text_of
+from asrkit.data.shar import loaded
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
 
@@ -91,16 +92,13 @@ class CutTable:
     """Cuts by index, in constant time and without a Python object for each.
 
     Args:
-        cuts: read once, in order; each has one supervision. Cuts whose audio is in memory (Shar) keep it there.
+        cuts: read once, in order; each has one supervision.
     """
 
     def __init__(self, cuts: Iterable[Cut]) -> None:
         lines, durations = [], []
-        self._live: dict[int, Cut] = {}
-        for number, cut in enumerate(cuts):
-            if cut.is_in_memory:
-                self._live[number] = cut
-            lines.append(b"" if cut.is_in_memory else json.dumps(cut.to_dict(), ensure_ascii=False).encode())
+        for cut in cuts:
+            lines.append(json.dumps(cut.to_dict(), ensure_ascii=False).encode())
             durations.append(cut.duration)
         self.durations = np.asarray(durations)
         self._ends = np.cumsum([len(line) for line in lines])
@@ -110,8 +108,6 @@ class CutTable:
         return len(self.durations)
 
     def __getitem__(self, index: int) -> Cut:
-        if index in self._live:
-            return self._live[index]
         start = self._ends[index - 1] if index else 0
         return deserialize_item(json.loads(self._text[start : self._ends[index]].tobytes()))
 
@@ -239,7 +235,7 @@ def cut_samples(cut: Cut) -> Tensor:
         UserError: the audio cannot be read; names the cut.
     """
     try:
-        samples = torch.from_numpy(np.ascontiguousarray(cut.load_audio())).float()
+        samples = torch.from_numpy(np.ascontiguousarray(loaded(cut).load_audio())).float()
     except Exception as error:  # lhotse raises many kinds
         raise UserError(
             f"cut {cut.id}: cannot read its audio ({' '.join(str(error).split())[:200]}); run `asrkit data check`"
@@ -286,7 +282,7 @@ def perturbed_features(
 
 
 def _stored_features(cut: Cut) -> Tensor:
-    features = torch.from_numpy(cut.load_features())
+    features = torch.from_numpy(loaded(cut).load_features())
     if features.shape[1] != NUM_MEL_BINS:
         raise UserError(
             f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them"

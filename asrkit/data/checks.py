@@ -17,6 +17,7 @@ from lhotse.cut import Cut, MonoCut
 
 from asrkit.data.features import FRAME_SHIFT
 from asrkit.data.manifests import open_cuts, text_of
+from asrkit.data.shar import loaded
 from asrkit.data.text import sentence_key
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
@@ -104,7 +105,7 @@ def _check_audio(cut: Cut) -> list[Finding]:
     if path is not None and not path.is_file():
         return [Finding(cut.id, "unreadable", f"no file {path}; import again where the audio is")]
     try:
-        samples, findings = _read_plain(cut, path) if path else (cut.load_audio(), [])
+        samples, findings = _read_plain(cut, path) if path else (loaded(cut).load_audio(), [])
     except Exception as error:  # libsndfile's and lhotse's are of many kinds
         return [Finding(cut.id, "unreadable", " ".join(str(error).split())[:200])]
     if findings:

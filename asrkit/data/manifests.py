@@ -13,6 +13,7 @@ from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
+from asrkit.data.shar import attach, places_in, shards_of
 from asrkit.errors import UserError
 from asrkit.run_dir import atomic_write
 
@@ -20,7 +21,7 @@ MAX_FINDINGS = 20  # a file of another format is wrong on every line: the first 
 
 
 def open_cuts(path: Path, need_text: bool = True) -> CutSet:
-    """Read and check a manifest; ``.jsonl`` and ``.jsonl.gz`` wholly into memory, a Shar directory lazily.
+    """Read and check a manifest: its cuts are in memory, their sound is not.
 
     Args:
         need_text: where it is not needed, a cut without a supervision is given one without words.
@@ -39,14 +40,12 @@ def open_cuts(path: Path, need_text: bool = True) -> CutSet:
 
 
 def _open_shar(folder: Path, need_text: bool) -> CutSet:
-    shards = sorted([*folder.glob("cuts.*.jsonl"), *folder.glob("cuts.*.jsonl.gz")])
-    if not shards:
+    if not (shards := shards_of(folder)):
         raise UserError(
             f"{folder}: not a Shar directory (no cuts.*.jsonl.gz in it); give a manifest file or a Shar directory"
         )
-    _read_cuts(shards, need_text)
-    cuts = CutSet.from_shar(in_dir=folder)
-    return cuts if need_text else cuts.map(_with_supervision)
+    places = {cut_id: found for shard in shards for cut_id, found in places_in(shard).items()}
+    return CutSet.from_cuts(attach(cut, places) for cut in _read_cuts(shards, need_text))
 
 
 def _read_cuts(paths: list[Path], need_text: bool) -> list[Cut]:

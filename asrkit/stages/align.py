@@ -98,8 +98,6 @@ def align(
     pieces = Tokenizer(run.tokenizer_path)
     other = None if tokenizer is None else Tokenizer(tokenizer)
     cuts = list(open_cuts(manifest))
-    if any(cut.is_in_memory for cut in cuts):
-        raise UserError(f"{manifest}: holds its audio itself; align a manifest that names audio files")
     findings = find_bad_cuts(cuts, pieces, read_audio=True)
     findings += [Finding(cut.id, "words", said) for cut in cuts for said in _unusual(cut, pieces, other)]
     phones: dict[str, list[list[str]]] = {}

@@ -41,11 +41,6 @@ def label(
         twice = [cut_id for cut_id, count in Counter(cut.id for cut in silent).items() if count > 1]
         if twice:
             findings.append(f"{len(twice)} cuts are in two manifests, such as {twice[0]}; give each its own id")
-        findings += [
-            f"{path}: holds sound as well as cuts, which the labelled manifest cannot; give a .jsonl.gz of files"
-            for path, cuts in zip(manifests, opened, strict=True)
-            if next(iter(cuts)).is_in_memory
-        ]
         if findings:
             raise UserError.of(findings)
         usable = usable_cuts(CutSet.from_cuts(silent), None, policy, run, True, False) if silent else []

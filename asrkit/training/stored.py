@@ -166,7 +166,7 @@ class StoredLesson:
 
 
 def _key(cut: Cut) -> str:
-    """A digest of what the manifest says of a cut; of sound in memory only what is said of it."""
-    said = (cut.drop_in_memory_data() if cut.is_in_memory else cut).to_dict()
-    said.pop("custom", None)  # where a Shar directory notes how often it was read
+    """A digest of what the manifest says of a cut."""
+    said = cut.to_dict()
+    said.pop("custom", None)  # where the bytes of a Shar directory are
     return digest(said)
