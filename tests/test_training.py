@@ -259,6 +259,18 @@ def test_the_saved_weights_are_the_running_average() -> None:
     torch.testing.assert_close(average.weight.detach(), 0.75 * before + 0.25 * model.weight.detach())
 
 
+def test_memory_that_runs_out_names_the_batch() -> None:
+    """A real allocation that fails, in the place where a step's would."""
+    from asrkit.data.batches import Batch
+    from asrkit.training.loop import _room_for
+
+    batch = Batch(torch.zeros(2, 9, 80), torch.tensor([9, 5]), ["short", "long"], ["a", "b"], ["", ""], [1.0, 30.0])
+    with pytest.raises(UserError, match="step 8: out of memory .*, the longest long of 30.0 s"), _room_for(batch, 7):
+        torch.zeros(1 << 50)
+    with pytest.raises(RuntimeError, match="shapes"), _room_for(batch, 7):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
 class _Broken(torch.utils.data.Dataset):
     def __getitem__(self, place: int) -> None:
         raise UserError("cut x: gone")

@@ -249,10 +249,11 @@ def _accumulate(
     for _ in range(parts):
         batch, waited = next(source)
         context = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-        with context:
-            output = task.loss(model, batch, step)
-        total = output.loss.sum()
-        (scaler.scale(total) if scaler is not None else total).backward()
+        with _room_for(batch, step):
+            with context:
+                output = task.loss(model, batch, step)
+            total = output.loss.sum()
+            (scaler.scale(total) if scaler is not None else total).backward()
         finite = output.loss.detach().isfinite()
         if not bool(finite.all()):
             done.bad_cut_ids += [
@@ -265,6 +266,25 @@ def _accumulate(
         for name, value in {"loss": total.detach(), **output.parts}.items():
             done.sums[name] = done.sums.get(name, 0.0) + float(value)
     return done
+
+
+@contextmanager
+def _room_for(batch: TrainingBatch, step: int) -> Iterator[None]:
+    """Say which batch was too large where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs alone
+        said = str(error)
+        if "out of memory" not in said and "can't allocate memory" not in said and not isinstance(error, MemoryError):
+            raise
+        size, remedy = "", "max_symbols"
+        if batch.durations:
+            longest = max(range(len(batch.durations)), key=batch.durations.__getitem__)
+            size = f", the longest {batch.cut_ids[longest]} of {batch.durations[longest]:.1f} s"
+            remedy = "data.max_duration (and raise training.accumulate), or leave the longest out"
+        raise UserError(
+            f"step {step + 1}: out of memory with {len(batch.cut_ids)} utterances{size}; train anew with a lower {remedy}"
+        ) from error
 
 
 def _skip(progress: Progress, settings: TrainingConfig, done: _Done, step: int, log: RunLog, world: World) -> None:
