@@ -10,6 +10,7 @@ EACH := $(TAUGHT)/each-constant $(TAUGHT)/each-linear $(TAUGHT)/each-student-tea
 STUDENTS := $(TAUGHT)/alone $(ONE) $(EACH)
 TEACHERS := $(LANGS:%=$(EXP)/teacher-%)
 LEARN = $(TRAIN_DATA) --config student.yaml --seed $(SEED) --out $(@D) $(SET)
+OWN = --manifest $(PROMPTS)/train-$*.jsonl.gz --dev $(PROMPTS)/dev-$*.jsonl.gz --set 'data.also=[$(SPOKEN)/train-$*.jsonl.gz]'
 
 .PHONY: taught students
 taught:
@@ -21,20 +22,8 @@ students: $(RUN)/evaluation/test.done $(STUDENTS:%=%/evaluation/test.done) $(TEA
 $(SPOKEN)/train-%.jsonl.gz: | $(SPOKEN)/train.jsonl.gz
 	gzip -dc $(SPOKEN)/train.jsonl.gz | grep '"language": "$*"' | gzip -n > $@
 
-OWN = --manifest $(PROMPTS)/train-$*.jsonl.gz --dev $(PROMPTS)/dev-$*.jsonl.gz --set 'data.also=[$(SPOKEN)/train-$*.jsonl.gz]'
-
 $(TEACHERS:%=%/done): $(EXP)/teacher-%/done: | $(RUN)/done $(SPOKEN)/train-%.jsonl.gz
 	$(ASRKIT) train-backbone --from $(RUN) $(OWN) --config teacher.yaml --out $(@D) $(SET)
-
-$(TEACHERS:%=%/evaluation/own.done)
-	$(ASRKIT) summary $(RUN) $(STUDENTS) --out $(TAUGHT)/summary.json
-
-$(SPOKEN)/train-%.jsonl.gz: | $(SPOKEN)/train.jsonl.gz
-	gzip -dc $(SPOKEN)/train.jsonl.gz | grep '"language": "$*"' | gzip -n > $@
-
-$(TEACHERS:%=%/done): $(EXP)/teacher-%/done: | $(RUN)/done $(SPOKEN)/train-%.jsonl.gz
-	$(ASRKIT) train-backbone --from $(RUN) --manifest $(PROMPTS)/train-$*.jsonl.gz --dev $(PROMPTS)/dev-$*.jsonl.gz \
-	    --set 'data.also=[$(SPOKEN)/train-$*.jsonl.gz]' --config teacher.yaml --out $(@D) $(SET)
 
 $(TEACHERS:%=%/evaluation/own.done): $(EXP)/teacher-%/evaluation/own.done: | $(EXP)/teacher-%/done
 	$(ASRKIT) evaluate --from $(EXP)/teacher-$* --manifest $(PROMPTS)/test-$*.jsonl.gz --method greedy --method beam
