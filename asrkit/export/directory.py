@@ -89,7 +89,7 @@ class RunRecord:
 class Exported:
     """export.yaml.
 
-    context: full, or the chunk and left context every streaming file is fixed to. state_size: numbers in a stream's
+    context: full, or the chunk and left context every streaming file is fixed to. language: the one a model that is told it hears. state_size: numbers in a stream's
     state, 0 where there is none. quantise: what made integers of float weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head.
     """
 
@@ -97,6 +97,7 @@ class Exported:
     configuration: str
     submodels: list[str]
     context: ContextText
+    language: str | None = None
     vocab_size: int
     context_size: int
     joiner_dim: int

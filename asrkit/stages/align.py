@@ -20,10 +20,10 @@ from lhotse.utils import fastcopy
 from pydantic import Field
 
 from asrkit.config import config
-from asrkit.data.batches import Batch, cut_features, evaluation_batches, language_of
+from asrkit.data.batches import Batch, cut_features, evaluation_batches
 from asrkit.data.checks import Finding, find_bad_cuts
 from asrkit.data.espeak import load_espeak
-from asrkit.data.manifests import open_cuts, text_of, write_cuts
+from asrkit.data.manifests import language_of, open_cuts, text_of, write_cuts
 from asrkit.data.phones import phones_of
 from asrkit.data.senones import SenoneConfig, grow_tree, load_tree, save_tree
 from asrkit.data.tokenizer import WORD_START, Tokenizer
@@ -100,7 +100,7 @@ def align(
     cuts = list(open_cuts(manifest))
     if any(cut.is_in_memory for cut in cuts):
         raise UserError(f"{manifest}: holds its audio itself; align a manifest that names audio files")
-    findings = find_bad_cuts(cuts, pieces, read_audio=True)
+    findings = find_bad_cuts(cuts, pieces, read_audio=True, languages=model.spec.languages)
     findings += [Finding(cut.id, "words", said) for cut in cuts for said in _unusual(cut, pieces, other)]
     phones: dict[str, list[list[str]]] = {}
     if {"phone", "senone"} & {*settings.units}:
@@ -215,7 +215,7 @@ def _align_batch(
     acoustic: TorchAcousticModel, batch: Batch, tokenizer: Tokenizer, extension: int
 ) -> Iterator[tuple[str, list[AlignmentItem] | None]]:
     tokens = [tokenizer.encode(text) for text in batch.texts]
-    encoded = acoustic.encode(batch.features, batch.feature_lens)
+    encoded = acoustic.encode(batch.features, batch.feature_lens, batch.languages)
     log_probs = encoded.ctc_log_probs
     assert log_probs is not None
     symbols = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in tokens], batch_first=True)

@@ -70,7 +70,8 @@ def train_backbone(
     ):
         if run.finished:
             return out
-        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
+        languages = settings.model.languages
+        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run, languages, {})
         pieces = run_tokenizer(world, out, tokenizer, material.every, settings.tokenizer)
         train_stage(run, settings, material, pieces, prepare)
     return out
