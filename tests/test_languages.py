@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from asrkit.config import from_dict
-from asrkit.data.manifests import make_cut, write_cuts
-from asrkit.decoding.acoustic import encode_by_chunks
+from asrkit.data.batches import Batch, evaluation_batches
+from asrkit.data.manifests import make_cut, open_cuts, write_cuts
+from asrkit.data.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import TorchAcousticModel, encode_by_chunks
+from asrkit.decoding.evaluation import measure_wer
 from asrkit.decoding.recogniser import load_recogniser
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.models.asr import in_language
 from asrkit.models.digests import backbone_digest
+from asrkit.nn.conformer import subsampled_lens
 from asrkit.nn.context import FULL, Context
-from asrkit.run_dir import LINEAGE, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.stages.evaluate import evaluate
 from asrkit.stages.transcribe import transcribe
 from asrkit.training.checkpoint import save_weights
+from asrkit.training.distributed import join_world
+from asrkit.training.labels import _transcribe
+from asrkit.training.lesson import Lesson
+from asrkit.training.objective import LossConfig, recogniser_loss
+from asrkit.training.teachers import ANY, open_teachers
 
 VECTORS = "encoder.languages.weight"
 KNOWN = ["en", "fr", "it"]
@@ -148,6 +158,27 @@ def test_the_gradient_reaches_the_languages_that_were_heard() -> None:
     assert [bool(row.any()) for row in model.get_parameter(VECTORS).grad] == [True, False, True]  # type: ignore[union-attr]
 
 
+def test_the_loss_of_a_batch_is_that_of_its_utterances_in_their_languages() -> None:
+    model = speaking().float()
+    features, lens = sound(60, 44, 50)
+    names = ["it", "en", "fr"]
+    symbols, symbol_lens = torch.tensor([[1, 2], [3, 0], [2, 4]]), torch.tensor([2, 1, 2])
+    config = LossConfig(backend="torch")
+
+    def loss(model: AsrModel, rows: list[int]) -> Tensor:
+        """Of some of the utterances."""
+        batch = Batch(
+            features[rows].float(), lens[rows], [str(row) for row in rows], ["-"] * len(rows), [names[row] for row in rows],
+            [0.5] * len(rows), symbols[rows], symbol_lens[rows],
+        )  # fmt: skip
+        return recogniser_loss(model, batch, 0, config).loss.detach()
+
+    alone = [loss(in_language(model, name), [row]) for row, name in enumerate(names)]
+    torch.testing.assert_close(loss(model, [0, 1, 2]), torch.cat(alone), rtol=1e-3, atol=1e-3)
+    swapped = loss(in_language(model, "en"), [0])
+    assert not torch.allclose(swapped, alone[0], rtol=1e-2)
+
+
 # Commands on a run directory
 
 
@@ -238,6 +269,41 @@ def test_evaluate_and_transcribe_take_the_language(
     assert refused[0].endswith("cut cut-0: language: de; the model knows en, fr, it")
     assert refused[1].endswith("cut cut-2: language: none; the model knows en, fr, it")
     heard(plain, manifest, tmp_path / "plain")  # one that is told none does not ask
+
+
+def test_dev_and_labels_are_heard_in_their_language(run: Path, spoken: Callable[..., Path], tmp_path: Path) -> None:
+    manifest = spoken("en", "fr", "it", "en")
+    found = heard(run, manifest, tmp_path, configuration="backbone")
+    cuts = list(open_cuts(manifest))
+    model = model_of(run)
+    recogniser = TorchAcousticModel(model, "backbone")
+    tokenizer = Tokenizer(run / TOKENIZER)
+    _, _, rows = measure_wer(recogniser, evaluation_batches(cuts, 100.0), tokenizer)
+    assert {cut_id: hypothesis for cut_id, _, hypothesis in rows} == found
+    # Teachers hear in their default configuration and its first context.
+    streamed = heard(run, manifest, tmp_path)
+    with join_world("cpu") as world:
+        texts = _transcribe(cuts, open_teachers({ANY: [run]}), "greedy", 100.0, SimpleNamespace(world=world))  # type: ignore[arg-type]
+    assert texts == streamed
+
+
+@torch.no_grad()
+def test_a_teacher_hears_each_utterance_in_its_language(run: Path) -> None:
+    teachers = open_teachers({ANY: [run], "fr": [run]})
+    features, feature_lens = sound(90, 70, 80)
+    features = features.float()
+    symbols, symbol_lens = torch.ones(3, 2, dtype=torch.int64), torch.tensor([2, 2, 2])
+    lens = subsampled_lens(feature_lens)
+
+    def said(languages: list[str]) -> Tensor:
+        lesson = Lesson(teachers, languages, features, feature_lens, symbols, symbol_lens, lens, context=FULL)
+        return lesson.ctc_log_probs()
+
+    mixed = ["en", "fr", "it"]
+    together, alone = said(mixed), {language: said([language] * 3) for language in mixed}
+    for row, language in enumerate(mixed):
+        assert_same_frames(together[row : row + 1], alone[language][row : row + 1], lens[row : row + 1])
+    assert not torch.allclose(alone["en"], alone["it"], atol=0.1)
 
 
 def test_what_is_made_of_a_model_has_its_languages(run: Path, spoken: Callable[..., Path], tmp_path: Path) -> None:
