@@ -306,7 +306,9 @@ def test_a_teacher_hears_each_utterance_in_its_language(run: Path) -> None:
     assert not torch.allclose(alone["en"], alone["it"], atol=0.1)
 
 
-def test_what_is_made_of_a_model_has_its_languages(run: Path, spoken: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_is_made_of_a_model_has_its_languages(
+    run: Path, audio: list[Path], spoken: Callable[..., Path], tmp_path: Path
+) -> None:
     assert "languages the encoder is told apart: en, fr, it" in asrkit("info", run)
     assert json.loads(asrkit("info", run, "--json"))["languages"] == KNOWN
     before = open_run(run).weights()
@@ -319,7 +321,9 @@ def test_what_is_made_of_a_model_has_its_languages(run: Path, spoken: Callable[.
     for name in ("less", "again", "both", "int8"):
         model = model_of(tmp_path / name)
         assert model.spec.languages == KNOWN and torch.equal(model.get_parameter(VECTORS), before[VECTORS]), name
-    heard(tmp_path / "int8", spoken("en", "fr", "it", "en"), tmp_path / "out")
+    found = heard(tmp_path / "int8", spoken("en", "fr", "it", "en"), tmp_path / "out", configuration="backbone")
+    (text,) = transcribe(tmp_path / "int8", audio[1:2], configuration="backbone", language="fr")
+    assert text.text == found["cut-1"]
     changed = {**before, VECTORS: before[VECTORS] + 1}
     assert backbone_digest(before) != backbone_digest(changed), "the vectors belong to the frozen backbone"
 

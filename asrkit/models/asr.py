@@ -165,8 +165,8 @@ class AsrModel(nn.Module):
 
 
 def in_language(model: AsrModel, language: str | None) -> AsrModel:
-    """The model for one of its languages: one that is told none, the language's vector in the biases of the norm it was added
-    after. A model without languages is given back, where ``language`` is None.
+    """The same model for one of its languages, and told none: the vector, which was added to what the subsampling's last norm
+    gives, becomes a part of that norm's bias. A model without languages, for None, is given back.
 
     Raises:
         UserError: the language is missing, or not one of the model's.
