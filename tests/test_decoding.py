@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ class SmallModel(nn.Module):
         self.predicted_rows = 0
         self.double().eval()
 
-    def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
+    def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
         lens = ((feature_lens - 3) // 4).clamp(min=0)
         steps = (features.shape[1] - 3) // 4
         encoded = self.encoder(features[:, : steps * 4].reshape(len(features), steps, -1).double())

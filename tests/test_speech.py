@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from asrkit.data.manifests import open_cuts, text_of, write_cuts
+from asrkit.run_dir import open_run
 
 needs_apt = pytest.mark.skipif(
     shutil.which("apt-get") is None, reason="the recordings come through apt-get, and this machine has none"
@@ -57,3 +58,27 @@ def test_four_prompts_are_learned_without_an_error(four: Path, tmp_path: Path) -
     cut = next(iter(open_cuts(four)))
     heard = asrkit("transcribe", "--from", run, cut.recording.sources[0].source).stdout
     assert text_of(cut) in heard
+
+
+@needs_apt
+def test_recordings_in_two_languages(four: Path, tmp_path: Path) -> None:
+    """The encoder is told which; that the words are English is no matter here."""
+    cuts = list(open_cuts(four))
+    for cut, language in zip(cuts, ("en", "fr", "en", "fr"), strict=True):
+        cut.supervisions[0].language = language
+    manifest, run = tmp_path / "two.jsonl.gz", tmp_path / "run"
+    write_cuts(manifest, cuts)
+    settings = [
+        "model.size=tiny", "model.num_layers=2", "model.languages=[en, fr]", "tokenizer.vocab_size=40", "data.num_workers=0",
+        "data.num_buckets=1", "training.steps=10", "training.tensorboard=false", "training.precision=float32",
+    ]  # fmt: skip
+    asrkit(
+        "train-backbone", "--manifest", manifest, "--dev", manifest, "--out", run,
+        *(x for s in settings for x in ("--set", s)),
+    )  # fmt: skip
+    assert bool(open_run(run).weights()["encoder.languages.weight"].any(dim=1).all())
+    asrkit("evaluate", "--from", run, "--manifest", manifest)
+    result = json.loads((run / "evaluation" / "two-backbone-full-greedy" / "result.json").read_text())
+    assert {language: found["utterances"] for language, found in result["languages"].items()} == {"en": 2, "fr": 2}
+    audio = cuts[0].recording.sources[0].source
+    assert asrkit("transcribe", "--from", run, "--language", "fr", audio).stdout.startswith(f"{audio}:")

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ class Loudness:
     def __init__(self, letters: list[int]) -> None:
         self.letters = letters
 
-    def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
+    def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
         raise NotImplementedError
 
     def predict(self, contexts: Tensor) -> Tensor:

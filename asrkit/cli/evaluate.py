@@ -120,6 +120,9 @@ def transcribe(
     mode: ModeOption = None,
     chunk: Chunk = None,
     left: Left = None,
+    language: Annotated[
+        str | None, typer.Option(help="What is spoken, for a model with languages; `asrkit info` lists them.")
+    ] = None,
     timestamps: Annotated[bool, typer.Option("--timestamps", help="One line a word: its start in seconds.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Show what is heard while the sound comes in.")] = False,
     fast: Annotated[
@@ -163,6 +166,7 @@ def transcribe(
         "beam": beam,
         "configuration": configuration,
         "context": context,
+        "language": language,
         "device": device,
         "threads": threads,
         "warn": lambda line: typer.echo(f"warning: {line}", err=True),

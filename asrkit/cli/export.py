@@ -35,6 +35,9 @@ def export(
         int | None,
         typer.Option(min=0, help="Frames before the chunk that attention sees; left out, as trained with that chunk."),
     ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="What the files hear, of a model with languages.", show_default=False)
+    ] = None,
     quantise: Annotated[
         Quantise | None,
         typer.Option(help="Make integers of float weights, untrained; dynamic: 8 bits with integer inputs too."),
@@ -75,6 +78,7 @@ def export(
         streaming=streaming,
         chunk=chunk,
         left=left,
+        language=language,
         quantise=None if quantise is None else quantise.value,
         dequantise=dequantise,
         format=cast(Any, format.value),

@@ -61,6 +61,8 @@ def info(
         table_console().print(table)
     features = ", ".join(f"{key} {value}" for key, value in (description["features"] or {}).items())
     typer.echo(f"vocabulary: {description['vocabulary']} tokens" + (f"; features: {features}" if features else ""))
+    if description["languages"]:
+        typer.echo(f"languages the encoder is told apart: {', '.join(description['languages'])}")
     for entry in description["stages"]:
         typer.echo(f"command: {entry.get('command', 'unknown')}")
 

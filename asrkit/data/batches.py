@@ -34,7 +34,7 @@ from asrkit.data.augment import (
     vocal_tract_warp,
 )
 from asrkit.data.features import FRAME_SHIFT, LOG_EPS, NUM_MEL_BINS, fbank, resample
-from asrkit.data.manifests import text_of
+from asrkit.data.manifests import language_of, text_of
 from asrkit.data.shar import loaded
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
@@ -222,10 +222,6 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             clean=pad(clean)[0] if self.clean else torch.zeros(0),
             segments=self.annotate(parts) if self.annotate is not None else {},
         )
-
-
-def language_of(cut: Cut) -> str:
-    return cut.supervisions[0].language or ""
 
 
 def cut_samples(cut: Cut) -> Tensor:

@@ -16,7 +16,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 
 from asrkit.data.features import FRAME_SHIFT
-from asrkit.data.manifests import open_cuts, text_of
+from asrkit.data.manifests import language_of, open_cuts, text_of
 from asrkit.data.shar import loaded
 from asrkit.data.text import sentence_key
 from asrkit.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """``kind`` is one word of: short, text, range, characters, alignment, unreadable, rate, truncated, silent, values."""
+    """``kind`` is one word of: short, text, range, language, characters, alignment, unreadable, rate, truncated, silent, values."""
 
     cut_id: str
     kind: str
@@ -49,6 +49,7 @@ def find_bad_cuts(
     tokenizer: Tokenizer | None = None,
     read_audio: bool = False,
     threads: int | None = None,
+    languages: Sequence[str] = (),
 ) -> list[Finding]:
     """Every reason why a cut of ``cuts`` cannot be trained on, in their order.
 
@@ -56,9 +57,10 @@ def find_bad_cuts(
         tokenizer: with it, texts are checked against its characters, and their tokens against the encoder's frames.
         read_audio: decode every recording too: unreadable, truncated, silent, not finite, of another rate than the
             manifest says. ``threads`` at once, by default a few more than there are cores.
+        languages: those a model is told apart; with them, each cut must have one of them.
     """
     listed = list(cuts)
-    findings = [finding for cut in listed for finding in _check_manifest(cut, tokenizer)]
+    findings = [finding for cut in listed for finding in _check_manifest(cut, tokenizer, languages)]
     if read_audio:
         with ThreadPoolExecutor(threads) as pool:  # soundfile decodes outside Python's lock
             for found in pool.map(_check_audio, listed):
@@ -71,7 +73,7 @@ def alignment_need(tokens: list[int]) -> int:
     return len(tokens) + sum(a == b for a, b in pairwise(tokens))
 
 
-def _check_manifest(cut: Cut, tokenizer: Tokenizer | None) -> Iterable[Finding]:
+def _check_manifest(cut: Cut, tokenizer: Tokenizer | None, languages: Sequence[str]) -> Iterable[Finding]:
     text = cut.supervisions[0].text or ""
     frames = round(cut.duration / FRAME_SHIFT)
     if frames < MIN_FRAMES:
@@ -83,6 +85,8 @@ def _check_manifest(cut: Cut, tokenizer: Tokenizer | None) -> Iterable[Finding]:
     if cut.has_recording and isinstance(cut, MonoCut) and cut.end > cut.recording.duration + TOLERANCE:
         detail = f"ends at {cut.end:.2f} s, its recording at {cut.recording.duration:.2f} s; mend the manifest"
         yield Finding(cut.id, "range", detail)
+    if languages and language_of(cut) not in languages:
+        yield Finding(cut.id, "language", f"{language_of(cut) or 'none'}; the model knows {', '.join(languages)}")
     if not text.strip():
         yield Finding(cut.id, "text", "the text is empty")
     elif tokenizer is not None:
@@ -241,14 +245,17 @@ def _audio_of(cut: Cut) -> tuple[str, float] | None:
     return str(cut.recording.sources[0].source), cut.start
 
 
-def decodable_cuts(manifest: Path) -> tuple[CutSet, list[str]]:
+def decodable_cuts(manifest: Path, languages: Sequence[str] = ()) -> tuple[CutSet, list[str]]:
     """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others.
+
+    Args:
+        languages: those the model knows, if it is told them.
 
     Raises:
         UserError: an unreadable manifest, or a line for each cut that cannot be decoded.
     """
     cuts = open_cuts(manifest)
-    found = find_bad_cuts(cuts, None, read_audio=True)
+    found = find_bad_cuts(cuts, None, read_audio=True, languages=languages)
     lines = {finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}" for finding in found}
     fatal = [line for finding, line in lines.items() if finding.kind != "silent"]
     if fatal:

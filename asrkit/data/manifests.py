@@ -177,6 +177,11 @@ def text_of(cut: Cut) -> str:
     return " ".join(s.text or "" for s in sorted(cut.supervisions, key=lambda s: s.start))
 
 
+def language_of(cut: Cut) -> str:
+    """The language of a cut's (first) supervision; empty where it names none."""
+    return cut.supervisions[0].language or ""
+
+
 def is_labelled(cut: Cut) -> bool:
     """Whether the text of a cut is a recogniser's, and not given."""
     return any("labelled_by" in (supervision.custom or {}) for supervision in cut.supervisions)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from asrkit.data.alignment import symbols_of
-from asrkit.data.batches import BucketPlan, language_of
-from asrkit.data.manifests import open_cuts, text_of
+from asrkit.data.batches import BucketPlan
+from asrkit.data.manifests import language_of, open_cuts, text_of
 from asrkit.data.phones import phones_of
 from asrkit.data.senones import SenoneTree
 from asrkit.data.tokenizer import Tokenizer

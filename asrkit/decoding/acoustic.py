@@ -6,6 +6,7 @@ J joiner dimension, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -38,8 +39,8 @@ class AcousticModel(Protocol):
     context_size: int
     blank: int
 
-    def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
-        """Features (B, T, 80) and their lengths (B,) to encoder frames."""
+    def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
+        """Features (B, T, 80), their lengths (B,) and, for a model that is told them, languages, to encoder frames."""
 
     def predict(self, contexts: Tensor) -> Tensor:
         """The last ``context_size`` tokens (N, context_size), -1 for none, to predictor vectors (N, J)."""
@@ -54,6 +55,8 @@ class TorchAcousticModel:
     Args:
         configuration: the active sub-models; None is what the model was last trained in.
         context: full context in one pass, or a streaming one, which is run chunk by chunk, as on a device.
+
+    A model with languages is told them in ``encode``; ``step`` is for one that is ``in_language``.
     """
 
     def __init__(self, model: AsrModel, configuration: str | None = None, context: Context = FULL) -> None:
@@ -69,12 +72,15 @@ class TorchAcousticModel:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
+    def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
         features, feature_lens = features.to(self.device), feature_lens.to(self.device)
+        told = self.model.language_ids(languages)
         if self.context.streaming:
-            encoder_out, lens = encode_by_chunks(self.model, features, feature_lens, self.configuration, self.context)
+            encoder_out, lens = encode_by_chunks(
+                self.model, features, feature_lens, self.configuration, self.context, told
+            )
         else:
-            encoder_out, lens = self.model.encode(features, feature_lens, self.configuration)
+            encoder_out, lens = self.model.encode(features, feature_lens, self.configuration, languages=told)
         return self._output(encoder_out, lens)
 
     def start(self, batch: int = 1) -> Caches:
@@ -109,7 +115,12 @@ class TorchAcousticModel:
 
 
 def encode_by_chunks(
-    model: AsrModel, features: Tensor, feature_lens: Tensor, configuration: str | None, context: Context
+    model: AsrModel,
+    features: Tensor,
+    feature_lens: Tensor,
+    configuration: str | None,
+    context: Context,
+    languages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ``model.encode`` gives in a streaming ``context``, from ``streaming_step`` chunk by chunk."""
     if context.chunk is None:
@@ -122,6 +133,7 @@ def encode_by_chunks(
     chunks = [features.new_zeros(len(features), 0, model.spec.encoder.dim)]
     for begin in range(0, num_frames, size):
         window = features[:, 4 * begin : 4 * (begin + size) + 3]
-        encoder_out, caches = model.streaming_step(window, caches, configuration, (lens - begin).clamp(0, size))
+        frame_lens = (lens - begin).clamp(0, size)
+        encoder_out, caches = model.streaming_step(window, caches, configuration, frame_lens, languages)
         chunks.append(encoder_out)
     return torch.cat(chunks, dim=1)[:, :num_frames], lens

@@ -29,5 +29,6 @@ def measure_wer(
     """Word errors, character errors, and (cut id, reference, hypothesis) of every utterance."""
     scored: list[Scored] = []
     for batch in batches:
-        scored += score(batch, decode(model, batch.features, batch.feature_lens, method, beam), tokenizer)
+        found = decode(model, batch.features, batch.feature_lens, method, beam, batch.languages)
+        scored += score(batch, found, tokenizer)
     return total_words(scored), total_chars(scored), [(s.cut_id, s.ref, s.hyp) for s in scored]

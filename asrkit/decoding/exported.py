@@ -6,6 +6,8 @@ N hypotheses of any utterances, J joiner dimension, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -45,7 +47,8 @@ class ExportedAcousticModel:
         self.vocab_size, self.context_size = vocab_size, context_size
         self.encoders = [file for file, wanted in ((ENCODER, transducer), (CTC, ctc)) if wanted]
 
-    def encode(self, features: Tensor, feature_lens: Tensor) -> EncoderOutput:
+    def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
+        """See ``AcousticModel``; ``languages`` are not used, as the files hold one."""
         if self.context.chunk is not None:
             return self._encode_by_chunks(features, feature_lens, self.context.chunk)
         found = {file: self.onnx.encode(file, features, feature_lens) for file in self.encoders}

@@ -18,6 +18,7 @@ from asrkit.errors import UserError
 from asrkit.export.directory import is_exported, open_exported
 from asrkit.export.runtime import ExportedModel
 from asrkit.models import load_model
+from asrkit.models.asr import in_language
 from asrkit.nn.context import FRAME_MS, Context, parse_context
 from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run, sha256_of
 
@@ -27,6 +28,7 @@ class Recogniser:
     """A model ready to decode with its tokenizer, and the digest that says which weights these are.
 
     ``configuration`` and ``context`` are those it runs in; ``warnings`` say where that is not what it was trained for.
+    ``languages``: those ``encode`` is told apart, if any. ``language``: the one it hears, where it is for one alone.
     """
 
     model: StreamingModel
@@ -36,6 +38,8 @@ class Recogniser:
     configuration: str
     context: Context
     warnings: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    language: str | None = None
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,6 +65,7 @@ def load_recogniser(
     configuration: str | None = None,
     context: Context | ContextChoice | None = None,
     methods: Sequence[Method] = METHODS,
+    language: str | None = None,
 ) -> Recogniser:
     """Load the model and tokenizer of a run directory, or of an exported one.
 
@@ -68,16 +73,19 @@ def load_recogniser(
         configuration: None is the one the last stage trained.
         context: itself, or what the user said of it; None is the first the configuration was trained in.
         methods: the searches there will be; an exported model computes nothing for others.
+        language: all that will be heard; None: ``encode`` is told, if the model has languages.
 
     Raises:
         UserError: the directory is incomplete or damaged, its parts do not fit each other, or it has no such
-            configuration or context.
+            configuration, context or language.
     """
     if is_exported(path):
-        return _load_exported(path, device, configuration, context, methods)
+        return _load_exported(path, device, configuration, context, methods, language)
     place = choose_device(device)
     run = open_run(path)
     model = load_model(run)
+    if language is not None:
+        model = in_language(model, language)
     tokenizer = _load_tokenizer(run.tokenizer_path, model.vocab_size)
     name = configuration or model.spec.configuration
     if name not in model.spec.configurations:
@@ -93,7 +101,8 @@ def load_recogniser(
             f"(frames of {FRAME_MS:.0f} ms); expect more errors"
         )
     acoustic = TorchAcousticModel(model.to(place), name, context)
-    return Recogniser(acoustic, tokenizer, sha256_of(run.path / WEIGHTS), place, name, context, warnings)
+    weights = sha256_of(run.path / WEIGHTS)
+    return Recogniser(acoustic, tokenizer, weights, place, name, context, warnings, model.spec.languages, language)
 
 
 def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -112,6 +121,7 @@ def _load_exported(
     configuration: str | None,
     context: Context | ContextChoice | None,
     methods: Sequence[Method],
+    language: str | None,
 ) -> Recogniser:
     """An exported directory, which is one configuration in one context, on the CPU."""
     if device not in ("auto", "cpu"):
@@ -120,6 +130,9 @@ def _load_exported(
     only, again = exported.parsed_context, "export the run again for another"
     if configuration not in (None, exported.configuration):
         raise UserError(f"{path}: holds configuration {exported.configuration} only, not {configuration}; {again}")
+    if language not in (None, exported.language):
+        hears = "is told no language" if exported.language is None else f"hears {exported.language} only"
+        raise UserError(f"--language {language}: {path} {hears}; leave it out, or {again}")
     if not isinstance(context, Context):
         context = (context or ContextChoice()).among([only], True, f"{path}: the exported model")
     if context != only:
@@ -134,4 +147,4 @@ def _load_exported(
     )
     tokenizer = _load_tokenizer(path / TOKENIZER, exported.vocab_size)
     cpu, digest = torch.device("cpu"), sha256_of(path / EXPORT)  # export.yaml has the digests of every file
-    return Recogniser(model, tokenizer, digest, cpu, exported.configuration, only)
+    return Recogniser(model, tokenizer, digest, cpu, exported.configuration, only, language=exported.language)

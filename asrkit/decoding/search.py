@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -34,7 +35,12 @@ def search(model: AcousticModel, encoded: EncoderOutput, method: Method = "greed
 
 
 def decode(
-    model: AcousticModel, features: Tensor, feature_lens: Tensor, method: Method = "greedy", beam: int = 4
+    model: AcousticModel,
+    features: Tensor,
+    feature_lens: Tensor,
+    method: Method = "greedy",
+    beam: int = 4,
+    languages: Sequence[str] | None = None,
 ) -> list[Hypothesis]:
-    """Recognise a batch: features (B, T, 80), padded, with lengths (B,)."""
-    return search(model, model.encode(features, feature_lens), method, beam)
+    """Recognise a batch: features (B, T, 80), padded, with lengths (B,) and, for a model that is told them, languages."""
+    return search(model, model.encode(features, feature_lens, languages), method, beam)

@@ -89,14 +89,16 @@ class RunRecord:
 class Exported:
     """export.yaml.
 
-    context: full, or the chunk and left context every streaming file is fixed to. state_size: numbers in a stream's
-    state, 0 where there is none. quantise: what made integers of float weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head.
+    context: full, or the chunk and left context every streaming file is fixed to. language: the one the files hear, of a model
+    with languages. state_size: numbers in a stream's state, 0 where there is none. quantise: what made integers of float
+    weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head.
     """
 
     format: Format = "onnx"
     configuration: str
     submodels: list[str]
     context: ContextText
+    language: str | None = None
     vocab_size: int
     context_size: int
     joiner_dim: int

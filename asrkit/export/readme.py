@@ -181,6 +181,7 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
     context = exported.parsed_context
     about = f"Sub-models: {', '.join(exported.submodels) or 'none, the backbone alone'}. "
     about += f"Context: {exported.context}.\n" if context.streaming else "Context: full, not streaming.\n"
+    about += f"Language: {exported.language}.\n" if exported.language else ""
     text = _HEAD.format(card=_card(exported), configuration=exported.configuration, about=about)
     if exported.format == "torchscript":
         text += _SCRIPT
@@ -214,6 +215,8 @@ def _card(exported: Exported) -> str:
         "pipeline_tag": "automatic-speech-recognition",
         "tags": ["transducer", "ctc", exported.format, *streaming],
     }
+    if exported.language:
+        content["language"] = exported.language
     if exported.licence:
         content["license"] = exported.licence
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True)).rstrip()

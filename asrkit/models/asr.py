@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asrkit.config import from_dict
+from asrkit.config import from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.models.compress import compress
 from asrkit.models.encoder import Caches, Encoder
@@ -117,15 +117,36 @@ class AsrModel(nn.Module):
         configuration: str | None = None,
         context: Context = FULL,
         gates: Tensor | None = None,
+        languages: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, 80), (B,) -> (B, T', D), (B,), in one pass; see ``Encoder.forward``."""
-        return self.encoder(features, feature_lens, self.submodels_of(configuration), context, gates)
+        """(B, T, 80), (B,) -> (B, T', D), (B,), in one pass; see ``Encoder.forward``.
+
+        ``languages`` (B,) as ``language_ids`` makes them.
+        """
+        return self.encoder(features, feature_lens, self.submodels_of(configuration), context, gates, languages)
 
     def streaming_step(
-        self, features: Tensor, caches: Caches, configuration: str | None = None, frame_lens: Tensor | None = None
+        self,
+        features: Tensor,
+        caches: Caches,
+        configuration: str | None = None,
+        frame_lens: Tensor | None = None,
+        languages: Tensor | None = None,
     ) -> tuple[Tensor, Caches]:
         """The next chunk, (B, 4 c + 3, 80) -> (B, c, D) and the caches after it; see ``Encoder.streaming_step``."""
-        return self.encoder.streaming_step(features, caches, self.submodels_of(configuration), frame_lens)
+        submodels = self.submodels_of(configuration)
+        return self.encoder.streaming_step(features, caches, submodels, frame_lens, languages)
+
+    def language_ids(self, languages: Sequence[str] | None) -> Tensor | None:
+        """The names of utterances' languages as ``encode`` takes them, (B,) int64; None for a model that is told none.
+
+        Raises:
+            ValueError: the model does not know one; cuts are checked before work starts.
+        """
+        if self.encoder.languages is None or languages is None:
+            return None
+        numbers = [self.spec.languages.index(language) for language in languages]
+        return torch.tensor(numbers, device=self.ctc_head.weight.device)
 
     def submodels_of(self, configuration: str | None = None) -> tuple[str, ...]:
         """The active sub-models of a configuration, None being the one the model was last trained in.
@@ -141,6 +162,32 @@ class AsrModel(nn.Module):
     def ctc_log_probs(self, encoder_out: Tensor) -> Tensor:
         """(B, T', D) -> (B, T', V), in float32 whatever the precision around it."""
         return self.ctc_head(encoder_out).float().log_softmax(dim=-1)
+
+
+def in_language(model: AsrModel, language: str | None) -> AsrModel:
+    """The same model for one of its languages, and told none: the vector, which was added to what the subsampling's last norm
+    gives, becomes a part of that norm's bias. A model without languages, for None, is given back.
+
+    Raises:
+        UserError: the language is missing, or not one of the model's.
+    """
+    known = ", ".join(model.spec.languages)
+    if language is None and not known:
+        return model
+    if not known:
+        raise UserError(f"--language {language}: this model is told no language; leave it out")
+    if language is None:
+        raise UserError(f"this model is told the language of what it hears; give --language, one of {known}")
+    if language not in model.spec.languages:
+        raise UserError(f"--language {language}: this model knows {known}")
+    weights = model.state_dict()
+    vector = weights.pop("encoder.languages.weight")[model.spec.languages.index(language)]
+    for name in ("encoder.subsampling.norm.bias", "encoder.subsampling.norm.streaming.bias"):
+        if name in weights:  # a norm for streaming only where there is one per mode
+            weights[name] = weights[name] + vector
+    alone = AsrModel(from_dict(ModelSpec, {**to_dict(model.spec), "languages": []}, "model"))
+    alone.load_state_dict(weights)
+    return alone.eval()
 
 
 @contextmanager

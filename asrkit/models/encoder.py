@@ -104,6 +104,9 @@ class Encoder(nn.Module):
         num_mel_bins = spec.features.num_mel_bins
         self.normalise = Normalise(num_mel_bins)
         self.subsampling = Subsampling(num_mel_bins, backbone.subsampling_channels, backbone.dim, per_mode_norm)
+        # One-hot languages times a matrix (num_languages, D). Zeros, and without a random draw: the model begins as one without.
+        zeros = torch.zeros(len(spec.languages), backbone.dim)
+        self.languages = nn.Embedding.from_pretrained(zeros, freeze=False) if spec.languages else None
         self.dropout = nn.Dropout(backbone.dropout)
         self.blocks = nn.ModuleList(
             BackboneBlock(backbone.dim, backbone.feedforward_dim, backbone.kernel_size, backbone.dropout, per_mode_norm)
@@ -120,6 +123,7 @@ class Encoder(nn.Module):
         submodels: Sequence[str] = (),
         context: Context = FULL,
         gates: Tensor | None = None,
+        languages: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A whole utterance: (B, T, 80), (B,) -> (B, T', D), (B,) with T' = (T - 3) // 4.
 
@@ -130,10 +134,12 @@ class Encoder(nn.Module):
             submodels: names of the active ones, in the order they are added.
             gates: (layers, B or 1) on the CPU, factors of what sub-models add in a layer (attention dropout); a layer
                 whose factors are all 0 does not compute them.
+            languages: (B,) int64, the place of each utterance's among those of the spec; None for a model without.
         """
         if features.shape[1] < 7:
             return features.new_zeros(len(features), 0, self.dim), torch.zeros_like(feature_lens)
         x, encoder_out_lens = self.subsampling(self.normalise(features), feature_lens, context.streaming)
+        x = self._in_language(x, languages)
         frames = torch.arange(x.shape[1], device=x.device)
         valid = frames < encoder_out_lens.unsqueeze(1)
         seen = {name: self._seen(name, frames[None], frames[None], valid, context) for name in submodels}
@@ -149,13 +155,16 @@ class Encoder(nn.Module):
         caches: Caches,
         submodels: Sequence[str] = (),
         frame_lens: Tensor | None = None,
+        languages: Tensor | None = None,
     ) -> tuple[Tensor, Caches]:
         """The next chunk of each stream: (B, 4 c + 3, 80) -> (B, c, D) and the caches after it.
 
         Chunks advance by 4 c feature frames; ``caches`` begin as ``initial_caches`` makes them for the same sub-models.
-        Where a stream ends within the chunk, ``frame_lens`` (B,) says how many of its c frames there are.
+        Where a stream ends within the chunk, ``frame_lens`` (B,) says how many of its c frames there are. ``languages``
+        (B,) as for ``forward``.
         """
         x, _ = self.subsampling(self.normalise(features), features.new_zeros(1), streaming=True)
+        x = self._in_language(x, languages)
         offsets = torch.arange(x.shape[1], device=x.device)
         queries = caches.frames.unsqueeze(1) + offsets
         # All True without lengths, as a comparison, so that a traced graph keeps the batch's size open.
@@ -178,6 +187,14 @@ class Encoder(nn.Module):
         past = tuple(weight.new_zeros(batch, left, dim) for dim in dims)
         conv = tuple(weight.new_zeros(batch, self.kernel_size // 2, self.dim) for _ in self.blocks)
         return Caches(torch.zeros(batch, dtype=torch.int64, device=weight.device), conv, past, past)
+
+    def _in_language(self, x: Tensor, languages: Tensor | None) -> Tensor:
+        """The frames (B, T', D), each utterance's language (B,) added; that it is added here is ours."""
+        if self.languages is None and languages is None:
+            return x
+        if self.languages is None or languages is None:
+            raise ValueError("a model with languages takes that of each utterance, one without takes none")
+        return x + self.languages(languages).unsqueeze(1)
 
     def _layers(
         self,

@@ -21,6 +21,15 @@ BACKBONE = "backbone"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
+def _each_once(names: list[str]) -> list[str]:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(repeated)}: named more than once")
+    return names
+
+
+Languages = Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_each_once)]
+
+
 @config
 class FeatureSpec:
     """80-bin Kaldi log-mel as lhotse computes it; mean and variance are buffers of the model."""
@@ -111,6 +120,7 @@ class ConfigurationSpec:
 class ModelSpec:
     """A convolutional backbone with a CTC head and a transducer on top, and the sub-models added to it.
 
+    ``languages``, if any, are those the encoder is told apart: it has a learned vector for each.
     ``configuration`` is the one the last stage trained, which is used where none is named. ``compression`` says, by the
     path of a linear layer such as ``encoder.blocks.0.conv.out``, how it is masked and quantised. ``heads`` are those the run
     was trained with; whoever loads the model leaves them out.
@@ -121,6 +131,7 @@ class ModelSpec:
     predictor: PredictorSpec
     joiner_dim: Positive
     features: FeatureSpec = field(default_factory=FeatureSpec)
+    languages: Languages = field(default_factory=list)
     submodels: dict[str, SubModelSpec] = field(default_factory=dict)
     configurations: dict[str, ConfigurationSpec] = field(default_factory=lambda: {BACKBONE: ConfigurationSpec()})
     configuration: str = BACKBONE

@@ -20,10 +20,10 @@ from lhotse.utils import fastcopy
 from pydantic import Field
 
 from asrkit.config import config
-from asrkit.data.batches import Batch, cut_features, evaluation_batches, language_of
+from asrkit.data.batches import Batch, cut_features, evaluation_batches
 from asrkit.data.checks import Finding, find_bad_cuts
 from asrkit.data.espeak import load_espeak
-from asrkit.data.manifests import open_cuts, text_of, write_cuts
+from asrkit.data.manifests import language_of, open_cuts, text_of, write_cuts
 from asrkit.data.phones import phones_of
 from asrkit.data.senones import SenoneConfig, grow_tree, load_tree, save_tree
 from asrkit.data.tokenizer import WORD_START, Tokenizer
@@ -98,7 +98,7 @@ def align(
     pieces = Tokenizer(run.tokenizer_path)
     other = None if tokenizer is None else Tokenizer(tokenizer)
     cuts = list(open_cuts(manifest))
-    findings = find_bad_cuts(cuts, pieces, read_audio=True)
+    findings = find_bad_cuts(cuts, pieces, read_audio=True, languages=model.spec.languages)
     findings += [Finding(cut.id, "words", said) for cut in cuts for said in _unusual(cut, pieces, other)]
     phones: dict[str, list[list[str]]] = {}
     if {"phone", "senone"} & {*settings.units}:
@@ -213,7 +213,7 @@ def _align_batch(
     acoustic: TorchAcousticModel, batch: Batch, tokenizer: Tokenizer, extension: int
 ) -> Iterator[tuple[str, list[AlignmentItem] | None]]:
     tokens = [tokenizer.encode(text) for text in batch.texts]
-    encoded = acoustic.encode(batch.features, batch.feature_lens)
+    encoded = acoustic.encode(batch.features, batch.feature_lens, batch.languages)
     log_probs = encoded.ctc_log_probs
     assert log_probs is not None
     symbols = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in tokens], batch_first=True)

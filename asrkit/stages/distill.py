@@ -14,7 +14,8 @@ from typing import Literal
 
 from asrkit.config import config, to_dict
 from asrkit.data.augment import AugmentConfig
-from asrkit.data.batches import DataConfig, TrainBatches, language_of
+from asrkit.data.batches import DataConfig, TrainBatches
+from asrkit.data.manifests import language_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.search import Method
 from asrkit.errors import UserError
@@ -38,7 +39,6 @@ from asrkit.training.teachers import (
     ANY,
     Teachers,
     check_heads,
-    check_languages,
     each,
     match_tokenizer,
     open_teachers,
@@ -126,13 +126,12 @@ def distill(
         if run.finished:
             return out
         data = settings.data
+        languages = settings.model.languages if origin is None else origin.spec.languages
         if settings.labels == "teacher":
             seconds, policy = data.max_duration, settings.bad_cuts
-            every = label([manifest, *data.also], opened, settings.labels_method, seconds, policy, run)
+            every = label([manifest, *data.also], opened, settings.labels_method, seconds, policy, run, languages)
             manifest, data = every[0], replace(data, also=tuple(every[1:]))
-        material = read_material(manifest, dev, data, settings.bad_cuts, run)
-        if findings := check_languages(teachers, material.every):
-            raise UserError.of(findings)
+        material = read_material(manifest, dev, data, settings.bad_cuts, run, languages, opened)
         given = tokenizer if origin is None else origin.run.tokenizer_path
         if given is None and settings.tokenizer is None:
             given = _teachers_tokenizer(opened)

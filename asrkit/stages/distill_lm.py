@@ -262,7 +262,8 @@ def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[An
             segments = labelled(cut_lens)[SUPERVISED].to(place)
             moved = batch.to(place)
             with tapped(model, [layer]) as taps:
-                model.encode(moved.features, moved.feature_lens, name, context)
+                told = model.language_ids(moved.languages)
+                model.encode(moved.features, moved.feature_lens, name, context, languages=told)
             found = frame_accuracy(
                 model.heads[SUPERVISED](taps[layer]), frame_labels(segments), counted_frames(segments, settings.silence)
             )

@@ -91,7 +91,10 @@ def evaluate(
         findings += contradictions
         choice = ContextChoice()
     recogniser = _gather(findings, lambda: load_recogniser(run_path, device, configuration, choice, methods))
-    checked = _gather(findings, lambda: decodable_cuts(manifest))
+    languages: Sequence[str] = ()
+    if recogniser is not None:
+        languages = recogniser.languages if recogniser.language is None else [recogniser.language]
+    checked = _gather(findings, lambda: decodable_cuts(manifest, languages))
     if findings or recogniser is None or checked is None:
         raise UserError.of(findings)
     cuts, warnings = checked
@@ -178,7 +181,7 @@ def _decode(
     with progress("decoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
         began = time.perf_counter()
         for batch in evaluation_batches(cuts, max_duration):
-            encoded = recogniser.model.encode(batch.features, batch.feature_lens)
+            encoded = recogniser.model.encode(batch.features, batch.feature_lens, batch.languages)
             if recogniser.device.type == "cuda":
                 torch.cuda.synchronize(recogniser.device)
             shared = time.perf_counter() - began

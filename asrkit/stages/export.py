@@ -55,6 +55,7 @@ from asrkit.export.readme import describe
 from asrkit.export.runtime import ExportedModel
 from asrkit.export.script import write_script
 from asrkit.models import AsrModel, load_model
+from asrkit.models.asr import in_language
 from asrkit.models.compress import (
     LayerChoice,
     QuantisationConfig,
@@ -111,6 +112,7 @@ def export(
     streaming: bool = False,
     chunk: int | None = None,
     left: int | None = None,
+    language: str | None = None,
     quantise: str | None = None,
     dequantise: bool = False,
     format: Format = "onnx",
@@ -124,6 +126,7 @@ def export(
     Args:
         configuration: the active sub-models; None is the one the last stage trained.
         streaming: in the context of ``chunk`` and ``left``; None is the first streaming one it was trained in.
+        language: the one the files hear, of a model with languages; its vector becomes a part of them.
         quantise: a key of QUANTISED, for a model whose weights are float.
         dequantise: integer weights become the float32 numbers they stand for, masks zeros in dense weights.
         report: cuts to measure the WER on: of the files, of the float model, and of each part quantised alone.
@@ -144,10 +147,14 @@ def export(
     ]
     if name not in model.spec.configurations:
         findings.append(f"{run_path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
+    try:
+        model = in_language(model, language)
+    except UserError as error:
+        findings += error.lines
     cuts = None
     if report is not None:
         try:
-            cuts = list(decodable_cuts(report)[0])
+            cuts = list(decodable_cuts(report, [language] if language else [])[0])
         except UserError as error:
             findings += error.lines
     if findings:
@@ -175,7 +182,9 @@ def export(
     for path in written:
         # Their numbers come later; the tracer would make one tensor of two that are equal.
         torch.nn.init.normal_(plain.get_submodule(path).weight)  # type: ignore[arg-type]
-    planned = graphs(plain, name, context, f"configuration {name}, context {context}, weights {weights_sha256}")
+    spoken = "" if language is None else f", language {language}"
+    comment = f"configuration {name}, context {context}{spoken}, weights {weights_sha256}"
+    planned = graphs(plain, name, context, comment)
     state_size = StateLayout(model, submodels, context.left).size if context.streaming else 0
     with atomic_directory(out) as temporary:
         names = [f"{graph.file}{SUFFIXES[format]}" for graph in planned]
@@ -196,6 +205,7 @@ def export(
             configuration=name,
             submodels=list(submodels),
             context=str(context),
+            language=language,
             vocab_size=model.vocab_size,
             context_size=model.context_size,
             joiner_dim=model.spec.joiner_dim,

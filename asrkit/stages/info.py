@@ -37,6 +37,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "bytes": (run.path / WEIGHTS).stat().st_size,
         "vocabulary": run.model_spec.get("vocab_size"),
         "features": run.model_spec.get("features"),
+        "languages": [] if spec is None else spec.languages,
         "submodels": [] if spec is None else _submodels(spec, parts),
         "configurations": [] if spec is None else _configurations(spec, parts, evaluations),
         "evaluations": evaluations,

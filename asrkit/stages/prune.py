@@ -86,7 +86,8 @@ def prune(
     spec = with_configuration(
         pruned_spec(origin, mask, settings.layers, active), settings.configuration, settings.contexts.train
     )
-    guides = None if teacher is None else {ANY: [load_teacher(teacher, source.tokenizer_path)]}
+    guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
+    guides = None if guide is None else {ANY: [guide]}
     plain = loss_of_a_stage(
         spec, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps
     )
@@ -133,7 +134,7 @@ def prune(
         out,
         settings,
         prepare,
-        teacher=teacher,
+        teacher=guide,
         dev=dev,
         device=device,
         command=command,

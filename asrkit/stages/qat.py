@@ -89,7 +89,8 @@ def qat(
     origin = load_model(source)
     active = origin.submodels_of(settings.configuration)
     spec = quantised_spec(origin, settings.quantisation, active)
-    guides = None if teacher is None else {ANY: [load_teacher(teacher, source.tokenizer_path)]}
+    guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
+    guides = None if guide is None else {ANY: [guide]}
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         chosen = spec
@@ -126,7 +127,7 @@ def qat(
         out,
         settings,
         prepare,
-        teacher=teacher,
+        teacher=guide,
         dev=dev,
         device=device,
         command=command,

@@ -87,7 +87,8 @@ def train_backbone(
     ):
         if run.finished:
             return out
-        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
+        languages = settings.model.languages if origin is None else origin.spec.languages
+        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run, languages, {})
         given = tokenizer if origin is None else origin.run.tokenizer_path
         pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
         train_stage(run, settings, material, pieces, prepare)

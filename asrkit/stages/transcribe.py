@@ -56,6 +56,7 @@ def transcribe(
     beam: int = 4,
     configuration: str | None = None,
     context: ContextChoice | None = None,
+    language: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     warn: Callable[[str], None] = lambda line: None,
@@ -68,12 +69,13 @@ def transcribe(
     Args:
         configuration: the active sub-models; None is the one the last stage trained.
         context: None is the first the configuration was trained in.
+        language: what is spoken, for a model with languages.
         warn: is told where the model is used in a way it was not trained for.
 
     Raises:
         UserError: the run directory cannot be used.
     """
-    recogniser = _prepare(run_path, method, beam, configuration, context, device, threads, warn)
+    recogniser = _prepare(run_path, method, beam, configuration, context, language, device, threads, warn)
     decoded = (part for batch in _batches(_parts(paths)) for part in _decode(recogniser, batch, method, beam))
     for _, parts in groupby(decoded, key=lambda part: part.number):
         yield _join(parts)
@@ -87,6 +89,7 @@ def transcribe_stream(
     beam: int = 4,
     configuration: str | None = None,
     context: ContextChoice | None = None,
+    language: str | None = None,
     endpoint: Endpoint | None = None,
     paced: bool = True,
     device: str = "auto",
@@ -100,6 +103,7 @@ def transcribe_stream(
         paths: audio files; ``-`` is raw 16-bit little-endian mono at 16 kHz on standard input.
         configuration: the active sub-models; None is the one the last stage trained.
         context: None is the first streaming one the configuration was trained in.
+        language: what is spoken, for a model with languages.
         endpoint: when an utterance is over.
         paced: files are heard as fast as they were spoken.
         warn: is told where the model is used in a way it was not trained for.
@@ -109,7 +113,7 @@ def transcribe_stream(
         UserError: the run directory cannot be used.
     """
     choice = replace(context or ContextChoice(), streaming=True)
-    recogniser = _prepare(run_path, method, beam, configuration, choice, device, threads, warn)
+    recogniser = _prepare(run_path, method, beam, configuration, choice, language, device, threads, warn)
     for path in paths:
         if stopped():
             return
@@ -131,6 +135,7 @@ def _prepare(
     beam: int,
     configuration: str | None,
     context: ContextChoice | None,
+    language: str | None,
     device: str,
     threads: int | None,
     warn: Callable[[str], None],
@@ -143,7 +148,10 @@ def _prepare(
         raise UserError.of(findings)
     if threads is not None:
         torch.set_num_threads(threads)
-    recogniser = load_recogniser(run_path, device, configuration, choice, [method])
+    recogniser = load_recogniser(run_path, device, configuration, choice, [method], language)
+    if recogniser.languages:
+        known = ", ".join(recogniser.languages)
+        raise UserError(f"{run_path}: is told the language of what it hears; give --language, one of {known}")
     for line in recogniser.warnings:
         warn(line)
     return recogniser

@@ -15,7 +15,7 @@ from asrkit.data.batches import TrainBatches, feature_statistics, text_of
 from asrkit.data.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
 from asrkit.models.compress import rebuilt, with_configuration
-from asrkit.models.spec import BACKBONE, ConfigurationSpec, Positive, Probability, Size
+from asrkit.models.spec import BACKBONE, ConfigurationSpec, Languages, Positive, Probability, Size
 from asrkit.nn.context import FULL
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.distributed import World, broadcast_object
@@ -38,6 +38,9 @@ class TokenizerConfig:
 class BackboneConfig:
     """``size`` names a preset; any other field set replaces the preset's value.
 
+    ``languages``: those of the cuts, to tell the encoder which it hears: a learned vector for each is added to the frames
+    after the subsampling, which is usual practice; that it is there, and begins as zeros, is ours.
+
     Attention, where ``attention_dropout.probability`` is below 1, is a sub-model named ``joint`` in every layer:
     ``attention_heads`` of it, ``attention_dim`` wide (the backbone's width when none is given). Its output projections
     begin as zeros, so that the model begins as a backbone.
@@ -55,6 +58,7 @@ class BackboneConfig:
     context_size: Positive = 2
     joiner_dim: Positive | None = None
     norms: Literal["shared", "per_mode"] = "shared"
+    languages: Languages = field(default_factory=list)
     attention_dropout: AttentionDropoutConfig = field(default_factory=AttentionDropoutConfig)
     attention_dim: Positive | None = None
     attention_heads: Positive = 4
@@ -158,6 +162,7 @@ def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConf
                 "dropout": settings.predictor_dropout,
             },
             "joiner_dim": settings.joiner_dim or preset["joiner_dim"],
+            "languages": settings.languages,
             "submodels": submodels,
             "configurations": configurations,
             # With attention dropped now and then it is the backbone that is being made; never dropped, the whole.

@@ -24,18 +24,27 @@ from asrkit.training.teachers import Teachers, check_languages, route
 
 
 def label(
-    manifests: Sequence[Path], teachers: Teachers, method: Method, max_duration: float, policy: str, run: RunWriter
+    manifests: Sequence[Path],
+    teachers: Teachers,
+    method: Method,
+    max_duration: float,
+    policy: str,
+    run: RunWriter,
+    languages: Sequence[str],
 ) -> list[Path]:
     """The manifests with every text there is, and the hypothesis of the (first) teacher of its language where there is none.
 
     They are written to the run directory, and read from it when the run goes on. A cut in which nothing is heard is left out.
+
+    Args:
+        languages: those the student is told apart, if any.
 
     Raises:
         UserError: cuts that cannot be used, or have no teacher.
     """
     written = [run.path / LABELLED.replace("*", str(number)) for number in range(len(manifests))]
     if not all(path.is_file() for path in written):
-        opened = [usable_cuts(open_cuts(path, False), None, policy, run, False, False) for path in manifests]
+        opened = [usable_cuts(open_cuts(path, False), None, policy, run, False, False, languages) for path in manifests]
         silent = [cut for cuts in opened for cut in cuts if not text_of(cut).strip()]
         findings = check_languages(teachers, silent)
         twice = [cut_id for cut_id, count in Counter(cut.id for cut in silent).items() if count > 1]
@@ -66,7 +75,8 @@ def _transcribe(
             context = parse_context(spec.configurations[spec.configuration].contexts[0])
             model = TorchAcousticModel(teacher.model.to(world.device), None, context)
             tokenizer = Tokenizer(teacher.run.tokenizer_path)
-            found = decode(model, batch.features[rows], batch.feature_lens[rows], method)
+            told = [batch.languages[row] for row in rows]
+            found = decode(model, batch.features[rows], batch.feature_lens[rows], method, languages=told)
             for row, hypothesis in zip(rows, found, strict=True):
                 heard.append(json.dumps([batch.cut_ids[row], tokenizer.decode(hypothesis.tokens)]))
     return dict(json.loads(line) for line in gather_lists(world, heard))

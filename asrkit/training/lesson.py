@@ -74,7 +74,8 @@ class Lesson:
             for teacher in several:
                 model = teacher.model.to(features.device)
                 own = parse_context(model.spec.configurations[model.spec.configuration].contexts[0])
-                encoder_out, _ = model.encode(features[rows], feature_lens[rows], None, context or own)
+                told = model.language_ids([languages[place] for place in places])
+                encoder_out, _ = model.encode(features[rows], feature_lens[rows], None, context or own, languages=told)
                 later = delayed(encoder_out, encoder_out_lens[rows], delay)
                 theirs = teacher.symbols(symbols[rows])
                 predicted = model.predictor(model.predictor.contexts_of(theirs))

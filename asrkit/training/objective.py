@@ -201,7 +201,10 @@ def one_pass(
     context: Context,
     gates: Tensor | None,
 ) -> Pass:
-    encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens, configuration, context, gates)
+    languages = model.language_ids(batch.languages)
+    encoder_out, encoder_out_lens = model.encode(
+        batch.features, batch.feature_lens, configuration, context, gates, languages
+    )
     loss = encoder_out.new_zeros(len(batch.cut_ids), dtype=torch.float32)
     parts: dict[str, Tensor] = {}
     if settings.ctc_scale > 0:

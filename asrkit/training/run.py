@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -45,6 +45,7 @@ from asrkit.run_dir import (
 )
 from asrkit.training.checkpoint import STATE_FILE, save_weights
 from asrkit.training.distributed import World, broadcast_object
+from asrkit.training.teachers import Teachers, check_languages, each
 
 DONE, LEFT_OUT = "done", "left_out.yaml"
 LABELLED = "labelled-*.jsonl.gz"  # manifests whose missing texts are a teacher's
@@ -195,6 +196,7 @@ def usable_cuts(
     run: RunWriter,
     read_audio: bool = False,
     need_text: bool = True,
+    languages: Sequence[str] = (),
 ) -> CutSet:
     """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says; those
     whose text is a teacher's are left out, as nobody can mend them.
@@ -206,7 +208,7 @@ def usable_cuts(
     """
     findings: list[Finding] = []
     if run.fresh:
-        found = find_bad_cuts(cuts, tokenizer, read_audio=read_audio) if run.world.is_main else []
+        found = find_bad_cuts(cuts, tokenizer, read_audio, languages=languages) if run.world.is_main else []
         found = [finding for finding in found if need_text or finding.kind != "text"]
         findings = broadcast_object(run.world, found)  # type: ignore[assignment]
     labelled = {cut.id for cut in cuts if is_labelled(cut)} if findings else set()
@@ -237,10 +239,34 @@ class Material:
         return chain(self.main, *self.others)
 
 
-def read_material(manifest: Path, dev: Path | None, data: DataConfig, policy: str, run: RunWriter) -> Material:
-    """Open the manifests and leave out, or refuse, the cuts that no tokenizer could make trainable."""
-    main, *others = (usable_cuts(open_cuts(path), None, policy, run) for path in (manifest, *data.also))
-    return Material(main, others, None if dev is None else usable_cuts(open_cuts(dev), None, policy, run))
+def read_material(
+    manifest: Path,
+    dev: Path | None,
+    data: DataConfig,
+    policy: str,
+    run: RunWriter,
+    languages: Sequence[str],
+    teachers: Teachers,
+) -> Material:
+    """Open the manifests and leave out, or refuse, the cuts that no tokenizer could make trainable.
+
+    Args:
+        languages: those the model is told apart, if any.
+
+    Raises:
+        UserError: unusable manifests or cuts, or cuts that the ``teachers`` cannot teach.
+    """
+    if data.augment.join > 0 and (languages or any(teacher.model.spec.languages for teacher in each(teachers))):
+        raise UserError("data.augment.join joins utterances of any language, and a model is told one; set it to 0")
+
+    def usable(path: Path) -> CutSet:
+        return usable_cuts(open_cuts(path), None, policy, run, languages=languages)
+
+    main, *others = map(usable, (manifest, *data.also))
+    material = Material(main, others, None if dev is None else usable(dev))
+    if findings := check_languages(teachers, material.every) if teachers else []:
+        raise UserError.of(findings)
+    return material
 
 
 def training_table(

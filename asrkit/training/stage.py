@@ -16,6 +16,7 @@ from asrkit.config import config, to_dict
 from asrkit.data.batches import Batch, DataConfig, TrainBatches
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.models import AsrModel
+from asrkit.models.asr import spec_of
 from asrkit.models.spec import Positive
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
@@ -24,6 +25,7 @@ from asrkit.training.loop import Task, TrainingConfig, train
 from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, check_contexts
 from asrkit.training.optim import OptimiserConfig
 from asrkit.training.run import Material, RunWriter, dev_measure, read_material, training_table
+from asrkit.training.teachers import ANY, Teacher
 from asrkit.training.teaching import TeachingConfig, WeightConfig
 
 
@@ -172,7 +174,7 @@ def fine_tune(
     prepare: Callable[[RunWriter, TrainBatches], Prepared],
     *,
     content: Mapping[str, Any] | None = None,
-    teacher: Path | None = None,
+    teacher: Teacher | None = None,
     dev: Path | None = None,
     device: str = "auto",
     command: str = "",
@@ -182,14 +184,14 @@ def fine_tune(
     Args:
         prepare: see ``train_stage``.
         content: what the stage was told besides ``settings``, for config.yaml.
-        teacher: a run directory whose model takes part; its weights are held against those of the run's beginning.
+        teacher: takes part; its weights are held against those of the run's beginning.
 
     Raises:
         UserError: unusable manifests or output directory, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
-    weights = None if teacher is None else teacher / WEIGHTS
+    weights = None if teacher is None else teacher.run.path / WEIGHTS
     told = {
         "from": str(parent.path),
         "from_weights_sha256": sha256_of(parent.path / WEIGHTS),
@@ -207,6 +209,8 @@ def fine_tune(
         if world.is_main and not (out / TOKENIZER).is_file():
             Tokenizer(parent.tokenizer_path).copy_to(out / TOKENIZER)
         broadcast_object(world, None)  # the others read it only once it is there
-        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run)
+        teachers = {} if teacher is None else {ANY: [teacher]}
+        languages = spec_of(parent).languages
+        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run, languages, teachers)
         train_stage(run, settings, material, Tokenizer(out / TOKENIZER), prepare)
     return out

@@ -11,8 +11,7 @@ import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
-from asrkit.data.batches import language_of
-from asrkit.data.manifests import text_of
+from asrkit.data.manifests import language_of, text_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, load_model
@@ -119,20 +118,25 @@ def route(teachers: Teachers, languages: Sequence[str]) -> list[tuple[list[int],
     return list(groups.values())
 
 
-def check_languages(languages: Iterable[str], cuts: Iterable[Cut]) -> list[str]:
-    """Why the cuts cannot all be taught by teachers of these languages; [] if they can."""
-    known = set(languages)
-    if ANY in known:
-        return []
+def check_languages(teachers: Teachers, cuts: Iterable[Cut]) -> list[str]:
+    """Why the cuts cannot all be taught by these teachers; [] if they can."""
     untaught: Counter[str] = Counter()
     unnamed: list[str] = []
+    unknown: dict[str, list[str]] = {}
     for cut in cuts:
         language = language_of(cut)
-        if not language:
-            unnamed.append(cut.id)
-        elif language not in known:
+        mine = teachers.get(language, teachers.get(ANY, ()))
+        if not mine and language:
             untaught[language] += 1
-    findings = []
+        elif not mine:
+            unnamed.append(cut.id)
+        for teacher in mine:
+            if teacher.model.spec.languages and language not in teacher.model.spec.languages:
+                said = f"--teacher {teacher.run.path}: is told the language, one of {', '.join(teacher.model.spec.languages)}"
+                unknown.setdefault(said, []).append(f"{cut.id} ({language or 'none'})")
+    findings = [
+        f"{said}, which {len(named)} cuts have not: {', '.join(named[:LISTED])}" for said, named in unknown.items()
+    ]
     if untaught:
         counts = ", ".join(f"{language} ({count} cuts)" for language, count in sorted(untaught.items()))
         findings.append(f"no teacher for the languages {counts}; add --teacher LANGUAGE=RUN, or '*=RUN' for all others")
