@@ -449,6 +449,8 @@ def test_training_moves_the_vectors_and_later_stages_keep_them(corpus: Path, tol
     asrkit("prune", "--from", told, "--sparsity", "2:4", "--teacher", told, *common, tmp_path / "sparse", *sets(BRIEF))
     asrkit("qat", "--from", tmp_path / "sparse", "--bits", 8, *common, tmp_path / "int8", *sets(BRIEF))
     assert model_of(tmp_path / "int8").spec.languages == ["en", "fr"]
+    asrkit("train-backbone", "--from", told, *common, tmp_path / "on", *sets(BRIEF))
+    assert not torch.equal(model_of(tmp_path / "on").get_parameter(VECTORS), vectors)
     manifest = corpus / "dev.jsonl.gz"
     asrkit("evaluate", "--from", tmp_path / "int8", "--manifest", manifest)
     # One whose CTC head is sure of nothing still has a path.
@@ -507,6 +509,7 @@ def test_cuts_of_other_languages_are_refused_before_training(
     refused: list[list[object]] = [
         ["train-backbone", "--manifest", strange, *sets(*TOLD)],
         ["train-backbone", "--manifest", good, "--dev", strange, *sets(*TOLD)],
+        ["train-backbone", "--from", told, "--manifest", strange, *sets()],
         ["qat", "--from", told, "--bits", 8, "--manifest", strange, *sets()],
         ["prune", "--from", told, "--manifest", strange, *sets()],
         ["add-submodel", "--from", told, "--name", "near", "--manifest", strange, *sets()],
