@@ -434,6 +434,14 @@ def test_training_on_keeps_what_the_model_is(corpus: Path, parent: Path, sparse:
     for name, tensor in model_of(parent).state_dict().items():
         if name.startswith("encoder.submodels."):
             assert torch.equal(tensor, idle.state_dict()[name]), name
+    said = asrkit(
+        "submodel", "extract", "--from", tmp_path / "backbone", "--name", "joint", "--out", tmp_path / "j", code=1
+    )
+    assert "train-backbone trained the backbone" in said and not (tmp_path / "j").exists()
+    # Trained together again, the two fit.
+    joint = ["--from", tmp_path / "backbone", "--configuration", "joint", *data(corpus)]
+    asrkit("train-backbone", *joint, "--out", tmp_path / "joint", *sets("training.steps=1"))
+    asrkit("submodel", "extract", "--from", tmp_path / "joint", "--name", "joint", "--out", tmp_path / "j")
 
 
 def test_training_on_refuses_what_a_new_model_is_told(corpus: Path, parent: Path, tmp_path: Path) -> None:
@@ -445,3 +453,21 @@ def test_training_on_refuses_what_a_new_model_is_told(corpus: Path, parent: Path
         "train-backbone", *data(corpus), "--configuration", "joint", "--out", tmp_path / "no", *sets(), code=1
     )
     assert said.count("\n") == 1 and "goes with --from" in said and not (tmp_path / "no").exists()
+
+
+def test_training_on_is_resumed(corpus: Path, sparse: Path, tmp_path: Path) -> None:
+    words = ["train-backbone", "--from", sparse, *data(corpus), *sets()]
+    asrkit(*words, "--out", tmp_path / "whole")
+    interrupted = subprocess.Popen(
+        [sys.executable, "-m", "asrkit", *map(str, words), "--out", str(tmp_path / "killed")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert interrupted.stderr is not None
+    for line in interrupted.stderr:
+        if line.startswith("step 2"):
+            interrupted.kill()
+    interrupted.wait()
+    asrkit(*words, "--out", tmp_path / "killed")
+    whole, killed = open_run(tmp_path / "whole").weights(), open_run(tmp_path / "killed").weights()
+    assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())

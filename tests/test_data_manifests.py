@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ import torch
 from lhotse import CutSet, Fbank, FbankConfig, NumpyFilesWriter
 
 from asrkit.data.batches import CutTable, cut_features, cut_samples
-from asrkit.data.checks import find_bad_cuts
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.errors import UserError
 
@@ -76,11 +76,25 @@ def test_shar_directory(tmp_path):
         assert expected.abs().max() > 0
         assert all(torch.equal(cut_samples(one[index]), expected) for one in (table, read, again))
     (tmp_path / "shar" / "recording.000001.tar").unlink()
-    bad = find_bad_cuts(open_cuts(tmp_path / "shar"), read_audio=True)
-    assert [(finding.cut_id, finding.kind) for finding in bad if finding.kind != "short"] == [("cut-2", "unreadable")]
+    with pytest.raises(UserError, match=r"cut cut-2: its recording should be in recording.\*.tar and is not"):
+        open_cuts(tmp_path / "shar")
     (tmp_path / "shar" / "recording.000001.tar").write_bytes(gzip.compress(b"no tar"))
     with pytest.raises(UserError, match="recording.000001.tar: cannot read it"):
         open_cuts(tmp_path / "shar")
+
+
+def test_what_is_made_of_a_shar_directory_is_read_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "here" / "shar").mkdir(parents=True)
+    CutSet.from_cuts(cuts(tmp_path)).to_shar(tmp_path / "here" / "shar", fields={"recording": "wav"})
+    monkeypatch.chdir(tmp_path / "here")
+    write_cuts(Path("copy.jsonl.gz"), open_cuts(Path("shar")))
+    monkeypatch.chdir("/")
+    first, *others = open_cuts(tmp_path / "here" / "copy.jsonl.gz")
+    assert torch.equal(cut_samples(first), cut_samples(cuts(tmp_path)[0]))
+    joined = first.append(others[0]).pad(duration=0.5)
+    assert torch.equal(cut_samples(joined)[1600:3200], cut_samples(cuts(tmp_path)[1]))
+    first.custom["shar"] = "a word of the user's own"
+    assert torch.equal(cut_samples(first), cut_samples(cuts(tmp_path)[0]))
 
 
 def test_shar_directory_of_features(tmp_path):
@@ -89,9 +103,14 @@ def test_shar_directory_of_features(tmp_path):
         cut.compute_and_store_features(Fbank(FbankConfig(num_filters=80)), NumpyFilesWriter(tmp_path / "features"))
         for cut in cuts(tmp_path)
     ]
-    CutSet.from_cuts(whole).to_shar(tmp_path / "shar", fields={"features": "numpy"}, shard_size=2)
+    CutSet.from_cuts(whole).drop_recordings().to_shar(tmp_path / "shar", fields={"features": "numpy"}, shard_size=2)
     for cut, expected in zip(open_cuts(tmp_path / "shar"), whole, strict=True):
         assert torch.equal(cut_features(cut), torch.from_numpy(expected.load_features()))
+    with open(tmp_path / "shar" / "features.000001.tar", "r+b") as file:
+        last = list(open_cuts(tmp_path / "shar"))[-1]
+        file.truncate(700)
+    with pytest.raises(UserError, match="cut cut-2: cannot read its features"):
+        cut_features(last)
 
 
 def test_missing_empty_and_other_files(tmp_path):

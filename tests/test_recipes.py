@@ -90,6 +90,11 @@ def test_the_targets_run_dry(recipe: Path, target: str) -> None:
     }
     assert len(written) == counts[recipe.name][target]
     assert evaluated == written - ({"exp/backbone"} if target == "lm" else set())  # it was, by the demo
+    reading = [line for line in lines if any(f" {word} " in line for word in ("train-backbone", "distill", "evaluate"))]
+    assert all(" --manifest " in line for line in reading)
+    for line in reading:
+        if " evaluate " not in line:
+            assert " --out " in line and " --dev " in line and " --config " in line, line
     assert all((recipe / line.split("--config ")[1].split()[0]).is_file() for line in lines if "--config " in line)
 
 

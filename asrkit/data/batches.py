@@ -231,7 +231,7 @@ def cut_samples(cut: Cut) -> Tensor:
         UserError: the audio cannot be read; names the cut.
     """
     try:
-        samples = torch.from_numpy(np.ascontiguousarray(loaded(cut).load_audio())).float()
+        samples = torch.from_numpy(np.ascontiguousarray(loaded(cut, "recording").load_audio())).float()
     except Exception as error:  # lhotse raises many kinds
         raise UserError(
             f"cut {cut.id}: cannot read its audio ({' '.join(str(error).split())[:200]}); run `asrkit data check`"
@@ -278,7 +278,10 @@ def perturbed_features(
 
 
 def _stored_features(cut: Cut) -> Tensor:
-    features = torch.from_numpy(loaded(cut).load_features())
+    try:
+        features = torch.from_numpy(loaded(cut, "features").load_features())
+    except Exception as error:  # lhotse raises many kinds
+        raise UserError(f"cut {cut.id}: cannot read its features ({' '.join(str(error).split())[:200]})") from error
     if features.shape[1] != NUM_MEL_BINS:
         raise UserError(
             f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them"

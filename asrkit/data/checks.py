@@ -109,7 +109,7 @@ def _check_audio(cut: Cut) -> list[Finding]:
     if path is not None and not path.is_file():
         return [Finding(cut.id, "unreadable", f"no file {path}; import again where the audio is")]
     try:
-        samples, findings = _read_plain(cut, path) if path else (loaded(cut).load_audio(), [])
+        samples, findings = _read_plain(cut, path) if path else (loaded(cut, "recording").load_audio(), [])
     except Exception as error:  # libsndfile's and lhotse's are of many kinds
         return [Finding(cut.id, "unreadable", " ".join(str(error).split())[:200])]
     if findings:

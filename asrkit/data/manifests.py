@@ -45,7 +45,15 @@ def _open_shar(folder: Path, need_text: bool) -> CutSet:
             f"{folder}: not a Shar directory (no cuts.*.jsonl.gz in it); give a manifest file or a Shar directory"
         )
     places = {cut_id: found for shard in shards for cut_id, found in places_in(shard).items()}
-    return CutSet.from_cuts(attach(cut, places) for cut in _read_cuts(shards, need_text))
+    cuts, findings = [], []
+    for cut in _read_cuts(shards, need_text):
+        try:
+            cuts.append(attach(cut, places.get(cut.id, {})))
+        except ValueError as error:
+            findings.append(f"{folder}: {error}")
+    if findings:
+        raise UserError.of(_few(findings, folder))
+    return CutSet.from_cuts(cuts)
 
 
 def _read_cuts(paths: list[Path], need_text: bool) -> list[Cut]:
@@ -64,14 +72,16 @@ def _read_cuts(paths: list[Path], need_text: bool) -> list[Cut]:
                 findings.append(f"{place}: cut {cut.id} is already at {first_place[cut.id]}; give each cut its own id")
             first_place.setdefault(cut.id, place)
             cuts.append(cut)
-    if len(findings) > MAX_FINDINGS:
-        rest = len(findings) - MAX_FINDINGS
-        findings = [*findings[:MAX_FINDINGS], f"{paths[0]}: {rest} more lines like these"]
     if findings:
-        raise UserError.of(findings)
+        raise UserError.of(_few(findings, paths[0]))
     if not cuts:
         raise UserError(f"{paths[0]}: the manifest is empty; make it again, or give another")
     return cuts
+
+
+def _few(findings: list[str], path: Path) -> list[str]:
+    rest = len(findings) - MAX_FINDINGS
+    return findings if rest <= 0 else [*findings[:MAX_FINDINGS], f"{path}: {rest} more lines like these"]
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:

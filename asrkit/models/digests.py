@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from asrkit.models.asr import AsrModel
+
 ENCODER, SUBMODELS = "encoder.", "encoder.submodels."
 
 
@@ -16,11 +18,19 @@ def backbone_digest(tensors: Mapping[str, Tensor]) -> str:
 
     Parameters and buffers count: names in order, types, shapes and bytes.
     """
-    return tensors_digest(
-        (name, tensor)
-        for name, tensor in tensors.items()
-        if name.startswith(ENCODER) and not name.startswith(SUBMODELS)
-    )
+    return tensors_digest((name, tensor) for name, tensor in tensors.items() if is_backbone(name))
+
+
+def submodels_left_behind(model: AsrModel, configuration: str | None) -> list[str]:
+    """The sub-models that a training of ``configuration`` leaves as they are while it moves the backbone beneath them."""
+    moves = any(p.requires_grad for name, p in model.named_parameters() if is_backbone(name))
+    active = model.submodels_of(configuration)
+    return [name for name in model.spec.submodels if moves and name not in active]
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a tensor of this name is the encoder's own, and no sub-model's."""
+    return name.startswith(ENCODER) and not name.startswith(SUBMODELS)
 
 
 def tensors_digest(named: Iterable[tuple[str, Tensor]]) -> str:

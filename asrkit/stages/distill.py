@@ -12,7 +12,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
-from asrkit.config import config, to_dict
+from asrkit.config import config
 from asrkit.data.augment import AugmentConfig
 from asrkit.data.batches import DataConfig, TrainBatches
 from asrkit.data.manifests import language_of
@@ -23,10 +23,12 @@ from asrkit.run_dir import WEIGHTS, sha256_of
 from asrkit.training.backbone import (
     NewOrTrainedConfig,
     TokenizerConfig,
+    check_heard,
     check_start,
     first_model,
     open_parent,
     run_tokenizer,
+    told,
 )
 from asrkit.training.distributed import join_world
 from asrkit.training.labels import label
@@ -109,19 +111,18 @@ def distill(
         raise UserError.of(findings)
     origin = None if parent is None else open_parent(parent, settings)
     weights = {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(opened)}
-    told = {
+    content = {
         "teachers": {
             language: {str(path): sha256_of(path / WEIGHTS) for path in several}
             for language, several in teachers.items()
         },
-        **({} if origin is None else origin.told),
         **({} if store is None else {"store": str(store)}),
-        **to_dict(settings),
+        **told(settings, origin),
     }
     files = {**inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer), **weights}
     with (
         join_world(device) as world,
-        RunWriter.open(out, "distill", told, files, command, world, parent=parent) as run,
+        RunWriter.open(out, "distill", content, files, command, world, parent=parent) as run,
     ):
         if run.finished:
             return out
@@ -132,6 +133,7 @@ def distill(
             every = label([manifest, *data.also], opened, settings.labels_method, seconds, policy, run, languages)
             manifest, data = every[0], replace(data, also=tuple(every[1:]))
         material = read_material(manifest, dev, data, settings.bad_cuts, run, languages, opened)
+        check_heard(settings, origin, material.every)
         given = tokenizer if origin is None else origin.run.tokenizer_path
         if given is None and settings.tokenizer is None:
             given = _teachers_tokenizer(opened)
@@ -159,6 +161,7 @@ def distill(
                     attention_dropout=settings.model.attention_dropout if origin is None else None,
                 ),
                 after_step=keep_pruned,
+                configuration=configuration,
                 clean=kept is None and settings.teacher.input == "clean",
             )
 

@@ -20,7 +20,7 @@ from asrkit.models.asr import spec_of
 from asrkit.models.digests import ENCODER, SUBMODELS, backbone_digest, tensors_digest
 from asrkit.models.spec import BACKBONE, NAME, ConfigurationSpec, SubModelSpec
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import WEIGHTS, atomic_write, occupied, open_run
+from asrkit.run_dir import WEIGHTS, RunDir, atomic_write, occupied, open_run
 from asrkit.training.derived import derive_run
 
 # What the header of an extracted sub-model says it is; another layout will be another number.
@@ -121,7 +121,7 @@ def extract_submodel(parent: Path, name: str, out: Path) -> Derived:
     model = load_model(run)
     spec, tensors = model.spec, model.state_dict()
     taken = [f"{out}: exists already; choose another --out"] if out.exists() else []
-    _refuse([*taken, *_unknown("--name", [name], spec, parent), *_compressed(spec, parent)])
+    _refuse([*taken, *_unknown("--name", [name], spec, parent), *_compressed(spec, parent), *_left_behind(name, run)])
     mine = {key.removeprefix(_prefix(name)): t for key, t in tensors.items() if key.startswith(_prefix(name))}
     alone = {key: to_dict(used) for key, used in spec.configurations.items() if used.submodels == [name]}
     content = {
@@ -144,6 +144,19 @@ def extract_submodel(parent: Path, name: str, out: Path) -> Derived:
     if not alone:
         notes.append(f"{name} is in no configuration by itself; once attached, `asrkit submodel combine` names one")
     return Derived(out, notes)
+
+
+def _left_behind(name: str, run: RunDir) -> list[str]:
+    """That the backbone was trained on without the sub-model since the two were last trained together."""
+    stage = None
+    for entry in run.lineage:
+        if name in entry.get("idle_submodels", []):
+            stage = entry["stage"]
+        elif name in entry.get("trained_submodels", []):
+            stage = None
+    if stage is None:
+        return []
+    return [f"--name {name}: {stage} trained the backbone of {run.path} on without it; extract it from the run before"]
 
 
 def attach_submodel(parent: Path, file: Path, out: Path, *, name: str | None = None, command: str = "") -> Derived:

@@ -6,18 +6,21 @@ been trained before is trained on, whatever its parts: fine-tuning.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from asrkit.config import config, to_dict
+from asrkit.config import config
 from asrkit.data.batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.training.backbone import (
     NewOrTrainedConfig,
     TokenizerConfig,
+    check_heard,
     check_start,
     first_model,
     open_parent,
     run_tokenizer,
+    told,
 )
 from asrkit.training.distributed import join_world
 from asrkit.training.masks import keep_pruned
@@ -77,18 +80,21 @@ def train_backbone(
                 attention_dropout=settings.model.attention_dropout if origin is None else None,
             ),
             after_step=keep_pruned,
+            configuration=configuration,
         )
 
-    told = {**({} if origin is None else origin.told), **to_dict(settings)}
+    if origin is None and tokenizer is None and settings.tokenizer is None:
+        settings = replace(settings, tokenizer=TokenizerConfig())
     inputs = inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer)
     with (
         join_world(device) as world,
-        RunWriter.open(out, "train-backbone", told, inputs, command, world, parent=parent) as run,
+        RunWriter.open(out, "train-backbone", told(settings, origin), inputs, command, world, parent=parent) as run,
     ):
         if run.finished:
             return out
         languages = settings.model.languages if origin is None else origin.spec.languages
         material = read_material(manifest, dev, settings.data, settings.bad_cuts, run, languages, {})
+        check_heard(settings, origin, material.every)
         given = tokenizer if origin is None else origin.run.tokenizer_path
         pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
         train_stage(run, settings, material, pieces, prepare)

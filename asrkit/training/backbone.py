@@ -11,8 +11,10 @@ from lhotse.cut import Cut
 from pydantic import Field
 
 from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batches import TrainBatches, feature_statistics, text_of
+from asrkit.data.batches import TrainBatches, feature_statistics
+from asrkit.data.manifests import language_of, text_of
 from asrkit.data.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from asrkit.errors import UserError
 from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
 from asrkit.models.compress import rebuilt, with_configuration
 from asrkit.models.spec import BACKBONE, ConfigurationSpec, Languages, Positive, Probability, Size
@@ -86,10 +88,14 @@ class Parent:
     model: AsrModel
     spec: ModelSpec
 
-    @property
-    def told(self) -> dict[str, str]:
-        """For config.yaml: what the run began with."""
-        return {"from": str(self.run.path), "from_weights_sha256": sha256_of(self.run.path / WEIGHTS)}
+
+def told(settings: NewOrTrainedConfig, parent: Parent | None) -> dict[str, Any]:
+    """For config.yaml: the settings that say something of this model, and what it began with."""
+    content = to_dict(settings)
+    if parent is None:
+        return content
+    begun = {"from": str(parent.run.path), "from_weights_sha256": sha256_of(parent.run.path / WEIGHTS)}
+    return begun | {key: value for key, value in content.items() if key not in ("model", "tokenizer")}
 
 
 def check_start(settings: NewOrTrainedConfig, parent: Path | None, tokenizer: Path | None) -> list[str]:
@@ -100,7 +106,10 @@ def check_start(settings: NewOrTrainedConfig, parent: Path | None, tokenizer: Pa
     if parent is not None and settings.tokenizer is not None:
         findings.append("tokenizer: a trained model has its own; leave out --set tokenizer.* or --from")
     if parent is not None and settings.model != BackboneConfig():
-        findings.append("model: a trained model has its shape; leave out its size and --set model.*, or --from")
+        findings.append(
+            "model: a trained model has its shape, and attention is not dropped when it is trained on; "
+            "leave out its size and --set model.*, or --from"
+        )
     if parent is None and settings.configuration is not None:
         findings.append(f"--configuration {settings.configuration}: a new model has one only; it goes with --from")
     return findings
@@ -124,6 +133,18 @@ def first_model(
     if parent is not None:
         return rebuilt(parent.spec, parent.model), parent.spec.configuration
     return new_model(settings.model, settings.contexts, run, batches), trained_configuration(settings.model)
+
+
+def check_heard(settings: NewOrTrainedConfig, parent: Parent | None, cuts: Iterable[Cut]) -> None:
+    """A new model's languages are heard in training.
+
+    Raises:
+        UserError: some are not.
+    """
+    if parent is not None or not settings.model.languages:
+        return
+    if silent := sorted({*settings.model.languages} - {language_of(cut) for cut in cuts}):
+        raise UserError(f"model.languages: no cut to train on is in {', '.join(silent)}; leave out what is not heard")
 
 
 def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:

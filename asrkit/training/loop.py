@@ -275,7 +275,8 @@ def _room_for(batch: TrainingBatch, step: int) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs alone
         said = str(error)
-        if "out of memory" not in said and "can't allocate memory" not in said and not isinstance(error, MemoryError):
+        words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of torch, of its CPU, of CUDA's libraries
+        if not isinstance(error, MemoryError) and not any(word in said for word in words):
             raise
         size, remedy = "", "max_symbols"
         if batch.durations:

@@ -17,6 +17,7 @@ from asrkit.data.batches import Batch, DataConfig, TrainBatches
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.models import AsrModel
 from asrkit.models.asr import spec_of
+from asrkit.models.digests import submodels_left_behind
 from asrkit.models.spec import Positive
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
@@ -87,6 +88,7 @@ class Prepared:
     extra: what the stage adds to its entry in the lineage.
     check: looks at the finished run's weights; raises when what the stage promises does not hold.
     measure: (averaged model, dev cuts) -> what to measure besides error rates.
+    configuration: the one that trains, None for the model's default.
     clean: whether the loss needs the clean features of its batches.
     """
 
@@ -98,6 +100,7 @@ class Prepared:
     extra: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, torch.Tensor]], None] | None = None
     clean: bool = False
+    configuration: str | None = None
     measure: Callable[[Any, CutSet], dict[str, float]] | None = None
 
 
@@ -123,7 +126,13 @@ def train_stage(
     batches = run.batches(table, settings.data, tokenizer, noise, settings.training.accumulate, settings.seed, world)
     torch.manual_seed(settings.seed)
     prepared = prepare(run, batches)
-    run.extra = dict(prepared.extra)
+    idle = submodels_left_behind(prepared.model, prepared.configuration)
+    active = prepared.model.submodels_of(prepared.configuration)
+    run.extra = {**prepared.extra, "trained_submodels": list(active), "idle_submodels": idle}
+    if idle:
+        run.note(
+            f"{run.path}: the backbone is trained without {', '.join(idle)}, which stay as they were on the one before"
+        )
     batches.clean = prepared.clean
     spec = prepared.model.spec
     run.describe(to_dict(spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", world)

@@ -167,6 +167,4 @@ class StoredLesson:
 
 def _key(cut: Cut) -> str:
     """A digest of what the manifest says of a cut."""
-    said = cut.to_dict()
-    said.pop("custom", None)  # where the bytes of a Shar directory are
-    return digest(said)
+    return digest(cut.to_dict())

@@ -4,10 +4,10 @@
 #     alone                 the student without a teacher
 #     one-WEIGHT            taught by the model of `five`
 #     each-WEIGHT           taught by the teacher of each language; WEIGHT is constant, linear or student-teacher
-TAUGHT := $(EXP)/taught-$(SEED)
-ONE := $(TAUGHT)/one-constant $(TAUGHT)/one-student-teacher
-EACH := $(TAUGHT)/each-constant $(TAUGHT)/each-linear $(TAUGHT)/each-student-teacher
-STUDENTS := $(TAUGHT)/alone $(ONE) $(EACH)
+PUPILS := $(EXP)/taught-$(SEED)
+ONE := $(PUPILS)/one-constant $(PUPILS)/one-student-teacher
+EACH := $(PUPILS)/each-constant $(PUPILS)/each-linear $(PUPILS)/each-student-teacher
+STUDENTS := $(PUPILS)/alone $(ONE) $(EACH)
 TEACHERS := $(LANGS:%=$(EXP)/teacher-%)
 LEARN = $(TRAIN_DATA) --config student.yaml --seed $(SEED) --out $(@D) $(SET)
 OWN = --manifest $(PROMPTS)/train-$*.jsonl.gz --dev $(PROMPTS)/dev-$*.jsonl.gz --set 'data.also=[$(SPOKEN)/train-$*.jsonl.gz]'
@@ -17,10 +17,11 @@ taught:
 	$(MAKE) LANGS="en es fr it ru" DATA=$(DATA)/five EXP=$(EXP)/five SYNTHETIC=600 CONFIG=five.yaml students
 
 students: $(RUN)/evaluation/test.done $(STUDENTS:%=%/evaluation/test.done) $(TEACHERS:%=%/evaluation/own.done)
-	$(ASRKIT) summary $(RUN) $(STUDENTS) --out $(TAUGHT)/summary.json
+	$(ASRKIT) summary $(RUN) $(STUDENTS) --out $(PUPILS)/summary.json
 
 $(SPOKEN)/train-%.jsonl.gz: | $(SPOKEN)/train.jsonl.gz
-	gzip -dc $(SPOKEN)/train.jsonl.gz | grep '"language": "$*"' | gzip -n > $@
+	gzip -dc $(SPOKEN)/train.jsonl.gz | grep -E '"language": ?"$*"' | gzip -n > $@.part
+	mv $@.part $@
 
 $(TEACHERS:%=%/done): $(EXP)/teacher-%/done: | $(RUN)/done $(SPOKEN)/train-%.jsonl.gz
 	$(ASRKIT) train-backbone --from $(RUN) $(OWN) --config teacher.yaml --out $(@D) $(SET)
@@ -29,12 +30,12 @@ $(TEACHERS:%=%/evaluation/own.done): $(EXP)/teacher-%/evaluation/own.done: | $(E
 	$(ASRKIT) evaluate --from $(EXP)/teacher-$* --manifest $(PROMPTS)/test-$*.jsonl.gz --method greedy --method beam
 	touch $@
 
-$(TAUGHT)/alone/done: | $(RUN)/done
+$(PUPILS)/alone/done: | $(RUN)/done
 	$(ASRKIT) train-backbone --tokenizer $(RUN)/tokenizer.model $(LEARN)
 
-$(ONE:%=%/done): $(TAUGHT)/one-%/done: | $(RUN)/done
+$(ONE:%=%/done): $(PUPILS)/one-%/done: | $(RUN)/done
 	$(ASRKIT) distill --teacher $(RUN) --weight $* $(LEARN)
 
-$(TAUGHT)/each-linear/done: DECAY := --set teacher.weight.end=0
-$(EACH:%=%/done): $(TAUGHT)/each-%/done: | $(TEACHERS:%=%/done)
+$(PUPILS)/each-linear/done: DECAY := --set teacher.weight.end=0
+$(EACH:%=%/done): $(PUPILS)/each-%/done: | $(TEACHERS:%=%/done)
 	$(ASRKIT) distill $(foreach lang,$(LANGS),--teacher $(lang)=$(EXP)/teacher-$(lang)) --weight $* $(DECAY) $(LEARN)
