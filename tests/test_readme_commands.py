@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +27,18 @@ def corpus(folder: Path) -> None:
     for seed, (name, count) in enumerate((("train", 10), ("dev", 3), ("test", 3))):
         make_corpus(prompts, count, seed, name, language="en")
     make_corpus(folder / "data" / "en", 10)
+    mine, both = folder / "data" / "mine", folder / "data" / "both"
+    for name, count in (("train", 10), ("dev", 3)):
+        make_corpus(mine, count, name=name)
+    parts = [make_corpus(both / language, 5, name=language, language=language) for language in ("en", "fr")]
+    (both / "train.jsonl.gz").write_bytes(b"".join(part.read_bytes() for part in parts))
+    shutil.copy(mine / "dev" / "0.wav", folder / "a.wav")
 
 
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
+        ("train-backbone", {"train-backbone", "transcribe"}),
         ("add-submodel", {"train-backbone", "add-submodel", "evaluate", "submodel", "info"}),
         ("qat", {"quantise", "qat", "evaluate", "info"}),
         ("prune", {"prune", "qat", "info"}),
@@ -60,7 +68,10 @@ def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -
         if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill"):
             steps = 12 if "iterative" in words else 1
             brief = f"training.steps={steps} training.tensorboard=false data.num_workers=0 loss.backend=torch"
-            settings = [*brief.split(), *(small.split() if words[1] == "train-backbone" else [])]
+            settings = [
+                *brief.split(),
+                *(small.split() if words[1] == "train-backbone" and "--from" not in words else []),
+            ]
             words += ["--max-duration", "10", *(part for setting in settings for part in ("--set", setting))]
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"

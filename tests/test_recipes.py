@@ -15,6 +15,7 @@ import soundfile
 
 from asrkit.config import resolve
 from asrkit.stages.add_submodel import AddSubModelConfig
+from asrkit.stages.distill import DistillConfig
 from asrkit.stages.prune import PruneConfig
 from asrkit.stages.qat import QatConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig, train_backbone
@@ -51,7 +52,11 @@ def recipe(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_configuration_is_valid(path: Path) -> None:
-    stages = {"modular": (AddSubModelConfig, PruneConfig, QatConfig), "compress": (PruneConfig, QatConfig)}
+    stages = {
+        "modular": (AddSubModelConfig, PruneConfig, QatConfig),
+        "compress": (PruneConfig, QatConfig),
+        "student": (TrainBackboneConfig, DistillConfig),
+    }
     for settings in stages.get(path.stem, (TrainBackboneConfig,)):
         resolve(settings, path)
 
