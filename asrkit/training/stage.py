@@ -126,13 +126,15 @@ def train_stage(
     batches = run.batches(table, settings.data, tokenizer, noise, settings.training.accumulate, settings.seed, world)
     torch.manual_seed(settings.seed)
     prepared = prepare(run, batches)
-    idle = submodels_left_behind(prepared.model, prepared.configuration)
-    active = prepared.model.submodels_of(prepared.configuration)
-    run.extra = {**prepared.extra, "trained_submodels": list(active), "idle_submodels": idle}
-    if idle:
-        run.note(
-            f"{run.path}: the backbone is trained without {', '.join(idle)}, which stay as they were on the one before"
-        )
+    run.extra = dict(prepared.extra)
+    if prepared.model.spec.submodels:
+        idle = submodels_left_behind(prepared.model, prepared.configuration)
+        active = prepared.model.submodels_of(prepared.configuration)
+        run.extra |= {"trained_submodels": list(active), "idle_submodels": idle}
+        if idle:
+            run.note(
+                f"{run.path}: the backbone is trained without {', '.join(idle)}, which stay as they were on the one before"
+            )
     batches.clean = prepared.clean
     spec = prepared.model.spec
     run.describe(to_dict(spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", world)
