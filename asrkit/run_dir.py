@@ -11,6 +11,7 @@ state/             what resuming needs
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -43,6 +44,22 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _temporary(path: Path) -> Path:
+    """Where this process writes what becomes ``path``; what killed processes left there is removed."""
+    for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
+        process = left.name.split("-")[1]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):
+                left.unlink()
+        except (PermissionError, ValueError):
+            pass  # it runs, as another user; or the file is not ours
+    # The suffixes stay last: writers choose the format (.jsonl.gz) by them.
+    return path.parent / f".tmp-{os.getpid()}-{path.name}"
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it becomes ``path`` only when the block succeeds.
@@ -53,8 +70,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         UserError: the disk is full or the place cannot be written; ``path`` is as it was.
     """
     path = Path(path)
-    # The suffixes stay last: writers choose the format (.jsonl.gz) by them.
-    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -91,7 +107,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     if findings := occupied(path):
         raise UserError.of(findings)
     path = Path(path).absolute()
-    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -137,6 +137,16 @@ def test_a_tsv_takes_the_place_of_the_corpus(recipe: Path, tmp_path: Path) -> No
     assert str(tsv) in planned
 
 
+@pytest.mark.parametrize("recipe", ["fsdd", "speechocean762"], indirect=True)
+def test_a_model_of_other_speech_is_trained_on(recipe: Path) -> None:
+    planned = make(recipe, "-n", "FROM=/runs/other", "EXP=exp/from", "ASRKIT=/opt/bin/asrkit").stdout
+    trained = [line for line in planned.splitlines() if " train-backbone " in line]
+    assert trained
+    for line in trained:
+        assert " --from /runs/other --config from.yaml " in line
+        assert " --out exp/from/" in line
+
+
 @pytest.mark.parametrize("recipe", ["librispeech"], indirect=True)
 def test_librispeech_parts_sizes_and_processes_are_choices(recipe: Path) -> None:
     arguments = ("SIZE=small", "NPROC=8", "TRAIN_PARTS=train-clean-100", "ASRKIT=/opt/bin/asrkit")

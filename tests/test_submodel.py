@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +36,7 @@ from asrkit.run_dir import (
     TOKENS,
     WEIGHTS,
     atomic_directory,
+    atomic_write,
     open_run,
     read_yaml,
     sha256_of,
@@ -490,6 +493,26 @@ def test_a_failure_leaves_nothing(near: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=r"x: cannot write \(No space left on device\)"):
         remove_submodel(near, "near", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".tmp-{dead.pid}-new").mkdir()
+    (tmp_path / f".tmp-{dead.pid}-new" / "part").touch()
+    (tmp_path / f".tmp-{dead.pid}-a.txt").touch()
+    kept = {
+        f".tmp-{os.getppid()}-a.txt",
+        f".tmp-{dead.pid}-b.txt",
+        ".tmp-apt-a.txt",
+    }  # alive, of another file, no process
+    for name in kept:
+        (tmp_path / name).touch()
+    with atomic_directory(tmp_path / "new") as folder:
+        (folder / "whole").touch()
+    with atomic_write(tmp_path / "a.txt") as file:
+        file.touch()
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"new", "a.txt"}
 
 
 def test_atomic_directory(tmp_path: Path) -> None:
