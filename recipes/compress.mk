@@ -6,6 +6,7 @@
 #     int8 int4 int4a8 int2            untrained: float weights as integers, a8 with integer inputs, int2 in blocks with zero points
 #     int8-trained ... int2-trained    the same, trained on with the float model as teacher
 #     sparse sparse-int4               2 of every 4 weights; then 4 bits each, trained again
+#     float-trained                    4 of every 4 weights: the same training, and nothing lost
 BITS_int8 := --bits 8
 BITS_int4 := --bits 4
 BITS_int4a8 := --bits 4 --act-bits 8
@@ -14,7 +15,10 @@ BITS_int2 := --bits 2 --set weights.symmetric=false --set weights.scale=block --
 TRAINED_int2 := --bits 2 --set quantisation.weights.symmetric=false --set quantisation.weights.scale=block \
     --set quantisation.weights.block_size=32
 UNTRAINED := int8 int4 int4a8 int2
-COMPRESSED := $(UNTRAINED) $(UNTRAINED:%=%-trained) sparse sparse-int4
+SPARSITY_sparse := 2:4
+SPARSITY_float-trained := 4:4
+PRUNED := sparse float-trained
+COMPRESSED := $(UNTRAINED) $(UNTRAINED:%=%-trained) $(PRUNED) sparse-int4
 
 .PHONY: compress
 compress: $(SMALLER)/float/evaluation/done $(COMPRESSED:%=$(SMALLER)/%/evaluation/done)
@@ -30,8 +34,8 @@ $(UNTRAINED:%=$(SMALLER)/%/done): $(SMALLER)/%/done: | $(FLOAT)/done
 $(UNTRAINED:%=$(SMALLER)/%-trained/done): $(SMALLER)/%-trained/done: | $(FLOAT)/done
 	$(ASRKIT) qat --from $(FLOAT) --teacher $(FLOAT) $(or $(TRAINED_$*),$(BITS_$*)) $(MATERIAL) --out $(@D)
 
-$(SMALLER)/sparse/done: | $(FLOAT)/done
-	$(ASRKIT) prune --from $(FLOAT) --teacher $(FLOAT) --sparsity 2:4 $(MATERIAL) --out $(@D)
+$(PRUNED:%=$(SMALLER)/%/done): $(SMALLER)/%/done: | $(FLOAT)/done
+	$(ASRKIT) prune --from $(FLOAT) --teacher $(FLOAT) --sparsity $(SPARSITY_$*) $(MATERIAL) --out $(@D)
 
 $(SMALLER)/sparse-int4/done: | $(SMALLER)/sparse/done
 	$(ASRKIT) qat --from $(SMALLER)/sparse --teacher $(FLOAT) --bits 4 $(MATERIAL) --out $(@D)

@@ -19,7 +19,7 @@ from tones import make_corpus
 from asrkit.data.batches import Batch
 from asrkit.models import AsrModel, load_model
 from asrkit.models.compress import LayerChoice, choose_layers, compressed_layers, sizes
-from asrkit.nn.compression import CompressedLinear, WeightQuantisation
+from asrkit.nn.compression import CompressedLinear, Mask, WeightQuantisation, find_mask
 from asrkit.run_dir import open_run
 from asrkit.training.objective import LossConfig, recogniser_loss
 from asrkit.training.sensitivity import choose_bits, measure
@@ -170,6 +170,60 @@ def test_integers_on_a_pruned_model(corpus: Path, sparse: Path, tmp_path: Path) 
     assert "no exact zero" in said and not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("score", ["magnitude", "activation"])
+def test_everything_learns_in_a_step_that_finds_masks(corpus: Path, parent: Path, tmp_path: Path, score: str) -> None:
+    """Scores by activation take a pass without gradients first, whose bfloat16 copies of the weights must not serve training."""
+    run = tmp_path / "one"
+    asrkit("prune", "--from", parent, *data(corpus), "--out", run,
+           *sets(f"schedule.score={score}", "training.steps=1", "training.precision=bfloat16", "training.average_decay=0",
+                 "training.optimiser.warm_up_steps=0"))  # fmt: skip
+    before, after = open_run(parent).weights(), open_run(run).weights()
+    still = {name for name, tensor in before.items() if tensor.is_floating_point() and torch.equal(tensor, after[name])}
+    assert still <= {"encoder.normalise.mean", "encoder.normalise.std", "encoder.normalise.scale"}, still
+
+
+def test_pruned_weights_decay_by_the_formula(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    """SR-STE adds decay / 2 times their squares to a step's loss, however many frames and parts the step has."""
+    losses = {}
+    for kind in ("plain", "sr"):
+        asrkit("prune", "--from", parent, "--shots", 2, *data(corpus), "--out", tmp_path / kind,
+               *sets(f"schedule.straight_through={kind}", "schedule.decay=0.1", "training.accumulate=2", "training.log_every=1",
+                     "training.precision=float32"))  # fmt: skip
+        first = json.loads((tmp_path / kind / "metrics.jsonl").read_text().splitlines()[0])
+        losses[kind] = first["loss"]
+    model = model_of(parent)
+    pruned = 0.0
+    for path in compressed_layers(model_of(tmp_path / "sr")):
+        weight = model.get_submodule(path).weight.detach()  # type: ignore[operator, union-attr]
+        mask = find_mask(weight.abs(), Mask(keep=2, group=4))
+        pruned += float((weight * ~mask).square().sum())
+    assert pruned > 1
+    assert losses["sr"] - losses["plain"] == pytest.approx(0.1 / 2 * pruned, rel=1e-3)
+
+
+def test_prune_from_scratch(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    run = tmp_path / "anew"
+    asrkit("prune", "--from", parent, "--from-scratch", "--only", "encoder", *data(corpus), "--out", run, *sets())
+    before, after = open_run(parent).weights(), open_run(run).weights()
+    assert torch.equal(before["encoder.normalise.mean"], after["encoder.normalise.mean"])
+    name = "joiner.out.weight"
+    assert float((before[name] - after[name]).abs().mean()) > 0.5 * float(before[name].abs().mean())
+    for path, layer in compressed_layers(model_of(run)).items():
+        assert not path.startswith("encoder.submodels.")
+        assert bool((layer.mask.view(layer.out_features, -1, 4).sum(-1) == 2).all())
+
+
+def test_what_is_left_is_quantised_later(parent: Path, tmp_path: Path) -> None:
+    """The joiner after the encoder; but nothing twice."""
+    asrkit("quantise", "--from", parent, "--bits", 4, "--out", tmp_path / "encoder")
+    asrkit("quantise", "--from", tmp_path / "encoder", "--bits", 8, "--only", "joiner", "--out", tmp_path / "both")
+    layers = compressed_layers(model_of(tmp_path / "both"))
+    bits = {(path.split(".")[0], layer.how.weights.bits) for path, layer in layers.items() if layer.how.weights}
+    assert bits == {("encoder", 4), ("joiner", 8)}
+    said = asrkit("quantise", "--from", tmp_path / "encoder", "--out", tmp_path / "again", code=1)
+    assert "quantised already" in said and not (tmp_path / "again").exists()
+
+
 def test_blocks_little_by_little(corpus: Path, parent: Path, tmp_path: Path) -> None:
     run = tmp_path / "blocks"
     asrkit("prune", "--from", parent, "--sparsity", 0.36, "--block", "8x1", "--schedule", "iterative", *data(corpus), "--out", run,
@@ -286,7 +340,12 @@ def test_measuring_leaves_the_model_alone(parent: Path) -> None:
         (["qat", "--only", "tail"], "layers.only"),
         (["qat", "--set", "quantisation.layers.include=[nothing]"], "nothing matches no linear layer"),
         (["qat", "--teacher", "nowhere"], "nowhere"),
-        (["qat", "--set", "quantisation.bits={'encoder.block.*': 8}"], "encoder.block.* matches no linear layer"),
+        (["qat", "--set", "quantisation.bits={'encoder.block.*': 8}"], "encoder.block.* matches no layer that is to be quantised"),
+        (["qat", "--set", "quantisation.bits={'joiner.*': 8}"], "joiner.* matches no layer that is to be quantised"),
+        (["qat", "--budget", "30%", "--set", "quantisation.weights.bits=2"], "leave out quantisation.bits, weights.bits"),
+        (["qat", "--set", "quantisation.layers.first=99"], "the encoder has 2 blocks"),
+        (["qat", "--bits", "2", "--act-bits", "8", "--set", "quantisation.weights.symmetric=false"], "need symmetric"),
+        (["prune", "--sparsity", "0.99", "--block", "8x16"], "is all of them"),
         (["qat", "--bits", "4", "--budget", "30%"], "leave one out"),
         (["qat", "--budget", "30%", "--set", "quantisation.bits={'*': 8}"], "leave out quantisation.bits"),
         (["qat", "--set", "quantisation.weights.scale=block", "--set", "quantisation.weights.block_size=7",

@@ -27,7 +27,7 @@ from asrkit.decoding.search import METHODS, search
 from asrkit.errors import UserError
 from asrkit.export import parity
 from asrkit.export.directory import SUFFIXES, open_exported
-from asrkit.export.integers import CONSTANT, Nodes, layer_alone, product
+from asrkit.export.integers import CONSTANT, Nodes, _pack, layer_alone, product
 from asrkit.export.readme import tail_seconds
 from asrkit.export.runtime import run_graph
 from asrkit.models import load_model
@@ -79,6 +79,31 @@ def make_layer(inputs: int, outputs: int, how: dict[str, Any], seed: int) -> Com
     if layer.how.mask is not None:
         layer.mask.copy_(find_mask(torch.rand(outputs, inputs), layer.how.mask))
     return layer
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 70))
+def test_packing_round_trips_over_all_codes(bits: int, count: int) -> None:
+    values = (np.arange(count) % 2**bits).astype(np.uint8)
+    packed = _pack(values, bits)
+    assert packed.dtype == np.uint8 and len(packed) == -(-count * bits // 8)
+    assert np.array_equal(digits(packed, bits)[:count], values)
+    every = np.arange(2**bits, dtype=np.uint8)
+    assert np.array_equal(digits(_pack(every, bits), bits)[: len(every)], every)
+
+
+@pytest.mark.parametrize("inputs", [512, 768, 2304])
+def test_wide_layers_with_unsigned_inputs_are_exact(inputs: int) -> None:
+    """Sums beyond 2^24, from which the zero point is subtracted before anything is rounded."""
+    how = {"weights": {"bits": 8}, "activations": {"bits": 8, "scale": "onnx", "rounding": "half_even"}}
+    layer = CompressedLinear(inputs, 8, from_dict(Compression, how, "test"), bias=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        layer.weight.copy_(0.5 + 0.5 * torch.rand(8, inputs))
+        x = 0.7 + 0.3 * torch.rand(1, 40, inputs)  # 40 rows: where torch multiplies int8, it does here
+        x[..., 0] = -1.0
+        for rows in (x, x[:, :4]):
+            assert torch.equal(run_graph(layer_alone("layer", layer), rows), layer(rows))
 
 
 @settings(max_examples=80, deadline=None)

@@ -27,6 +27,7 @@ Only = Annotated[
     list[str] | None,
     typer.Option(help="encoder, submodels, joiner or heads. Repeatable. [default: encoder and submodels]"),
 ]
+FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Begin with new weights, not with the parent's.")]
 Teacher = Annotated[
     Path | None, typer.Option(help="Run directory of a model that teaches besides, such as the parent.")
 ]
@@ -77,9 +78,7 @@ def qat(
     budget: Annotated[
         str | None, typer.Option(help="Share of the float size, such as 20%; bits are chosen layer by layer.")
     ] = None,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Begin with new weights, not with the parent's.")
-    ] = False,
+    from_scratch: FromScratch = False,
     teacher: Teacher = None,
     configuration: Configuration = None,
     dev: Dev = None,
@@ -131,6 +130,8 @@ def prune(
     block: Annotated[str | None, typer.Option(help="Outputs x inputs pruned as one, with a share: 8x1.")] = None,
     schedule: Annotated[str | None, typer.Option(help="shots, iterative or cubic. [default: shots]")] = None,
     shots: Annotated[int | None, typer.Option(help="How often masks are found. [default: 1]")] = None,
+    only: Only = None,
+    from_scratch: FromScratch = False,
     teacher: Teacher = None,
     configuration: Configuration = None,
     dev: Dev = None,
@@ -153,18 +154,21 @@ def prune(
     Masks are found in the trained weights, once or a few times, and then never change.
     """
     from asrkit.config import resolve
-    from asrkit.stages.prune import PruneConfig
+    from asrkit.stages.prune import PruneConfig, from_scratch_defaults
     from asrkit.stages.prune import prune as run
 
     given: dict[str, object] = {
         "mask": _mask(sparsity, block),
         "schedule.kind": schedule,
         "schedule.shots": shots,
+        "layers.only": _listed(only),
+        "from_scratch": True if from_scratch else None,
         "configuration": configuration,
         "seed": seed,
         "data.max_duration": max_duration,
     }
-    settings = resolve(PruneConfig, config, changes_of(overrides, given))
+    defaults = from_scratch_defaults() if from_scratch else None
+    settings = resolve(PruneConfig, config, changes_of(overrides, given), defaults)
     train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
 
 
@@ -172,8 +176,12 @@ def _bits(prefix: str, bits: int | None, act_bits: int | None, only: list[str] |
     return {
         f"{prefix}weights.bits": bits,
         f"{prefix}activations.bits": act_bits,
-        f"{prefix}layers.only": f"[{','.join(only)}]" if only else None,
+        f"{prefix}layers.only": _listed(only),
     }
+
+
+def _listed(words: list[str] | None) -> str | None:
+    return f"[{','.join(words)}]" if words else None
 
 
 def _share(text: str | None) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from asrkit.config import config, from_dict, to_dict
@@ -90,6 +90,9 @@ def choose_layers(model: nn.Module, choice: LayerChoice, active: Sequence[str] |
     for pattern in (*choice.include, *choice.exclude):
         if not any(fnmatchcase(path, pattern) for path in every):
             raise UserError(f"layers.include and exclude: {pattern} matches no linear layer; {_some(every)}")
+    blocks = {block for path in every if (block := _block(path)) is not None}
+    if choice.first is not None and choice.first > len(blocks):
+        raise UserError(f"layers.first={choice.first}: the encoder has {len(blocks)} blocks")
     chosen = {
         path: layer
         for path, layer in every.items()
@@ -177,25 +180,32 @@ class QuantisationConfig:
     bits: dict[str, Literal[2, 4, 8]] = field(default_factory=dict)
     layers: LayerChoice = field(default_factory=LayerChoice)
 
+    @model_validator(mode="after")
+    def _possible(self) -> Any:
+        if self.activations is not None and not self.weights.symmetric:
+            raise ValueError("integer activations need symmetric integer weights")
+        return self
+
 
 def quantised_spec(model: AsrModel, settings: QuantisationConfig, active: Sequence[str] | None = None) -> ModelSpec:
     """The model's spec with the chosen layers quantised, of sub-models the ``active`` ones; masks that are there stay.
 
     Raises:
-        UserError: the model is quantised already, a block does not divide a layer, or mask and levels do not go together.
+        UserError: a chosen layer is quantised already, a block does not divide a layer, mask and levels do not go together, or
+            ``bits`` speaks of no chosen layer.
     """
     spec = model.spec
-    if done := [path for path, how in spec.compression.items() if how.weights is not None]:
-        raise UserError(
-            f"the model is quantised already ({len(done)} layers, such as {done[0]}); start from the run before, "
-            "whose weights are float"
-        )
     findings, compression = [], to_dict(spec)["compression"]
-    every = linear_layers(model)
+    chosen = choose_layers(model, settings.layers, active)
+    if done := [path for path in chosen if path in spec.compression and spec.compression[path].weights is not None]:
+        raise UserError(
+            f"{len(done)} of the layers are quantised already, such as {done[0]}; choose others (layers.only), or start from the "
+            "run that was quantised, whose weights are float"
+        )
     for pattern in settings.bits:
-        if not any(fnmatchcase(path, pattern) for path in every):
-            findings.append(f"bits: {pattern} matches no linear layer; {_some(every)}")
-    for path, layer in choose_layers(model, settings.layers, active).items():
+        if not any(fnmatchcase(path, pattern) for path in chosen):
+            findings.append(f"bits: {pattern} matches no layer that is to be quantised, such as {next(iter(chosen))}")
+    for path, layer in chosen.items():
         weights = to_dict(settings.weights)
         for pattern, bits in settings.bits.items():
             if fnmatchcase(path, pattern):
@@ -204,7 +214,7 @@ def quantised_spec(model: AsrModel, settings: QuantisationConfig, active: Sequen
             if settings.layers.indivisible != "skip":
                 findings.append(
                     f"{path}: {layer.in_features} inputs are no multiple of block_size {weights['block_size']}; "
-                    "take another, or --set layers.indivisible=skip"
+                    "take another, or leave such layers float by layers.indivisible=skip (of qat: quantisation.layers.indivisible)"
                 )
             continue
         activations = None if settings.activations is None else to_dict(settings.activations)
@@ -237,7 +247,7 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
         )
     if done := [path for path, how in spec.compression.items() if how.mask is not None]:
         raise UserError(
-            f"the model is pruned already ({len(done)} layers, such as {done[0]}); start from the run before"
+            f"the model is pruned already ({len(done)} layers, such as {done[0]}); start from the run that was pruned"
         )
     findings, compression = [], {}
     for path, layer in choose_layers(model, choice, active).items():
@@ -254,6 +264,13 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
                 findings.append(
                     f"{path}: {shape} do not divide {outputs} x {inputs}; --set layers.indivisible=skip leaves it as it is"
                     + (", pad fills the last group up" if mask.group else "")
+                )
+        elif mask.sparsity is not None:
+            blocks = outputs * inputs // (mask.block[0] * mask.block[1])
+            if round(mask.sparsity * blocks) == blocks:
+                findings.append(
+                    f"{path}: has {blocks} blocks of {mask.block[0]}x{mask.block[1]}, and a share of {mask.sparsity} is all of them; "
+                    "take smaller blocks or a lower share"
                 )
         compression[path] = {"mask": to_dict(mine)}
     if not findings and not compression:
@@ -312,6 +329,15 @@ def rebuilt(spec: ModelSpec, origin: AsrModel) -> AsrModel:
     if unexpected or any(not name.endswith(".mask") for name in missing):
         raise RuntimeError(f"the weights do not fit the compressed model: {missing} {unexpected}")
     return model
+
+
+def begun_anew(model: AsrModel, origin: AsrModel, active: Sequence[str]) -> None:
+    """Give a model new weights, in place; buffers and sub-models of ``origin`` that are not ``active`` stay."""
+    kept = {name for name, _ in model.named_buffers()}
+    idle = tuple(f"encoder.submodels.{name}." for name in origin.spec.submodels if name not in active)
+    fresh = type(model)(model.spec).state_dict()
+    new = {name: tensor for name, tensor in fresh.items() if name not in kept and not name.startswith(idle)}
+    model.load_state_dict(new, strict=False)
 
 
 def recompressed(model: AsrModel, how: Mapping[str, Compression]) -> AsrModel:

@@ -49,6 +49,10 @@ class WeightQuantisation:
     def _possible(self) -> Any:
         if not self.symmetric and self.bits != 2:
             raise ValueError(f"asymmetric weights are for 2 bits; with {self.bits} bits use symmetric=true")
+        if not self.symmetric and self.bound == "edge":
+            raise ValueError(
+                "asymmetric weights use every level from the smallest to the largest; leave out bound=edge"
+            )
         return self
 
     @property
@@ -220,8 +224,8 @@ def input_codes(x: Tensor, how: ActivationQuantisation) -> QuantisedInput:
 def integer_product(x: Tensor, codes: Tensor, largest_x: int, largest_w: int) -> Tensor:
     """x (..., I) and codes (O, I), whole numbers of at most the given sizes (x may have none below 0), to the exact (..., O).
 
-    In int8 with int32 sums where torch can; else in float32 while every partial sum stays below 2^24 (arXiv 2203.15952:
-    integers emulated in float), else in float64.
+    In int8 with int32 sums where torch can, and these are returned; else in float32 while every partial sum stays below 2^24
+    (arXiv 2203.15952: integers emulated in float), else in float64.
     """
     rows = x.reshape(-1, x.shape[-1])
     if _fits_int8(len(rows), *codes.shape) and multiplies_int8(x.device.type):
@@ -229,9 +233,9 @@ def integer_product(x: Tensor, codes: Tensor, largest_x: int, largest_w: int) ->
         sums = _int8_product(rows - shift, codes)
         if shift:
             sums = sums + shift * codes.sum(1).to(torch.int32)
-        return sums.view(*x.shape[:-1], len(codes)).float()
+        return sums.view(*x.shape[:-1], len(codes))
     dtype = torch.float32 if x.shape[-1] * largest_x * largest_w < EXACT else torch.float64
-    return F.linear(x.to(dtype), codes.to(dtype)).float()
+    return F.linear(x.to(dtype), codes.to(dtype))
 
 
 def _int8_product(rows: Tensor, codes: Tensor) -> Tensor:
@@ -275,57 +279,55 @@ class _NativeProduct(torch.autograd.Function):
     ) -> Tensor:
         """x (..., I), weight (O, I) latent and already masked, its codes (O, I) and scale (O or 1, 1) -> (..., O)."""
         per_output = scale.view(-1)
+        # Codes below 1 and scales as much larger, a power of two, which changes no bit: sums of whole codes overflow float16.
+        units, scale = codes / (largest + 1), scale * (largest + 1)
         if activations is None:
-            ctx.save_for_backward(x, codes, scale)
+            ctx.save_for_backward(x, units, scale)
             # In float32: a bfloat16 scale would be off by up to 0.4 %, and the exported one is not.
-            return (F.linear(x, codes.to(x.dtype)) * per_output).to(x.dtype)
+            return (F.linear(x, units.to(x.dtype)) * scale.view(-1)).to(x.dtype)
         quantised = input_codes(x, activations)
         size = 255 if quantised.zero_point is not None else 2 ** (activations.bits - 1) - 1
         y = integer_product(quantised.codes, codes, size, largest)
         values = quantised.codes
-        if quantised.zero_point is not None:
-            y = y - quantised.zero_point * codes.sum(1)
+        if quantised.zero_point is not None:  # while the sums are exact
+            y = y - (quantised.zero_point.double() * codes.double().sum(1)).to(y.dtype)
             values = values - quantised.zero_point
-        ctx.save_for_backward((values * quantised.scale).to(x.dtype), codes, scale)
-        return (y * quantised.scale * per_output).to(x.dtype)
+        ctx.save_for_backward((values * quantised.scale).to(x.dtype), units, scale)
+        return (y.float() * quantised.scale * per_output).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, codes, scale = ctx.saved_tensors
+        x, units, scale = ctx.saved_tensors
         x_grad = weight_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad * scale.view(-1).to(grad.dtype)) @ codes.to(grad.dtype)
+            x_grad = (grad * scale.view(-1).to(grad.dtype)) @ units.to(grad.dtype)
         if ctx.needs_input_grad[1]:
             rows = grad.reshape(-1, grad.shape[-1])
-            weight_grad = (rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype)).to(codes.dtype)
+            weight_grad = (rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype)).to(units.dtype)
         return x_grad, weight_grad, None, None, None, None
 
 
 class _StraightThroughMask(torch.autograd.Function):
-    """weight * mask; backwards the whole gradient, and ``decay`` * weight where pruned."""
+    """weight * mask; backwards the whole gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        ctx.decay = decay
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         return weight * mask
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, mask = ctx.saved_tensors
-        return grad + ctx.decay * weight * ~mask, None, None
+        return grad, None
 
 
 class CompressedLinear(nn.Linear):
     """An ``nn.Linear`` by the same names whose weights are masked, quantised and multiplied as ``how`` says.
 
     ``weight`` stays the latent float32 tensor that the optimiser moves; ``mask`` (O, I), where there is one, is a buffer.
-    ``straight_through`` None gives pruned weights no gradient (the papers' way); a number lets theirs through as if they
-    were there, plus that number times the weight (SR-STE, arXiv 2102.04010; 0 is the plain estimator).
+    ``straight_through`` False gives pruned weights no gradient (the papers' way); True lets theirs through as if they were there.
     """
 
     mask: Tensor
-    straight_through: float | None = None
+    straight_through: bool = False
 
     def __init__(self, inputs: int, outputs: int, how: Compression, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias)
@@ -350,8 +352,8 @@ class CompressedLinear(nn.Linear):
         """(O, I): the latent weights, zero where the mask is False; those zeros get no gradient."""
         if self.how.mask is None:
             return self.weight
-        if self.straight_through is not None:
-            return _StraightThroughMask.apply(self.weight, self.mask, self.straight_through)  # type: ignore[no-any-return]
+        if self.straight_through:
+            return _StraightThroughMask.apply(self.weight, self.mask)  # type: ignore[no-any-return]
         return torch.where(self.mask, self.weight, torch.zeros_like(self.weight))
 
     def codes(self) -> Codes:
@@ -384,7 +386,11 @@ class CompressedLinear(nn.Linear):
             straight = weight / spread + (
                 0.0 if quantised.offset is None else quantised.spread(quantised.offset) / spread
             )
-            found = found + (straight - straight.detach()) * spread.detach()
+            # A clipped weight is the bound, whatever it is; more than half a step from its code, but for rounding errors.
+            clipped = (straight - quantised.codes).abs() > 0.5 + 1e-3
+            found = (
+                found + torch.where(clipped, torch.zeros_like(found), straight - straight.detach()) * spread.detach()
+            )
         else:
             found = weight + (found - weight).detach()
         if self.how.activations is not None:
@@ -446,19 +452,3 @@ def size_in_bits(layer: nn.Linear) -> int:
     codes = layer.codes()
     scales = codes.scale.numel() + (0 if codes.offset is None else codes.offset.numel())
     return layer.how.weights.bits * kept + extra + 32 * scales + bias
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Whole numbers (O, I) of ``bits`` bits, two's complement, to bytes (O, ceil(I bits / 8)), the lowest bits first."""
-    per_byte = 8 // bits
-    padded = F.pad(codes.to(torch.int64), (0, -codes.shape[1] % per_byte)) & (2**bits - 1)
-    parts = padded.view(len(codes), -1, per_byte) << (bits * torch.arange(per_byte))
-    return parts.sum(-1).to(torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int, inputs: int) -> Tensor:
-    """The inverse of ``pack``: bytes to whole numbers (O, inputs), float32."""
-    per_byte = 8 // bits
-    parts = (packed.to(torch.int64).unsqueeze(-1) >> (bits * torch.arange(per_byte))) & (2**bits - 1)
-    signed = parts - ((parts >> (bits - 1)) << bits)
-    return signed.flatten(1)[:, :inputs].float()

@@ -6,7 +6,7 @@ In every forward pass the mask comes first; once final, it never changes, and th
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,21 @@ from asrkit.config import config
 from asrkit.data.batches import Batch, TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import load_model
-from asrkit.models.compress import LayerChoice, compressed_layers, pruned_spec, rebuilt, with_configuration
+from asrkit.models.compress import LayerChoice, begun_anew, compressed_layers, pruned_spec, rebuilt, with_configuration
 from asrkit.nn.compression import Mask
 from asrkit.run_dir import open_run
 from asrkit.training.distributed import World, all_sum
-from asrkit.training.masks import MaskSchedule, keep_pruned, last_update, sparsity_due, update_masks, watch_inputs
-from asrkit.training.objective import LossOutput
+from asrkit.training.loop import TrainingConfig
+from asrkit.training.masks import (
+    MaskSchedule,
+    keep_pruned,
+    last_update,
+    pruned_decay,
+    sparsity_due,
+    update_masks,
+    watch_inputs,
+)
+from asrkit.training.objective import LossConfig, LossOutput
 from asrkit.training.run import RunWriter
 from asrkit.training.stage import CompressConfig, Prepared, fine_tune
 from asrkit.training.teachers import ANY, load_teacher
@@ -33,12 +42,19 @@ from asrkit.training.teaching import add_encoder_maps, loss_of_a_stage
 class PruneConfig(CompressConfig):
     """Everything prune can be told; config.yaml of the run holds it with every default written out.
 
-    ``mask`` None is 2:4.
+    ``mask`` None is 2:4. ``from_scratch``: begin with new weights and not with the parent's; its shape, features' statistics
+    and tokenizer are taken over.
     """
 
     mask: Mask | None = None
     schedule: MaskSchedule = field(default_factory=MaskSchedule)
     layers: LayerChoice = field(default_factory=LayerChoice)
+    from_scratch: bool = False
+
+
+def from_scratch_defaults() -> PruneConfig:
+    """The defaults of a run with new weights: those of train-backbone, where a later stage's differ."""
+    return PruneConfig(from_scratch=True, loss=LossConfig(), training=TrainingConfig())
 
 
 def prune(
@@ -102,10 +118,16 @@ def prune(
             if settings.schedule.score == "activation" and sparsity_due(settings.schedule, mask, step)[0]:
                 with watch_inputs(model) as inputs, torch.no_grad():
                     plain(model, batch, step)
+                torch.clear_autocast_cache()  # it holds weights cast in this pass, which lead to no gradient
                 for path in sorted(inputs):  # every process must find the same masks
                     all_sum(world, inputs[path])
             update_masks(model, step, settings.schedule, inputs)
-        return plain(model, batch, step)
+        output = plain(model, batch, step)
+        decay = pruned_decay(model, settings.schedule)
+        if decay is None:
+            return output
+        # The step's sum is divided by its frames, so that each part brings its share of one such term.
+        return replace(output, loss=output.loss + decay * (output.count / len(output.loss)))
 
     def after_step(model: nn.Module, step: int) -> None:
         if step >= final:
@@ -113,6 +135,8 @@ def prune(
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         model = rebuilt(spec, origin)
+        if settings.from_scratch:
+            begun_anew(model, origin, active)
         if guides is not None:
             add_encoder_maps(model, guides, settings.teacher)
         layers = compressed_layers(model)

@@ -21,6 +21,7 @@ from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compress import (
     QuantisationConfig,
+    begun_anew,
     choose_layers,
     layer_sizes,
     quantised_spec,
@@ -81,9 +82,10 @@ def qat(
         UserError: an unusable parent, layers that cannot be quantised so, a teacher of another kind, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
-    if settings.budget is not None and (settings.quantisation.bits or not settings.quantisation.weights.symmetric):
+    weights = settings.quantisation.weights
+    if settings.budget is not None and (settings.quantisation.bits or not weights.symmetric or weights.bits != 8):
         raise UserError(
-            "--budget chooses symmetric bits for every layer itself; leave out quantisation.bits and symmetric=false"
+            "--budget chooses symmetric bits for every layer itself; leave out quantisation.bits, weights.bits and symmetric=false"
         )
     source = open_run(parent)
     origin = load_model(source)
@@ -101,11 +103,7 @@ def qat(
         chosen = with_configuration(chosen, settings.configuration, settings.contexts.train)
         model = rebuilt(chosen, origin)
         if settings.from_scratch:
-            fresh = AsrModel(chosen).state_dict()
-            kept = {name for name, _ in model.named_buffers()}
-            idle = tuple(f"encoder.submodels.{name}." for name in origin.spec.submodels if name not in active)
-            new = {name: t for name, t in fresh.items() if name not in kept and not name.startswith(idle)}
-            model.load_state_dict(new, strict=False)
+            begun_anew(model, origin, active)
         if guides is not None:
             add_encoder_maps(model, guides, settings.teacher)
         counts = Counter(how.weights.bits for how in chosen.compression.values() if how.weights is not None)

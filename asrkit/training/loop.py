@@ -346,10 +346,13 @@ class _Shadow:
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        # By the difference, so that weights which nothing trains stay what they are to the last bit.
-        moved = torch._foreach_sub(self._weights, self._average)
-        torch._foreach_add_(self._average, moved, alpha=1 - decay)
-        for mine, theirs in self._buffers:
+        copied = list(self._buffers)
+        if decay == 0:  # the weights themselves, which a difference added would miss by a rounding error
+            copied += zip(self._average, self._weights, strict=True)
+        else:  # by the difference, so that weights which nothing trains stay what they are to the last bit
+            moved = torch._foreach_sub(self._weights, self._average)
+            torch._foreach_add_(self._average, moved, alpha=1 - decay)
+        for mine, theirs in copied:
             mine.copy_(theirs)
 
 

@@ -29,8 +29,8 @@ class MaskSchedule:
     one-shot). iterative: each time ``share`` of what is left, until the sparsity is reached; nothing returns. cubic: ``shots``
     times, the sparsity growing as 1 - (1 - i / shots)^3 of its target; what was pruned can return.
     ``score``: magnitude, or activation: times the sum of the layer's absolute inputs, on the step's first batch.
-    ``straight_through``: until the masks are final, pruned weights get gradients all the same (plain), and decay with
-    ``decay`` besides (sr); the papers' way is none.
+    ``straight_through``: until the masks are final, pruned weights get gradients all the same (plain), and besides, in every
+    step, ``decay`` times themselves (sr, arXiv 2102.04010); the papers' way is none.
     """
 
     kind: Literal["shots", "iterative", "cubic"] = "shots"
@@ -88,9 +88,8 @@ def update_masks(
         inputs: by layer, the sums of absolute inputs (I,) for score ``activation``.
     """
     for path, layer, mask in masked_layers(model):
-        layer.straight_through = None
-        if schedule.straight_through != "none" and step < last_update(schedule, mask.sparsity):
-            layer.straight_through = schedule.decay if schedule.straight_through == "sr" else 0.0
+        final = step >= last_update(schedule, mask.sparsity)
+        layer.straight_through = schedule.straight_through != "none" and not final
         due, sparsity = sparsity_due(schedule, mask, step)
         if not due:
             continue
@@ -100,6 +99,17 @@ def update_masks(
         if schedule.kind == "iterative":
             scores = scores.masked_fill(~layer.mask, 0.0)
         layer.mask.copy_(find_mask(scores, _at(mask, sparsity)))
+
+
+def pruned_decay(model: nn.Module, schedule: MaskSchedule) -> Tensor | None:
+    """SR-STE's term (arXiv 2102.04010) as a loss, decay / 2 times the pruned weights' squares, whose gradient is decay times the
+    weights; None where there is none, as once masks are final."""
+    if schedule.straight_through != "sr":
+        return None
+    terms = [
+        (layer.weight * ~layer.mask).square().sum() for _, layer, _ in masked_layers(model) if layer.straight_through
+    ]
+    return schedule.decay / 2 * torch.stack(terms).sum() if terms else None
 
 
 def _at(mask: Mask, sparsity: float | None) -> Mask:
