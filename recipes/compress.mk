@@ -7,6 +7,7 @@
 #     int8-trained ... int2-trained    the same, trained on with the float model as teacher
 #     sparse sparse-int4               2 of every 4 weights; then 4 bits each, trained again
 #     float-trained                    4 of every 4 weights: the same training, and nothing lost
+#     onnx                             sparse-int4, exported
 BITS_int8 := --bits 8
 BITS_int4 := --bits 4
 BITS_int4a8 := --bits 4 --act-bits 8
@@ -21,8 +22,8 @@ PRUNED := sparse float-trained
 COMPRESSED := $(UNTRAINED) $(UNTRAINED:%=%-trained) $(PRUNED) sparse-int4
 
 .PHONY: compress
-compress: $(SMALLER)/float/evaluation/done $(COMPRESSED:%=$(SMALLER)/%/evaluation/done)
-	$(ASRKIT) summary $(SMALLER)/float $(COMPRESSED:%=$(SMALLER)/%) --out $(SMALLER)/summary.json
+compress: $(SMALLER)/float/evaluation/done $(COMPRESSED:%=$(SMALLER)/%/evaluation/done) $(SMALLER)/onnx/evaluation/done
+	$(ASRKIT) summary $(SMALLER)/float $(COMPRESSED:%=$(SMALLER)/%) $(SMALLER)/onnx --out $(SMALLER)/summary.json
 
 $(SMALLER)/float/done: | $(FLOAT)/done
 	mkdir -p $(SMALLER)
@@ -40,7 +41,17 @@ $(PRUNED:%=$(SMALLER)/%/done): $(SMALLER)/%/done: | $(FLOAT)/done
 $(SMALLER)/sparse-int4/done: | $(SMALLER)/sparse/done
 	$(ASRKIT) qat --from $(SMALLER)/sparse --teacher $(FLOAT) --bits 4 $(MATERIAL) --out $(@D)
 
+$(SMALLER)/onnx/export.yaml: | $(SMALLER)/sparse-int4/done
+	$(ASRKIT) export --from $(SMALLER)/sparse-int4 --out $(@D)
+
+define EVALUATE
+for manifest in $(TESTS); do \
+    $(ASRKIT) evaluate --from $(@D:%/evaluation=%) --manifest $$manifest --method greedy --method beam; done
+touch $@
+endef
+
 $(SMALLER)/%/evaluation/done: | $(SMALLER)/%/done
-	for manifest in $(TESTS); do \
-	    $(ASRKIT) evaluate --from $(SMALLER)/$* --manifest $$manifest --method greedy --method beam; done
-	touch $@
+	$(EVALUATE)
+
+$(SMALLER)/onnx/evaluation/done: | $(SMALLER)/onnx/export.yaml
+	$(EVALUATE)
