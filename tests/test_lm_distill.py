@@ -15,7 +15,7 @@ import torch
 from lm_runs import asrkit, make_aligned_corpus, quick, sets
 
 from asrkit.config import from_dict
-from asrkit.data.alignment import Annotator
+from asrkit.data.alignment import Annotator, symbols_of
 from asrkit.data.batches import Batch, BucketPlan, CutTable, DataConfig, TrainBatches
 from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.data.tokenizer import Tokenizer
@@ -356,9 +356,25 @@ def test_cuts_without_alignment(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "kd").exists()
     distill(corpus, tmp_path / "kd", *more, "--set", "unaligned=allow", "--supervised", "phone")
     inventories = {"phone": _load_teacher(corpus / "lm-phone").inventory}
-    check_alignments(CutTable(cuts), inventories, "allow")
+    check_alignments(CutTable(cuts), inventories, {}, "allow")
     annotated = Annotator(inventories)([[(cuts[0], 83)]])["phone"]
     assert bool((annotated.frames == -2).all()) and not bool(counted_frames(annotated, "own").any())
+
+
+def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """Every piece of the alignments is one of this language model's too, but it would part the texts otherwise."""
+    many = tmp_path / "lm"
+    files = ["--manifest", corpus / "aligned.jsonl.gz", "--unit", "bpe", "--out", many]
+    asrkit("train-lm", *files, *SMALL_LM, *sets("vocab_size=40"))
+    cuts = list(open_cuts(corpus / "aligned.jsonl.gz"))
+    inventory = _load_teacher(many).inventory
+    assert all(symbol in inventory for cut in cuts for symbol in symbols_of(cut, "bpe") or ())
+    said = distill(corpus, tmp_path / "kd", "--lm", f"bpe={many}", code=1)
+    assert (
+        f"--lm bpe: its tokenizer parts {len(cuts)} texts otherwise than their bpe alignments, cuts {cuts[0].id},"
+        in said
+    )
+    assert "train-lm --tokenizer" in said and not (tmp_path / "kd").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from asrkit.config import config, from_dict, to_dict
 from asrkit.data.alignment import SILENT, Annotator, Segments, symbols_of
 from asrkit.data.batches import Batch, CutTable, TrainBatches, evaluation_batches
-from asrkit.data.manifests import open_cuts
+from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.data.units import UNITS, Inventory, Unit
 from asrkit.errors import UserError
@@ -92,9 +92,10 @@ class DistillLmConfig(FineTuneConfig):
 
 @dataclass(frozen=True)
 class LmTeacher:
-    """A language model and the inventory of its units."""
+    """A language model, its tokenizer, and the inventory of its units."""
 
     model: LanguageModel
+    tokenizer: Tokenizer
     inventory: Inventory
 
 
@@ -131,7 +132,8 @@ def distill_lm(
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         inventories = {name: teacher.inventory for name, teacher in teachers.items()}
         inventories |= _supervised_inventory(unit, teachers, batches.table)
-        check_alignments(batches.table, inventories, settings.unaligned)
+        tokenizers = {name: t.tokenizer for name, t in teachers.items() if t.inventory.unit == "bpe"}
+        check_alignments(batches.table, inventories, tokenizers, settings.unaligned)
         # LST mixes the posteriors into the labels of the supervised head, so that is the only one.
         taught = inventories if settings.mode == "mtl" else {SUPERVISED: inventories[SUPERVISED]}
         spec = with_heads(base, taught, settings.heads)
@@ -273,20 +275,29 @@ def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[An
     return measure
 
 
-def check_alignments(table: CutTable, inventories: Mapping[str, Inventory], unaligned: str) -> None:
+def check_alignments(
+    table: CutTable, inventories: Mapping[str, Inventory], tokenizers: Mapping[str, Tokenizer], unaligned: str
+) -> None:
     """Refuse training cuts whose alignment is missing, or of other units than the language models'.
+
+    Args:
+        tokenizers: of the language models of bpe, by name: the pieces of an alignment must be those it parts the text into.
 
     Raises:
         UserError: which cuts, which units.
     """
     bare: dict[Unit, list[str]] = {}
     strange: dict[str, dict[str, None]] = {}
+    otherwise: dict[str, list[str]] = {}
     for index in range(len(table)):
         cut = table[index]
         for name, inventory in inventories.items():
             symbols = symbols_of(cut, inventory.unit)
             if symbols is None:
                 bare.setdefault(inventory.unit, []).append(cut.id)
+            elif name in tokenizers:
+                if symbols != tokenizers[name].pieces(text_of(cut)):
+                    otherwise.setdefault(name, []).append(cut.id)
             else:
                 strange.setdefault(name, {}).update((s, None) for s in symbols if s not in inventory)
     findings = []
@@ -303,6 +314,11 @@ def check_alignments(table: CutTable, inventories: Mapping[str, Inventory], unal
                 f"--lm {name}: does not know {len(missing)} of the alignments' {inventories[name].unit} units, such as "
                 f"{' '.join(list(missing)[:SHOWN])}; it must have been trained on the units that align wrote"
             )
+    for name, cut_ids in otherwise.items():
+        findings.append(
+            f"--lm {name}: its tokenizer parts {len(cut_ids)} texts otherwise than their bpe alignments, cuts "
+            f"{', '.join(cut_ids[:SHOWN])}; train it with the tokenizer they were aligned with (train-lm --tokenizer)"
+        )
     if findings:
         raise UserError.of(findings)
 
@@ -310,7 +326,8 @@ def check_alignments(table: CutTable, inventories: Mapping[str, Inventory], unal
 def _load_teacher(path: Path) -> LmTeacher:
     run = open_run(path)
     model = load_lm(run).requires_grad_(False)
-    return LmTeacher(model, Inventory.of(Tokenizer(run.tokenizer_path), model.spec.unit))
+    tokenizer = Tokenizer(run.tokenizer_path)
+    return LmTeacher(model, tokenizer, Inventory.of(tokenizer, model.spec.unit))
 
 
 def _check(
