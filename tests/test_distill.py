@@ -213,7 +213,22 @@ def test_a_teacher_of_another_tokenizer_that_spells_alike(corpus: Path, teacher:
     # In pieces of several letters the labels differ: the cuts are named.
     other = [*common[:1], f"fr={tmp_path / 'few'}", "--teacher", f"*={teacher}", *common[4:]]
     said = asrkit("distill", *other, "--out", tmp_path / "no", *sets(*chars, "teacher.ctc_scale=0"), code=1)
-    assert "texts otherwise than the student's, cuts train-0" in said and not (tmp_path / "no").exists()
+    assert (
+        "texts otherwise than the student's, or lacks characters of them, cuts train-0" in said
+        and not (tmp_path / "no").exists()
+    )
+
+
+def test_a_teacher_that_lacks_a_character_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """An unknown character by itself is spelt alike, but teaches as <unk>."""
+    few, more = (copied(corpus, tmp_path / f"{text}.jsonl.gz", _reword(text)) for text in ("bravo", "bravd"))
+    for manifest, out in ((few, "few"), (more, "more")):
+        chars = sets("tokenizer.kind=char", "training.steps=1", *SMALLER)
+        asrkit("train-backbone", "--manifest", manifest, "--out", tmp_path / out, *chars)
+    words = ["--teacher", tmp_path / "few", "--tokenizer", tmp_path / "more" / "tokenizer.model", "--manifest", more]
+    said = asrkit("distill", *words, "--out", tmp_path / "run", *sets("teacher.ctc_scale=0", *SMALLER), code=1)
+    assert "parts 12 texts otherwise than the student's, or lacks characters of them, cuts train-0" in said
+    assert not (tmp_path / "run").exists()
 
 
 def _reword(text: str) -> Any:

@@ -295,11 +295,10 @@ def check_alignments(
             symbols = symbols_of(cut, inventory.unit)
             if symbols is None:
                 bare.setdefault(inventory.unit, []).append(cut.id)
-            elif name in tokenizers:
-                if symbols != tokenizers[name].pieces(text_of(cut)):
-                    otherwise.setdefault(name, []).append(cut.id)
             else:
                 strange.setdefault(name, {}).update((s, None) for s in symbols if s not in inventory)
+                if name in tokenizers and symbols != tokenizers[name].pieces(text_of(cut)):
+                    otherwise.setdefault(name, []).append(cut.id)
     findings = []
     if unaligned == "refuse":
         for unit, cut_ids in bare.items():
