@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +57,16 @@ def symbols_of(cut: Cut, unit: str) -> list[str] | None:
     return None if items is None else [item.symbol for item in items]
 
 
+class Heard(NamedTuple):
+    """A cut in a batch: the feature frames that perturbation made of it, and those of silence it put ``before`` and ``after``,
+    which are among them."""
+
+    cut: Cut
+    num_frames: int
+    before: float = 0.0
+    after: float = 0.0
+
+
 @dataclass(frozen=True)
 class Annotator:
     """Makes the segments of a batch, by the name they are wanted under, from the alignments of its cuts.
@@ -70,11 +81,11 @@ class Annotator:
     repeats: str = "keep"
     fill: bool = False
 
-    def __call__(self, utterances: Sequence[Sequence[tuple[Cut, int]]]) -> dict[str, Segments]:
-        """Segments of utterances, each of one or several cuts with the feature frames that perturbation left of it."""
+    def __call__(self, utterances: Sequence[Sequence[Heard]]) -> dict[str, Segments]:
+        """Segments of utterances, each of one or several cuts."""
         return {name: self._segments(inventory, utterances) for name, inventory in self.inventories.items()}
 
-    def _segments(self, inventory: Inventory, utterances: Sequence[Sequence[tuple[Cut, int]]]) -> Segments:
+    def _segments(self, inventory: Inventory, utterances: Sequence[Sequence[Heard]]) -> Segments:
         labelled = [self._label(inventory, parts) for parts in utterances]
         num_segments = max(1, *(len(ids) for ids, _ in labelled))
         symbols = torch.zeros(len(labelled), num_segments, dtype=torch.int64)
@@ -84,20 +95,21 @@ class Annotator:
             frames[number, : len(row)] = torch.from_numpy(row)
         return Segments(symbols, torch.tensor([len(ids) for ids, _ in labelled]), frames)
 
-    def _label(self, inventory: Inventory, parts: Sequence[tuple[Cut, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _label(self, inventory: Inventory, parts: Sequence[Heard]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the segments, and the segment of each encoder frame."""
-        num_frames = max(0, (sum(length for _, length in parts) - 3) // SUBSAMPLING)
+        num_frames = max(0, (sum(part.num_frames for part in parts) - 3) // SUBSAMPLING)
         middles = (np.arange(num_frames) + 0.5) * SUBSAMPLING * FRAME_SHIFT
         frames = np.full(num_frames, UNKNOWN, dtype=np.int64)
         ids: list[int] = []
         offset = 0.0
-        for cut, length in parts:
+        for cut, length, before, after in parts:
             seconds = length * FRAME_SHIFT
             inside = (middles >= offset) & (middles < offset + seconds)
             items = items_of(cut, inventory.unit)
             if items is not None:
-                # Speed and tempo stretch the whole recording alike.
-                own = (middles[inside] - offset) * (cut.duration / seconds)
+                # Speed and tempo stretch the whole recording alike; silence comes on top.
+                spoken = (length - before - after) * FRAME_SHIFT
+                own = (middles[inside] - offset - before * FRAME_SHIFT) * (cut.duration / spoken)
                 starts = np.array([item.start for item in items])
                 place = np.searchsorted(starts, own, side="right") - 1
                 covered = (place >= 0) & (own < np.array([item.end for item in items])[place])

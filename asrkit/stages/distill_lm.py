@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from asrkit.config import config, from_dict, to_dict
-from asrkit.data.alignment import SILENT, Annotator, Segments, symbols_of
+from asrkit.data.alignment import SILENT, Annotator, Heard, Segments, symbols_of
 from asrkit.data.batches import Batch, CutTable, TrainBatches, evaluation_batches
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.tokenizer import Tokenizer
@@ -260,8 +260,8 @@ def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[An
         right, total = 0, 0
         for batch in evaluation_batches(list(chosen.values()), settings.data.max_duration):
             lens = batch.feature_lens.tolist()
-            cut_lens = [[(chosen[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)]
-            segments = labelled(cut_lens)[SUPERVISED].to(place)
+            heard = [[Heard(chosen[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)]
+            segments = labelled(heard)[SUPERVISED].to(place)
             moved = batch.to(place)
             with tapped(model, [layer]) as taps:
                 told = model.language_ids(moved.languages)
@@ -351,6 +351,8 @@ def _check(
             )
     if settings.contexts.sampling == "joint":
         findings.append("language models teach one context a batch; use contexts.sampling=random")
+    if (join := settings.data.augment.join) > 0:
+        findings.append(f"data.augment.join={join}: a language model would read two sentences as one; set it to 0")
     unit_of_labels = settings.supervised
     if settings.mode == "lst" and teachers:
         if len(teachers) > 1:
