@@ -231,6 +231,26 @@ def test_a_teacher_that_lacks_a_character_is_refused(corpus: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def ctc_only(corpus: Path, teacher: Path) -> Path:
+    """A teacher whose transducer never learned, rounded after its training."""
+    run = corpus / "ctc-only"
+    files = ["--tokenizer", teacher / "tokenizer.model", "--manifest", corpus / "train.jsonl.gz", "--out", run]
+    asrkit("train-backbone", *files, *sets(*SHAPE, "loss.transducer_scale=0", "loss.ctc_scale=1", "training.steps=1"))
+    asrkit("quantise", "--from", run, "--bits", 8, "--out", corpus / "ctc-only-int8")
+    return corpus / "ctc-only-int8"
+
+
+@pytest.mark.parametrize("words", [["distill"], ["qat", "--bits", "8"], ["prune", "--sparsity", "2:4"]])
+def test_a_transducer_that_never_learned_does_not_teach(
+    corpus: Path, teacher: Path, ctc_only: Path, tmp_path: Path, words: list[str]
+) -> None:
+    files = ["--from", teacher, "--teacher", ctc_only, *data(corpus), "--out", tmp_path / "run"]
+    said = asrkit(*words, *files, *sets(), code=1)
+    assert f"--teacher {ctc_only}: was trained without a transducer" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def _reword(text: str) -> Any:
     def change(number: int, cut: dict[str, Any]) -> None:
         cut["supervisions"][0]["text"] = text

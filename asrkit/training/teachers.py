@@ -69,20 +69,6 @@ def open_teachers(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Teacher
     return {language: [loaded[path] for path in several] for language, several in paths.items()}
 
 
-def check_heads(teachers: Teachers, transducer: bool, ctc: bool) -> list[str]:
-    """Which teachers were last trained without the head that is to teach; [] if none."""
-    findings = []
-    for teacher in each(teachers):
-        scales = teacher.run.config.get("loss", {})
-        if transducer and scales.get("transducer_scale") == 0:
-            findings.append(
-                f"--teacher {teacher.run.path}: was trained without a transducer; choose another, or teach by CTC: teacher.scale=0 and teacher.weight.kind=constant"
-            )
-        if ctc and scales.get("ctc_scale") == 0:
-            findings.append(f"--teacher {teacher.run.path}: was trained without CTC; set teacher.ctc_scale=0")
-    return findings
-
-
 def load_teacher(path: Path, tokenizer: Path) -> Teacher:
     """The model of a run directory, to teach one with this very ``tokenizer``.
 
