@@ -370,13 +370,23 @@ def test_cuts_without_alignment(corpus: Path, tmp_path: Path) -> None:
     write_cuts(manifest, cuts)
     more = [*lm_options(corpus, "phone"), "--manifest", manifest]
     said = distill(corpus, tmp_path / "kd", *more, code=1)
-    assert f"2 cuts have no phone alignment: {cuts[0].id}, {cuts[1].id};" in said
+    assert f"2 cuts ({cuts[0].id}, {cuts[1].id}) have no phone alignment; run" in said
     assert not (tmp_path / "kd").exists()
-    distill(corpus, tmp_path / "kd", *more, "--set", "unaligned=allow", "--supervised", "phone")
+    said = distill(corpus, tmp_path / "kd", *more, "--set", "unaligned=allow", "--supervised", "phone")
+    assert f"2 cuts ({cuts[0].id}, {cuts[1].id}) have no phone alignment and train the recogniser alone" in said
     inventories = {"phone": _load_teacher(corpus / "lm-phone").inventory}
     check_alignments(CutTable(cuts), inventories, {}, "allow")
     annotated = Annotator(inventories)([[Heard(cuts[0], 83)]])["phone"]
     assert bool((annotated.frames == -2).all()) and not bool(counted_frames(annotated, "own").any())
+
+
+def test_a_head_needs_an_alignment(corpus: Path, tmp_path: Path) -> None:
+    """Allowed or not: where no cut has one, nothing would ever teach the head."""
+    files = ["--manifest", corpus / "train.jsonl.gz", "--set", "unaligned=allow", "--supervised", "senone"]
+    said = distill(corpus, tmp_path / "kd", *lm_options(corpus, "phone"), *files, code=1)
+    for unit in ("phone", "senone"):
+        assert f"no cut has a {unit} alignment for a head to learn from; run asrkit align --unit {unit}" in said
+    assert said.count("error: ") == 2 and not (tmp_path / "kd").exists()
 
 
 def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -> None:
@@ -402,7 +412,7 @@ def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
         (["--lm", "{lm-phone}"], "write NAME=RUN"),
         (["--lm", "phone=nowhere"], "no such run directory"),
         (["--lm", "phone={parent}"], "holds no language model"),
-        (["--lm", "phone={lm-phone}", "--lambda", "1.5"], "less than or equal to 1"),
+        (["--lm", "phone={lm-phone}", "--set", "labels=1.5"], "less than or equal to 1"),
         (["--lm", "phone={lm-phone}", "--lm", "phone={lm-phone}"], "a name occurs twice"),
         (["--lm", "phone={lm-phone}", "--lm", "bpe={lm-bpe}", "--mode", "lst"], "give one --lm"),
         (["--lm", "phone={lm-phone}", "--mode", "lst", "--supervised", "bpe"], "cannot be mixed"),
@@ -411,6 +421,7 @@ def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
         (["--lm", "phone={lm-phone}", "--set", "heads.other.layer=0"], "no --lm of that name"),
         (["--lm", "phone={lm-phone}", "--set", "heads.supervised.layer=0"], "--supervised"),
         (["--lm", "x={other}"], "does not know"),
+        (["--lm", "x={other}", "--supervised", "phone"], "error: --lm x: does not know"),
         (["--lm", "phone={lm-phone}", "--supervised", "phone", "--dev", "{dev.jsonl.gz}"], "cuts have no phone alignment"),
     ],
 )  # fmt: skip
@@ -437,7 +448,12 @@ def test_bad_input_ends_in_a_line(corpus: Path, tmp_path: Path, words: list[str]
     assert (
         complaint in said and "Traceback" not in said and all(line.startswith("error: ") for line in said.splitlines())
     )
-    assert not (tmp_path / "kd").exists()
+    assert "--lm supervised" not in said and not (tmp_path / "kd").exists()
+
+
+def test_a_share_beyond_one_is_refused_by_its_name(corpus: Path, tmp_path: Path) -> None:
+    said = distill(corpus, tmp_path / "kd", *lm_options(corpus, "phone"), "--lambda", 1.5, code=2)
+    assert "--lambda" in said and not (tmp_path / "kd").exists()
 
 
 def test_teachers_and_language_models_are_not_mixed(tmp_path: Path) -> None:

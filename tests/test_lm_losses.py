@@ -156,6 +156,17 @@ def test_repeats_are_kept_or_merged(inventory: Inventory) -> None:
     assert merged.symbol_lens.tolist() == [3] and merged.frames.tolist() == [[0, 0, 0, 0, 1, 2]]
 
 
+def test_silence_parts_repeats(inventory: Inventory) -> None:
+    """As it does in frame labels; where it belongs to the unit before, there is none between them."""
+    cut = make_cut([("a", 0.04, 0.08), ("a", 0.16, 0.04), ("a", 0.2, 0.04), ("b", 0.24, 0.04)], 0.31)
+    parted = Annotator({"x": inventory}, repeats="merge")([[Heard(cut, 31)]])["x"]
+    assert parted.symbols[0].tolist() == inventory.ids(list("aab"))
+    assert parted.frames.tolist() == [[SILENT, 0, 0, SILENT, 1, 1, 2]]
+    filled = Annotator({"x": inventory}, repeats="merge", fill=True)([[Heard(cut, 31)]])["x"]
+    assert filled.symbols[0].tolist() == inventory.ids(list("ab"))
+    assert filled.frames.tolist() == [[SILENT, 0, 0, 0, 0, 0, 1]]
+
+
 def test_units_too_short_for_a_frame_are_still_heard_of(inventory: Inventory) -> None:
     cut = make_cut([("a", 0.0, 0.05), ("b", 0.05, 0.005), ("c", 0.055, 0.065)], 0.15)
     segments = Annotator({"x": inventory})([[Heard(cut, 15)]])["x"]

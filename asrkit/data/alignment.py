@@ -72,8 +72,8 @@ class Annotator:
     """Makes the segments of a batch, by the name they are wanted under, from the alignments of its cuts.
 
     inventories: of what each name means; alignments are looked up by the inventory's unit.
-    repeats: keep, every item is a segment (ours); merge, neighbours of the same unit are one, as the paper's deduplication of
-        frame labels makes them.
+    repeats: keep, every item is a segment (ours); merge, neighbours of the same unit with no silent frame between them are
+        one, as the paper's deduplication of frame labels makes them.
     fill: silence belongs to the segment before it.
     """
 
@@ -101,6 +101,7 @@ class Annotator:
         middles = (np.arange(num_frames) + 0.5) * SUBSAMPLING * FRAME_SHIFT
         frames = np.full(num_frames, UNKNOWN, dtype=np.int64)
         ids: list[int] = []
+        paused: list[int] = []  # segments that a silent frame follows; -1 is before the first
         offset = 0.0
         for cut, length, before, after in parts:
             seconds = length * FRAME_SHIFT
@@ -116,11 +117,13 @@ class Annotator:
                 if self.fill:
                     covered |= place >= 0
                 frames[inside] = np.where(covered, place + len(ids), SILENT)
+                paused += (place[~covered] + len(ids)).tolist()
                 ids += inventory.ids([item.symbol for item in items])
             offset += seconds
         numbers = np.array(ids, dtype=np.int64)
         if self.repeats == "merge" and len(numbers):
-            merged = np.cumsum(np.concatenate([[False], numbers[1:] != numbers[:-1]]))
-            frames = np.where(frames >= 0, merged[np.maximum(frames, 0)], frames)
-            numbers = numbers[np.concatenate([[True], numbers[1:] != numbers[:-1]])]
+            new = np.concatenate([[True], numbers[1:] != numbers[:-1]])
+            new |= np.isin(np.arange(len(numbers)) - 1, paused)
+            frames = np.where(frames >= 0, (np.cumsum(new) - 1)[np.maximum(frames, 0)], frames)
+            numbers = numbers[new]
         return numbers, frames

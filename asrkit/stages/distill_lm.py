@@ -7,7 +7,7 @@ the paper, can be added; its accuracy on the dev cuts is what the paper's table 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -133,7 +133,9 @@ def distill_lm(
         inventories = {name: teacher.inventory for name, teacher in teachers.items()}
         inventories |= _supervised_inventory(unit, teachers, batches.table)
         tokenizers = {name: t.tokenizer for name, t in teachers.items() if t.inventory.unit == "bpe"}
-        check_alignments(batches.table, inventories, tokenizers, settings.unaligned)
+        bare = check_alignments(batches.table, inventories, tokenizers, settings.unaligned)
+        for missing_unit, cut_ids in bare.items():
+            run.note(f"{run.path}: {_listed(cut_ids)} have no {missing_unit} alignment and train the recogniser alone")
         # LST mixes the posteriors into the labels of the supervised head, so that is the only one.
         taught = inventories if settings.mode == "mtl" else {SUPERVISED: inventories[SUPERVISED]}
         spec = with_heads(base, taught, settings.heads)
@@ -277,8 +279,10 @@ def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[An
 
 def check_alignments(
     table: CutTable, inventories: Mapping[str, Inventory], tokenizers: Mapping[str, Tokenizer], unaligned: str
-) -> None:
+) -> dict[Unit, list[str]]:
     """Refuse training cuts whose alignment is missing, or of other units than the language models'.
+
+    Returns the ids of the cuts without an alignment, by unit, where these are allowed.
 
     Args:
         tokenizers: of the language models of bpe, by name: the pieces of an alignment must be those it parts the text into.
@@ -286,7 +290,7 @@ def check_alignments(
     Raises:
         UserError: which cuts, which units.
     """
-    bare: dict[Unit, list[str]] = {}
+    bare: dict[Unit, dict[str, None]] = {}
     strange: dict[str, dict[str, None]] = {}
     otherwise: dict[str, list[str]] = {}
     for index in range(len(table)):
@@ -294,21 +298,29 @@ def check_alignments(
         for name, inventory in inventories.items():
             symbols = symbols_of(cut, inventory.unit)
             if symbols is None:
-                bare.setdefault(inventory.unit, []).append(cut.id)
+                bare.setdefault(inventory.unit, {})[cut.id] = None
             else:
                 strange.setdefault(name, {}).update((s, None) for s in symbols if s not in inventory)
                 if name in tokenizers and symbols != tokenizers[name].pieces(text_of(cut)):
                     otherwise.setdefault(name, []).append(cut.id)
+    without = {unit: list(cut_ids) for unit, cut_ids in bare.items()}
     findings = []
     if unaligned == "refuse":
-        for unit, cut_ids in bare.items():
-            names = list(dict.fromkeys(cut_ids))
-            findings.append(
-                f"{len(names)} cuts have no {unit} alignment: {', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}; run "
-                f"asrkit align --unit {unit}, or let them train the recogniser alone with --set unaligned=allow"
-            )
+        findings += [
+            f"{_listed(cut_ids)} have no {unit} alignment; run asrkit align --unit {unit}, "
+            "or let them train the recogniser alone with --set unaligned=allow"
+            for unit, cut_ids in without.items()
+        ]
+    else:
+        aligned = {inventories[name].unit for name in strange}
+        findings += [
+            f"no cut has a {unit} alignment for a head to learn from; run asrkit align --unit {unit}"
+            for unit in without
+            if unit not in aligned
+        ]
     for name, missing in strange.items():
-        if missing:
+        # What the supervised head cannot know, the language model of its unit does not know either.
+        if missing and name != SUPERVISED:
             findings.append(
                 f"--lm {name}: does not know {len(missing)} of the alignments' {inventories[name].unit} units, such as "
                 f"{' '.join(list(missing)[:SHOWN])}; it must have been trained on the units that align wrote"
@@ -320,6 +332,11 @@ def check_alignments(
         )
     if findings:
         raise UserError.of(findings)
+    return without
+
+
+def _listed(cut_ids: Sequence[str]) -> str:
+    return f"{len(cut_ids)} cuts ({', '.join(cut_ids[:SHOWN])}{', ...' if cut_ids[SHOWN:] else ''})"
 
 
 def _load_teacher(path: Path) -> LmTeacher:
