@@ -268,6 +268,7 @@ REFUSED: list[tuple[list[str], Iterable[str], str]] = [
     (["--teacher", "en={teacher}"], [], "no teacher for the languages fr (4 cuts), it (4 cuts); add --teacher"),
     (["--teacher", "{teacher}", "--weight", "teacher"], [], "weight.kind"),
     (["--teacher", "{teacher}"], ["teacher.scale=-1"], "teacher.scale"),
+    (["--teacher", "{teacher}", "--weight", "linear"], ["teacher.weight.from_step=4"], "teacher.weight.from_step=4"),
     (["--teacher", "{teacher}", "--from", "{teacher}", "--size", "tiny"], [], "has its shape"),
     (["--teacher", "{teacher}", "--from", "{teacher}"], ["tokenizer.kind=char"], "has its own"),
     (["--teacher", "{teacher}", "--configuration", "joint"], [], "goes with --from"),

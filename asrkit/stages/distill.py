@@ -45,7 +45,7 @@ from asrkit.training.teachers import (
     open_teachers,
     shared_tokenizer,
 )
-from asrkit.training.teaching import TeachingConfig, add_encoder_maps, check_heads, loss_of_a_stage
+from asrkit.training.teaching import TeachingConfig, add_encoder_maps, check_teaching, loss_of_a_stage
 
 
 @config
@@ -103,7 +103,7 @@ def distill(
     check_contexts(settings.contexts, settings.loss)
     _check(teachers, settings, parent, tokenizer, store)
     opened = open_teachers(teachers)
-    check_heads(opened, settings.teacher, settings.loss)
+    check_teaching(opened, settings.teacher, settings.loss, settings.training.steps)
     origin = None if parent is None else open_parent(parent, settings)
     weights = {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(opened)}
     content = {

@@ -26,7 +26,7 @@ from asrkit.training.objective import LossOutput
 from asrkit.training.run import RunWriter
 from asrkit.training.stage import CompressConfig, Prepared, fine_tune
 from asrkit.training.teachers import ANY, load_teacher
-from asrkit.training.teaching import add_encoder_maps, check_heads, loss_of_a_stage
+from asrkit.training.teaching import add_encoder_maps, check_teaching, loss_of_a_stage
 
 
 @config
@@ -89,7 +89,7 @@ def prune(
     guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
     guides = None if guide is None else {ANY: [guide]}
     if guides is not None:
-        check_heads(guides, settings.teacher, settings.loss)
+        check_teaching(guides, settings.teacher, settings.loss, settings.training.steps)
     plain = loss_of_a_stage(
         spec, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps
     )
