@@ -159,12 +159,26 @@ def test_a_student_that_was_trained_before(corpus: Path, teacher: Path, student:
     assert all(row["weight"] == pytest.approx(1.0) for row in metrics(run) if "weight" in row)
 
 
-def test_a_sparse_student_stays_sparse(corpus: Path, teacher: Path, tmp_path: Path) -> None:
-    sparse, run = tmp_path / "sparse", tmp_path / "run"
-    asrkit("prune", "--from", teacher, "--sparsity", "2:4", *data(corpus), "--out", sparse, *sets("training.steps=1"))
+@pytest.fixture(scope="module")
+def sparse(corpus: Path, teacher: Path) -> Path:
+    run = corpus / "sparse"
+    asrkit("prune", "--from", teacher, "--sparsity", "2:4", *data(corpus), "--out", run, *sets("training.steps=1"))
+    return run
+
+
+def test_a_sparse_student_stays_sparse(corpus: Path, teacher: Path, sparse: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     asrkit("distill", "--from", sparse, "--teacher", teacher, *data(corpus), "--out", run, *sets("training.steps=2"))
     layers = compressed_layers(model_of(run))
     assert layers and all(bool((layer.weight[~layer.mask] == 0).all()) for layer in layers.values())
+
+
+def test_a_quantised_student_of_a_sparse_teacher(corpus: Path, second: Path, sparse: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asrkit("distill", "--from", second, "--teacher", sparse, *data(corpus), "--out", run, *sets("training.steps=2"))
+    spec = model_of(run).spec
+    assert spec.compression and spec == model_of(second).spec and not weights_equal(run, second)
+    assert any(row.get("taught", 0) > 0 for row in metrics(run))
 
 
 def test_killed_and_resumed_is_the_uninterrupted_run(corpus: Path, teacher: Path, second: Path, student: Path, tmp_path: Path) -> None:  # fmt: skip
@@ -375,6 +389,25 @@ def test_cuts_without_text_are_labelled_by_their_teacher(corpus: Path, teacher: 
         tokenizer = Tokenizer(open_run(teacher).tokenizer_path)
         assert text_of(cut) == tokenizer.decode(hypothesis.tokens) != ""
         assert cut.supervisions[0].custom["labelled_by"] == "teacher"
+
+
+def test_resumed_with_texts_and_posteriors_of_the_teacher(corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    """What was heard before the run was killed is not heard again, and the run ends as if it had not been."""
+    half = copied(corpus, tmp_path / "half.jsonl.gz", _hush)
+    words = ["--teacher", biased(teacher, tmp_path / "some", 2.0), "--labels", "teacher", "--store", tmp_path / "store"]
+    words = ["distill", *words, *data(corpus), "--manifest", half, *sets(*SMALLER), "--out"]
+    command = [str(word) for word in (sys.executable, "-m", "asrkit", *words, tmp_path / "parted")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2:"):
+            process.kill()
+            break
+    process.wait()
+    assert not (tmp_path / "parted" / "done").exists()
+    assert "heard" not in asrkit(*words, tmp_path / "parted")
+    asrkit(*words, tmp_path / "whole")
+    assert weights_equal(tmp_path / "parted", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("towards_blank", "reason"), [(50.0, "heard nothing in it"), (-50.0, "its tokens need")])
