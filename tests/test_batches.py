@@ -219,8 +219,19 @@ def test_joined_utterances_join_their_texts(corpus: tuple[CutSet, Tokenizer]) ->
 def test_augmentation_off_is_the_plain_features(corpus: tuple[CutSet, Tokenizer]) -> None:
     off = AugmentConfig(speed=0.0, volume_db=0.0, spec_augment=None)
     cut = next(iter(corpus[0]))
-    heard, untouched = perturbed_features(cut, off, np.random.default_rng(0), None, clean=True)
-    assert torch.equal(heard, cut_features(cut)) and torch.equal(untouched, heard)
+    heard, untouched, added = perturbed_features(cut, off, np.random.default_rng(0), None, clean=True)
+    assert torch.equal(heard, cut_features(cut)) and torch.equal(untouched, heard) and added == (0.0, 0.0)
+
+
+def test_the_silence_that_was_added_is_known(corpus: tuple[CutSet, Tokenizer]) -> None:
+    """Where a recording lies in its perturbed features: between silence of the length that is told."""
+    shifting = AugmentConfig(speed=0.1, tempo=0.3, silence=1.0, volume_db=0.0, spec_augment=None)
+    for seed, cut in enumerate(corpus[0]):
+        heard, _, (before, after) = perturbed_features(cut, shifting, np.random.default_rng(seed), None, clean=False)
+        loudness = heard.amax(dim=1)
+        loud = (loudness > loudness.max() - 5.0).nonzero().flatten()
+        assert 0 <= int(loud[0]) - before < 15  # a chord swells
+        assert 0 <= len(heard) - 1 - after - int(loud[-1]) < 30  # and 0.1 s of silence is its own
 
 
 def test_clean_features_keep_the_timing_alone(corpus: tuple[CutSet, Tokenizer]) -> None:

@@ -159,12 +159,26 @@ def test_a_student_that_was_trained_before(corpus: Path, teacher: Path, student:
     assert all(row["weight"] == pytest.approx(1.0) for row in metrics(run) if "weight" in row)
 
 
-def test_a_sparse_student_stays_sparse(corpus: Path, teacher: Path, tmp_path: Path) -> None:
-    sparse, run = tmp_path / "sparse", tmp_path / "run"
-    asrkit("prune", "--from", teacher, "--sparsity", "2:4", *data(corpus), "--out", sparse, *sets("training.steps=1"))
+@pytest.fixture(scope="module")
+def sparse(corpus: Path, teacher: Path) -> Path:
+    run = corpus / "sparse"
+    asrkit("prune", "--from", teacher, "--sparsity", "2:4", *data(corpus), "--out", run, *sets("training.steps=1"))
+    return run
+
+
+def test_a_sparse_student_stays_sparse(corpus: Path, teacher: Path, sparse: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     asrkit("distill", "--from", sparse, "--teacher", teacher, *data(corpus), "--out", run, *sets("training.steps=2"))
     layers = compressed_layers(model_of(run))
     assert layers and all(bool((layer.weight[~layer.mask] == 0).all()) for layer in layers.values())
+
+
+def test_a_quantised_student_of_a_sparse_teacher(corpus: Path, second: Path, sparse: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asrkit("distill", "--from", second, "--teacher", sparse, *data(corpus), "--out", run, *sets("training.steps=2"))
+    spec = model_of(run).spec
+    assert spec.compression and spec == model_of(second).spec and not weights_equal(run, second)
+    assert any(row.get("taught", 0) > 0 for row in metrics(run))
 
 
 def test_killed_and_resumed_is_the_uninterrupted_run(corpus: Path, teacher: Path, second: Path, student: Path, tmp_path: Path) -> None:  # fmt: skip
@@ -213,7 +227,42 @@ def test_a_teacher_of_another_tokenizer_that_spells_alike(corpus: Path, teacher:
     # In pieces of several letters the labels differ: the cuts are named.
     other = [*common[:1], f"fr={tmp_path / 'few'}", "--teacher", f"*={teacher}", *common[4:]]
     said = asrkit("distill", *other, "--out", tmp_path / "no", *sets(*chars, "teacher.ctc_scale=0"), code=1)
-    assert "texts otherwise than the student's, cuts train-0" in said and not (tmp_path / "no").exists()
+    assert (
+        "texts otherwise than the student's, or lacks characters of them, cuts train-0" in said
+        and not (tmp_path / "no").exists()
+    )
+
+
+def test_a_teacher_that_lacks_a_character_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """An unknown character by itself is spelt alike, but teaches as <unk>."""
+    few, more = (copied(corpus, tmp_path / f"{text}.jsonl.gz", _reword(text)) for text in ("bravo", "bravd"))
+    for manifest, out in ((few, "few"), (more, "more")):
+        chars = sets("tokenizer.kind=char", "training.steps=1", *SMALLER)
+        asrkit("train-backbone", "--manifest", manifest, "--out", tmp_path / out, *chars)
+    words = ["--teacher", tmp_path / "few", "--tokenizer", tmp_path / "more" / "tokenizer.model", "--manifest", more]
+    said = asrkit("distill", *words, "--out", tmp_path / "run", *sets("teacher.ctc_scale=0", *SMALLER), code=1)
+    assert "parts 12 texts otherwise than the student's, or lacks characters of them, cuts train-0" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def ctc_only(corpus: Path, teacher: Path) -> Path:
+    """A teacher whose transducer never learned, rounded after its training."""
+    run = corpus / "ctc-only"
+    files = ["--tokenizer", teacher / "tokenizer.model", "--manifest", corpus / "train.jsonl.gz", "--out", run]
+    asrkit("train-backbone", *files, *sets(*SHAPE, "loss.transducer_scale=0", "loss.ctc_scale=1", "training.steps=1"))
+    asrkit("quantise", "--from", run, "--bits", 8, "--out", corpus / "ctc-only-int8")
+    return corpus / "ctc-only-int8"
+
+
+@pytest.mark.parametrize("words", [["distill"], ["qat", "--bits", "8"], ["prune", "--sparsity", "2:4"]])
+def test_a_transducer_that_never_learned_does_not_teach(
+    corpus: Path, teacher: Path, ctc_only: Path, tmp_path: Path, words: list[str]
+) -> None:
+    files = ["--from", teacher, "--teacher", ctc_only, *data(corpus), "--out", tmp_path / "run"]
+    said = asrkit(*words, *files, *sets(), code=1)
+    assert f"--teacher {ctc_only}: was trained without a transducer" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def _reword(text: str) -> Any:
@@ -233,6 +282,7 @@ REFUSED: list[tuple[list[str], Iterable[str], str]] = [
     (["--teacher", "en={teacher}"], [], "no teacher for the languages fr (4 cuts), it (4 cuts); add --teacher"),
     (["--teacher", "{teacher}", "--weight", "teacher"], [], "weight.kind"),
     (["--teacher", "{teacher}"], ["teacher.scale=-1"], "teacher.scale"),
+    (["--teacher", "{teacher}", "--weight", "linear"], ["teacher.weight.from_step=4"], "teacher.weight.from_step=4"),
     (["--teacher", "{teacher}", "--from", "{teacher}", "--size", "tiny"], [], "has its shape"),
     (["--teacher", "{teacher}", "--from", "{teacher}"], ["tokenizer.kind=char"], "has its own"),
     (["--teacher", "{teacher}", "--configuration", "joint"], [], "goes with --from"),
@@ -339,6 +389,25 @@ def test_cuts_without_text_are_labelled_by_their_teacher(corpus: Path, teacher: 
         tokenizer = Tokenizer(open_run(teacher).tokenizer_path)
         assert text_of(cut) == tokenizer.decode(hypothesis.tokens) != ""
         assert cut.supervisions[0].custom["labelled_by"] == "teacher"
+
+
+def test_resumed_with_texts_and_posteriors_of_the_teacher(corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    """What was heard before the run was killed is not heard again, and the run ends as if it had not been."""
+    half = copied(corpus, tmp_path / "half.jsonl.gz", _hush)
+    words = ["--teacher", biased(teacher, tmp_path / "some", 2.0), "--labels", "teacher", "--store", tmp_path / "store"]
+    words = ["distill", *words, *data(corpus), "--manifest", half, *sets(*SMALLER), "--out"]
+    command = [str(word) for word in (sys.executable, "-m", "asrkit", *words, tmp_path / "parted")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2:"):
+            process.kill()
+            break
+    process.wait()
+    assert not (tmp_path / "parted" / "done").exists()
+    assert "heard" not in asrkit(*words, tmp_path / "parted")
+    asrkit(*words, tmp_path / "whole")
+    assert weights_equal(tmp_path / "parted", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("towards_blank", "reason"), [(50.0, "heard nothing in it"), (-50.0, "its tokens need")])

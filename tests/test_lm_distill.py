@@ -15,7 +15,7 @@ import torch
 from lm_runs import asrkit, make_aligned_corpus, quick, sets
 
 from asrkit.config import from_dict
-from asrkit.data.alignment import Annotator
+from asrkit.data.alignment import Annotator, Heard, symbols_of
 from asrkit.data.batches import Batch, BucketPlan, CutTable, DataConfig, TrainBatches
 from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.data.tokenizer import Tokenizer
@@ -71,7 +71,9 @@ def distill(corpus: Path, out: Path, *more: object, code: int = 0, steps: int = 
 class Setup:
     """A model with heads, language models and an annotated batch, in this process."""
 
-    def __init__(self, corpus: Path, units: tuple[str, ...], **settings: Any) -> None:
+    def __init__(
+        self, corpus: Path, units: tuple[str, ...], augment: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
         self.settings = from_dict(DistillLmConfig, settings, "test")
         run = open_run(corpus / "parent")
         teachers = {unit: _load_teacher(corpus / f"lm-{unit}") for unit in units}
@@ -85,7 +87,7 @@ class Setup:
         self.model = AsrModel(with_heads(origin.spec, heads, self.settings.heads)).eval()
         self.model.load_state_dict(origin.state_dict(), strict=False)
         table = CutTable(open_cuts(corpus / "aligned.jsonl.gz"))
-        data = from_dict(DataConfig, {"augment": {"speed": 0.1, "join": 0.3}}, "test")
+        data = from_dict(DataConfig, {"augment": augment or {"speed": 0.1}}, "test")
         batches = TrainBatches(table, BucketPlan(table.durations, 20.0, 1, 1, 1), 1, data, Tokenizer(run.tokenizer_path), None, 1)  # fmt: skip
         batches.annotate = Annotator(inventories, self.settings.repeats, self.settings.silence == "previous")
         self.batch: Batch = batches[0]
@@ -103,7 +105,7 @@ class Setup:
 
 
 def test_frames_of_a_batch_are_the_encoders(corpus: Path) -> None:
-    """Perturbed and joined recordings too: as many as the encoder gives, and labels on most of them."""
+    """Perturbed recordings too: as many as the encoder gives, and labels on most of them."""
     setup = Setup(corpus, ("phone",))
     _, lens = setup.model.encode(setup.batch.features, setup.batch.feature_lens, None, FULL)
     frames = setup.batch.segments["phone"].frames
@@ -111,6 +113,22 @@ def test_frames_of_a_batch_are_the_encoders(corpus: Path) -> None:
     for row, length in enumerate(lens.tolist()):
         assert (frames[row, :length] != -2).all() and (frames[row, length:] == -2).all()
         assert float((frames[row, :length] >= 0).float().mean()) > 0.8
+
+
+def test_silence_around_a_recording_has_no_label(corpus: Path) -> None:
+    """Put before and after each recording, it is told apart from the units, which keep their places and lengths."""
+    plain, padded = (
+        Setup(corpus, ("phone",), {"speed": 0.0, "silence": seconds, "spec_augment": None}).batch
+        for seconds in (0.0, 1.0)
+    )
+    assert plain.cut_ids == padded.cut_ids and int(padded.feature_lens.max()) > int(plain.feature_lens.max())
+    lens = torch.div(padded.feature_lens - 3, 4, rounding_mode="floor").tolist()
+    for row, length in enumerate(lens):
+        one, other = plain.segments["phone"].frames[row], padded.segments["phone"].frames[row, :length]
+        counts = [torch.bincount(frames[frames >= 0], minlength=20) for frames in (one, other)]
+        assert int((counts[0] - counts[1]).abs().max()) <= 1
+        silent = padded.features[row, 2:][: 4 * length].reshape(length, -1).amax(dim=1) < -8.0
+        assert not bool((silent & (other >= 0)).any())
 
 
 def test_all_to_the_labels_or_none(corpus: Path) -> None:
@@ -188,7 +206,7 @@ def test_language_models_are_frozen_and_silence_has_three_ways(corpus: Path) -> 
     assert all(torch.equal(tensor, before[name]) for name, tensor in setup.lms["senone"].state_dict().items())
     counts = {}
     for silence in ("ignore", "own", "previous"):
-        batch = Setup(corpus, ("senone",), silence=silence).batch
+        batch = Setup(corpus, ("senone",), {"silence": 0.5}, silence=silence).batch
         counts[silence] = int(counted_frames(batch.segments["senone"], silence).sum())
         silent = (batch.segments["senone"].frames == -1) & counted_frames(batch.segments["senone"], silence)
         targets = frame_posteriors(setup.lms["senone"], batch.segments["senone"], 1.0)
@@ -352,13 +370,39 @@ def test_cuts_without_alignment(corpus: Path, tmp_path: Path) -> None:
     write_cuts(manifest, cuts)
     more = [*lm_options(corpus, "phone"), "--manifest", manifest]
     said = distill(corpus, tmp_path / "kd", *more, code=1)
-    assert f"2 cuts have no phone alignment: {cuts[0].id}, {cuts[1].id};" in said
+    assert f"2 cuts ({cuts[0].id}, {cuts[1].id}) have no phone alignment; run" in said
     assert not (tmp_path / "kd").exists()
-    distill(corpus, tmp_path / "kd", *more, "--set", "unaligned=allow", "--supervised", "phone")
+    said = distill(corpus, tmp_path / "kd", *more, "--set", "unaligned=allow", "--supervised", "phone")
+    assert f"2 cuts ({cuts[0].id}, {cuts[1].id}) have no phone alignment and train the recogniser alone" in said
     inventories = {"phone": _load_teacher(corpus / "lm-phone").inventory}
-    check_alignments(CutTable(cuts), inventories, "allow")
-    annotated = Annotator(inventories)([[(cuts[0], 83)]])["phone"]
+    check_alignments(CutTable(cuts), inventories, {}, "allow")
+    annotated = Annotator(inventories)([[Heard(cuts[0], 83)]])["phone"]
     assert bool((annotated.frames == -2).all()) and not bool(counted_frames(annotated, "own").any())
+
+
+def test_a_head_needs_an_alignment(corpus: Path, tmp_path: Path) -> None:
+    """Allowed or not: where no cut has one, nothing would ever teach the head."""
+    files = ["--manifest", corpus / "train.jsonl.gz", "--set", "unaligned=allow", "--supervised", "senone"]
+    said = distill(corpus, tmp_path / "kd", *lm_options(corpus, "phone"), *files, code=1)
+    for unit in ("phone", "senone"):
+        assert f"no cut has a {unit} alignment for a head to learn from; run asrkit align --unit {unit}" in said
+    assert said.count("error: ") == 2 and not (tmp_path / "kd").exists()
+
+
+def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """Every piece of the alignments is one of this language model's too, but it would part the texts otherwise."""
+    many = tmp_path / "lm"
+    files = ["--manifest", corpus / "aligned.jsonl.gz", "--unit", "bpe", "--out", many]
+    asrkit("train-lm", *files, *SMALL_LM, *sets("vocab_size=40"))
+    cuts = list(open_cuts(corpus / "aligned.jsonl.gz"))
+    inventory = _load_teacher(many).inventory
+    assert all(symbol in inventory for cut in cuts for symbol in symbols_of(cut, "bpe") or ())
+    said = distill(corpus, tmp_path / "kd", "--lm", f"bpe={many}", code=1)
+    assert (
+        f"--lm bpe: its tokenizer parts {len(cuts)} texts otherwise than their bpe alignments, cuts {cuts[0].id},"
+        in said
+    )
+    assert "train-lm --tokenizer" in said and not (tmp_path / "kd").exists()
 
 
 @pytest.mark.parametrize(
@@ -368,14 +412,16 @@ def test_cuts_without_alignment(corpus: Path, tmp_path: Path) -> None:
         (["--lm", "{lm-phone}"], "write NAME=RUN"),
         (["--lm", "phone=nowhere"], "no such run directory"),
         (["--lm", "phone={parent}"], "holds no language model"),
-        (["--lm", "phone={lm-phone}", "--lambda", "1.5"], "less than or equal to 1"),
+        (["--lm", "phone={lm-phone}", "--set", "labels=1.5"], "less than or equal to 1"),
         (["--lm", "phone={lm-phone}", "--lm", "phone={lm-phone}"], "a name occurs twice"),
         (["--lm", "phone={lm-phone}", "--lm", "bpe={lm-bpe}", "--mode", "lst"], "give one --lm"),
         (["--lm", "phone={lm-phone}", "--mode", "lst", "--supervised", "bpe"], "cannot be mixed"),
         (["--lm", "phone={lm-phone}", "--set", "heads.phone.layer=9"], "layers 0 to 1"),
+        (["--lm", "phone={lm-phone}", "--set", "data.augment.join=0.3"], "data.augment.join=0.3"),
         (["--lm", "phone={lm-phone}", "--set", "heads.other.layer=0"], "no --lm of that name"),
         (["--lm", "phone={lm-phone}", "--set", "heads.supervised.layer=0"], "--supervised"),
         (["--lm", "x={other}"], "does not know"),
+        (["--lm", "x={other}", "--supervised", "phone"], "error: --lm x: does not know"),
         (["--lm", "phone={lm-phone}", "--supervised", "phone", "--dev", "{dev.jsonl.gz}"], "cuts have no phone alignment"),
     ],
 )  # fmt: skip
@@ -402,7 +448,12 @@ def test_bad_input_ends_in_a_line(corpus: Path, tmp_path: Path, words: list[str]
     assert (
         complaint in said and "Traceback" not in said and all(line.startswith("error: ") for line in said.splitlines())
     )
-    assert not (tmp_path / "kd").exists()
+    assert "--lm supervised" not in said and not (tmp_path / "kd").exists()
+
+
+def test_a_share_beyond_one_is_refused_by_its_name(corpus: Path, tmp_path: Path) -> None:
+    said = distill(corpus, tmp_path / "kd", *lm_options(corpus, "phone"), "--lambda", 1.5, code=2)
+    assert "--lambda" in said and not (tmp_path / "kd").exists()
 
 
 def test_teachers_and_language_models_are_not_mixed(tmp_path: Path) -> None:

@@ -20,15 +20,16 @@ from asrkit.losses.distillation import counted_nodes, node_divergence
 from asrkit.losses.transducer import gather_pruned, transducer_loss
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.nn.context import FULL, parse_context
-from asrkit.run_dir import write_yaml
+from asrkit.run_dir import read_yaml, write_yaml
 from asrkit.training.lesson import Lesson
 from asrkit.training.objective import ContextsConfig, LossConfig, LossOutput, one_pass, recogniser_loss
 from asrkit.training.stored import StoredLesson, heard_arcs
-from asrkit.training.teachers import ANY, Teacher, Teachers, check_heads, open_teachers, route
+from asrkit.training.teachers import ANY, Teacher, Teachers, open_teachers, route
 from asrkit.training.teaching import (
     TeachingConfig,
     WeightConfig,
     add_encoder_maps,
+    check_teaching,
     loss_of_a_stage,
     scheduled_weight,
     taught_loss,
@@ -369,15 +370,28 @@ def test_other_frame_rates_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_teachers_without_the_head_that_teaches_are_refused(tmp_path: Path) -> None:
+    """Their last training counts, whatever was done to them since."""
     path = write_run(tmp_path / "run")
-    write_yaml(path / "config.yaml", {"stage": "train-backbone", "loss": {"ctc_scale": 0.0, "transducer_scale": 1.0}})
-    opened = open_teachers({"en": [path]})
-    assert check_heads(opened, transducer=True, ctc=False) == []
-    (said,) = check_heads(opened, transducer=True, ctc=True)
+    entry = read_yaml(path / "lineage.yaml")[-1]
+    digests = {name: value for name, value in entry.items() if name.endswith("sha256")}
+
+    def refused(losses: list[list[str]], **options: Any) -> tuple[str, ...]:
+        trained = [{"stage": "train-backbone", "losses": each} for each in losses]
+        write_yaml(path / "lineage.yaml", [*trained, {"stage": "quantise", **digests}])
+        teaching = from_dict(TeachingConfig, {**to_dict(TeachingConfig()), **options}, "teacher")
+        try:
+            check_teaching(open_teachers({"en": [path]}), teaching, LOSS, steps=10)
+        except UserError as error:
+            return error.lines
+        return ()
+
+    assert refused([]) == refused([["transducer", "ctc"]]) == refused([["ctc"], ["transducer", "ctc"]]) == ()
+    (said,) = refused([["transducer", "ctc"], ["transducer"]])
     assert "was trained without CTC; set teacher.ctc_scale=0" in said
-    write_yaml(path / "config.yaml", {"stage": "train-backbone", "loss": {"ctc_scale": 0.3, "transducer_scale": 0.0}})
-    (said,) = check_heads(open_teachers({"en": [path]}), transducer=True, ctc=True)
+    assert refused([["transducer"]], ctc_scale=0.0) == ()
+    (said,) = refused([["transducer", "ctc"], ["ctc"]])
     assert "was trained without a transducer" in said
+    assert len(refused([["ctc"]], scale=0.0)) == 1 and refused([["ctc"]], scale=0.0, weight=CONSTANT) == ()
 
 
 def test_a_weight_of_losses_needs_a_transducer(teachers: Teachers, student: AsrModel) -> None:

@@ -62,7 +62,8 @@ def distill(
         ),
     ] = None,
     share: Annotated[
-        float | None, typer.Option("--lambda", help="With --lm: share of the model's own loss, 0 to 1. [default: 0.9]")
+        float | None,
+        typer.Option("--lambda", min=0, max=1, help="With --lm: share of the model's own loss. [default: 0.9]"),
     ] = None,
     mode: Annotated[
         str | None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,13 +57,23 @@ def symbols_of(cut: Cut, unit: str) -> list[str] | None:
     return None if items is None else [item.symbol for item in items]
 
 
+class Heard(NamedTuple):
+    """A cut in a batch: the feature frames that perturbation made of it, and those of silence it put ``before`` and ``after``,
+    which are among them."""
+
+    cut: Cut
+    num_frames: int
+    before: float = 0.0
+    after: float = 0.0
+
+
 @dataclass(frozen=True)
 class Annotator:
     """Makes the segments of a batch, by the name they are wanted under, from the alignments of its cuts.
 
     inventories: of what each name means; alignments are looked up by the inventory's unit.
-    repeats: keep, every item is a segment (ours); merge, neighbours of the same unit are one, as the paper's deduplication of
-        frame labels makes them.
+    repeats: keep, every item is a segment (ours); merge, neighbours of the same unit with no silent frame between them are
+        one, as the paper's deduplication of frame labels makes them.
     fill: silence belongs to the segment before it.
     """
 
@@ -70,11 +81,11 @@ class Annotator:
     repeats: str = "keep"
     fill: bool = False
 
-    def __call__(self, utterances: Sequence[Sequence[tuple[Cut, int]]]) -> dict[str, Segments]:
-        """Segments of utterances, each of one or several cuts with the feature frames that perturbation left of it."""
+    def __call__(self, utterances: Sequence[Sequence[Heard]]) -> dict[str, Segments]:
+        """Segments of utterances, each of one or several cuts."""
         return {name: self._segments(inventory, utterances) for name, inventory in self.inventories.items()}
 
-    def _segments(self, inventory: Inventory, utterances: Sequence[Sequence[tuple[Cut, int]]]) -> Segments:
+    def _segments(self, inventory: Inventory, utterances: Sequence[Sequence[Heard]]) -> Segments:
         labelled = [self._label(inventory, parts) for parts in utterances]
         num_segments = max(1, *(len(ids) for ids, _ in labelled))
         symbols = torch.zeros(len(labelled), num_segments, dtype=torch.int64)
@@ -84,31 +95,35 @@ class Annotator:
             frames[number, : len(row)] = torch.from_numpy(row)
         return Segments(symbols, torch.tensor([len(ids) for ids, _ in labelled]), frames)
 
-    def _label(self, inventory: Inventory, parts: Sequence[tuple[Cut, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _label(self, inventory: Inventory, parts: Sequence[Heard]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the segments, and the segment of each encoder frame."""
-        num_frames = max(0, (sum(length for _, length in parts) - 3) // SUBSAMPLING)
+        num_frames = max(0, (sum(part.num_frames for part in parts) - 3) // SUBSAMPLING)
         middles = (np.arange(num_frames) + 0.5) * SUBSAMPLING * FRAME_SHIFT
         frames = np.full(num_frames, UNKNOWN, dtype=np.int64)
         ids: list[int] = []
+        paused: list[int] = []  # segments that a silent frame follows; -1 is before the first
         offset = 0.0
-        for cut, length in parts:
+        for cut, length, before, after in parts:
             seconds = length * FRAME_SHIFT
             inside = (middles >= offset) & (middles < offset + seconds)
             items = items_of(cut, inventory.unit)
             if items is not None:
-                # Speed and tempo stretch the whole recording alike.
-                own = (middles[inside] - offset) * (cut.duration / seconds)
+                # Speed and tempo stretch the whole recording alike; silence comes on top.
+                spoken = (length - before - after) * FRAME_SHIFT
+                own = (middles[inside] - offset - before * FRAME_SHIFT) * (cut.duration / spoken)
                 starts = np.array([item.start for item in items])
                 place = np.searchsorted(starts, own, side="right") - 1
                 covered = (place >= 0) & (own < np.array([item.end for item in items])[place])
                 if self.fill:
                     covered |= place >= 0
                 frames[inside] = np.where(covered, place + len(ids), SILENT)
+                paused += (place[~covered] + len(ids)).tolist()
                 ids += inventory.ids([item.symbol for item in items])
             offset += seconds
         numbers = np.array(ids, dtype=np.int64)
         if self.repeats == "merge" and len(numbers):
-            merged = np.cumsum(np.concatenate([[False], numbers[1:] != numbers[:-1]]))
-            frames = np.where(frames >= 0, merged[np.maximum(frames, 0)], frames)
-            numbers = numbers[np.concatenate([[True], numbers[1:] != numbers[:-1]])]
+            new = np.concatenate([[True], numbers[1:] != numbers[:-1]])
+            new |= np.isin(np.arange(len(numbers)) - 1, paused)
+            frames = np.where(frames >= 0, (np.cumsum(new) - 1)[np.maximum(frames, 0)], frames)
+            numbers = numbers[new]
         return numbers, frames

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from asrkit.config import config
-from asrkit.data.features import LOG_EPS, SAMPLE_RATE, resample
+from asrkit.data.features import LOG_EPS, SAMPLE_RATE, SHIFT, resample
 
 Fraction = Annotated[float, Field(ge=0.0, le=0.5)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -57,8 +57,12 @@ class AugmentConfig:
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
 
 
-def perturb_time(samples: Tensor, settings: AugmentConfig, random: np.random.Generator) -> Tensor:
-    """Speed and silence of one recording: (num_samples,) -> (other num_samples,) at 16 kHz."""
+def perturb_time(
+    samples: Tensor, settings: AugmentConfig, random: np.random.Generator
+) -> tuple[Tensor, tuple[float, float]]:
+    """Speed and silence of one recording: (num_samples,) -> (other num_samples,) at 16 kHz, and the feature frames of
+    silence that came before and after."""
+    before, after = 0, 0
     if settings.speed > 0:
         # Steps of 1 % keep the resampling filters few and short.
         span = round(settings.speed * 100)
@@ -69,7 +73,7 @@ def perturb_time(samples: Tensor, settings: AugmentConfig, random: np.random.Gen
         level = 10.0 ** (float(random.uniform(-80.0, -45.0)) / 20.0)
         faint = torch.from_numpy(level * random.standard_normal(before + after).astype(np.float32))
         samples = torch.cat([faint[:before], samples, faint[before:]])
-    return samples
+    return samples, (before / SHIFT, after / SHIFT)
 
 
 def perturb_sound(

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from asrkit.config import config
-from asrkit.data.alignment import Segments
+from asrkit.data.alignment import Heard, Segments
 from asrkit.data.augment import (
     AugmentConfig,
     channel_curves,
@@ -160,10 +160,10 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         rank: added to the number of the accumulated part, gives the slice.
 
     With ``clean`` set, batches hold the clean features as well.
-    ``annotate``, where a stage sets it, makes ``segments`` of each utterance's cuts and the feature frames left of them.
+    ``annotate``, where a stage sets it, makes ``segments`` of each utterance's cuts as they are heard.
     """
 
-    annotate: Callable[[Sequence[Sequence[tuple[Cut, int]]]], dict[str, Segments]] | None = None
+    annotate: Callable[[Sequence[Sequence[Heard]]], dict[str, Segments]] | None = None
 
     def __init__(
         self,
@@ -191,10 +191,10 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             joined = [self.table[int(chosen[position])]]
             if random.uniform() < augment.join:
                 joined.append(self.table[int(random.choice(chosen))])
-            pairs = [perturbed_features(cut, augment, random, self.noise, self.clean) for cut in joined]
-            parts.append([(cut, len(heard)) for cut, (heard, _) in zip(joined, pairs, strict=True)])
-            item = torch.cat([heard for heard, _ in pairs])
-            clean.append(torch.cat([untouched for _, untouched in pairs]))
+            made = [perturbed_features(cut, augment, random, self.noise, self.clean) for cut in joined]
+            parts.append([Heard(cut, len(mine), *added) for cut, (mine, _, added) in zip(joined, made, strict=True)])
+            item = torch.cat([mine for mine, *_ in made])
+            clean.append(torch.cat([untouched for _, untouched, _ in made]))
             if augment.channel_db > 0:
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
             warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
@@ -250,12 +250,14 @@ def cut_features(cut: Cut) -> Tensor:
 
 def perturbed_features(
     cut: Cut, augment: AugmentConfig, random: np.random.Generator, noise: CutTable | None, clean: bool
-) -> tuple[Tensor, Tensor]:
-    """A cut's perturbed features (T, 80), and, if ``clean``, those whose timing alone was perturbed, else the same again.
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """A cut's perturbed features (T, 80); if ``clean``, those whose timing alone was perturbed, else the same again; and
+    the frames of silence that came before and after.
 
     Raises:
         UserError: unreadable audio, or features of another dimension.
     """
+    added = (0.0, 0.0)
     if cut.has_features:
         features = untouched = _stored_features(cut)
     else:
@@ -267,14 +269,15 @@ def perturbed_features(
                 if noise is None
                 else cut_samples(noise[int(random.integers(len(noise)))])
             )
-        timed = perturb_time(samples, augment, random)
+        timed, added = perturb_time(samples, augment, random)
         features = untouched = fbank(perturb_sound(timed, augment, random, hum))
         if clean:
             untouched = fbank(timed)
     if augment.tempo > 0:
         factor = 1.0 + float(random.uniform(-augment.tempo, augment.tempo))
         features, untouched = stretch(features, factor), stretch(untouched, factor)
-    return features, untouched
+        added = (added[0] / factor, added[1] / factor)
+    return features, untouched, added
 
 
 def _stored_features(cut: Cut) -> Tensor:

@@ -65,7 +65,8 @@ def node_log_probs(
 def three_classes(symbol: Tensor, blank: Tensor, ranges: Tensor, symbol_lens: Tensor) -> Tensor:
     """Log-probabilities (B, T, S, 3) of next symbol, blank and rest, of those of the two arcs, (B, T, S) each.
 
-    After the last symbol there is no next one, and the first class is the same smallest number for everyone.
+    After the last symbol there is no next one, and the first class is the same smallest number for everyone. The rest is at
+    least 1e-7, and where a student's is less, it gets no gradient through this class.
     """
     last = ranges >= symbol_lens.view(-1, 1, 1)
     known = torch.where(last, blank, torch.logaddexp(symbol, blank))

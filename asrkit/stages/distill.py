@@ -40,13 +40,12 @@ from asrkit.training.stored import Store
 from asrkit.training.teachers import (
     ANY,
     Teachers,
-    check_heads,
     each,
     match_tokenizer,
     open_teachers,
     shared_tokenizer,
 )
-from asrkit.training.teaching import TeachingConfig, add_encoder_maps, loss_of_a_stage
+from asrkit.training.teaching import TeachingConfig, add_encoder_maps, check_teaching, loss_of_a_stage
 
 
 @config
@@ -104,11 +103,7 @@ def distill(
     check_contexts(settings.contexts, settings.loss)
     _check(teachers, settings, parent, tokenizer, store)
     opened = open_teachers(teachers)
-    needs_transducer = settings.teacher.scale > 0 or settings.teacher.weight.needs_teacher_loss
-    if findings := check_heads(
-        opened, needs_transducer, settings.teacher.ctc_scale > 0 and settings.loss.ctc_scale > 0
-    ):
-        raise UserError.of(findings)
+    check_teaching(opened, settings.teacher, settings.loss, settings.training.steps)
     origin = None if parent is None else open_parent(parent, settings)
     weights = {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(opened)}
     content = {

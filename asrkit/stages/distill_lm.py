@@ -7,7 +7,7 @@ the paper, can be added; its accuracy on the dev cuts is what the paper's table 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from asrkit.config import config, from_dict, to_dict
-from asrkit.data.alignment import SILENT, Annotator, Segments, symbols_of
+from asrkit.data.alignment import SILENT, Annotator, Heard, Segments, symbols_of
 from asrkit.data.batches import Batch, CutTable, TrainBatches, evaluation_batches
-from asrkit.data.manifests import open_cuts
+from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.data.units import UNITS, Inventory, Unit
 from asrkit.errors import UserError
@@ -92,9 +92,10 @@ class DistillLmConfig(FineTuneConfig):
 
 @dataclass(frozen=True)
 class LmTeacher:
-    """A language model and the inventory of its units."""
+    """A language model, its tokenizer, and the inventory of its units."""
 
     model: LanguageModel
+    tokenizer: Tokenizer
     inventory: Inventory
 
 
@@ -131,7 +132,10 @@ def distill_lm(
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         inventories = {name: teacher.inventory for name, teacher in teachers.items()}
         inventories |= _supervised_inventory(unit, teachers, batches.table)
-        check_alignments(batches.table, inventories, settings.unaligned)
+        tokenizers = {name: t.tokenizer for name, t in teachers.items() if t.inventory.unit == "bpe"}
+        bare = check_alignments(batches.table, inventories, tokenizers, settings.unaligned)
+        for missing_unit, cut_ids in bare.items():
+            run.note(f"{run.path}: {_listed(cut_ids)} have no {missing_unit} alignment and train the recogniser alone")
         # LST mixes the posteriors into the labels of the supervised head, so that is the only one.
         taught = inventories if settings.mode == "mtl" else {SUPERVISED: inventories[SUPERVISED]}
         spec = with_heads(base, taught, settings.heads)
@@ -258,8 +262,8 @@ def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[An
         right, total = 0, 0
         for batch in evaluation_batches(list(chosen.values()), settings.data.max_duration):
             lens = batch.feature_lens.tolist()
-            cut_lens = [[(chosen[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)]
-            segments = labelled(cut_lens)[SUPERVISED].to(place)
+            heard = [[Heard(chosen[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)]
+            segments = labelled(heard)[SUPERVISED].to(place)
             moved = batch.to(place)
             with tapped(model, [layer]) as taps:
                 told = model.language_ids(moved.languages)
@@ -273,44 +277,73 @@ def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[An
     return measure
 
 
-def check_alignments(table: CutTable, inventories: Mapping[str, Inventory], unaligned: str) -> None:
+def check_alignments(
+    table: CutTable, inventories: Mapping[str, Inventory], tokenizers: Mapping[str, Tokenizer], unaligned: str
+) -> dict[Unit, list[str]]:
     """Refuse training cuts whose alignment is missing, or of other units than the language models'.
+
+    Returns the ids of the cuts without an alignment, by unit, where these are allowed.
+
+    Args:
+        tokenizers: of the language models of bpe, by name: the pieces of an alignment must be those it parts the text into.
 
     Raises:
         UserError: which cuts, which units.
     """
-    bare: dict[Unit, list[str]] = {}
+    bare: dict[Unit, dict[str, None]] = {}
     strange: dict[str, dict[str, None]] = {}
+    otherwise: dict[str, list[str]] = {}
     for index in range(len(table)):
         cut = table[index]
         for name, inventory in inventories.items():
             symbols = symbols_of(cut, inventory.unit)
             if symbols is None:
-                bare.setdefault(inventory.unit, []).append(cut.id)
+                bare.setdefault(inventory.unit, {})[cut.id] = None
             else:
                 strange.setdefault(name, {}).update((s, None) for s in symbols if s not in inventory)
+                if name in tokenizers and symbols != tokenizers[name].pieces(text_of(cut)):
+                    otherwise.setdefault(name, []).append(cut.id)
+    without = {unit: list(cut_ids) for unit, cut_ids in bare.items()}
     findings = []
     if unaligned == "refuse":
-        for unit, cut_ids in bare.items():
-            names = list(dict.fromkeys(cut_ids))
-            findings.append(
-                f"{len(names)} cuts have no {unit} alignment: {', '.join(names[:SHOWN])}{', ...' if names[SHOWN:] else ''}; run "
-                f"asrkit align --unit {unit}, or let them train the recogniser alone with --set unaligned=allow"
-            )
+        findings += [
+            f"{_listed(cut_ids)} have no {unit} alignment; run asrkit align --unit {unit}, "
+            "or let them train the recogniser alone with --set unaligned=allow"
+            for unit, cut_ids in without.items()
+        ]
+    else:
+        aligned = {inventories[name].unit for name in strange}
+        findings += [
+            f"no cut has a {unit} alignment for a head to learn from; run asrkit align --unit {unit}"
+            for unit in without
+            if unit not in aligned
+        ]
     for name, missing in strange.items():
-        if missing:
+        # What the supervised head cannot know, the language model of its unit does not know either.
+        if missing and name != SUPERVISED:
             findings.append(
                 f"--lm {name}: does not know {len(missing)} of the alignments' {inventories[name].unit} units, such as "
                 f"{' '.join(list(missing)[:SHOWN])}; it must have been trained on the units that align wrote"
             )
+    for name, cut_ids in otherwise.items():
+        findings.append(
+            f"--lm {name}: its tokenizer parts {len(cut_ids)} texts otherwise than their bpe alignments, cuts "
+            f"{', '.join(cut_ids[:SHOWN])}; train it with the tokenizer they were aligned with (train-lm --tokenizer)"
+        )
     if findings:
         raise UserError.of(findings)
+    return without
+
+
+def _listed(cut_ids: Sequence[str]) -> str:
+    return f"{len(cut_ids)} cuts ({', '.join(cut_ids[:SHOWN])}{', ...' if cut_ids[SHOWN:] else ''})"
 
 
 def _load_teacher(path: Path) -> LmTeacher:
     run = open_run(path)
     model = load_lm(run).requires_grad_(False)
-    return LmTeacher(model, Inventory.of(Tokenizer(run.tokenizer_path), model.spec.unit))
+    tokenizer = Tokenizer(run.tokenizer_path)
+    return LmTeacher(model, tokenizer, Inventory.of(tokenizer, model.spec.unit))
 
 
 def _check(
@@ -335,6 +368,8 @@ def _check(
             )
     if settings.contexts.sampling == "joint":
         findings.append("language models teach one context a batch; use contexts.sampling=random")
+    if (join := settings.data.augment.join) > 0:
+        findings.append(f"data.augment.join={join}: a language model would read two sentences as one; set it to 0")
     unit_of_labels = settings.supervised
     if settings.mode == "lst" and teachers:
         if len(teachers) > 1:

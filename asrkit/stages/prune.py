@@ -35,7 +35,7 @@ from asrkit.training.objective import LossConfig, LossOutput
 from asrkit.training.run import RunWriter
 from asrkit.training.stage import CompressConfig, Prepared, fine_tune
 from asrkit.training.teachers import ANY, load_teacher
-from asrkit.training.teaching import add_encoder_maps, loss_of_a_stage
+from asrkit.training.teaching import add_encoder_maps, check_teaching, loss_of_a_stage
 
 
 @config
@@ -104,6 +104,8 @@ def prune(
     )
     guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
     guides = None if guide is None else {ANY: [guide]}
+    if guides is not None:
+        check_teaching(guides, settings.teacher, settings.loss, settings.training.steps)
     plain = loss_of_a_stage(
         spec, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps
     )

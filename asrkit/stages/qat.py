@@ -37,7 +37,7 @@ from asrkit.training.run import RunWriter
 from asrkit.training.sensitivity import BITS, choose_bits, measure
 from asrkit.training.stage import CompressConfig, Prepared, fine_tune
 from asrkit.training.teachers import ANY, load_teacher
-from asrkit.training.teaching import add_encoder_maps, loss_of_a_stage
+from asrkit.training.teaching import add_encoder_maps, check_teaching, loss_of_a_stage
 
 SAMPLE = 4  # training batches that sensitivity is measured on
 
@@ -93,6 +93,8 @@ def qat(
     spec = quantised_spec(origin, settings.quantisation, active)
     guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
     guides = None if guide is None else {ANY: [guide]}
+    if guides is not None:
+        check_teaching(guides, settings.teacher, settings.loss, settings.training.steps)
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         chosen = spec

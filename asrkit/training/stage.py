@@ -126,7 +126,8 @@ def train_stage(
     batches = run.batches(table, settings.data, tokenizer, noise, settings.training.accumulate, settings.seed, world)
     torch.manual_seed(settings.seed)
     prepared = prepare(run, batches)
-    run.extra = dict(prepared.extra)
+    scales = {"transducer": settings.loss.transducer_scale, "ctc": settings.loss.ctc_scale}
+    run.extra = {**prepared.extra, "losses": [name for name, scale in scales.items() if scale > 0]}
     if prepared.model.spec.submodels:
         idle = submodels_left_behind(prepared.model, prepared.configuration)
         active = prepared.model.submodels_of(prepared.configuration)

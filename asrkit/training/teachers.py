@@ -69,20 +69,6 @@ def open_teachers(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Teacher
     return {language: [loaded[path] for path in several] for language, several in paths.items()}
 
 
-def check_heads(teachers: Teachers, transducer: bool, ctc: bool) -> list[str]:
-    """Which teachers were last trained without the head that is to teach; [] if none."""
-    findings = []
-    for teacher in each(teachers):
-        scales = teacher.run.config.get("loss", {})
-        if transducer and scales.get("transducer_scale") == 0:
-            findings.append(
-                f"--teacher {teacher.run.path}: was trained without a transducer; choose another, or teach by CTC: teacher.scale=0 and teacher.weight.kind=constant"
-            )
-        if ctc and scales.get("ctc_scale") == 0:
-            findings.append(f"--teacher {teacher.run.path}: was trained without CTC; set teacher.ctc_scale=0")
-    return findings
-
-
 def load_teacher(path: Path, tokenizer: Path) -> Teacher:
     """The model of a run directory, to teach one with this very ``tokenizer``.
 
@@ -152,8 +138,8 @@ def match_tokenizer(teachers: Teachers, tokenizer: Tokenizer, cuts: Iterable[Cut
     """The teachers as this tokenizer's: one with another is taught in by the pieces that are the same.
 
     Raises:
-        UserError: a text that a teacher parts into other pieces, so that symbol u of the lattice is not the same; lists
-            the cuts.
+        UserError: a text that a teacher parts into other pieces, or has not all characters of, so that symbol u of the
+            lattice is not the same; lists the cuts.
     """
     own = sha256_of(tokenizer.path)
     others = [t for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]
@@ -164,15 +150,17 @@ def match_tokenizer(teachers: Teachers, tokenizer: Tokenizer, cuts: Iterable[Cut
         for teacher in teachers.get(language_of(cut), teachers.get(ANY, ())):
             if id(teacher) in tokenizers:
                 text = text_of(cut)
-                if tokenizer.pieces(text) != tokenizers[id(teacher)].pieces(text):
+                theirs = tokenizers[id(teacher)]
+                # A character that is unknown to the teacher is spelt in its pieces all the same.
+                if tokenizer.pieces(text) != theirs.pieces(text) or theirs.missing_characters(text):
                     differing[id(teacher)].append(cut.id)
     findings = []
     for teacher in others:
         cut_ids, theirs = differing[id(teacher)], tokenizers[id(teacher)]
         if cut_ids:
             findings.append(
-                f"--teacher {teacher.run.path}: its tokenizer parts {len(cut_ids)} texts otherwise than the student's, "
-                f"cuts {', '.join(cut_ids[:LISTED])}; train it with the student's (train-backbone --tokenizer)"
+                f"--teacher {teacher.run.path}: its tokenizer parts {len(cut_ids)} texts otherwise than the student's, or lacks "
+                f"characters of them, cuts {', '.join(cut_ids[:LISTED])}; train it with the student's (train-backbone --tokenizer)"
             )
         tokens = [theirs.piece_to_id(tokenizer.id_to_piece(i)) for i in range(tokenizer.vocab_size)]
         matched[id(teacher)] = replace(teacher, tokens=torch.tensor(tokens))

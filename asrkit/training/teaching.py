@@ -175,6 +175,37 @@ class TeachingConfig:
         return self
 
 
+def check_teaching(teachers: Teachers, teaching: TeachingConfig, settings: LossConfig, steps: int) -> None:
+    """Refuse teachers that were last trained without a head that is to teach, and a weight that never begins to decay in
+    ``steps``, the length of the training.
+
+    Raises:
+        UserError: all of them.
+    """
+    findings = []
+    weight = teaching.weight
+    if weight.kind in ("linear", "exponential") and weight.from_step >= steps:
+        findings.append(
+            f"teacher.weight.from_step={weight.from_step}: the decay would begin after training.steps={steps}; lower it, or set "
+            "teacher.weight.kind=constant"
+        )
+    for teacher in each(teachers):
+        # Stages without training, such as quantise, say nothing of losses.
+        losses = next((entry["losses"] for entry in reversed(teacher.run.lineage) if "losses" in entry), None)
+        if losses is None:
+            continue
+        at_nodes = teaching.scale > 0 and settings.transducer_scale > 0
+        if (at_nodes or weight.needs_teacher_loss) and "transducer" not in losses:
+            findings.append(
+                f"--teacher {teacher.run.path}: was trained without a transducer; choose another, or teach by CTC: "
+                "teacher.scale=0 and teacher.weight.kind=constant"
+            )
+        if teaching.ctc_scale > 0 and settings.ctc_scale > 0 and "ctc" not in losses:
+            findings.append(f"--teacher {teacher.run.path}: was trained without CTC; set teacher.ctc_scale=0")
+    if findings:
+        raise UserError.of(findings)
+
+
 def taught_loss(
     model: AsrModel,
     teachers: Teachers | Store,
