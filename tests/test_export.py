@@ -21,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sherpa_client import client
 from small_runs import TEXTS, noise, write_run
+from test_evaluate import command
 from torch.nn.functional import pad
 
 from asrkit.cli import main
 from asrkit.config import from_dict
 from asrkit.data.features import fbank
-from asrkit.data.manifests import make_cut, write_cuts
+from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import EncoderOutput, TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice
@@ -42,6 +43,7 @@ from asrkit.stages.evaluate import evaluate
 from asrkit.stages.quantise import quantise
 from asrkit.stages.transcribe import transcribe, transcribe_stream
 from asrkit.training.checkpoint import save_weights
+from asrkit.training.run import stage_entry
 
 pytest.importorskip("onnx", reason="needs the extra `export`")
 pytest.importorskip("onnxruntime", reason="needs the extra `export`")
@@ -49,7 +51,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 import onnx
 from onnx import numpy_helper
 
-from asrkit.export.directory import Exported, open_exported
+from asrkit.export.directory import open_exported
 from asrkit.export.graphs import CTC, DECODER, ENCODER, FILES, JOINER, StateLayout
 from asrkit.export.parity import random_log_mel
 from asrkit.export.readme import tail_seconds
@@ -565,21 +567,30 @@ def test_the_documented_commands_run(
     assert "final" in capsys.readouterr().out
 
 
-def test_a_recording_of_the_run_is_heard(run: Path, manifest: Path, tmp_path: Path) -> None:
+def test_a_recording_of_the_run_is_heard(
+    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The check listens to the run's own recordings where they still are, and says so where they are not."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    lineage = open_run(copy).lineage
-    lineage[-1]["manifests"] = {str(tmp_path / "gone.jsonl.gz"): "0", str(manifest): sha256_of(manifest)}
-    write_yaml(copy / LINEAGE, lineage)
-    warnings: list[str] = []
-    exported: Exported = export(copy, tmp_path / "onnx", configuration="wide", warn=warnings.append)
-    assert exported.parity.heard == ["random log-mel", "cut-2, cut-0, cut-1"] and warnings == []
-    broken = tmp_path / "moved.jsonl.gz"
+    shar, broken = tmp_path / "shar", tmp_path / "moved.jsonl.gz"
+    shar.mkdir()
+    open_cuts(manifest).to_shar(shar, fields={"recording": "wav"})
+    assert stage_entry("s", "0", {"manifest": shar, "dev": tmp_path}, "")["manifests"] == {str(shar): None}
     cut = make_cut("lost", tmp_path / "lost.wav", sampling_rate=16000, num_samples=16000, text="one")
     write_cuts(broken, [cut])
-    lineage[-1]["manifests"] = {str(broken): sha256_of(broken)}
-    write_yaml(copy / LINEAGE, lineage)
-    exported = export(copy, tmp_path / "again", configuration="wide", warn=warnings.append)
-    assert exported.parity.heard == ["random log-mel"]
-    assert len(warnings) == 1 and str(broken) in warnings[0]
+    gone = tmp_path / "gone.jsonl.gz"
+    first = open_run(run).lineage[-1]
+    cases: list[tuple[list[list[Path]], str]] = [
+        ([[gone, manifest]], ""),
+        ([[broken, shar]], ""),
+        ([[manifest], []], ""),  # the last stage had no manifests
+        ([[gone]], "none of the manifests in its lineage is here"),
+        ([[gone, broken]], f"{broken}: "),
+    ]
+    for number, (stages, reason) in enumerate(cases):
+        write_yaml(copy / LINEAGE, [first | {"manifests": {str(path): "0" for path in paths}} for paths in stages])
+        words = ("export", "--from", copy, "--out", tmp_path / f"onnx-{number}", "--configuration", "wide")
+        code, out, err = command(monkeypatch, capsys, *words)
+        assert code == 0 and f"heard: random log-mel{'' if reason else '; cut-2, cut-0, cut-1'}\n" in out
+        assert err.count("\n") == bool(reason) and reason in err

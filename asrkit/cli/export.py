@@ -104,6 +104,7 @@ def export(
             )
         speed = measured["speed"]
         typer.echo(f"real-time factor {speed['real_time_factor']:.4f}, {speed['peak_memory_mb']:.0f} MB, 1 thread")
+    typer.echo(f"heard: {'; '.join(exported.parity.heard)}")
     for method, heard in exported.parity.tokens.items():
         same = "all the same" if not heard.differing else f"{heard.differing} differ, tipped by rounded inputs"
         typer.echo(f"{heard.tokens} tokens by {method}, {same}")

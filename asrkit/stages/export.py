@@ -17,6 +17,7 @@ from asrkit.config import to_dict
 from asrkit.data.batches import Batch, evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import open_cuts
+from asrkit.data.shar import shards_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice, listed, was_trained
@@ -425,14 +426,24 @@ def _context(
 
 
 def _recordings(run: RunDir, warn: Callable[[str], None]) -> Batch | None:
-    """A few short cuts of the first of the run's manifests that is still there."""
-    for path in map(Path, run.lineage[-1].get("manifests") or {}):
-        if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file():
-            try:
-                cuts = list(islice((cut for cut in open_cuts(path) if cut.duration < MAX_SECONDS), MAX_CUTS))
-                return next(evaluation_batches(cuts, MAX_CUTS * MAX_SECONDS), None)
-            except Exception as error:  # audio that has moved raises whatever its reader does
-                warn(f"{path}: its recordings are not heard in the parity check ({str(error).splitlines()[0]})")
+    """A few short cuts of the first manifest or Shar directory that is still there, of the last stages first."""
+    named = dict.fromkeys(Path(name) for entry in reversed(run.lineage) for name in entry.get("manifests") or {})
+    unread = []
+    for path in named:
+        if not shards_of(path) and not (path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file()):
+            continue
+        try:
+            cuts = list(islice((cut for cut in open_cuts(path) if cut.duration < MAX_SECONDS), MAX_CUTS))
+            if (batch := next(evaluation_batches(cuts, MAX_CUTS * MAX_SECONDS), None)) is not None:
+                return batch
+            unread.append(f"{path}: no cut is below {MAX_SECONDS:.0f} s")
+        except Exception as error:  # audio that has moved raises whatever its reader does
+            unread.append(f"{path}: {str(error).splitlines()[0]}")
+    reasons = "; ".join(unread) or "none of the manifests in its lineage is here"
+    warn(
+        f"{run.path}: the parity check hears no recordings, only random features ({reasons}); export from the folder the "
+        "lineage's paths begin in"
+    )
     return None
 
 
