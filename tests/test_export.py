@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 import onnx
 from onnx import numpy_helper
 
-from asrkit.export.directory import open_exported
+from asrkit.export.directory import SUFFIXES, open_exported
 from asrkit.export.graphs import CTC, DECODER, ENCODER, FILES, JOINER, StateLayout
 from asrkit.export.parity import random_log_mel
 from asrkit.export.readme import tail_seconds
@@ -429,6 +429,48 @@ def test_a_damaged_export_is_refused(offline: Path, tmp_path: Path) -> None:
     (copy / "export.yaml").write_text("configuration: all\nsurprise: 1\n")
     with pytest.raises(UserError, match="unknown key surprise"):
         load_recogniser(copy)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_what_is_timed_loads_nothing(
+    run: Path, audio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any
+) -> None:
+    """Every file a search needs is open once the recogniser is, and no other; TorchScript is not optimised in between."""
+    out = tmp_path / "onnx"
+    export(run, out, configuration="wide", format=format)
+    features, lens = features_of(audio)
+    expected = load_recogniser(out).model.encode(features, lens)
+    optimised = []
+    load = torch.jit.load
+
+    def watched(*where: Any, **options: Any) -> Callable[..., Any]:
+        script = load(*where, **options)
+
+        def run(*tensors: torch.Tensor) -> Any:
+            optimised.append(torch._C._get_graph_executor_optimize())
+            return script(*tensors)
+
+        return run
+
+    monkeypatch.setattr("torch.jit.load", watched)
+    searches: list[Sequence[Method]] = [["greedy"], ["ctc"], METHODS]
+    for methods in searches:
+        recogniser = load_recogniser(out, methods=methods)
+        hidden = out.rename(tmp_path / "hidden")
+        encoded = recogniser.model.encode(features, lens)
+        for method in methods:
+            assert search(recogniser.model, encoded, method) == search(recogniser.model, expected, method)
+        hidden.rename(out)
+    assert not any(optimised) and bool(optimised) == (format == "torchscript")
+    for file in FILES:
+        name = f"{file}{SUFFIXES[format]}"
+        (out / name).write_bytes(b"no model")
+        content = read_yaml(out / "export.yaml")
+        content["files"][name]["sha256"] = sha256_of(out / name)
+        write_yaml(out / "export.yaml", content)
+    for methods, first in zip(searches, (ENCODER, CTC, ENCODER), strict=True):
+        with pytest.raises(UserError, match=f"{first}{SUFFIXES[format]}: .* cannot load it"):
+            load_recogniser(out, methods=methods)
 
 
 # What is refused
