@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -519,6 +520,30 @@ def test_an_output_that_is_taken(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "empty", configuration="wide")
     assert open_exported(tmp_path / "empty").configuration == "wide"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+def test_the_directory_and_its_pack_are_both_there_or_neither(
+    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    words = ["asrkit", "export", "--from", str(run), "--configuration", "wide", "--report", str(manifest)]
+    monkeypatch.setattr("sys.argv", [*words, "--out", ".", "--pack", "../x.tar"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        assert set(archive.getnames()) == {"empty", *(f"empty/{file.name}" for file in (tmp_path / "empty").iterdir())}
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(stage, "pack_directory", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match=r"y\.tar: cannot write \(No space left\)"):
+        export(run, tmp_path / "onnx", configuration="wide", pack=tmp_path / "y.tar")
+    monkeypatch.setattr(stage, "write_onnx", lambda *_: pytest.fail("begun before it was known to be in vain"))
+    for pack, says in ((Path("/proc/x.tar"), "cannot write"), (tmp_path / "onnx", "lies in --out")):
+        with pytest.raises(UserError, match=f"{pack}: {says}"):
+            export(run, tmp_path / "onnx", configuration="wide", pack=pack)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ from asrkit.run_dir import (
     WEIGHTS,
     RunDir,
     atomic_directory,
+    atomic_write,
     occupied,
     open_run,
     sha256_of,
@@ -131,7 +133,7 @@ def export(
         quantise: a key of QUANTISED, for a model whose weights are float.
         dequantise: integer weights become the float32 numbers they stand for, masks zeros in dense weights.
         report: cuts to measure the WER on: of the files, of the float model, and of each part quantised alone.
-        pack: a .tar of the directory, beside it.
+        pack: a .tar of the directory besides; there are both or neither.
         licence: of the model, for its card; an SPDX name.
         warn: is told where the model will run in a way it was not trained for, and what could not be checked.
 
@@ -187,7 +189,9 @@ def export(
     comment = f"configuration {name}, context {context}{spoken}, weights {weights_sha256}"
     planned = graphs(plain, name, context, comment)
     state_size = StateLayout(model, submodels, context.left).size if context.streaming else 0
-    with atomic_directory(out) as temporary:
+    with atomic_directory(out) as temporary, nullcontext() if pack is None else atomic_write(pack) as packed:
+        if packed is not None:
+            packed.touch()  # that it cannot be written is found before the work
         names = [f"{graph.file}{SUFFIXES[format]}" for graph in planned]
         tensors: dict[str, dict[str, int]] = {}
         for file, graph in zip(names, planned, strict=True):
@@ -238,8 +242,8 @@ def export(
             (temporary / REPORT).write_text(json.dumps(measured, indent=2) + "\n")
         (temporary / README).write_text(describe(exported, measured), encoding="utf-8")
         (temporary / ".gitattributes").write_text(f"*{SUFFIXES[format]} filter=lfs diff=lfs merge=lfs -text\n")
-    if pack is not None:
-        pack_directory(out, pack)
+        if packed is not None:
+            pack_directory(temporary, packed, out.absolute().name)
     return exported
 
 
@@ -253,7 +257,7 @@ def _refusals(out: Path, consistent: bool, dequantise: bool, format: Format, pac
     if pack is not None:
         if pack.exists():
             findings.append(f"{pack}: exists; choose another --pack or remove it")
-        elif out.resolve() in pack.resolve().parents:
+        elif out.resolve() in (pack.resolve(), *pack.resolve().parents):
             findings.append(f"{pack}: lies in --out, which it is to hold; choose another --pack")
         elif any(parent.exists() and not parent.is_dir() for parent in pack.absolute().parents):
             findings.append(f"{pack}: leads through a file; choose another --pack")
