@@ -38,6 +38,7 @@ from asrkit.decoding.search import METHODS, Method, search
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compress import QuantisationConfig, part_of
+from asrkit.nn.compression import ActivationQuantisation, WeightQuantisation
 from asrkit.nn.context import Context, visible
 from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.stages.evaluate import evaluate
@@ -365,6 +366,19 @@ def test_the_readme_of_an_export_runs(
         assert done.returncode == 0, done.stderr
         ((tokens, _),) = client(path, audio[:1], method)  # type: ignore[arg-type]
         assert done.stdout.strip() == "".join(map(tokenizer.id_to_piece, tokens)).replace("\u2581", " ").strip() != ""
+
+
+def test_the_readme_names_the_client_that_two_bits_need(run: Path, tmp_path: Path) -> None:
+    cases: list[tuple[ActivationQuantisation | None, bool, bool]] = [
+        (None, False, True), (None, True, False), (ActivationQuantisation(bits=8), False, False),
+    ]  # fmt: skip
+    for number, (inputs, dequantise, named) in enumerate(cases):
+        how = QuantisationConfig(weights=WeightQuantisation(bits=2), activations=inputs)
+        quantise(run, tmp_path / f"run-{number}", how)
+        out = tmp_path / f"onnx-{number}"
+        export(tmp_path / f"run-{number}", out, configuration="wide", dequantise=dequantise)
+        readme = (out / "README.md").read_text()
+        assert ("need sherpa-onnx 1.13.4 or newer; else export with `--dequantise`" in readme) is named
 
 
 # What it computes: our own commands

@@ -91,7 +91,8 @@ class Exported:
 
     context: full, or the chunk and left context every streaming file is fixed to. language: the one the files hear, of a model
     with languages. state_size: numbers in a stream's state, 0 where there is none. quantise: what made integers of float
-    weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head.
+    weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head. client: the
+    oldest sherpa-onnx that runs the files, where older ones run others.
     """
 
     format: Format = "onnx"
@@ -111,6 +112,7 @@ class Exported:
     files: dict[str, FileRecord]
     parts: dict[str, PartRecord]
     parity: ParityRecord
+    client: str | None = None
     run: RunRecord
     licence: str | None = None
     versions: dict[str, str] = field(default_factory=dict)

@@ -186,9 +186,9 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
     if exported.format == "torchscript":
         text += _SCRIPT
     elif context.chunk is None:
-        text += _CLIENT + _OFFLINE
+        text += _client(exported) + _OFFLINE
     else:
-        text += _CLIENT + _STREAMING.format(
+        text += _client(exported) + _STREAMING.format(
             chunk_ms=40 * context.chunk,
             latency_ms=context.latency_ms,
             window=4 * context.chunk + LOOK_AHEAD,
@@ -204,6 +204,15 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
         parts=_PARTS.format(compression=exported.compression, rows="\n".join(parts)) if exported.parts else "",
         report="" if measured is None else _measured(measured, context),
         rights=rights,
+    )
+
+
+def _client(exported: Exported) -> str:
+    """How to install sherpa-onnx, and which."""
+    if exported.client is None:
+        return _CLIENT
+    return (
+        f"{_CLIENT}Weights of 2 bits need sherpa-onnx {exported.client} or newer; else export with `--dequantise`.\n\n"
     )
 
 

@@ -91,6 +91,7 @@ from asrkit.run_dir import (
 OFFLINE_FRAMES = 400  # feature frames of the longest random utterance
 SEARCHES: tuple[Method, ...] = ("greedy", "ctc")
 MAX_CUTS, MAX_SECONDS = 4, 20.0  # recordings heard in the check
+TWO_BITS_CLIENT = "1.13.4"  # the oldest sherpa-onnx with MatMulNBits of 2 bits
 
 # How --quantise makes integers of a float model: ours, one setting each; `asrkit quantise` has all others.
 DIVISIBLE = LayerChoice(indivisible="skip")
@@ -230,6 +231,7 @@ def export(
             },
             parts=_parts(model, tensors),
             parity=parity,
+            client=TWO_BITS_CLIENT if any(map(_multiplies_two_bits, written.values())) else None,
             run=RunRecord(path=str(run_path), weights_sha256=weights_sha256, lineage=run.lineage),
             licence=licence,
             versions=_versions(),
@@ -271,6 +273,12 @@ def active_layers(model: AsrModel, submodels: Sequence[str]) -> dict[str, Compre
         for path, layer in compressed_layers(model).items()
         if not part_of(path).startswith("submodel ") or part_of(path).removeprefix("submodel ") in submodels
     }
+
+
+def _multiplies_two_bits(layer: CompressedLinear) -> bool:
+    """Whether the runtime multiplies a layer by MatMulNBits of 2 bits."""
+    weights, integer_inputs = layer.how.weights, layer.how.activations is not None
+    return weights is not None and weights.bits == 2 and not (integer_inputs and layer.multiplies_integers)
 
 
 def _said(layers: Mapping[str, CompressedLinear], untrained: bool, dense: bool) -> str:
