@@ -368,6 +368,30 @@ def test_the_readme_of_an_export_runs(
         assert done.stdout.strip() == "".join(map(tokenizer.id_to_piece, tokens)).replace("\u2581", " ").strip() != ""
 
 
+@pytest.mark.parametrize("streams", [False, True], ids=["offline", "streaming"])
+def test_the_readme_of_torchscript_tells_its_inputs(run: Path, tmp_path: Path, streams: bool) -> None:
+    """Tensors of the very shapes it names go in, and those it names come out."""
+    exported = export(run, tmp_path / "script", configuration="all", streaming=streams, format="torchscript")
+    readme = (tmp_path / "script" / "README.md").read_text()
+    assert "any rate" not in readme and "Input: log-mel energies" in readme
+    sizes = {"N": 2, "T": 95, "T'": 23, "V": exported.vocab_size}
+    rows = re.findall(r"^\| `(\w+\.pt)` \| (.*) \| (.*) \|$", readme, re.M)
+    assert {file for file, *_ in rows} == {f"{file}.pt" for file in FILES}
+
+    def shapes(cell: str) -> list[tuple[list[int], bool]]:
+        found = re.findall(r"`\w+` \(([^)]*)\)( int64)?", cell)
+        return [([sizes.get(size) or int(size) for size in shape.split(", ")], bool(whole)) for shape, whole in found]
+
+    for file, takes, gives in rows:
+        script = torch.jit.load(str(tmp_path / "script" / file))  # type: ignore[no-untyped-call]
+        inputs = [torch.zeros(shape, dtype=torch.int64 if whole else torch.float32) for shape, whole in shapes(takes)]
+        if "x_lens" in takes:
+            inputs[1] += 95
+        outputs = script(*inputs)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        assert [(list(out.shape), out.dtype == torch.int64) for out in outputs] == shapes(gives)
+
+
 def test_the_readme_names_the_client_that_two_bits_need(run: Path, tmp_path: Path) -> None:
     cases: list[tuple[ActivationQuantisation | None, bool, bool]] = [
         (None, False, True), (None, True, False), (ActivationQuantisation(bits=8), False, False),
@@ -426,7 +450,9 @@ def test_what_an_export_is_not(offline: Path, streaming: Path, audio: list[Path]
     ):
         with pytest.raises(UserError, match=says):
             load_recogniser(path, **choice)
-    with pytest.raises(UserError, match="was exported in context full"):
+    with pytest.raises(
+        UserError, match="is for whole recordings; leave --stream out, or export the run with --streaming"
+    ):
         list(transcribe_stream(offline, audio))
 
 
@@ -502,6 +528,18 @@ def test_what_is_timed_loads_nothing(
         ({"configuration": "near"}, "trained in chunk=16,left=64; chunk=4,left=8 only, not in full.*--streaming"),
         ({"configuration": "all", "chunk": 4}, "give --streaming too"),
         ({"configuration": "near", "streaming": True, "chunk": 5}, "not in chunks of 5.*--left"),
+        (
+            {"configuration": "wide", "quantise": "dynamic", "format": "torchscript"},
+            "^--quantise dynamic.*leave --format out",
+        ),
+        (
+            {"configuration": "wide", "quantise": "dynamic", "dequantise": True},
+            "^--quantise dynamic.*leave --dequantise out",
+        ),
+        (
+            {"configuration": "wide", "dequantise": True},
+            "^--dequantise: configuration wide of .* is float32 without masks",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value.values())),
 )
@@ -511,6 +549,19 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     with pytest.raises(UserError, match=says) as refused:
         export(run, tmp_path / "onnx", **options)
     assert len(refused.value.lines) == 1 and not any(tmp_path.iterdir())
+
+
+def test_a_large_state_is_told_before_the_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(stage, "write_onnx", lambda *_: (_ for _ in ()).throw(UserError("that will do")))
+    for left in (40000, 9):
+        with pytest.raises(UserError, match="that will do"):
+            export(
+                run, tmp_path / "onnx", configuration="all", streaming=True, chunk=4, left=left, warn=warnings.append
+            )
+    (line,) = [line for line in warnings if "a stream's state has" in line]
+    model = load_model(open_run(run))
+    assert f"{StateLayout(model, model.submodels_of('all'), 40000).size:,} numbers" in line and "smaller --left" in line
 
 
 def test_no_run_directory(tmp_path: Path, offline: Path) -> None:

@@ -380,6 +380,22 @@ def test_standard_input_is_raw_pcm(points: Path, manifest: Path, tmp_path: Path)
     assert {row["path"] for row in rows} == {"-"}
 
 
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"", "-: the audio is empty"),
+        (b"x", "-: the audio is empty"),
+        (b"RIFF\0\0\0\0WAVE", "-: begins with RIFF, so it is a file with a header"),
+        (b"fLaC\0\0\0\0", "-: begins with fLaC, so it is a file with a header"),
+    ],
+)
+def test_standard_input_that_is_not_raw_pcm(points: Path, sent: bytes, said: str) -> None:
+    process = start("transcribe", "--from", points, "--stream", "-", stdin=subprocess.PIPE)
+    out, err = process.communicate(sent, timeout=120)
+    assert process.returncode == 1 and out == b""
+    assert err.decode().startswith(f"error: {said}") and err.count(b"\n") == 1
+
+
 @pytest.mark.parametrize("source", ["file", "pipe"])
 def test_ctrl_c_keeps_what_was_heard(points: Path, tmp_path: Path, source: str) -> None:
     """Interrupted in the middle of a minute, or while a pipe says nothing: the text so far is finished."""

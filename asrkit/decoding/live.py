@@ -17,9 +17,11 @@ from torch import Tensor
 
 from asrkit.data.features import SAMPLE_RATE, OnlineResample
 from asrkit.decoding.windows import mono_blocks
+from asrkit.errors import UserError
 
 BLOCK_SECONDS = 0.1
 PCM_SCALE = 32768.0
+HEADERS = (b"RIFF", b"fLaC", b"OggS")
 
 
 def file_blocks(path: Path, paced: bool, stopped: Callable[[], bool] = lambda: False) -> Iterator[Tensor]:
@@ -59,13 +61,24 @@ def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> 
     Args:
         descriptor: an open file's number; 0 is standard input.
         stopped: asked at least every 0.1 s; the sound ends when it says so. Half a sample at the end is dropped.
+
+    Raises:
+        UserError: there is no sample, or it is a file with a header.
     """
-    rest = b""
+    head = rest = b""
     while not stopped():
         if not select.select([descriptor], [], [], BLOCK_SECONDS)[0]:
             continue
         received = os.read(descriptor, 1 << 16)
+        head += received[: 4 - len(head)]
+        if head in HEADERS:
+            raise UserError(
+                f"-: begins with {head.decode()}, so it is a file with a header and not raw samples; give the file's name, or "
+                "pipe it through ffmpeg -i - -f s16le -ar 16000 -ac 1 -"
+            )
         if not received:
+            if len(head) < 2:
+                raise UserError("-: the audio is empty")
             return
         received = rest + received
         whole = len(received) // 2 * 2

@@ -135,7 +135,10 @@ def _load_exported(
         hears = "is told no language" if exported.language is None else f"hears {exported.language} only"
         raise UserError(f"--language {language}: {path} {hears}; leave it out, or {again}")
     if not isinstance(context, Context):
-        context = (context or ContextChoice()).among([only], True, f"{path}: the exported model")
+        choice = context or ContextChoice()
+        if choice.streaming and not only.streaming:
+            raise UserError(f"{path}: is for whole recordings; leave --stream out, or export the run with --streaming")
+        context = choice.among([only], True, f"{path}: the exported model")
     if context != only:
         raise UserError(f"{path}: was exported in context {only}, not {context}; {again}")
     transducer = any(method != "ctc" for method in methods)

@@ -50,7 +50,7 @@ def mono_blocks(path: Path, seconds: float) -> Iterator[tuple[np.ndarray, int]]:
     import soundfile
 
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'is a directory; give the files in it' if path.is_dir() else 'no such file'}")
     done = 0
     try:
         with soundfile.SoundFile(str(path)) as file:

@@ -91,6 +91,7 @@ from asrkit.run_dir import (
 OFFLINE_FRAMES = 400  # feature frames of the longest random utterance
 SEARCHES: tuple[Method, ...] = ("greedy", "ctc")
 MAX_CUTS, MAX_SECONDS = 4, 20.0  # recordings heard in the check
+LARGE_STATE = 500_000  # numbers; copying a million takes 5 ms
 TWO_BITS_CLIENT = "1.13.4"  # the oldest sherpa-onnx with MatMulNBits of 2 bits
 
 # How --quantise makes integers of a float model: ours, one setting each; `asrkit quantise` has all others.
@@ -147,7 +148,7 @@ def export(
     name = configuration or model.spec.configuration
     findings = [
         *occupied(out),
-        *_refusals(out, streaming or (chunk is None and left is None), dequantise, format, pack),
+        *_refusals(out, streaming or (chunk is None and left is None), quantise, dequantise, format, pack),
     ]
     if name not in model.spec.configurations:
         findings.append(f"{run_path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
@@ -181,6 +182,8 @@ def export(
             f"{run_path}: has layers with integer inputs, whose integer products are written as ONNX integers only; leave "
             "--format and --dequantise out"
         )
+    if dequantise and not layers:
+        raise UserError(f"--dequantise: configuration {name} of {run_path} is float32 without masks; leave it out")
     plain = scaled_back(model)
     written = {} if dense else layers
     for path in written:
@@ -190,6 +193,11 @@ def export(
     comment = f"configuration {name}, context {context}{spoken}, weights {weights_sha256}"
     planned = graphs(plain, name, context, comment)
     state_size = StateLayout(model, submodels, context.left).size if context.streaming else 0
+    if state_size > LARGE_STATE:
+        warn(
+            f"a stream's state has {state_size:,} numbers, and the runtime copies it at every chunk, which takes longer than "
+            f"need be above {LARGE_STATE:,}; a smaller --left or fewer sub-models make it smaller"
+        )
     with atomic_directory(out) as temporary, nullcontext() if pack is None else atomic_write(pack) as packed:
         if packed is not None:
             packed.touch()  # that it cannot be written is found before the work
@@ -249,13 +257,20 @@ def export(
     return exported
 
 
-def _refusals(out: Path, consistent: bool, dequantise: bool, format: Format, pack: Path | None) -> list[str]:
+def _refusals(
+    out: Path, consistent: bool, quantise: str | None, dequantise: bool, format: Format, pack: Path | None
+) -> list[str]:
     """What is wrong with the options themselves."""
     findings = []
     if not consistent:
         findings.append("--chunk and --left say how to stream; give --streaming too")
     if dequantise and format == "torchscript":
         findings.append("--dequantise: TorchScript is float32 anyway; leave it out")
+    elif (dequantise or format == "torchscript") and quantise and QUANTISED[quantise].activations is not None:
+        without = "--dequantise" if dequantise else "--format"
+        findings.append(
+            f"--quantise {quantise}: makes integer inputs, which are written as ONNX integers only; leave {without} out"
+        )
     if pack is not None:
         if pack.exists():
             findings.append(f"{pack}: exists; choose another --pack or remove it")
