@@ -251,7 +251,7 @@ def test_any_chunk_and_left_context(run: Path, tmp_path: Path, configuration: st
     )  # fmt: skip
     assert exported.parsed_context == context
     assert "encoder: next_h" in exported.parity.outputs and "ctc: next_key" in exported.parity.outputs
-    assert [("never trained in context" in line) for line in warnings] == [True] * (configuration != "backbone")
+    assert sum("never trained in context" in line for line in warnings) == (configuration != "backbone")
 
 
 @settings(max_examples=60, deadline=None)
