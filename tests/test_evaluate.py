@@ -253,25 +253,32 @@ def test_transcribe_survives_files_it_cannot_read(
     soundfile.write(tmp_path / "good.wav", noise(np.random.default_rng(2), 16000), 16000)
     (tmp_path / "text.wav").write_text("no audio")
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16000, subtype="FLOAT")
-    names = ["empty.wav", "tiny.wav", "missing.wav", "text.wav", "nan.wav", "good.wav"]
+    (tmp_path / "folder.wav").mkdir()
+    names = ["empty.wav", "tiny.wav", "missing.wav", "text.wav", "nan.wav", "good.wav", "folder.wav"]
     words = ("transcribe", "--from", run, *(tmp_path / name for name in names))
     code, out, err = command(monkeypatch, capsys, *words)
     assert code == 1 and "Traceback" not in err
     assert [line.partition(": ")[0] for line in out.splitlines()] == [
         str(tmp_path / name) for name in ("tiny.wav", "good.wav")
     ]
-    assert len(err.splitlines()) == 4
-    for name, reason in {
+    reasons = {
         "empty": "empty",
         "missing": "no such file",
-        "text": "cannot read",
+        "text": "convert it to wav or flac",
         "nan": "numbers",
-    }.items():
-        assert any(f"{name}.wav" in line and reason in line for line in err.splitlines())
+        "folder": "is a directory; give the files in it",
+    }
+    code, _, streamed = command(monkeypatch, capsys, *words, "--stream", "--fast")
+    assert code == 1
+    for said in (err, streamed):
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == len(reasons)
+        for name, reason in reasons.items():
+            assert any(f"{name}.wav: " in line and reason in line for line in errors)
     code, out, _ = command(monkeypatch, capsys, *words, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and [Path(row["path"]).name for row in rows] == names
-    assert ["error" in row for row in rows] == [True, False, True, True, True, False]
+    assert ["error" in row for row in rows] == [True, False, True, True, True, False, True]
 
 
 def test_a_long_file_is_parted_at_its_pauses(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sherpa_client import client
 from small_runs import TEXTS, noise, write_run
+from test_evaluate import command
 from torch.nn.functional import pad
 
 from asrkit.cli import main
 from asrkit.config import from_dict
 from asrkit.data.features import fbank
-from asrkit.data.manifests import make_cut, write_cuts
+from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import EncoderOutput, TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice
@@ -36,12 +38,14 @@ from asrkit.decoding.search import METHODS, Method, search
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compress import QuantisationConfig, part_of
+from asrkit.nn.compression import ActivationQuantisation, WeightQuantisation
 from asrkit.nn.context import Context, visible
 from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.stages.evaluate import evaluate
 from asrkit.stages.quantise import quantise
 from asrkit.stages.transcribe import transcribe, transcribe_stream
 from asrkit.training.checkpoint import save_weights
+from asrkit.training.run import stage_entry
 
 pytest.importorskip("onnx", reason="needs the extra `export`")
 pytest.importorskip("onnxruntime", reason="needs the extra `export`")
@@ -49,7 +53,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 import onnx
 from onnx import numpy_helper
 
-from asrkit.export.directory import Exported, open_exported
+from asrkit.export.directory import SUFFIXES, open_exported
 from asrkit.export.graphs import CTC, DECODER, ENCODER, FILES, JOINER, StateLayout
 from asrkit.export.parity import random_log_mel
 from asrkit.export.readme import tail_seconds
@@ -247,7 +251,7 @@ def test_any_chunk_and_left_context(run: Path, tmp_path: Path, configuration: st
     )  # fmt: skip
     assert exported.parsed_context == context
     assert "encoder: next_h" in exported.parity.outputs and "ctc: next_key" in exported.parity.outputs
-    assert [("never trained in context" in line) for line in warnings] == [True] * (configuration != "backbone")
+    assert sum("never trained in context" in line for line in warnings) == (configuration != "backbone")
 
 
 @settings(max_examples=60, deadline=None)
@@ -364,6 +368,43 @@ def test_the_readme_of_an_export_runs(
         assert done.stdout.strip() == "".join(map(tokenizer.id_to_piece, tokens)).replace("\u2581", " ").strip() != ""
 
 
+@pytest.mark.parametrize("streams", [False, True], ids=["offline", "streaming"])
+def test_the_readme_of_torchscript_tells_its_inputs(run: Path, tmp_path: Path, streams: bool) -> None:
+    """Tensors of the very shapes it names go in, and those it names come out."""
+    exported = export(run, tmp_path / "script", configuration="all", streaming=streams, format="torchscript")
+    readme = (tmp_path / "script" / "README.md").read_text()
+    assert "any rate" not in readme and "Input: log-mel energies" in readme
+    sizes = {"N": 2, "T": 95, "T'": 23, "V": exported.vocab_size}
+    rows = re.findall(r"^\| `(\w+\.pt)` \| (.*) \| (.*) \|$", readme, re.M)
+    assert {file for file, *_ in rows} == {f"{file}.pt" for file in FILES}
+
+    def shapes(cell: str) -> list[tuple[list[int], bool]]:
+        found = re.findall(r"`\w+` \(([^)]*)\)( int64)?", cell)
+        return [([sizes.get(size) or int(size) for size in shape.split(", ")], bool(whole)) for shape, whole in found]
+
+    for file, takes, gives in rows:
+        script = torch.jit.load(str(tmp_path / "script" / file))  # type: ignore[no-untyped-call]
+        inputs = [torch.zeros(shape, dtype=torch.int64 if whole else torch.float32) for shape, whole in shapes(takes)]
+        if "x_lens" in takes:
+            inputs[1] += 95
+        outputs = script(*inputs)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        assert [(list(out.shape), out.dtype == torch.int64) for out in outputs] == shapes(gives)
+
+
+def test_the_readme_names_the_client_that_two_bits_need(run: Path, tmp_path: Path) -> None:
+    cases: list[tuple[ActivationQuantisation | None, bool, bool]] = [
+        (None, False, True), (None, True, False), (ActivationQuantisation(bits=8), False, False),
+    ]  # fmt: skip
+    for number, (inputs, dequantise, named) in enumerate(cases):
+        how = QuantisationConfig(weights=WeightQuantisation(bits=2), activations=inputs)
+        quantise(run, tmp_path / f"run-{number}", how)
+        out = tmp_path / f"onnx-{number}"
+        export(tmp_path / f"run-{number}", out, configuration="wide", dequantise=dequantise)
+        readme = (out / "README.md").read_text()
+        assert ("need sherpa-onnx 1.13.4 or newer; else export with `--dequantise`" in readme) is named
+
+
 # What it computes: our own commands
 
 
@@ -409,7 +450,9 @@ def test_what_an_export_is_not(offline: Path, streaming: Path, audio: list[Path]
     ):
         with pytest.raises(UserError, match=says):
             load_recogniser(path, **choice)
-    with pytest.raises(UserError, match="was exported in context full"):
+    with pytest.raises(
+        UserError, match="is for whole recordings; leave --stream out, or export the run with --streaming"
+    ):
         list(transcribe_stream(offline, audio))
 
 
@@ -429,6 +472,48 @@ def test_a_damaged_export_is_refused(offline: Path, tmp_path: Path) -> None:
         load_recogniser(copy)
 
 
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_what_is_timed_loads_nothing(
+    run: Path, audio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any
+) -> None:
+    """Every file a search needs is open once the recogniser is, and no other; TorchScript is not optimised in between."""
+    out = tmp_path / "onnx"
+    export(run, out, configuration="wide", format=format)
+    features, lens = features_of(audio)
+    expected = load_recogniser(out).model.encode(features, lens)
+    optimised = []
+    load = torch.jit.load
+
+    def watched(*where: Any, **options: Any) -> Callable[..., Any]:
+        script = load(*where, **options)
+
+        def run(*tensors: torch.Tensor) -> Any:
+            optimised.append(torch._C._get_graph_executor_optimize())
+            return script(*tensors)
+
+        return run
+
+    monkeypatch.setattr("torch.jit.load", watched)
+    searches: list[Sequence[Method]] = [["greedy"], ["ctc"], METHODS]
+    for methods in searches:
+        recogniser = load_recogniser(out, methods=methods)
+        hidden = out.rename(tmp_path / "hidden")
+        encoded = recogniser.model.encode(features, lens)
+        for method in methods:
+            assert search(recogniser.model, encoded, method) == search(recogniser.model, expected, method)
+        hidden.rename(out)
+    assert not any(optimised) and bool(optimised) == (format == "torchscript")
+    for file in FILES:
+        name = f"{file}{SUFFIXES[format]}"
+        (out / name).write_bytes(b"no model")
+        content = read_yaml(out / "export.yaml")
+        content["files"][name]["sha256"] = sha256_of(out / name)
+        write_yaml(out / "export.yaml", content)
+    for methods, first in zip(searches, (ENCODER, CTC, ENCODER), strict=True):
+        with pytest.raises(UserError, match=f"{first}{SUFFIXES[format]}: .* cannot load it"):
+            load_recogniser(out, methods=methods)
+
+
 # What is refused
 
 
@@ -443,6 +528,18 @@ def test_a_damaged_export_is_refused(offline: Path, tmp_path: Path) -> None:
         ({"configuration": "near"}, "trained in chunk=16,left=64; chunk=4,left=8 only, not in full.*--streaming"),
         ({"configuration": "all", "chunk": 4}, "give --streaming too"),
         ({"configuration": "near", "streaming": True, "chunk": 5}, "not in chunks of 5.*--left"),
+        (
+            {"configuration": "wide", "quantise": "dynamic", "format": "torchscript"},
+            "^--quantise dynamic.*leave --format out",
+        ),
+        (
+            {"configuration": "wide", "quantise": "dynamic", "dequantise": True},
+            "^--quantise dynamic.*leave --dequantise out",
+        ),
+        (
+            {"configuration": "wide", "dequantise": True},
+            "^--dequantise: configuration wide of .* is float32 without masks",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value.values())),
 )
@@ -452,6 +549,19 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     with pytest.raises(UserError, match=says) as refused:
         export(run, tmp_path / "onnx", **options)
     assert len(refused.value.lines) == 1 and not any(tmp_path.iterdir())
+
+
+def test_a_large_state_is_told_before_the_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(stage, "write_onnx", lambda *_: (_ for _ in ()).throw(UserError("that will do")))
+    for left in (40000, 9):
+        with pytest.raises(UserError, match="that will do"):
+            export(
+                run, tmp_path / "onnx", configuration="all", streaming=True, chunk=4, left=left, warn=warnings.append
+            )
+    (line,) = [line for line in warnings if "a stream's state has" in line]
+    model = load_model(open_run(run))
+    assert f"{StateLayout(model, model.submodels_of('all'), 40000).size:,} numbers" in line and "smaller --left" in line
 
 
 def test_no_run_directory(tmp_path: Path, offline: Path) -> None:
@@ -475,6 +585,30 @@ def test_an_output_that_is_taken(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "empty", configuration="wide")
     assert open_exported(tmp_path / "empty").configuration == "wide"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+def test_the_directory_and_its_pack_are_both_there_or_neither(
+    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    words = ["asrkit", "export", "--from", str(run), "--configuration", "wide", "--report", str(manifest)]
+    monkeypatch.setattr("sys.argv", [*words, "--out", ".", "--pack", "../x.tar"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        assert set(archive.getnames()) == {"empty", *(f"empty/{file.name}" for file in (tmp_path / "empty").iterdir())}
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(stage, "pack_directory", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match=r"y\.tar: cannot write \(No space left\)"):
+        export(run, tmp_path / "onnx", configuration="wide", pack=tmp_path / "y.tar")
+    monkeypatch.setattr(stage, "write_onnx", lambda *_: pytest.fail("begun before it was known to be in vain"))
+    for pack, says in ((Path("/proc/x.tar"), "cannot write"), (tmp_path / "onnx", "lies in --out")):
+        with pytest.raises(UserError, match=f"{pack}: {says}"):
+            export(run, tmp_path / "onnx", configuration="wide", pack=pack)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
@@ -565,21 +699,30 @@ def test_the_documented_commands_run(
     assert "final" in capsys.readouterr().out
 
 
-def test_a_recording_of_the_run_is_heard(run: Path, manifest: Path, tmp_path: Path) -> None:
+def test_a_recording_of_the_run_is_heard(
+    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The check listens to the run's own recordings where they still are, and says so where they are not."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    lineage = open_run(copy).lineage
-    lineage[-1]["manifests"] = {str(tmp_path / "gone.jsonl.gz"): "0", str(manifest): sha256_of(manifest)}
-    write_yaml(copy / LINEAGE, lineage)
-    warnings: list[str] = []
-    exported: Exported = export(copy, tmp_path / "onnx", configuration="wide", warn=warnings.append)
-    assert exported.parity.heard == ["random log-mel", "cut-2, cut-0, cut-1"] and warnings == []
-    broken = tmp_path / "moved.jsonl.gz"
+    shar, broken = tmp_path / "shar", tmp_path / "moved.jsonl.gz"
+    shar.mkdir()
+    open_cuts(manifest).to_shar(shar, fields={"recording": "wav"})
+    assert stage_entry("s", "0", {"manifest": shar, "dev": tmp_path}, "")["manifests"] == {str(shar): None}
     cut = make_cut("lost", tmp_path / "lost.wav", sampling_rate=16000, num_samples=16000, text="one")
     write_cuts(broken, [cut])
-    lineage[-1]["manifests"] = {str(broken): sha256_of(broken)}
-    write_yaml(copy / LINEAGE, lineage)
-    exported = export(copy, tmp_path / "again", configuration="wide", warn=warnings.append)
-    assert exported.parity.heard == ["random log-mel"]
-    assert len(warnings) == 1 and str(broken) in warnings[0]
+    gone = tmp_path / "gone.jsonl.gz"
+    first = open_run(run).lineage[-1]
+    cases: list[tuple[list[list[Path]], str]] = [
+        ([[gone, manifest]], ""),
+        ([[broken, shar]], ""),
+        ([[manifest], []], ""),  # the last stage had no manifests
+        ([[gone]], "none of the manifests in its lineage is here"),
+        ([[gone, broken]], f"{broken}: "),
+    ]
+    for number, (stages, reason) in enumerate(cases):
+        write_yaml(copy / LINEAGE, [first | {"manifests": {str(path): "0" for path in paths}} for paths in stages])
+        words = ("export", "--from", copy, "--out", tmp_path / f"onnx-{number}", "--configuration", "wide")
+        code, out, err = command(monkeypatch, capsys, *words)
+        assert code == 0 and f"heard: random log-mel{'' if reason else '; cut-2, cut-0, cut-1'}\n" in out
+        assert err.count("\n") == bool(reason) and reason in err

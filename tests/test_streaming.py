@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from test_evaluate import command
 from torch import Tensor
 
 from asrkit.data.batches import evaluation_batches
-from asrkit.data.features import LOG_EPS, OnlineFbank, fbank
+from asrkit.data.features import LOG_EPS, OnlineFbank, OnlineResample, fbank, load_samples, resample
 from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import EncoderOutput, TorchAcousticModel
@@ -90,6 +91,34 @@ def test_features_online_are_those_of_the_whole(length: int, sizes: list[int], s
         assert sum(map(len, parts)) == max(0, (received - 280) // 160 + 1)
     parts.append(online.finish())
     torch.testing.assert_close(torch.cat(parts), fbank(samples), rtol=1e-4, atol=1e-4)
+
+
+@given(
+    st.sampled_from([8000, 11025, 16000, 22050, 44100, 48000, 96000]),
+    st.integers(1, 20000),
+    sizes_of_blocks,
+    st.integers(0, 10),
+)
+@settings(max_examples=60, deadline=None)
+def test_resampling_online_is_that_of_the_whole(rate: int, length: int, sizes: list[int], seed: int) -> None:
+    samples = torch.rand(length, generator=torch.Generator().manual_seed(seed)) - 0.5
+    online = OnlineResample(rate)
+    found = [online.accept(block) for block in blocks(samples, sizes)]
+    torch.testing.assert_close(torch.cat([*found, online.finish()]), resample(samples, rate), rtol=1e-5, atol=1e-6)
+
+
+def test_a_long_file_is_streamed_in_little_memory(tmp_path: Path) -> None:
+    samples = noise(np.random.default_rng(0), 60 * 44100)
+    soundfile.write(tmp_path / "stereo.flac", np.stack([samples, 0.5 * samples], axis=1), 44100)
+    whole = load_samples(tmp_path / "stereo.flac")
+    tracemalloc.start()
+    begin = 0
+    for block in file_blocks(tmp_path / "stereo.flac", paced=False):
+        torch.testing.assert_close(block, whole[begin : begin + len(block)], rtol=1e-5, atol=1e-6)
+        begin += len(block)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert begin == len(whole) and peak < 1e6 < 8 * len(samples)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7])
@@ -349,6 +378,22 @@ def test_standard_input_is_raw_pcm(points: Path, manifest: Path, tmp_path: Path)
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows[-1]["final"] and rows[-1]["text"] == evaluation.utterances[3].hyp
     assert {row["path"] for row in rows} == {"-"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"", "-: the audio is empty"),
+        (b"x", "-: the audio is empty"),
+        (b"RIFF\0\0\0\0WAVE", "-: begins with RIFF, so it is a file with a header"),
+        (b"fLaC\0\0\0\0", "-: begins with fLaC, so it is a file with a header"),
+    ],
+)
+def test_standard_input_that_is_not_raw_pcm(points: Path, sent: bytes, said: str) -> None:
+    process = start("transcribe", "--from", points, "--stream", "-", stdin=subprocess.PIPE)
+    out, err = process.communicate(sent, timeout=120)
+    assert process.returncode == 1 and out == b""
+    assert err.decode().startswith(f"error: {said}") and err.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("source", ["file", "pipe"])

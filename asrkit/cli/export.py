@@ -71,6 +71,7 @@ def export(
     """
     from asrkit.stages.export import export as run_export
 
+    directory = out.absolute()  # --out . is replaced, and then no path begins there
     exported = run_export(
         run,
         out,
@@ -97,13 +98,14 @@ def export(
             f"torch against {exported.format}: {difference.max:.1e} at most, {difference.mean:.1e} on average  {name}"
         )
     if report is not None:
-        measured = json.loads((out / "report.json").read_text())
+        measured = json.loads((directory / "report.json").read_text())
         for name, found in measured["systems"].items():
             typer.echo(
                 f"WER {100 * found['greedy']['wer']:.2f} % greedy, {100 * found['beam']['wer']:.2f} % beam  {name}"
             )
         speed = measured["speed"]
         typer.echo(f"real-time factor {speed['real_time_factor']:.4f}, {speed['peak_memory_mb']:.0f} MB, 1 thread")
+    typer.echo(f"heard: {'; '.join(exported.parity.heard)}")
     for method, heard in exported.parity.tokens.items():
         same = "all the same" if not heard.differing else f"{heard.differing} differ, tipped by rounded inputs"
         typer.echo(f"{heard.tokens} tokens by {method}, {same}")

@@ -82,6 +82,37 @@ def resample(samples: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:
     return get_or_create_resampler(rate, new_rate)(samples[None])[0]
 
 
+class OnlineResample:
+    """``resample`` to 16 kHz of a recording that comes in blocks: the same samples, each as soon as those it is made of are
+    there.
+
+    Of each ``old`` samples the resampler makes ``new``, from these and fewer than ``reach`` on either side; beyond the ends of
+    a recording it hears silence.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self.rate, common = rate, math.gcd(rate, SAMPLE_RATE)
+        self.old, self.new = rate // common, SAMPLE_RATE // common
+        # Its filter reaches over 6 samples of the lower rate, and a little more as it cuts off below half of that.
+        self.margin = 0 if rate == SAMPLE_RATE else math.ceil(8 / min(self.old, self.new))  # in groups of ``old``
+        self.reach = self.margin * self.old
+        self._samples = torch.zeros(self.reach)
+
+    def accept(self, samples: Tensor) -> Tensor:
+        """The next block (num_samples,) to the samples at 16 kHz it completes, perhaps none."""
+        self._samples = torch.cat([self._samples, samples])
+        groups = (len(self._samples) - 2 * self.reach) // self.old
+        if groups <= 0:
+            return torch.zeros(0)
+        found = resample(self._samples, self.rate)[self.margin * self.new :][: groups * self.new]
+        self._samples = self._samples[groups * self.old :]
+        return found
+
+    def finish(self) -> Tensor:
+        """The samples that reach over the recording's end."""
+        return resample(self._samples, self.rate)[self.margin * self.new :]
+
+
 def load_samples(path: Path) -> Tensor:
     """Read an audio file as (num_samples,) float32 mono at 16 kHz.
 

@@ -26,26 +26,15 @@ class ExportedAcousticModel:
     """The files of an exported directory as an ``AcousticModel``, in the context they are fixed to.
 
     The transducer's encoder and CTC are files of their own, each with the whole encoder; what no search asks for is not
-    computed: ``joiner_in`` is then (B, T', 0), or ``ctc_log_probs`` None.
-
-    Args:
-        transducer, ctc: which of the two there will be searches for.
+    computed: ``joiner_in`` is then (B, T', 0), or ``ctc_log_probs`` None. Those that are loaded are asked for.
     """
 
     blank = 0
 
-    def __init__(
-        self,
-        onnx: ExportedModel,
-        context: Context,
-        vocab_size: int,
-        context_size: int,
-        transducer: bool = True,
-        ctc: bool = True,
-    ) -> None:
+    def __init__(self, onnx: ExportedModel, context: Context, vocab_size: int, context_size: int) -> None:
         self.onnx, self.context = onnx, context
         self.vocab_size, self.context_size = vocab_size, context_size
-        self.encoders = [file for file, wanted in ((ENCODER, transducer), (CTC, ctc)) if wanted]
+        self.encoders = [file for file in (ENCODER, CTC) if file in onnx.programs]
 
     def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
         """See ``AcousticModel``; ``languages`` are not used, as the files hold one."""

@@ -7,7 +7,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asrkit.data.features import SAMPLE_RATE, load_samples
+from asrkit.data.features import SAMPLE_RATE, OnlineResample
+from asrkit.decoding.windows import mono_blocks
 from asrkit.errors import UserError
 
 BLOCK_SECONDS = 0.1
-BLOCK = round(BLOCK_SECONDS * SAMPLE_RATE)
 PCM_SCALE = 32768.0
+HEADERS = (b"RIFF", b"fLaC", b"OggS")
 
 
 def file_blocks(path: Path, paced: bool, stopped: Callable[[], bool] = lambda: False) -> Iterator[Tensor]:
-    """The samples of a file (num_samples,) at 16 kHz in blocks of 0.1 s, ``paced`` as a microphone would give them.
+    """The samples of a file (num_samples,) at 16 kHz in blocks of about 0.1 s, ``paced`` as a microphone would give them.
 
-    The whole file is in memory: 64 kB a second.
+    Blocks are read as they are asked for, so memory does not grow with the file.
 
     Args:
         stopped: asked before each block; the sound ends when it says so.
@@ -34,18 +35,24 @@ def file_blocks(path: Path, paced: bool, stopped: Callable[[], bool] = lambda: F
     Raises:
         UserError: missing, unreadable or empty file, or samples that are not numbers.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    samples = load_samples(path)
-    if not bool(samples.isfinite().all()):
-        raise UserError(f"{path}: holds samples that are not numbers")
-    began = time.monotonic()
-    for number, block in enumerate(samples.split(BLOCK)):
+    began, heard = time.monotonic(), 0
+    for block in filter(len, _resampled(mono_blocks(path, BLOCK_SECONDS))):
+        heard += len(block)
         if paced:
-            time.sleep(max(0.0, began + number * BLOCK_SECONDS + len(block) / SAMPLE_RATE - time.monotonic()))
+            time.sleep(max(0.0, began + heard / SAMPLE_RATE - time.monotonic()))
         if stopped():
             return
         yield block
+
+
+def _resampled(blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[Tensor]:
+    """Blocks of one recording, each with its rate, at 16 kHz."""
+    resampler = None
+    for samples, rate in blocks:
+        resampler = resampler or OnlineResample(rate)
+        yield resampler.accept(torch.from_numpy(samples))
+    if resampler is not None:
+        yield resampler.finish()
 
 
 def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> Iterator[Tensor]:
@@ -54,13 +61,24 @@ def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> 
     Args:
         descriptor: an open file's number; 0 is standard input.
         stopped: asked at least every 0.1 s; the sound ends when it says so. Half a sample at the end is dropped.
+
+    Raises:
+        UserError: there is no sample, or it is a file with a header.
     """
-    rest = b""
+    head = rest = b""
     while not stopped():
         if not select.select([descriptor], [], [], BLOCK_SECONDS)[0]:
             continue
         received = os.read(descriptor, 1 << 16)
+        head += received[: 4 - len(head)]
+        if head in HEADERS:
+            raise UserError(
+                f"-: begins with {head.decode()}, so it is a file with a header and not raw samples; give the file's name, or "
+                "pipe it through ffmpeg -i - -f s16le -ar 16000 -ac 1 -"
+            )
         if not received:
+            if len(head) < 2:
+                raise UserError("-: the audio is empty")
             return
         received = rest + received
         whole = len(received) // 2 * 2

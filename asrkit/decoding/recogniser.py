@@ -16,6 +16,7 @@ from asrkit.decoding.search import METHODS, Method
 from asrkit.decoding.streaming import StreamingModel
 from asrkit.errors import UserError
 from asrkit.export.directory import is_exported, open_exported
+from asrkit.export.graphs import CTC, FILES
 from asrkit.export.runtime import ExportedModel
 from asrkit.models import load_model
 from asrkit.models.asr import in_language
@@ -134,17 +135,16 @@ def _load_exported(
         hears = "is told no language" if exported.language is None else f"hears {exported.language} only"
         raise UserError(f"--language {language}: {path} {hears}; leave it out, or {again}")
     if not isinstance(context, Context):
-        context = (context or ContextChoice()).among([only], True, f"{path}: the exported model")
+        choice = context or ContextChoice()
+        if choice.streaming and not only.streaming:
+            raise UserError(f"{path}: is for whole recordings; leave --stream out, or export the run with --streaming")
+        context = choice.among([only], True, f"{path}: the exported model")
     if context != only:
         raise UserError(f"{path}: was exported in context {only}, not {context}; {again}")
-    model = ExportedAcousticModel(
-        ExportedModel(path, exported.state_size, exported.format),
-        only,
-        exported.vocab_size,
-        exported.context_size,
-        transducer=any(method != "ctc" for method in methods),
-        ctc="ctc" in methods,
-    )
+    transducer = any(method != "ctc" for method in methods)
+    files = [file for file in FILES if (file == CTC and "ctc" in methods) or (file != CTC and transducer)]
+    loaded = ExportedModel(path, exported.state_size, exported.format, files)
+    model = ExportedAcousticModel(loaded, only, exported.vocab_size, exported.context_size)
     tokenizer = _load_tokenizer(path / TOKENIZER, exported.vocab_size)
     cpu, digest = torch.device("cpu"), sha256_of(path / EXPORT)  # export.yaml has the digests of every file
     return Recogniser(model, tokenizer, digest, cpu, exported.configuration, only, language=exported.language)

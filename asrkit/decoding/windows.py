@@ -41,8 +41,8 @@ def quietest_point(samples: np.ndarray, rate: int) -> int:
     return first + quietest * hop + span * hop // 2
 
 
-def read_pieces(path: Path) -> Iterator[Piece]:
-    """Read any file soundfile can, downmixed and resampled, parted at pauses into at most ``MAX_SECONDS``.
+def mono_blocks(path: Path, seconds: float) -> Iterator[tuple[np.ndarray, int]]:
+    """Read any file soundfile can, downmixed, in blocks (num_samples,) float32 of ``seconds``, each with the file's rate.
 
     Raises:
         UserError: missing, unreadable or empty file, or samples that are not numbers.
@@ -50,25 +50,37 @@ def read_pieces(path: Path) -> Iterator[Piece]:
     import soundfile
 
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    done, waiting = 0, np.zeros(0, dtype=np.float32)
+        raise UserError(f"{path}: {'is a directory; give the files in it' if path.is_dir() else 'no such file'}")
+    done = 0
     try:
         with soundfile.SoundFile(str(path)) as file:
             rate = file.samplerate
-            limit = round(MAX_SECONDS * rate)
-            for block in file.blocks(blocksize=limit, dtype="float32", always_2d=True):
-                waiting = np.concatenate([waiting, block.mean(axis=1)])
-                if not np.isfinite(waiting).all():
+            for block in file.blocks(blocksize=max(1, round(seconds * rate)), dtype="float32", always_2d=True):
+                if not np.isfinite(block).all():
                     raise UserError(f"{path}: holds samples that are not numbers, after {done / rate:.0f} s")
-                while len(waiting) > limit:
-                    cut = quietest_point(waiting[:limit], rate)
-                    yield _piece(waiting[:cut], done, rate)
-                    done, waiting = done + cut, waiting[cut:]
+                done += len(block)
+                yield block.mean(axis=1), rate
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot read audio ({reason}); convert it to wav or flac") from error
-    if done + len(waiting) == 0:
+    if done == 0:
         raise UserError(f"{path}: the audio is empty")
+
+
+def read_pieces(path: Path) -> Iterator[Piece]:
+    """Read any file soundfile can, downmixed and resampled, parted at pauses into at most ``MAX_SECONDS``.
+
+    Raises:
+        UserError: missing, unreadable or empty file, or samples that are not numbers.
+    """
+    done, rate, waiting = 0, SAMPLE_RATE, np.zeros(0, dtype=np.float32)
+    for block, rate in mono_blocks(path, MAX_SECONDS):
+        waiting = np.concatenate([waiting, block])
+        limit = round(MAX_SECONDS * rate)
+        while len(waiting) > limit:
+            cut = quietest_point(waiting[:limit], rate)
+            yield _piece(waiting[:cut], done, rate)
+            done, waiting = done + cut, waiting[cut:]
     if len(waiting):
         yield _piece(waiting, done, rate)
 

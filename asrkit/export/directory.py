@@ -20,7 +20,7 @@ from asrkit.config import config, from_dict
 from asrkit.errors import UserError
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import EXPORT, atomic_write, read_yaml, sha256_of
+from asrkit.run_dir import EXPORT, read_yaml, sha256_of
 
 README, REPORT = "README.md", "report.json"
 Format = Literal["onnx", "torchscript"]
@@ -91,7 +91,8 @@ class Exported:
 
     context: full, or the chunk and left context every streaming file is fixed to. language: the one the files hear, of a model
     with languages. state_size: numbers in a stream's state, 0 where there is none. quantise: what made integers of float
-    weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head.
+    weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head. client: the
+    oldest sherpa-onnx that runs the files, where older ones run others.
     """
 
     format: Format = "onnx"
@@ -111,6 +112,7 @@ class Exported:
     files: dict[str, FileRecord]
     parts: dict[str, PartRecord]
     parity: ParityRecord
+    client: str | None = None
     run: RunRecord
     licence: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -149,12 +151,8 @@ def open_exported(path: Path) -> Exported:
     return exported
 
 
-def pack_directory(path: Path, pack: Path) -> None:
-    """Put an exported directory into an uncompressed tar file, under its own name; the same files give the same bytes.
-
-    Raises:
-        UserError: the file cannot be written; nothing is left of it.
-    """
+def pack_directory(path: Path, pack: Path, name: str) -> None:
+    """Put an exported directory into an uncompressed tar file, under ``name``; the same files give the same bytes."""
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = entry.mtime = 0
@@ -162,7 +160,7 @@ def pack_directory(path: Path, pack: Path) -> None:
         entry.mode = 0o755 if entry.isdir() else 0o644
         return entry
 
-    with atomic_write(pack) as temporary, tarfile.open(temporary, "w") as archive:
-        archive.add(path, path.name, recursive=False, filter=plain)
+    with tarfile.open(pack, "w") as archive:
+        archive.add(path, name, recursive=False, filter=plain)
         for file in sorted(path.iterdir()):
-            archive.add(file, f"{path.name}/{file.name}", filter=plain)
+            archive.add(file, f"{name}/{file.name}", filter=plain)

@@ -20,9 +20,14 @@ _HEAD = """\
 # Speech recogniser, configuration {configuration}
 
 {about}
-Input: mono audio of any rate, which the runtime brings to 16 kHz. Run the commands in this directory.
+{takes} Run the commands in this directory.
 
 """
+
+_SOUND = "Input: mono audio of any rate, which the runtime brings to 16 kHz."
+_FEATURES = """\
+Input: log-mel energies of mono audio at 16 kHz, a frame each 10 ms: those of Kaldi and kaldi-native-fbank with 80 bins,
+high_freq -400, snip_edges false, dither 0 and samples in [-1, 1]."""
 
 _CLIENT = """
     pip install sherpa-onnx soundfile
@@ -30,9 +35,34 @@ _CLIENT = """
 """
 
 _SCRIPT = """
-`encoder.pt`, `decoder.pt`, `joiner.pt` and `ctc.pt` are TorchScript for libtorch (`torch.jit.load`), with the inputs, outputs
-and states of the ONNX form. sherpa-onnx takes that form, which `asrkit export` writes without `--format`.
+The files are TorchScript for libtorch (`torch.jit.load`), float32 but where int64 is said. sherpa-onnx takes ONNX files, which
+`asrkit export` writes without `--format`. N recordings or streams of T frames; V is {vocab_size}. `y` holds the last tokens, at first
+-1 and then 0, the blank.
+
+| file | takes | gives |
+|---|---|---|
+{encoders}
+| `decoder.pt` | `y` (N, {context_size}) int64 | `decoder_out` (N, {joiner_dim}) |
+| `joiner.pt` | `encoder_out` (N, {joiner_dim}), `decoder_out` (N, {joiner_dim}) | `logit` (N, V) |
 """
+
+_SCRIPT_OFFLINE = """\
+| `encoder.pt` | `x` (N, T, 80), `x_lens` (N) int64 | `encoder_out` (N, T', {joiner_dim}), `encoder_out_lens` (N) int64 |
+| `ctc.pt` | `x` (N, T, 80), `x_lens` (N) int64 | `log_probs` (N, T', V), `log_probs_lens` (N) int64 |"""
+
+_SCRIPT_STREAMING = """\
+| `encoder.pt` | `x` (N, {window}, 80), {lstm} | `encoder_out` (N, {chunk}, {joiner_dim}), {lstm} |
+| `ctc.pt` | `x` (N, {window}, 80), {zipformer2} | `log_probs` (N, {chunk}, V), {zipformer2} |"""
+
+_STATES = """
+A chunk of {window} frames begins {advance} after the one before. States are zeros at first, then what the chunk before gave. At the
+end of the sound the last chunk is filled up with log(1e-10), and `c` or `val1` says how many of its {chunk} encoder frames are
+beyond the end.
+"""
+_LSTM = "`h` (1, N, {state_size}), `c` (1, N, 1)"
+_ZIPFORMER2 = """\
+`key` (1, N, {state_size}), `nonlin_attn` (1, N, 1, 3), `val1` (1, N, 1), `val2` (1, N, 1), `conv1` (N, 4, 1), `conv2` (N, 4, 1), \
+`embed` (N, 128, 3, 19), `processed_lens` (N) int64"""
 
 _OFFLINE = """\
 ## Transducer, a whole recording at once
@@ -182,13 +212,14 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
     about = f"Sub-models: {', '.join(exported.submodels) or 'none, the backbone alone'}. "
     about += f"Context: {exported.context}.\n" if context.streaming else "Context: full, not streaming.\n"
     about += f"Language: {exported.language}.\n" if exported.language else ""
-    text = _HEAD.format(card=_card(exported), configuration=exported.configuration, about=about)
+    takes = _SOUND if exported.format == "onnx" else _FEATURES
+    text = _HEAD.format(card=_card(exported), configuration=exported.configuration, about=about, takes=takes)
     if exported.format == "torchscript":
-        text += _SCRIPT
+        text += _script(exported)
     elif context.chunk is None:
-        text += _CLIENT + _OFFLINE
+        text += _client(exported) + _OFFLINE
     else:
-        text += _CLIENT + _STREAMING.format(
+        text += _client(exported) + _STREAMING.format(
             chunk_ms=40 * context.chunk,
             latency_ms=context.latency_ms,
             window=4 * context.chunk + LOOK_AHEAD,
@@ -204,6 +235,30 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
         parts=_PARTS.format(compression=exported.compression, rows="\n".join(parts)) if exported.parts else "",
         report="" if measured is None else _measured(measured, context),
         rights=rights,
+    )
+
+
+def _script(exported: Exported) -> str:
+    """What the TorchScript files take and give."""
+    sizes = {
+        "vocab_size": exported.vocab_size,
+        "context_size": exported.context_size,
+        "joiner_dim": exported.joiner_dim,
+    }
+    chunk, state_size = exported.parsed_context.chunk, exported.state_size
+    if chunk is None:
+        return _SCRIPT.format(encoders=_SCRIPT_OFFLINE.format(**sizes), **sizes)
+    sizes |= {"chunk": chunk, "advance": 4 * chunk, "window": 4 * chunk + LOOK_AHEAD}
+    states = {"lstm": _LSTM.format(state_size=state_size), "zipformer2": _ZIPFORMER2.format(state_size=state_size)}
+    return _SCRIPT.format(encoders=_SCRIPT_STREAMING.format(**sizes, **states), **sizes) + _STATES.format(**sizes)
+
+
+def _client(exported: Exported) -> str:
+    """How to install sherpa-onnx, and which."""
+    if exported.client is None:
+        return _CLIENT
+    return (
+        f"{_CLIENT}Weights of 2 bits need sherpa-onnx {exported.client} or newer; else export with `--dequantise`.\n\n"
     )
 
 

@@ -6,8 +6,7 @@ C context size, J joiner dim, V vocabulary, S numbers in a flat state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,25 @@ from torch import Tensor
 
 from asrkit.errors import UserError
 from asrkit.export.directory import SUFFIXES, Format
-from asrkit.export.graphs import DECODER, ENCODER, JOINER, zipformer2_states
+from asrkit.export.graphs import DECODER, ENCODER, FILES, JOINER, zipformer2_states
 from asrkit.export.onnx_file import require_onnx
 
 
 class ExportedModel:
-    """The files in ``path``; each is loaded when it is first needed.
+    """The ``files`` in ``path``, all loaded at once.
 
     ``encoder`` is a file: encoder, whose output is in joiner space (J), or ctc, whose output is log-probabilities (V).
 
-    Args:
-        threads: of each ONNX file; None takes as many as torch has, which TorchScript always does.
+    Raises:
+        UserError: this version of onnxruntime or torch cannot load a file, or onnxruntime is missing.
     """
 
-    def __init__(self, path: Path, state_size: int = 0, format: Format = "onnx", threads: int | None = None) -> None:
+    def __init__(self, path: Path, state_size: int = 0, format: Format = "onnx", files: Sequence[str] = FILES) -> None:
         if format == "onnx":
             require_onnx()
         self.path, self.state_size, self.format = path, state_size, format
-        self._program = cache(lambda file: self._open(path / f"{file}{SUFFIXES[format]}", threads))
+        open_file = _open_onnx if format == "onnx" else _open_script
+        self.programs = {file: open_file(path / f"{file}{SUFFIXES[format]}") for file in files}
 
     def encode(self, encoder: str, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Whole utterances: (N, T, 80), (N,) -> (N, T', J or V), (N,)."""
@@ -68,19 +68,18 @@ class ExportedModel:
 
     def _run(self, file: str, *tensors: Tensor) -> list[Tensor]:
         """By position, as the client passes them."""
-        return self._program(file)(*tensors)
+        return self.programs[file](*tensors)
 
-    def _open(self, path: Path, threads: int | None) -> Callable[..., list[Tensor]]:
-        if self.format == "torchscript":
-            return _open_script(path)
-        session = _open_session(path, threads or torch.get_num_threads())
-        names = [info.name for info in session.get_inputs()]
 
-        def run(*tensors: Tensor) -> list[Tensor]:
-            arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-            return [torch.from_numpy(array) for array in session.run(None, arrays)]
+def _open_onnx(path: Path) -> Callable[..., list[Tensor]]:
+    session = _open_session(path, torch.get_num_threads())
+    names = [info.name for info in session.get_inputs()]
 
-        return run
+    def run(*tensors: Tensor) -> list[Tensor]:
+        arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+    return run
 
 
 def _open_script(path: Path) -> Callable[..., list[Tensor]]:
@@ -90,7 +89,8 @@ def _open_script(path: Path) -> Callable[..., list[Tensor]]:
         raise UserError(f"{path}: torch {torch.__version__} cannot load it; export again with this torch") from error
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        with torch.no_grad():
+        # Optimised, the second call of each batch size takes seconds, and those after it are no faster.
+        with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[no-untyped-call]
             outputs = script(*tensors)
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from asrkit.config import to_dict
 from asrkit.data.batches import Batch, evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import open_cuts
+from asrkit.data.shar import shards_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice, listed, was_trained
@@ -79,6 +81,7 @@ from asrkit.run_dir import (
     WEIGHTS,
     RunDir,
     atomic_directory,
+    atomic_write,
     occupied,
     open_run,
     sha256_of,
@@ -88,6 +91,8 @@ from asrkit.run_dir import (
 OFFLINE_FRAMES = 400  # feature frames of the longest random utterance
 SEARCHES: tuple[Method, ...] = ("greedy", "ctc")
 MAX_CUTS, MAX_SECONDS = 4, 20.0  # recordings heard in the check
+LARGE_STATE = 500_000  # numbers; copying a million takes 5 ms
+TWO_BITS_CLIENT = "1.13.4"  # the oldest sherpa-onnx with MatMulNBits of 2 bits
 
 # How --quantise makes integers of a float model: ours, one setting each; `asrkit quantise` has all others.
 DIVISIBLE = LayerChoice(indivisible="skip")
@@ -130,7 +135,7 @@ def export(
         quantise: a key of QUANTISED, for a model whose weights are float.
         dequantise: integer weights become the float32 numbers they stand for, masks zeros in dense weights.
         report: cuts to measure the WER on: of the files, of the float model, and of each part quantised alone.
-        pack: a .tar of the directory, beside it.
+        pack: a .tar of the directory besides; there are both or neither.
         licence: of the model, for its card; an SPDX name.
         warn: is told where the model will run in a way it was not trained for, and what could not be checked.
 
@@ -143,7 +148,7 @@ def export(
     name = configuration or model.spec.configuration
     findings = [
         *occupied(out),
-        *_refusals(out, streaming or (chunk is None and left is None), dequantise, format, pack),
+        *_refusals(out, streaming or (chunk is None and left is None), quantise, dequantise, format, pack),
     ]
     if name not in model.spec.configurations:
         findings.append(f"{run_path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
@@ -177,6 +182,8 @@ def export(
             f"{run_path}: has layers with integer inputs, whose integer products are written as ONNX integers only; leave "
             "--format and --dequantise out"
         )
+    if dequantise and not layers:
+        raise UserError(f"--dequantise: configuration {name} of {run_path} is float32 without masks; leave it out")
     plain = scaled_back(model)
     written = {} if dense else layers
     for path in written:
@@ -186,7 +193,14 @@ def export(
     comment = f"configuration {name}, context {context}{spoken}, weights {weights_sha256}"
     planned = graphs(plain, name, context, comment)
     state_size = StateLayout(model, submodels, context.left).size if context.streaming else 0
-    with atomic_directory(out) as temporary:
+    if state_size > LARGE_STATE:
+        warn(
+            f"a stream's state has {state_size:,} numbers, and the runtime copies it at every chunk, which takes longer than "
+            f"need be above {LARGE_STATE:,}; a smaller --left or fewer sub-models make it smaller"
+        )
+    with atomic_directory(out) as temporary, nullcontext() if pack is None else atomic_write(pack) as packed:
+        if packed is not None:
+            packed.touch()  # that it cannot be written is found before the work
         names = [f"{graph.file}{SUFFIXES[format]}" for graph in planned]
         tensors: dict[str, dict[str, int]] = {}
         for file, graph in zip(names, planned, strict=True):
@@ -225,6 +239,7 @@ def export(
             },
             parts=_parts(model, tensors),
             parity=parity,
+            client=TWO_BITS_CLIENT if any(map(_multiplies_two_bits, written.values())) else None,
             run=RunRecord(path=str(run_path), weights_sha256=weights_sha256, lineage=run.lineage),
             licence=licence,
             versions=_versions(),
@@ -237,22 +252,29 @@ def export(
             (temporary / REPORT).write_text(json.dumps(measured, indent=2) + "\n")
         (temporary / README).write_text(describe(exported, measured), encoding="utf-8")
         (temporary / ".gitattributes").write_text(f"*{SUFFIXES[format]} filter=lfs diff=lfs merge=lfs -text\n")
-    if pack is not None:
-        pack_directory(out, pack)
+        if packed is not None:
+            pack_directory(temporary, packed, out.absolute().name)
     return exported
 
 
-def _refusals(out: Path, consistent: bool, dequantise: bool, format: Format, pack: Path | None) -> list[str]:
+def _refusals(
+    out: Path, consistent: bool, quantise: str | None, dequantise: bool, format: Format, pack: Path | None
+) -> list[str]:
     """What is wrong with the options themselves."""
     findings = []
     if not consistent:
         findings.append("--chunk and --left say how to stream; give --streaming too")
     if dequantise and format == "torchscript":
         findings.append("--dequantise: TorchScript is float32 anyway; leave it out")
+    elif (dequantise or format == "torchscript") and quantise and QUANTISED[quantise].activations is not None:
+        without = "--dequantise" if dequantise else "--format"
+        findings.append(
+            f"--quantise {quantise}: makes integer inputs, which are written as ONNX integers only; leave {without} out"
+        )
     if pack is not None:
         if pack.exists():
             findings.append(f"{pack}: exists; choose another --pack or remove it")
-        elif out.resolve() in pack.resolve().parents:
+        elif out.resolve() in (pack.resolve(), *pack.resolve().parents):
             findings.append(f"{pack}: lies in --out, which it is to hold; choose another --pack")
         elif any(parent.exists() and not parent.is_dir() for parent in pack.absolute().parents):
             findings.append(f"{pack}: leads through a file; choose another --pack")
@@ -266,6 +288,12 @@ def active_layers(model: AsrModel, submodels: Sequence[str]) -> dict[str, Compre
         for path, layer in compressed_layers(model).items()
         if not part_of(path).startswith("submodel ") or part_of(path).removeprefix("submodel ") in submodels
     }
+
+
+def _multiplies_two_bits(layer: CompressedLinear) -> bool:
+    """Whether the runtime multiplies a layer by MatMulNBits of 2 bits."""
+    weights, integer_inputs = layer.how.weights, layer.how.activations is not None
+    return weights is not None and weights.bits == 2 and not (integer_inputs and layer.multiplies_integers)
 
 
 def _said(layers: Mapping[str, CompressedLinear], untrained: bool, dense: bool) -> str:
@@ -425,14 +453,24 @@ def _context(
 
 
 def _recordings(run: RunDir, warn: Callable[[str], None]) -> Batch | None:
-    """A few short cuts of the first of the run's manifests that is still there."""
-    for path in map(Path, run.lineage[-1].get("manifests") or {}):
-        if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file():
-            try:
-                cuts = list(islice((cut for cut in open_cuts(path) if cut.duration < MAX_SECONDS), MAX_CUTS))
-                return next(evaluation_batches(cuts, MAX_CUTS * MAX_SECONDS), None)
-            except Exception as error:  # audio that has moved raises whatever its reader does
-                warn(f"{path}: its recordings are not heard in the parity check ({str(error).splitlines()[0]})")
+    """A few short cuts of the first manifest or Shar directory that is still there, of the last stages first."""
+    named = dict.fromkeys(Path(name) for entry in reversed(run.lineage) for name in entry.get("manifests") or {})
+    unread = []
+    for path in named:
+        if not shards_of(path) and not (path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file()):
+            continue
+        try:
+            cuts = list(islice((cut for cut in open_cuts(path) if cut.duration < MAX_SECONDS), MAX_CUTS))
+            if (batch := next(evaluation_batches(cuts, MAX_CUTS * MAX_SECONDS), None)) is not None:
+                return batch
+            unread.append(f"{path}: no cut is below {MAX_SECONDS:.0f} s")
+        except Exception as error:  # audio that has moved raises whatever its reader does
+            unread.append(f"{path}: {str(error).splitlines()[0]}")
+    reasons = "; ".join(unread) or "none of the manifests in its lineage is here"
+    warn(
+        f"{run.path}: the parity check hears no recordings, only random features ({reasons}); export from the folder the "
+        "lineage's paths begin in"
+    )
     return None
 
 

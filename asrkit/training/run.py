@@ -24,6 +24,7 @@ from asrkit.config import differences, digest
 from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, evaluation_batches
 from asrkit.data.checks import Finding, find_bad_cuts
 from asrkit.data.manifests import is_labelled, open_cuts
+from asrkit.data.shar import shards_of
 from asrkit.data.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.evaluation import measure_wer
@@ -361,13 +362,14 @@ def _clear(path: Path) -> None:
 
 
 def stage_entry(stage: str, config_sha256: str, inputs: dict[str, Path | None], command: str) -> dict[str, Any]:
-    """A stage's entry in the lineage, as far as it is known before the weights are."""
+    """A stage's entry in the lineage, as far as it is known before the weights are; a Shar directory has no digest."""
+    given = [file for file in inputs.values() if file is not None and (file.is_file() or shards_of(file))]
     return {
         "stage": stage,
         "command": command or " ".join(["asrkit", *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "config_sha256": config_sha256,
-        "manifests": {str(file): sha256_of(file) for file in inputs.values() if file is not None and file.is_file()},
+        "manifests": {str(file): sha256_of(file) if file.is_file() else None for file in given},
         "versions": _versions(),
     }
 
