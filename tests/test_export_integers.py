@@ -144,6 +144,55 @@ def test_the_runtime_computes_what_a_layer_does(
     assert counted <= stored <= counted + padding + 8  # a zero beside the kept weights, a byte begun
 
 
+@pytest.mark.parametrize(
+    ("how", "most"),
+    [
+        ({"weights": {"bits": 8}}, 1.0),
+        ({"weights": {"bits": 8, "scale": "block"}}, 3.0),
+        ({"weights": {"bits": 4}}, 0.0),
+        ({"weights": {"bits": 4, "scale": "block", "block_size": 32}, "mask": {"keep": 2, "group": 4}}, 0.9),
+        ({"weights": {"bits": 2}, "mask": {"keep": 2, "group": 4}}, 0.9),
+        ({"weights": {"bits": 4}, "mask": {"keep": 4, "group": 8}}, 2.0),
+        ({"weights": {"bits": 4}, "mask": {"sparsity": 0.5}}, 5.2),
+        ({"weights": {"bits": 8}, "activations": {"bits": 8}}, 0.25),
+        ({"weights": {"bits": 4}, "activations": {"bits": 8}}, 1.0),
+        ({"weights": {"bits": 8}, "activations": {"bits": 8}, "mask": {"keep": 2, "group": 4}}, 1.4),
+        ({"weights": {"bits": 8}, "mask": {"keep": 2, "group": 4}}, 2.2),
+        ({"mask": {"keep": 2, "group": 4}}, 2.7),
+        ({"mask": {"sparsity": 0.5}}, 5.8),
+    ],
+)
+def test_what_the_runtime_unfolds_when_it_loads_a_file(how: dict[str, Any], most: float, tmp_path: Path) -> None:
+    """The bytes of all constants that it computes, which it keeps until the last layer is done, over those of float32 weights;
+    and nothing of it is left to compute in each run."""
+    layer = make_layer(256, 512, how, 1)
+    model = onnx.load_from_string(layer_alone("layer", layer))
+    constant, unfolded = {tensor.name for tensor in model.graph.initializer}, []
+    for node in model.graph.node:
+        if set(node.input) <= constant:
+            constant |= set(node.output)
+            if not node.output[0].startswith(CONSTANT):  # those are shared by all layers
+                unfolded += node.output
+    # Unfolded once more, by themselves.
+    parts = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    types = {info.name: info.type for info in parts.graph.value_info}
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_value_info(name, types[name]) for name in unfolded)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    sizes = (
+        [array.nbytes for array in session.run(unfolded, {"x": np.zeros((1, 1, 256), np.float32)})] if unfolded else []
+    )
+    assert 0.8 * most <= sum(sizes) / (4 * layer.weight.numel()) <= most + 0.02
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(layer_alone("layer", layer), options, providers=["CPUExecutionProvider"])
+    loaded = onnx.load(tmp_path / "loaded.onnx").graph
+    constant = {tensor.name for tensor in loaded.initializer}
+    assert loaded.node and not any(set(node.input) <= constant for node in loaded.node)
+
+
 def test_blocks_the_runtime_cannot_have(run: Path, tmp_path: Path) -> None:
     layer = make_layer(24, 8, {"weights": {"bits": 4, "scale": "block", "block_size": 12}}, 1)
     with pytest.raises(UserError, match="layer: has a scale for each 12 inputs.*--dequantise"):
@@ -254,7 +303,7 @@ def test_sherpa_runs_integers_and_masks(
             kept = wanted if layer.how.mask is None else wanted[layer.mask.numpy()]
             found = digits(stored[f"{path}.codes"], layer.how.weights.bits)
             if layer.how.mask is not None:
-                found = found[1 : 1 + kept.size]  # after the zero of what is not kept
+                found = found[: kept.size]
             elif found.size != kept.size:  # rows filled up to whole blocks
                 found = found.reshape(len(wanted), -1)[:, : wanted.shape[1]]
             assert np.array_equal(found.reshape(-1), kept.reshape(-1)), path

@@ -3,11 +3,12 @@ with them what training did.
 
 A file holds a compressed layer in the bytes that ``asrkit info`` counts: codes packed at their bits, a scale for each output
 or block, a bit for each weight or block of a mask, and of masked weights only those that are kept. Operators on these
-constants unfold them, which onnxruntime does once, when it loads the file. What multiplies then:
+constants unfold them, which onnxruntime does once, when it loads the file. It keeps every result of theirs, of all layers,
+until the last layer is unfolded, so they are few and of narrow types. What multiplies then:
 
 - weights of 4 and 2 bits alone: ``com.microsoft.MatMulNBits``, in float32;
-- weights of 8 bits alone, and masked float weights: ``MatMul`` of what was unfolded (MatMulNBits of 8 bits is newer, and was
-  two to three times slower on chunks);
+- weights of 8 bits alone, and masked float weights: a product of float32 matrices, of codes with the scales after it
+  (MatMulNBits of 8 bits is newer, and was two to three times slower on chunks);
 - integer weights and inputs: ``MatMulInteger``, with int32 sums, of unsigned numbers with zero points (products of signed
   weights would overflow the 16-bit sums of processors without VNNI), and scales in training's order.
 
@@ -38,6 +39,7 @@ class Nodes:
     def __init__(self, path: str) -> None:
         self.path = path
         self.nodes: list[Any] = []
+        self.shared: dict[str, Any] = {}  # nodes that all layers have alike, by what they make
         self.tensors: dict[str, np.ndarray] = {}
 
     def tensor(self, name: str, values: Tensor | np.ndarray) -> str:
@@ -55,8 +57,20 @@ class Nodes:
         return self._constant(np.array(value, dtype=dtype))
 
     def _constant(self, array: np.ndarray) -> str:
-        name = f"{CONSTANT}{array.dtype} {array.tolist()}"
-        self.tensors[name] = array
+        return self.table(f"{array.dtype} {array.tolist()}", array)
+
+    def table(self, name: str, array: np.ndarray) -> str:
+        """A constant of the computation by a name that says what it holds."""
+        self.tensors[CONSTANT + name] = array
+        return CONSTANT + name
+
+    def filled(self, value: np.generic, *shape: int) -> str:
+        """A tensor of one value, made once for all layers that want it."""
+        from onnx import helper, numpy_helper
+
+        name = f"{CONSTANT}filled {value.dtype} {value} {shape}"
+        content = numpy_helper.from_array(np.array([value]))
+        self.shared[name] = helper.make_node("ConstantOfShape", [self.number(np.int64, *shape)], [name], value=content)
         return name
 
     def add(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
@@ -92,6 +106,7 @@ def write_layers(graph: Any, layers: Mapping[str, CompressedLinear]) -> None:
     from onnx import numpy_helper
 
     there = {tensor.name for tensor in graph.initializer}
+    shared: dict[str, Any] = {}
     for path, layer in layers.items():
         weight = f"{path}.weight"
         if weight not in there:  # it is in another file
@@ -110,6 +125,10 @@ def write_layers(graph: Any, layers: Mapping[str, CompressedLinear]) -> None:
         new = {name: array for name, array in nodes.tensors.items() if name not in there}
         graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in new.items())
         there |= set(new)
+        shared |= nodes.shared
+    around = [*shared.values(), *graph.node]
+    del graph.node[:]
+    graph.node.extend(around)
 
 
 def layer_constants(path: str, layer: CompressedLinear) -> dict[str, np.ndarray]:
@@ -137,7 +156,7 @@ def layer_alone(path: str, layer: CompressedLinear) -> bytes:
         nodes("Add", y, nodes.tensor("bias", layer.bias))
     nodes.nodes[-1].output[0] = "y"
     graph = helper.make_graph(
-        nodes.nodes,
+        [*nodes.shared.values(), *nodes.nodes],
         "layer",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, layer.in_features])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None, layer.out_features])],
@@ -156,8 +175,8 @@ def product(nodes: Nodes, layer: CompressedLinear, x: str) -> str:
     """
     how = layer.how
     if how.weights is None:
-        kept = _kept(nodes, layer, layer.weight.detach().numpy(), np.float32(0), "weight", 32)
-        return nodes("MatMul", x, nodes("Transpose", nodes.reshape(kept, *layer.weight.shape), perm=[1, 0]))
+        weights = _unfolded(nodes, layer, layer.weight.detach().numpy(), np.float32(0), "weight", 32)
+        return _float_product(nodes, x, weights)
     codes = layer.codes()
     if how.activations is not None:
         if layer.multiplies_integers:
@@ -165,19 +184,27 @@ def product(nodes: Nodes, layer: CompressedLinear, x: str) -> str:
         values, scale = _input_codes(nodes, x, how.activations)
         x = nodes("Mul", values, scale)
     if how.weights.bits == 8:
-        return nodes("MatMul", x, nodes("Transpose", _scaled_back(nodes, layer, codes), perm=[1, 0]))
+        return _eight_bits_product(nodes, layer, codes, x)
     return _n_bits_product(nodes, layer, codes, x, how.weights.bits)
 
 
-def _scaled_back(nodes: Nodes, layer: CompressedLinear, codes: Codes) -> str:
-    """Float weights (O, I) of codes of 8 bits."""
+def _float_product(nodes: Nodes, x: str, weights: str) -> str:
+    """x (..., I) times weights (O, I), which ``MatMul`` would want transposed: one more copy."""
+    return nodes("FusedMatMul", x, weights, domain=MICROSOFT, transB=1)
+
+
+def _eight_bits_product(nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str) -> str:
+    """Codes as float numbers, and scales after the product where there is one for each output."""
     outputs, inputs = codes.codes.shape
     trained = codes.scale.shape[1]
-    unsigned = (codes.codes.detach().numpy() + 128).astype(np.uint8)
-    flat = nodes.cast(_kept(nodes, layer, unsigned, np.uint8(128), "codes", 8), np.float32)
-    blocks = nodes.reshape(nodes("Sub", flat, nodes.number(np.float32, 128)), outputs, trained, inputs // trained)
-    scale = nodes.reshape(nodes.tensor("scale", codes.scale), -1, trained, 1)
-    return nodes.reshape(nodes("Mul", blocks, scale), outputs, inputs)
+    signed = codes.codes.detach().numpy().astype(np.int8)
+    if trained == 1:
+        numbers = nodes.cast(_unfolded(nodes, layer, signed, np.int8(0), "codes", 8), np.float32)
+        return nodes("Mul", _float_product(nodes, x, numbers), nodes.tensor("scale", codes.scale.view(-1)))
+    blocks = (outputs, trained, inputs // trained)
+    numbers = nodes.cast(_unfolded(nodes, layer, signed, np.int8(0), "codes", 8, blocks), np.float32)
+    scaled = nodes("Mul", numbers, nodes.tensor("scale", codes.scale.unsqueeze(-1)))
+    return _float_product(nodes, x, nodes.reshape(scaled, outputs, inputs))
 
 
 def _n_bits_product(nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str, bits: int) -> str:
@@ -198,13 +225,11 @@ def _n_bits_product(nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str,
         whole = np.pad(unsigned, ((0, 0), (0, count * block - inputs)))
         packed = nodes.tensor("codes", _pack(whole, bits).reshape(outputs, count, block // per_byte))
     else:
-        packed = nodes.reshape(_kept(nodes, layer, unsigned, np.uint8(middle), "codes", bits), outputs, inputs)
-        if missing := count * block - inputs:
+        packed = _packed(nodes, layer, unsigned, bits)
+        if missing := (count * block - inputs) // per_byte:
+            packed = nodes.reshape(packed, outputs, -1)
             packed = nodes("Concat", packed, nodes.expand(nodes.number(np.uint8, 0), outputs, missing), axis=1)
-        digits = nodes.reshape(nodes.cast(packed, np.int32), outputs, count, block // per_byte, per_byte)
-        places = nodes.number(np.int32, *(2 ** (bits * place) for place in range(per_byte)))
-        total = nodes("ReduceSum", nodes("Mul", digits, places), nodes.number(np.int64, 3), keepdims=0)
-        packed = nodes.cast(total, np.uint8)
+        packed = nodes.reshape(packed, outputs, count, block // per_byte)
 
     def per_block(value: str) -> str:
         if (outputs, count) == codes.scale.shape:
@@ -220,15 +245,60 @@ def _n_bits_product(nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str,
     return nodes("MatMulNBits", *operands, domain=MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=block)
 
 
+def _packed(nodes: Nodes, layer: CompressedLinear, unsigned: np.ndarray, bits: int) -> str:
+    """The bytes of masked codes (O, I) of 4 or 2 bits, with a zero for each that is not kept; rows end with a byte."""
+    assert layer.how.mask is not None
+    (outputs, inputs), per_byte, middle = unsigned.shape, 8 // bits, 2 ** (bits - 1)
+    kept = layer.mask.numpy()
+    keep = int(kept.reshape(-1)[:4].sum())
+    if keep * bits not in (2, 4, 8) or not _has_groups(layer, 4):
+        missing = -inputs % per_byte
+        shape = (outputs, inputs) if missing else (outputs * inputs // per_byte, per_byte)
+        dense = _unfolded(nodes, layer, unsigned, np.uint8(middle), "codes", bits, shape)
+        if missing:
+            dense = nodes("Concat", dense, nodes.expand(nodes.number(np.uint8, 0), outputs, missing), axis=1)
+            dense = nodes.reshape(dense, -1, per_byte)
+        one, none = nodes.scalar(np.float32, 1), nodes.scalar(np.uint8, 0)
+        places = nodes.table(f"places of {bits} bits", _powers(bits, per_byte).astype(np.uint8)[:, None])
+        return nodes("QLinearMatMul", dense, one, none, places, one, none, one, none)
+    # A mask's four bits and the codes of what it keeps are together the line of a table where the four weights stand.
+    flags = (kept.reshape(-1, 4) * _powers(1, 4)).sum(1)
+    numbers = (unsigned[kept].reshape(-1, keep) * _powers(bits, keep)).sum(1).astype(np.uint8)
+    columns = (len(flags), 1)
+    pairs = nodes(
+        "Concat",
+        _unpacked(nodes, "mask", flags, 4, columns),
+        _unpacked(nodes, "codes", numbers, keep * bits, columns),
+        axis=1,
+    )
+    lines = nodes("MatMulInteger", pairs, nodes.table("places of groups", np.array([[1], [16]], dtype=np.uint8)))
+    return nodes("Gather", nodes.table(f"{keep} of 4, {bits} bits", _group_table(keep, bits)), lines)
+
+
+def _group_table(keep: int, bits: int) -> np.ndarray:
+    """(2^(4 + keep b), b / 2): the bytes of four codes of which a mask, the lowest bits of the line's number, keeps some."""
+    number = np.arange(2 ** (4 + keep * bits))
+    flags = (number[:, None] >> np.arange(4)) & 1
+    place = np.minimum(flags.cumsum(1) - flags, keep - 1)  # of a kept weight among those kept
+    codes = (number[:, None] >> (4 + bits * place)) & (2**bits - 1)
+    return _pack(np.where(flags == 1, codes, 2 ** (bits - 1)), bits).reshape(len(number), -1)
+
+
+def _has_groups(layer: CompressedLinear, size: int) -> bool:
+    """Whether the mask falls into ``size`` weights in a row that keep as many each, as N:M masks do."""
+    if layer.how.mask is None or layer.how.mask.keep is None or layer.mask.numel() % size:
+        return False
+    counts = layer.mask.view(-1, size).sum(1)
+    return bool((counts == counts[0]).all())
+
+
 def _integer_product(
     nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str, bits: int, how: ActivationQuantisation
 ) -> str:
     """(q_x q_w) s_x s_w, as ``_NativeProduct`` has it."""
-    outputs, inputs = codes.codes.shape
     middle = 2 ** (bits - 1)
     unsigned = (codes.codes.detach().numpy() + middle).astype(np.uint8)
-    flat = _kept(nodes, layer, unsigned, np.uint8(middle), "codes", bits)
-    weights = nodes("Transpose", nodes.reshape(flat, outputs, inputs), perm=[1, 0])
+    weights = nodes("Transpose", _unfolded(nodes, layer, unsigned, np.uint8(middle), "codes", bits), perm=[1, 0])
     if how.scale == "onnx":
         quantised, scale, zero_point = nodes.add("DynamicQuantizeLinear", x, outputs=3)
     else:
@@ -259,40 +329,65 @@ def _input_codes(nodes: Nodes, x: str, how: ActivationQuantisation) -> tuple[str
     return nodes("Clip", rounded, nodes.scalar(np.float32, -largest), nodes.scalar(np.float32, largest)), scale
 
 
-def _kept(nodes: Nodes, layer: CompressedLinear, values: np.ndarray, zero: Any, name: str, bits: int) -> str:
-    """``values`` (O, I) stored at their bits and unfolded to (O I,); of masked ones what is kept, ``zero`` elsewhere."""
-    mask = layer.how.mask
+def _unfolded(
+    nodes: Nodes,
+    layer: CompressedLinear,
+    values: np.ndarray,
+    zero: np.generic,
+    name: str,
+    bits: int,
+    shape: tuple[int, ...] | None = None,
+) -> str:
+    """``values`` (O, I) stored at their bits and unfolded to ``shape``; of masked ones what is kept, ``zero`` elsewhere."""
+    mask, shape = layer.how.mask, shape or values.shape
     if mask is None:
-        return _unpacked(nodes, name, values.reshape(-1), bits)
+        return _unpacked(nodes, name, values, bits, shape)
     kept = layer.mask.numpy()
-    (outputs, inputs), (rows, columns) = kept.shape, mask.block
-    stored = _unpacked(nodes, name, np.concatenate([[zero], values[kept]]).astype(values.dtype), bits)
-    flags = _unpacked(nodes, "mask", kept[::rows, ::columns].reshape(-1).astype(np.uint8), 1)
-    if mask.block != (1, 1):
-        shape = (outputs // rows, rows, inputs // columns, columns)
-        flags = nodes.expand(nodes.reshape(flags, shape[0], 1, shape[2], 1), *shape)
-    flags = nodes.cast(nodes.reshape(flags, -1), np.int32)
-    # The k-th kept weight stands at place k; all others read place 0.
+    if _has_groups(layer, 8):  # each byte of the mask says where its weights go, of which there are as many for all
+        lines, count = kept.size // 8, int(kept.reshape(-1)[:8].sum())
+        first = np.argsort((~np.arange(256)[:, None] >> np.arange(8)) & 1, axis=1, kind="stable")[:, :count]
+        flags = nodes.cast(nodes.tensor("mask", _pack(kept, 1)), np.int32)
+        places = nodes("Gather", nodes.table(f"places of {count} of 8", first.astype(np.int32)), flags)
+        stored = _unpacked(nodes, name, values[kept], bits, (lines, count))
+        return nodes.reshape(nodes("ScatterElements", nodes.filled(zero, lines, 8), places, stored, axis=1), *shape)
+    stored = _unpacked(nodes, name, np.append(zero, values[kept]).astype(values.dtype), bits, (-1,))
+    flags = nodes.cast(_flags(nodes, kept, mask.block), np.int32)
+    # The k-th kept weight stands at place k; all others read place 0. (What has no size before it is computed, such as the
+    # places that are not zero, newer runtimes would compute anew in every run.)
     places = nodes("Mul", nodes("CumSum", flags, nodes.scalar(np.int64, 0)), flags)
-    return nodes("Gather", stored, places)
+    return nodes.reshape(nodes("Gather", stored, places), *shape)
 
 
-def _unpacked(nodes: Nodes, name: str, values: np.ndarray, bits: int) -> str:
-    """``values`` (count,) as they are, or whole numbers stored at 1, 2 or 4 bits, unfolded to uint8."""
+def _flags(nodes: Nodes, kept: np.ndarray, block: tuple[int, int]) -> str:
+    """A mask (O, I), a bit of it stored for each block, unfolded to uint8 (O I,)."""
+    (outputs, inputs), (rows, columns) = kept.shape, block
+    if block == (1, 1):
+        return _unpacked(nodes, "mask", kept, 1, (kept.size,))
+    flags = _unpacked(nodes, "mask", kept[::rows, ::columns], 1, (outputs // rows, 1, inputs // columns, 1))
+    return nodes.reshape(nodes.expand(flags, outputs // rows, rows, inputs // columns, columns), kept.size)
+
+
+def _unpacked(nodes: Nodes, name: str, values: np.ndarray, bits: int, shape: tuple[int, ...]) -> str:
+    """``values`` as they are, or whole numbers stored at 1, 2 or 4 bits and unfolded to uint8, in ``shape``."""
     if bits >= 8:
-        return nodes.tensor(name, values)
+        return nodes.tensor(name, values.reshape(shape))
     per_byte = 8 // bits
     packed = nodes.tensor(name, _pack(values, bits).reshape(-1, 1))
     shifts = nodes.number(np.uint8, *(bits * place for place in range(per_byte)))
     digits = nodes("Mod", nodes("BitShift", packed, shifts, direction="RIGHT"), nodes.number(np.uint8, 2**bits))
-    flat = nodes.reshape(digits, -1)
-    if len(values) % per_byte == 0:
-        return flat
-    return nodes("Slice", flat, nodes.number(np.int64, 0), nodes.number(np.int64, len(values)))
+    if values.size % per_byte:
+        digits = nodes.reshape(digits, -1)
+        digits = nodes("Slice", digits, nodes.number(np.int64, 0), nodes.number(np.int64, values.size))
+    return nodes.reshape(digits, *shape)
+
+
+def _powers(bits: int, count: int) -> np.ndarray:
+    """What the lowest bit is worth of each of ``count`` numbers of ``bits`` bits that stand together."""
+    return 2 ** (bits * np.arange(count))
 
 
 def _pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 numbers of few bits, in order, to bytes, the lowest bits first."""
+    """Whole numbers of few bits, in order, to bytes, the lowest bits first."""
     per_byte = 8 // bits
     padded = np.pad(values.reshape(-1), (0, -values.size % per_byte)).reshape(-1, per_byte)
-    return (padded.astype(np.uint16) << (bits * np.arange(per_byte, dtype=np.uint16))).sum(1).astype(np.uint8)
+    return (padded * _powers(bits, per_byte)).sum(1).astype(np.uint8)
