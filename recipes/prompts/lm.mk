@@ -8,7 +8,7 @@ ALIGNED := $(LM)/aligned
 UNITS := bpe phone senone
 LM_SYSTEMS := none $(UNITS) all
 ALIGN = $(ASRKIT) align --from $(RUN) $(UNITS:%=--unit %) --language en --set bad_cuts=skip
-LM_STEPS ?= 400
+LM_STEPS ?= 800
 # What is taught, how long, and where it goes.
 LEARNER := $(RUN)
 LESSONS := --config modular.yaml --set training.steps=250 --set training.evaluate_every=250
@@ -39,8 +39,16 @@ $(ALIGNED)/dev.jsonl.gz: | $(ALIGNED)/spoken.jsonl.gz
 $(LM)/lm-bpe/done: LM_UNIT := --unit bpe --tokenizer $(RUN)/tokenizer.model
 $(LM)/lm-phone/done: LM_UNIT := --unit phone --language en
 $(LM)/lm-senone/done: LM_UNIT := --unit senone --language en --senones $(ALIGNED)/spoken.senones.yaml
-$(UNITS:%=$(LM)/lm-%/done): | $(ALIGNED)/spoken.jsonl.gz
-	$(ASRKIT) train-lm --text $(DATA)/fortunes-en.txt $(LM_UNIT) --set training.steps=$(LM_STEPS) --set bad_lines=skip --seed $(SEED) --out $(@D)
+# What the language models read: fortunes, what is spoken of them, and ten times the prompts' own words.
+$(LM)/corpus.txt: | $(ALIGNED)/spoken.jsonl.gz
+	cp $(DATA)/fortunes-en.txt $@.part
+	for manifest in $(SPOKEN) $(foreach time,0 1 2 3 4 5 6 7 8 9,$(PROMPTS)); do gzip -dc $$manifest/train.jsonl.gz; done \
+	    | $(PYTHON) -c 'import json, sys; [print(json.loads(line)["supervisions"][0]["text"]) for line in sys.stdin]' >> $@.part
+	mv $@.part $@
+
+LM_TRAINING := --set training.steps=$(LM_STEPS) --set training.optimiser.learning_rate=3e-3 --set training.optimiser.warm_up_steps=100
+$(UNITS:%=$(LM)/lm-%/done): | $(LM)/corpus.txt
+	$(ASRKIT) train-lm --text $(LM)/corpus.txt $(LM_UNIT) $(LM_TRAINING) --set bad_lines=skip --seed $(SEED) --out $(@D)
 
 $(LEARNT)/none/done: HEADS := --lm senone=$(LM)/lm-senone --lambda 1
 $(LEARNT)/senone/done: HEADS := --lm senone=$(LM)/lm-senone --lambda 0.9
