@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from asrkit.config import from_dict
 from asrkit.decoding.acoustic import encode_by_chunks
 from asrkit.models import AsrModel, ModelSpec
+from asrkit.models.compress import compress, compressed_layers, linear_layers
 from asrkit.models.encoder import Caches, join_streams
+from asrkit.nn.compression import Compression, find_mask
 from asrkit.nn.conformer import BackboneBlock, Branch, DepthwiseConv, LayerNorm, subsampled_lens
 from asrkit.nn.context import FULL, Context, parse_context, visible
 from asrkit.nn.submodels import Adapter, Attention
@@ -134,6 +136,35 @@ def test_chunk_by_chunk_is_the_masked_parallel_pass(case: Case, context: Context
     assert together_lens.tolist() == piece_lens.tolist() == [max(0, (length - 3) // 4) for length in lens]
     assert bool(valid(together, together_lens).isfinite().all())
     assert_same_frames(pieces, together, together_lens)
+
+
+COMPRESSIONS: list[dict[str, Any]] = [
+    *({"weights": {"bits": bits}} for bits in (8, 4, 2)),
+    {"weights": {"bits": 2, "symmetric": False}},
+    {"weights": {"bits": 4, "scale_gradient": True}},
+    {"mask": {"keep": 2, "group": 4, "pad": True}},
+    {"mask": {"keep": 2, "group": 4, "pad": True}, "weights": {"bits": 4}},
+    {"mask": {"sparsity": 0.5}, "weights": {"bits": 8}},
+]
+
+
+@some
+@given(cases(), contexts, st.sampled_from(COMPRESSIONS), st.lists(st.integers(1, 90), min_size=1, max_size=2))
+def test_integers_and_masks_stream_as_they_are_trained(
+    case: Case, context: Context, how: dict[str, Any], lens: list[int]
+) -> None:
+    model = case.model()
+    compress(model.encoder, dict.fromkeys(linear_layers(model.encoder), from_dict(Compression, how, "case")))
+    for layer in compressed_layers(model.encoder.double()).values():
+        if layer.how.mask is not None:
+            layer.mask.copy_(find_mask(layer.weight.detach().abs(), layer.how.mask))
+    features, feature_lens = case.features(*lens)
+    with torch.no_grad():
+        plain, _ = case.model().encode(features, feature_lens, "chosen", context)
+        together, together_lens = model.encode(features, feature_lens, "chosen", context)
+        pieces, _ = encode_by_chunks(model, features, feature_lens, "chosen", context)
+    assert_same_frames(pieces, together, together_lens)
+    assert not len(valid(together, together_lens)) or not torch.equal(together, plain)
 
 
 @some
