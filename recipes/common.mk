@@ -13,9 +13,11 @@ BIN := $(patsubst ./,,$(filter-out ./,$(dir $(ASRKIT))))
 PYTHON := $(BIN)python
 LHOTSE := $(BIN)lhotse
 # Processes of data-parallel training, one a GPU. (torch 1.13's torchrun does not start on Python 3.11 without --redirects
-# and --tee: the enum behind their default has lost its 0.)
+# and --tee: the enum behind their default has lost its 0; and its --standalone takes one port for all, so that two trainings
+# at once meet in it. These options take a free one.)
 NPROC ?= 1
-TRAINER := $(if $(filter 1,$(NPROC)),$(ASRKIT),$(BIN)torchrun --standalone --nproc_per_node $(NPROC) --redirects 1 --tee 1 -m asrkit)
+TORCHRUN := $(BIN)torchrun --rdzv_backend c10d --rdzv_endpoint localhost:0 --nproc_per_node $(NPROC) --redirects 1 --tee 1
+TRAINER := $(if $(filter 1,$(NPROC)),$(ASRKIT),$(TORCHRUN) -m asrkit)
 TRAIN := $(TRAINER) train-backbone
 # Recordings are read from, and manifests and runs written to, these folders of the recipe.
 DATA ?= data

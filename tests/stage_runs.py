@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 # Two processes of one machine. (torch 1.13's torchrun does not start on Python 3.11 without --redirects and --tee.)
+# Two processes, as recipes/common.mk starts them.
 TWO = [
-    sys.executable,
-    *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--redirects", "1", "--tee", "1"],
+    *[sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"],
+    *["--nproc_per_node", "2", "--redirects", "1", "--tee", "1"],
 ]
 QUICK = [
     "data.num_workers=0", "data.num_buckets=1", "training.log_every=2", "training.evaluate_every=4",

@@ -18,6 +18,7 @@ import torch
 import yaml
 from lhotse import CutSet
 from safetensors.torch import load_file
+from stage_runs import TWO
 from tones import make_corpus
 
 from asrkit.cli import main
@@ -38,12 +39,6 @@ QUICK = [
 ]  # fmt: skip
 SHAPE = ["model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=48"]
 SMALLER = ["model.size=tiny", "model.num_layers=1", "model.dim=16", "model.feedforward_dim=24", "model.joiner_dim=24"]
-
-# torch 1.13 wants --redirects and --tee on Python 3.11.
-TORCHRUN = [
-    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--redirects", "1", "--tee", "1",
-    "-m", "asrkit",
-]  # fmt: skip
 
 
 def asrkit(*words: object, code: int = 0) -> str:
@@ -202,7 +197,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(corpus: Path, teacher: Path
 def test_two_processes_equal_one_with_two_parts(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     common = ["distill", "--teacher", teacher, "--manifest", corpus / "train.jsonl.gz", "--max-duration", "10"]
     still = ("training.steps=2", "model.dropout=0", "model.predictor_dropout=0", *SMALLER)
-    words = [*TORCHRUN, *common, "--out", tmp_path / "two", *sets(*still)]
+    words = [*TWO, "-m", "asrkit", *common, "--out", tmp_path / "two", *sets(*still)]
     subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300)
     asrkit(*common, "--out", tmp_path / "one", *sets(*still, "training.accumulate=2"))
     one, two = (open_run(tmp_path / name).weights() for name in ("one", "two"))
@@ -350,7 +345,7 @@ def test_posteriors_are_kept_and_the_teachers_run_once(
 
 
 def test_two_processes_share_the_listening(corpus: Path, teacher: Path, tmp_path: Path) -> None:
-    words = [*TORCHRUN, "distill", "--teacher", teacher, "--manifest", corpus / "train.jsonl.gz", "--max-duration", "10",
+    words = [*TWO, "-m", "asrkit", "distill", "--teacher", teacher, "--manifest", corpus / "train.jsonl.gz", "--max-duration", "10",
              "--store", tmp_path / "store", "--out", tmp_path / "two", *sets("training.steps=1", *SMALLER)]  # fmt: skip
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

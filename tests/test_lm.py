@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_runs import asrkit, sets
+from stage_runs import TWO, launched
 
 from asrkit.config import from_dict
 from asrkit.data.tokenizer import Tokenizer
@@ -175,23 +175,7 @@ def test_two_processes_train_the_same_model(text: Path, tmp_path: Path) -> None:
     """A step's sentences are shared out, as among the parts of one process."""
     words = ["train-lm", "--text", text, *sets(*SMALL, "training.steps=6", "model.dropout=0", "max_symbols=100")]
     asrkit(*words, "--out", tmp_path / "one", *sets("training.accumulate=2"))
-    launch = [
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--redirects",
-        "1",
-        "--tee",
-        "1",
-        "--standalone",
-        "-m",
-        "asrkit",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *map(str, words), "--out", str(tmp_path / "two"), "--device", "cpu"],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    launched([*TWO, "-m", "asrkit"], *words, "--out", tmp_path / "two", "--device", "cpu")
     one, two = (open_run(tmp_path / name).weights() for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-5)

@@ -154,7 +154,8 @@ def test_librispeech_parts_sizes_and_processes_are_choices(recipe: Path) -> None
     assert "train-other-500" not in planned
     train = next(line for line in planned.splitlines() if "train-backbone" in line)
     assert train.startswith(
-        "/opt/bin/torchrun --standalone --nproc_per_node 8 --redirects 1 --tee 1 -m asrkit train-backbone"
+        "/opt/bin/torchrun --rdzv_backend c10d --rdzv_endpoint localhost:0 --nproc_per_node 8 --redirects 1 --tee 1 "
+        "-m asrkit train-backbone"
     )
     assert "--manifest data/train-clean-100.jsonl.gz --dev data/dev-clean+dev-other.jsonl.gz" in train
     assert "--config small.yaml --out exp/small" in train
