@@ -19,7 +19,8 @@ from stage_runs import TWO
 from tones import make_corpus
 
 from asrkit.errors import UserError
-from asrkit.run_dir import open_run
+from asrkit.models import load_model
+from asrkit.run_dir import LINEAGE, MODEL, open_run, sha256_of, write_yaml
 
 TINY = [
     "model.size=tiny", "model.dim=16", "model.num_layers=1", "model.feedforward_dim=16", "model.predictor_dim=16",
@@ -226,6 +227,19 @@ def test_a_damaged_checkpoint_is_refused(uninterrupted: Path, tmp_path: Path) ->
     (copy / "model.yaml").unlink()
     with pytest.raises(UserError, match=re.escape("model.yaml")):
         open_run(copy)
+
+
+def test_a_model_of_another_version_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    found = open_run(copy)
+    write_yaml(copy / MODEL, {**found.model_spec, "configurations": {"backbone": []}})
+    lineage = [*found.lineage[:-1], {**found.lineage[-1], "model_spec_sha256": sha256_of(copy / MODEL)}]
+    write_yaml(copy / LINEAGE, lineage)
+    with pytest.raises(UserError, match="another version of asrkit made it .model.yaml: configurations.backbone"):
+        load_model(open_run(copy))
 
 
 def test_a_truncated_state_is_refused(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:

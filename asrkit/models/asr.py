@@ -210,11 +210,17 @@ def spec_of(run: RunDir) -> ModelSpec:
     """The spec of a run directory's recogniser.
 
     Raises:
-        UserError: the run is of another kind, or model.yaml is damaged.
+        UserError: the run is of another kind, or of another version of asrkit.
     """
     if is_language_model(run):
         raise UserError(f"{run.path}: is a language model of train-lm, not a recogniser")
-    return from_dict(ModelSpec, run.model_spec, str(run.path / MODEL))
+    try:
+        return from_dict(ModelSpec, run.model_spec, MODEL)
+    except UserError as error:  # its digest is right, so it was written like this
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{run.path}: another version of asrkit made it ({reason}); train again, or use that version"
+        ) from None
 
 
 def load_model(run: RunDir) -> AsrModel:
