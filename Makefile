@@ -24,7 +24,7 @@ setup: $(VENV)/.stamp ## install the environment in .venv-$(ENV), without root
 $(VENV)/.stamp: requirements/$(ENV).txt requirements/k2-wheel.txt pyproject.toml scripts/setup.sh
 	@scripts/setup.sh $(ENV)
 
-test: setup ## run every test (TESTS=tests/test_x.py for some)
+test: setup ## run every test (TESTS=tests/test_config.py for some)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(TESTS)
 
 lint: setup ## check style, formatting and types
@@ -36,7 +36,7 @@ format: setup ## format the code and apply safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-demo: setup ## from real speech to a measured recogniser
+demo: setup ## from real speech to a measured recognizer
 	$(MAKE) -C recipes/prompts ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit
 
 smoke: setup ## the demo's chain in a minute, on a sliver of the data

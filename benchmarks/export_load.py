@@ -57,16 +57,16 @@ def measure(path: Path | None = None) -> dict[str, float]:
         return {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     began = time.process_time()
     files = {name: str(path / f"{name}.onnx") for name in ("encoder", "decoder", "joiner")}
-    recogniser = sherpa_onnx.OfflineRecognizer.from_transducer(**files, tokens=str(path / "tokens.txt"), num_threads=1)
+    recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(**files, tokens=str(path / "tokens.txt"), num_threads=1)
     load = time.process_time() - began
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     noise = 0.05 * np.random.default_rng(1).standard_normal(5 * 16000).astype(np.float32)
 
     def decode(samples: np.ndarray) -> float:
-        stream = recogniser.create_stream()
+        stream = recognizer.create_stream()
         stream.accept_waveform(16000, samples)
         began = time.process_time()
-        recogniser.decode_stream(stream)
+        recognizer.decode_stream(stream)
         return time.process_time() - began
 
     decode(noise)

@@ -26,7 +26,7 @@ SYSTEMS = ("torch", "float32", "int8", "int4", "dynamic")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="run", type=Path, help="a run directory instead of --size")
-    parser.add_argument("--configuration", help="of --from")
+    parser.add_argument("--variant", help="of --from")
     parser.add_argument("--size", action="append", choices=("tiny", "small", "medium", "large"), help="default: small")
     parser.add_argument("--system", action="append", choices=SYSTEMS, help="default: all")
     parser.add_argument("--threads", action="append", type=int, help="default: 1 and 2")
@@ -46,15 +46,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = options.run or make_run(Path(folder) / "run", size)
             name = run.name if options.run else size
-            configurations = [options.configuration] if options.run else ["backbone", "near"]
-            for configuration in configurations:
-                compare(options, f"{name} {configuration or ''}", run, configuration, Path(folder))
+            variants = [options.variant] if options.run else ["backbone", "near"]
+            for variant in variants:
+                compare(options, f"{name} {variant or ''}", run, variant, Path(folder))
         if options.run:
             break
 
 
-def compare(options: argparse.Namespace, name: str, run: Path, configuration: str | None, folder: Path) -> None:
-    """Measure one configuration in every form and print a line for each."""
+def compare(options: argparse.Namespace, name: str, run: Path, variant: str | None, folder: Path) -> None:
+    """Measure one variant in every form and print a line for each."""
     from asrkit.decoding.speed import Speed, measure_speed
     from asrkit.nn.context import FULL, Context
     from asrkit.stages.export import export
@@ -62,22 +62,22 @@ def compare(options: argparse.Namespace, name: str, run: Path, configuration: st
     for form, context in (("offline", FULL), ("streaming", Context(CHUNK, LEFT))):
         places = {}
         for system in options.system or SYSTEMS:
-            places[system] = run if system == "torch" else folder / f"{form}-{configuration}-{system}"
+            places[system] = run if system == "torch" else folder / f"{form}-{variant}-{system}"
             if system != "torch":
                 export(
                     run,
                     places[system],
-                    configuration=configuration,
+                    variant=variant,
                     streaming=context.streaming,
                     chunk=context.chunk,
                     left=context.left if context.streaming else None,
-                    quantise=None if system == "float32" else system,
+                    quantize=None if system == "float32" else system,
                 )
         for threads in options.threads or [1, 2]:
             found: dict[str, list[Speed]] = {system: [] for system in places}
             for _ in range(options.rounds):
                 for system, path in places.items():
-                    found[system].append(measure_speed(path, configuration, context, options.seconds, threads))
+                    found[system].append(measure_speed(path, variant, context, options.seconds, threads))
             for system, rounds in found.items():
                 rtf, memory = min(one.real_time_factor for one in rounds), max(one.memory_mb for one in rounds)
                 line = f"{name:20} {form:9} {system:8} {threads:7} {rtf:8.4f} {memory:6.0f}"
@@ -92,7 +92,7 @@ def make_run(path: Path, size: str) -> Path:
     import torch
 
     from asrkit.config import from_dict, to_dict
-    from asrkit.data.tokenizer import train_tokenizer
+    from asrkit.data.text.tokenizer import train_tokenizer
     from asrkit.models import SIZES, AsrModel, ModelSpec
     from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, WEIGHTS, sha256_of, write_yaml
     from asrkit.training.checkpoint import save_weights
@@ -112,7 +112,7 @@ def make_run(path: Path, size: str) -> Path:
             **preset,
             "vocab_size": tokenizer.vocab_size,
             "submodels": {"near": near},
-            "configurations": {
+            "variants": {
                 "backbone": {"contexts": contexts},
                 "near": {"submodels": ["near"], "contexts": contexts},
             },

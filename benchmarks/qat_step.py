@@ -19,11 +19,11 @@ import typer
 from asrkit.config import from_dict, to_dict
 from asrkit.data.batches import Batch
 from asrkit.models import SIZES, AsrModel, ModelSpec
-from asrkit.models.compress import LayerChoice, choose_layers, compressed_layers, rebuilt
+from asrkit.models.compression import LayerChoice, choose_layers, compressed_layers, rebuilt
 from asrkit.nn.compression import Compression, find_mask
+from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.loop import TrainingConfig, resolve_precision
-from asrkit.training.objective import LossConfig, recogniser_loss
-from asrkit.training.optim import OptimiserConfig, make_optimiser
+from asrkit.training.optim import OptimizerConfig, make_optimizer
 
 TWO_OF_FOUR = {"keep": 2, "group": 4}
 SYSTEMS = {
@@ -82,18 +82,18 @@ def main(
         for layer in compressed_layers(model).values():
             if layer.how.mask is not None:
                 layer.mask.copy_(find_mask(layer.weight.detach().abs(), layer.how.mask))
-        models[name] = (model, make_optimiser(model.parameters(), OptimiserConfig(name="adamw")))
+        models[name] = (model, make_optimizer(model.parameters(), OptimizerConfig(name="adamw")))
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(steps + 2):
-        for name, (model, optimiser) in models.items():
+        for name, (model, optimizer) in models.items():
             clock = time.process_time if place.type == "cpu" else time.perf_counter
             began = clock()
             with nullcontext() if dtype == torch.float32 else torch.autocast(place.type, dtype=dtype):
-                output = recogniser_loss(model, batch, 10_000, settings)
+                output = asr_loss(model, batch, 10_000, settings)
             (output.loss.sum() / output.count).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             if place.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 2:

@@ -1,4 +1,4 @@
-"""Seconds of audio trained on per second: forward, backward, clipping, optimiser; one thread, made-up speech.
+"""Seconds of audio trained on per second: forward, backward, clipping, optimizer; one thread, made-up speech.
 
     python benchmarks/train_throughput.py                        # 15 utterances of 4 s, 20 labels each, `small`
     python benchmarks/train_throughput.py --size tiny --precision float32 --features
@@ -22,15 +22,15 @@ from asrkit.config import from_dict
 from asrkit.data.batches import Batch
 from asrkit.data.features import SAMPLE_RATE, fbank
 from asrkit.models import SIZES, AsrModel, ModelSpec
+from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.loop import TrainingConfig, resolve_precision
-from asrkit.training.objective import LossConfig, recogniser_loss
-from asrkit.training.optim import OptimiserConfig, make_optimiser
+from asrkit.training.optim import OptimizerConfig, make_optimizer
 
 
 def main(
     size: Annotated[str, typer.Option(help="tiny, small, medium or large.")] = "small",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    optimiser: Annotated[str, typer.Option(help="adamw or scaled_adam.")] = "scaled_adam",
+    optimizer: Annotated[str, typer.Option(help="adamw or scaled_adam.")] = "scaled_adam",
     backend: Annotated[str, typer.Option(help="Of the transducer loss: auto, k2 or torch.")] = "torch",
     utterances: int = 15,
     seconds: float = 4.0,
@@ -46,7 +46,7 @@ def main(
     torch.manual_seed(0)
     place = torch.device(device)
     model = AsrModel(from_dict(ModelSpec, {"vocab_size": vocab_size, **SIZES[size]}, "benchmark")).to(place)
-    step_taker = make_optimiser(model.parameters(), from_dict(OptimiserConfig, {"name": optimiser}, "benchmark"))
+    step_taker = make_optimizer(model.parameters(), from_dict(OptimizerConfig, {"name": optimizer}, "benchmark"))
     loss_settings = from_dict(LossConfig, {"backend": backend}, "benchmark")
     dtype = resolve_precision(from_dict(TrainingConfig, {"precision": precision}, "benchmark"), place)
     samples = 0.1 * torch.randn(utterances, int(seconds * SAMPLE_RATE))
@@ -64,7 +64,7 @@ def main(
     def step() -> None:
         given = batch() if features else ready
         with nullcontext() if dtype == torch.float32 else torch.autocast(place.type, dtype=dtype):
-            output = recogniser_loss(model, given, 10_000, loss_settings)
+            output = asr_loss(model, given, 10_000, loss_settings)
         (output.loss.sum() / output.count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         step_taker.step()
@@ -84,7 +84,7 @@ def main(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"torch {torch.__version__}, {device}, {threads} thread(s), {size} ({parameters / 1e6:.1f} M), "
-        f"{str(dtype).removeprefix('torch.')}, {optimiser}, {backend} loss, features {'in' if features else 'ex'}cluded:"
+        f"{str(dtype).removeprefix('torch.')}, {optimizer}, {backend} loss, features {'in' if features else 'ex'}cluded:"
     )
     print(
         f"{audio / statistics.median(times):.1f} s of audio per second "

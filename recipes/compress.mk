@@ -13,8 +13,8 @@ BITS_int4 := --bits 4
 BITS_int4a8 := --bits 4 --act-bits 8
 BITS_int2 := --bits 2 --set weights.symmetric=false --set weights.scale=block --set weights.block_size=32
 # qat has the same settings one group deeper.
-TRAINED_int2 := --bits 2 --set quantisation.weights.symmetric=false --set quantisation.weights.scale=block \
-    --set quantisation.weights.block_size=32
+TRAINED_int2 := --bits 2 --set quantization.weights.symmetric=false --set quantization.weights.scale=block \
+    --set quantization.weights.block_size=32
 UNTRAINED := int8 int4 int4a8 int2
 SPARSITY_sparse := 2:4
 SPARSITY_float-trained := 4:4
@@ -30,7 +30,7 @@ $(SMALLER)/float/done: | $(FLOAT)/done
 	ln -sfn $(abspath $(FLOAT)) $(@D)
 
 $(UNTRAINED:%=$(SMALLER)/%/done): $(SMALLER)/%/done: | $(FLOAT)/done
-	$(ASRKIT) quantise --from $(FLOAT) $(BITS_$*) --out $(@D)
+	$(ASRKIT) quantize --from $(FLOAT) $(BITS_$*) --out $(@D)
 
 $(UNTRAINED:%=$(SMALLER)/%-trained/done): $(SMALLER)/%-trained/done: | $(FLOAT)/done
 	$(ASRKIT) qat --from $(FLOAT) --teacher $(FLOAT) $(or $(TRAINED_$*),$(BITS_$*)) $(MATERIAL) --out $(@D)

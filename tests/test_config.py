@@ -1,4 +1,4 @@
-"""Configuration: precedence, and every mistake at once with the nearest valid name."""
+"""Variant: precedence, and every mistake at once with the nearest valid name."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from asrkit.config import differences, digest, from_dict, resolve, to_dict
 from asrkit.errors import UserError
 from asrkit.stages.train_backbone import TrainBackboneConfig
-from asrkit.training.backbone import model_spec
+from asrkit.training.start import model_spec
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("seed: 5\ntraining:\n  steps: 10\n  optimiser:\n    learning_rate: 1e-3\n")
+    file.write_text("seed: 5\ntraining:\n  steps: 10\n  optimizer:\n    learning_rate: 1e-3\n")
     settings = resolve(TrainBackboneConfig, file, ["training.steps=20", "data.augment.spec_augment=null"])
     assert (settings.seed, settings.training.steps, settings.training.log_every) == (5, 20, 50)
-    assert settings.training.optimiser.learning_rate == 1e-3
+    assert settings.training.optimizer.learning_rate == 1e-3
     assert settings.data.augment.spec_augment is None
 
 
@@ -70,23 +70,24 @@ def test_differences_name_the_leaves() -> None:
 
 
 def test_a_key_of_a_group_that_is_off_turns_it_on() -> None:
-    from asrkit.models.compress import QuantisationConfig
+    from asrkit.models.compression import QuantizationConfig
 
-    assert resolve(QuantisationConfig).activations is None
-    settings = resolve(QuantisationConfig, None, ["activations.bits=4"])
+    assert resolve(QuantizationConfig).activations is None
+    settings = resolve(QuantizationConfig, None, ["activations.bits=4"])
     assert settings.activations is not None and settings.activations.bits == 4
 
 
 def test_a_stages_own_defaults_hold_for_the_keys_nobody_sets(tmp_path: Path) -> None:
-    from asrkit.stages.qat import QatConfig, from_scratch_defaults
+    from asrkit.stages.qat import QatConfig
+    from asrkit.training.session import from_scratch_defaults
 
-    (tmp_path / "some.yaml").write_text("training: {steps: 7, optimiser: {warm_up_steps: 3}}")
+    (tmp_path / "some.yaml").write_text("training: {steps: 7, optimizer: {warm_up_steps: 3}}")
     settings = resolve(QatConfig, tmp_path / "some.yaml", ["training.log_every=2"])
-    assert (settings.training.steps, settings.training.log_every, settings.training.optimiser.warm_up_steps) == (
+    assert (settings.training.steps, settings.training.log_every, settings.training.optimizer.warm_up_steps) == (
         7,
         2,
         3,
     )
-    assert settings.training.optimiser.name == "adamw" and settings.loss.warm_up_steps == 0
-    fresh = resolve(QatConfig, tmp_path / "some.yaml", [], from_scratch_defaults())
-    assert fresh.from_scratch and fresh.training.optimiser.name == "scaled_adam" and fresh.loss.warm_up_steps > 0
+    assert settings.training.optimizer.name == "adamw" and settings.loss.warm_up_steps == 0
+    fresh = resolve(QatConfig, tmp_path / "some.yaml", [], from_scratch_defaults(QatConfig))
+    assert fresh.from_scratch and fresh.training.optimizer.name == "scaled_adam" and fresh.loss.warm_up_steps > 0

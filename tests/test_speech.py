@@ -45,7 +45,7 @@ def test_four_prompts_are_learned_without_an_error(four: Path, tmp_path: Path) -
         "model.size=tiny", "model.num_layers=2", "model.dropout=0", "model.predictor_dropout=0",
         "tokenizer.vocab_size=40", "data.num_workers=0", "data.num_buckets=1", "data.augment.spec_augment=null",
         "data.augment.speed=0", "data.augment.volume_db=0", "loss.warm_up_steps=50", "training.steps=250",
-        "training.optimiser.warm_up_steps=20", "training.average_decay=0.9", "training.evaluate_every=125",
+        "training.optimizer.warm_up_steps=20", "training.average_decay=0.9", "training.evaluate_every=125",
         "training.tensorboard=false", "training.precision=float32",
     ]  # fmt: skip
     asrkit(

@@ -15,7 +15,7 @@ from asrkit.errors import UserError
 
 app = typer.Typer(
     name="asrkit",
-    help="Turn real speech into small, fast, streaming speech recognisers.",
+    help="Turn real speech into small, fast, streaming speech recognizers.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -32,7 +32,7 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Turn real speech into small, fast, streaming speech recognisers."""
+    """Turn real speech into small, fast, streaming speech recognizers."""
 
 
 for _group in (data, train, submodel, distill, compress, lm, evaluate, export, inspect):

@@ -1,4 +1,4 @@
-"""quantise, qat and prune."""
+"""quantize, qat and prune."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ Bits = Annotated[int | None, typer.Option(help="Of the weights: 8, 4 or 2. [defa
 ActBits = Annotated[int | None, typer.Option(help="Of the layers' inputs: 8 or 4; left out, they stay float.")]
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="encoder, submodels, joiner or heads. Repeatable. [default: encoder and submodels]"),
+    typer.Option(help="encoder, submodels, joiner or ctc_head. Repeatable. [default: encoder and submodels]"),
 ]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Begin with new weights, not with the parent's.")]
 Teacher = Annotated[
     Path | None, typer.Option(help="Run directory of a model that teaches besides, such as the parent.")
 ]
-Configuration = Annotated[str | None, typer.Option(help="The one to train; left out, the parent's default.")]
+Variant = Annotated[str | None, typer.Option(help="The one to train; left out, the parent's default.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands that make a model smaller."""
-    app.command("quantise")(quantise)
+    app.command("quantize")(quantize)
     app.command("qat")(qat)
     app.command("prune")(prune)
 
 
-def quantise(
+def quantize(
     parent: Parent,
     out: Annotated[Path, typer.Option(help="New run directory.")],
     bits: Bits = None,
@@ -54,18 +54,18 @@ def quantise(
 
     Example:
 
-        asrkit quantise --from exp/attention --bits 8 --out exp/int8
+        asrkit quantize --from exp/attention --bits 8 --out exp/int8
 
-    The baseline that `asrkit qat` must beat. Settings are those under quantisation of qat, such as
+    The baseline that `asrkit qat` must beat. Settings are those under quantization of qat, such as
     --set weights.scale=block or --set layers.first=3.
     """
     from asrkit.config import resolve
-    from asrkit.models.compress import QuantisationConfig
-    from asrkit.stages.quantise import quantise as run
+    from asrkit.models.compression import QuantizationConfig
+    from asrkit.stages.quantize import quantize as run
 
     given = _bits("", bits, act_bits, only)
-    run(parent, out, resolve(QuantisationConfig, config, changes_of(overrides, given)))
-    typer.echo(f"{out}: quantised; `asrkit info {out}` shows its size, `asrkit evaluate` what it costs")
+    run(parent, out, resolve(QuantizationConfig, config, changes_of(overrides, given)))
+    typer.echo(f"{out}: quantized; `asrkit info {out}` shows its size, `asrkit evaluate` what it costs")
 
 
 def qat(
@@ -80,7 +80,7 @@ def qat(
     ] = None,
     from_scratch: FromScratch = False,
     teacher: Teacher = None,
-    configuration: Configuration = None,
+    variant: Variant = None,
     dev: Dev = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -99,25 +99,26 @@ def qat(
 
         asrkit qat --from exp/attention --budget 20% --manifest data/prompts/train.jsonl.gz --out exp/mixed
 
-    A pruned parent's masks stay. Everything in the chosen configuration learns, so other configurations of the
+    A pruned parent's masks stay. Everything in the chosen variant learns, so other variants of the
     checkpoint are no longer what they were.
     """
     from asrkit.config import resolve
     from asrkit.errors import UserError
-    from asrkit.stages.qat import QatConfig, from_scratch_defaults
+    from asrkit.stages.qat import QatConfig
     from asrkit.stages.qat import qat as run
+    from asrkit.training.session import from_scratch_defaults
 
-    given = _bits("quantisation.", bits, act_bits, only)
+    given = _bits("quantization.", bits, act_bits, only)
     given |= {
         "budget": _share(budget),
         "from_scratch": True if from_scratch else None,
-        "configuration": configuration,
+        "variant": variant,
         "seed": seed,
         "data.max_duration": max_duration,
     }
     if budget is not None and bits is not None:
         raise UserError("--bits and --budget: the budget chooses the bits; leave one out")
-    defaults = from_scratch_defaults() if from_scratch else None
+    defaults = from_scratch_defaults(QatConfig) if from_scratch else None
     settings = resolve(QatConfig, config, changes_of(overrides, given), defaults)
     train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
 
@@ -133,7 +134,7 @@ def prune(
     only: Only = None,
     from_scratch: FromScratch = False,
     teacher: Teacher = None,
-    configuration: Configuration = None,
+    variant: Variant = None,
     dev: Dev = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -154,8 +155,9 @@ def prune(
     Masks are found in the trained weights, once or a few times, and then never change.
     """
     from asrkit.config import resolve
-    from asrkit.stages.prune import PruneConfig, from_scratch_defaults
+    from asrkit.stages.prune import PruneConfig
     from asrkit.stages.prune import prune as run
+    from asrkit.training.session import from_scratch_defaults
 
     given: dict[str, object] = {
         "mask": _mask(sparsity, block),
@@ -163,11 +165,11 @@ def prune(
         "schedule.shots": shots,
         "layers.only": _listed(only),
         "from_scratch": True if from_scratch else None,
-        "configuration": configuration,
+        "variant": variant,
         "seed": seed,
         "data.max_duration": max_duration,
     }
-    defaults = from_scratch_defaults() if from_scratch else None
+    defaults = from_scratch_defaults(PruneConfig) if from_scratch else None
     settings = resolve(PruneConfig, config, changes_of(overrides, given), defaults)
     train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
 

@@ -1,4 +1,4 @@
-"""data prompts, import, check and synthesise."""
+"""data prompts, import, check and synthesize."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
     group.command("prompts")(prompts)
     group.command("import")(import_)
     group.command("check")(check)
-    group.command("synthesise")(synthesise)
+    group.command("synthesize")(synthesize)
     app.add_typer(group, name="data")
 
 
@@ -87,7 +87,7 @@ def prompts(
     """
     from collections import Counter
 
-    from asrkit.data.prompts import fetch_prompts
+    from asrkit.data.corpora.prompts import fetch_prompts
 
     made = fetch_prompts(lang, out, cache=cache, style=text, dev=dev, test=test, say=typer.echo)
     if made is None:
@@ -132,7 +132,7 @@ def import_(
     A folder holds a.wav with a.txt beside it, at any depth. Recordings may be of any rate: they are resampled as they
     are read. Of several channels the first is taken, with --convert their mean.
     """
-    from asrkit.data.importing import Splitting, import_recordings
+    from asrkit.data.corpora.importing import Splitting, import_recordings
 
     _one_of("--bad", bad, "refuse", "skip")
     _one_of("--split", split, "auto", "column", "hash", "none")
@@ -190,7 +190,7 @@ def check(
         raise typer.Exit(1)
 
 
-def synthesise(
+def synthesize(
     lang: Annotated[
         list[str], typer.Option(help="Language of each --text or --manifest, in their order.", show_default=False)
     ],
@@ -214,13 +214,13 @@ def synthesise(
 
     Example:
 
-        asrkit data synthesise --manifest data/prompts/train.jsonl.gz --lang en --out data/synthetic --minutes 60 \\
+        asrkit data synthesize --manifest data/prompts/train.jsonl.gz --lang en --out data/synthetic --minutes 60 \\
             --chains 0.5 --exclude data/prompts/dev.jsonl.gz --exclude data/prompts/test.jsonl.gz
 
     Several languages: --text en.txt --lang en --text fr.txt --lang fr, or one --manifest and several --lang.
     To train on real and synthetic speech: lhotse combine real.jsonl.gz synthetic.jsonl.gz both.jsonl.gz
     """
-    from asrkit.data.synthesise import synthesise as run
+    from asrkit.data.corpora.synthesize import synthesize as run
 
     files = [*(text or []), *(manifest or [])]
     if len(files) == 1:

@@ -52,7 +52,7 @@ def distill(
     labels: Annotated[
         str | None, typer.Option(help="teacher: cuts without text get what their teacher hears. [default: given]")
     ] = None,
-    store: Annotated[
+    cache: Annotated[
         Path | None, typer.Option(help="Directory to keep the teachers' posteriors in, so that they run once.")
     ] = None,
     lm: Annotated[
@@ -75,7 +75,7 @@ def distill(
     supervised: Annotated[
         str | None, typer.Option(help="With --lm: unit of a head on the aligned labels; left out, there is none.")
     ] = None,
-    configuration: Annotated[
+    variant: Annotated[
         str | None, typer.Option(help="The one to train, with --from; left out, the student's default.")
     ] = None,
     dev: Dev = None,
@@ -109,7 +109,7 @@ def distill(
 
     of_teachers = {
         "--teacher": teacher, "--size": size, "--weight": weight, "--tokenizer": tokenizer, "--labels": labels,
-        "--store": store,
+        "--cache": cache,
     }  # fmt: skip
     of_lms = {"--lambda": share, "--mode": mode, "--temperature": temperature, "--supervised": supervised}
     if astray := [name for name, value in (of_teachers if lm else of_lms).items() if value not in (None, [])]:
@@ -122,7 +122,7 @@ def distill(
             lm, parent, manifest, out, dev, device, config, overrides,
             {
                 "labels": share, "mode": mode, "temperature": temperature, "supervised": supervised,
-                "configuration": configuration, "seed": seed, "data.max_duration": max_duration,
+                "variant": variant, "seed": seed, "data.max_duration": max_duration,
             },
         )  # fmt: skip
         return
@@ -134,12 +134,12 @@ def distill(
         "model.size": size,
         "teacher.weight.kind": weight,
         "labels": labels,
-        "configuration": configuration,
+        "variant": variant,
         "seed": seed,
         "data.max_duration": max_duration,
     }
     settings = resolve(
-        DistillConfig, config, changes_of(overrides, given), defaults(parent is not None, store is not None)
+        DistillConfig, config, changes_of(overrides, given), defaults(parent is not None, cache is not None)
     )
     train_or_stop(
         out,
@@ -150,7 +150,7 @@ def distill(
             settings,
             parent=parent,
             tokenizer=tokenizer,
-            store=store,
+            cache=cache,
             dev=dev,
             device=device,
         ),

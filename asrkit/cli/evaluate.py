@@ -22,7 +22,7 @@ Mode = StrEnum("Mode", ["full"])
 Run = Annotated[Path, typer.Option("--from", help="Run directory of any stage.", show_default=False)]
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept by --method beam.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; left out, its own choice.")]
-Configuration = Annotated[
+Variant = Annotated[
     str | None,
     typer.Option(help="Which sub-models are active; left out, those of the last stage. `asrkit info` lists them."),
 ]
@@ -50,7 +50,7 @@ def evaluate(
         list[MethodOrAll] | None, typer.Option(help="How to search. Repeatable. [default: greedy]")
     ] = None,
     beam: Beam = 4,
-    configuration: Configuration = None,
+    variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
     left: Left = None,
@@ -68,14 +68,14 @@ def evaluate(
 
         asrkit evaluate --from exp/backbone --manifest data/prompts/test.jsonl.gz --method all
 
-        asrkit evaluate --from exp/near --configuration near --chunk 16 --left 64 --manifest test.jsonl.gz
+        asrkit evaluate --from exp/near --variant near --chunk 16 --left 64 --manifest test.jsonl.gz
 
-        asrkit evaluate --from exp/near --configuration attention --mode full --manifest test.jsonl.gz
+        asrkit evaluate --from exp/near --variant attention --mode full --manifest test.jsonl.gz
 
     A streaming context is decoded chunk by chunk, as on a device, and the table says how late a word is known: by the
     chunk (algorithmic latency), and from the word's end on where the manifest has word alignments.
 
-    Writes evaluation/MANIFEST-CONFIGURATION-CONTEXT-METHOD/ in the run directory (test-near-chunk16-left64-greedy):
+    Writes evaluation/MANIFEST-VARIANT-CONTEXT-METHOD/ in the run directory (test-near-chunk16-left64-greedy):
     result.json, alignments.txt, confusions.txt and utterances.jsonl.
     """
     from asrkit.decoding.choice import ContextChoice
@@ -89,7 +89,7 @@ def evaluate(
         manifest,
         methods=METHODS if "all" in names else names,
         beam=beam,
-        configuration=configuration,
+        variant=variant,
         context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
         max_duration=max_duration,
         device=device,
@@ -116,7 +116,7 @@ def transcribe(
     ],
     method: Annotated[Method, typer.Option(help="How to search.")] = Method.greedy,
     beam: Beam = 4,
-    configuration: Configuration = None,
+    variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
     left: Left = None,
@@ -164,7 +164,7 @@ def transcribe(
     shared: dict[str, Any] = {
         "method": method.value,
         "beam": beam,
-        "configuration": configuration,
+        "variant": variant,
         "context": context,
         "language": language,
         "device": device,

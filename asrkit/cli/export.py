@@ -9,8 +9,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-# The keys of asrkit.stages.export.QUANTISED and of asrkit.export.directory.SUFFIXES, which would import torch here.
-Quantise = StrEnum("Quantise", ["int8", "int4", "int2", "dynamic"])
+# The keys of asrkit.stages.export.QUANTIZED and of asrkit.export.directory.SUFFIXES, which would import torch here.
+Quantize = StrEnum("Quantize", ["int8", "int4", "int2", "dynamic"])
 Format = StrEnum("Format", ["onnx", "torchscript"])
 
 
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 def export(
     run: Annotated[Path, typer.Option("--from", help="Run directory of any stage.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Directory to make; it must not exist, or be empty.", show_default=False)],
-    configuration: Annotated[
+    variant: Annotated[
         str | None,
         typer.Option(help="Which sub-models are in the files; left out, those of the last stage."),
     ] = None,
@@ -38,12 +38,12 @@ def export(
     language: Annotated[
         str | None, typer.Option(help="What the files hear, of a model with languages.", show_default=False)
     ] = None,
-    quantise: Annotated[
-        Quantise | None,
+    quantize: Annotated[
+        Quantize | None,
         typer.Option(help="Make integers of float weights, untrained; dynamic: 8 bits with integer inputs too."),
     ] = None,
-    dequantise: Annotated[
-        bool, typer.Option("--dequantise", help="Integer weights as float32, for runtimes that lack them.")
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Integer weights as float32, for runtimes that lack them.")
     ] = False,
     format: Annotated[Format, typer.Option(help="torchscript is for libtorch, in float32.")] = Format.onnx,
     report: Annotated[
@@ -53,13 +53,13 @@ def export(
         ),
     ] = None,
     pack: Annotated[Path | None, typer.Option(help="A .tar file of the directory besides.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Of the model, for its card: an SPDX name.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the model, for its card: an SPDX name.")] = None,
 ) -> None:
     """Write a model as ONNX files that sherpa-onnx loads as they are.
 
     Examples:
 
-        asrkit export --from exp/near --configuration backbone --out exp/onnx
+        asrkit export --from exp/near --variant backbone --out exp/onnx
 
         asrkit export --from exp/near --streaming --chunk 16 --left 64 --out exp/onnx-streaming
 
@@ -75,20 +75,20 @@ def export(
     exported = run_export(
         run,
         out,
-        configuration=configuration,
+        variant=variant,
         streaming=streaming,
         chunk=chunk,
         left=left,
         language=language,
-        quantise=None if quantise is None else quantise.value,
-        dequantise=dequantise,
+        quantize=None if quantize is None else quantize.value,
+        dequantize=dequantize,
         format=cast(Any, format.value),
         report=report,
         pack=pack,
-        licence=licence,
+        license=license,
         warn=lambda line: typer.echo(f"warning: {line}", err=True),
     )
-    typer.echo(f"configuration {exported.configuration}, context {exported.context}; {exported.compression}")
+    typer.echo(f"variant {exported.variant}, context {exported.context}; {exported.compression}")
     for name, record in exported.files.items():
         typer.echo(f"{record.bytes:>12,} bytes  {out / name}")
     for name, part in exported.parts.items():

@@ -39,16 +39,16 @@ def info(
     run: Annotated[Path, typer.Argument(help="Run directory of any stage.")],
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON, for scripts."),
 ) -> None:
-    """Say what a run directory holds: its stages, configurations, sub-models, parameters and measured error rates.
+    """Say what a run directory holds: its stages, variants, sub-models, parameters and measured error rates.
 
-    A configuration is one way to run the model. The table has the parameters of each, the contexts it was trained in
+    A variant is one way to run the model. The table has the parameters of each, the contexts it was trained in
     with their algorithmic latency, and the best WER measured on each manifest.
 
     Examples:
 
         asrkit info exp/near
 
-        asrkit info exp/near --json | jq .configurations
+        asrkit info exp/near --json | jq .variants
     """
     from asrkit.reporting.tables import run_tables, table_console
     from asrkit.stages.info import describe_run
@@ -71,11 +71,11 @@ def summary(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories, in the order of the chain.")],
     out: Annotated[Path | None, typer.Option(help="Also write the rows as JSON.")] = None,
 ) -> None:
-    """Put what a chain of stages achieved into one table: a row for each configuration, context and method evaluated.
+    """Put what a chain of stages achieved into one table: a row for each variant, context and method evaluated.
 
     Example: `asrkit summary exp/backbone exp/attention --out exp/summary.json`
     """
     from asrkit.reporting.tables import summary_table, table_console
-    from asrkit.stages.summary import summarise_runs
+    from asrkit.stages.summary import summarize_runs
 
-    table_console().print(summary_table(summarise_runs(runs, out)))
+    table_console().print(summary_table(summarize_runs(runs, out)))

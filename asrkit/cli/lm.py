@@ -82,7 +82,7 @@ def train_lm(
     language: Annotated[str | None, typer.Option(help="Whose pronunciation the text's phones are, such as en.")] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="sentencepiece model for bpe, such as the recogniser's; left out, one is trained."),
+        typer.Option(help="sentencepiece model for bpe, such as the recognizer's; left out, one is trained."),
     ] = None,
     senones: Annotated[Path | None, typer.Option(help="The tree that align wrote, for the senones of a text.")] = None,
     dev: Annotated[
@@ -93,7 +93,7 @@ def train_lm(
     seed: Seed = None,
     device: Device = "auto",
 ) -> None:
-    """Train a language model over word pieces, phones or senones, to teach a recogniser.
+    """Train a language model over word pieces, phones or senones, to teach a recognizer.
 
     Examples:
 

@@ -33,7 +33,7 @@ def list_(
     run: Annotated[Path, typer.Argument(help="Run directory of any stage.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for scripts.")] = False,
 ) -> None:
-    """Say which sub-models a run has, how large they are, and which configurations use them.
+    """Say which sub-models a run has, how large they are, and which variants use them.
 
     Example:
 
@@ -49,7 +49,7 @@ def list_(
         _print_table(description["submodels"])
     else:
         typer.echo(f"{run}: no sub-models; `asrkit add-submodel` trains one")
-    typer.echo(f"default configuration: {description['configuration']}")
+    typer.echo(f"default variant: {description['variant']}")
 
 
 def remove(
@@ -63,7 +63,7 @@ def remove(
 
         asrkit submodel remove --from exp/near --name attention --out exp/only-near
 
-    The configurations that used it go with it; if the default one did, backbone becomes the default.
+    The variants that used it go with it; if the default one did, backbone becomes the default.
     """
     from asrkit.stages.submodel import remove_submodel
 
@@ -81,7 +81,7 @@ def extract(
 
         asrkit submodel extract --from exp/near --name near --out near.safetensors
 
-    The file holds its weights, its shape, the configurations that need no other sub-model, the contexts it was trained
+    The file holds its weights, its shape, the variants that need no other sub-model, the contexts it was trained
     in, the digest of its backbone, and how it came about.
     """
     from asrkit.stages.submodel import extract_submodel
@@ -100,9 +100,9 @@ def attach(
     Example:
 
         asrkit submodel attach --from exp/backbone --file near.safetensors --out exp/with-near
-        asrkit evaluate --from exp/with-near --configuration near --manifest data/prompts/test.jsonl.gz
+        asrkit evaluate --from exp/with-near --variant near --manifest data/prompts/test.jsonl.gz
 
-    A sub-model of another backbone is refused. The default configuration stays.
+    A sub-model of another backbone is refused. The default variant stays.
     """
     from asrkit.stages.submodel import attach_submodel
 
@@ -111,7 +111,7 @@ def attach(
 
 def combine(
     run: From,
-    configuration: Annotated[str, typer.Option(help="Name of the new configuration.", show_default=False)],
+    variant: Annotated[str, typer.Option(help="Name of the new variant.", show_default=False)],
     submodel: Annotated[
         list[str], typer.Option(help="A sub-model that is active in it, in the order added. Repeatable.")
     ],
@@ -125,16 +125,16 @@ def combine(
 
     Example:
 
-        asrkit submodel combine --from exp/near --configuration both --submodel attention --submodel near \\
+        asrkit submodel combine --from exp/near --variant both --submodel attention --submodel near \\
             --context chunk=16,left=64 --out exp/both
-        asrkit evaluate --from exp/both --configuration both --manifest data/prompts/test.jsonl.gz
+        asrkit evaluate --from exp/both --variant both --manifest data/prompts/test.jsonl.gz
 
     Nothing is trained, so evaluate it: sub-models that never met may not add up. Without --context it is for the
-    contexts that each of them was trained in. The default configuration stays.
+    contexts that each of them was trained in. The default variant stays.
     """
     from asrkit.stages.submodel import combine_submodels
 
-    _tell(combine_submodels(run, configuration, submodel, out, contexts=context or ()))
+    _tell(combine_submodels(run, variant, submodel, out, contexts=context or ()))
 
 
 def _tell(derived: Derived) -> None:
@@ -152,16 +152,16 @@ def _print_table(submodels: list[dict[str, Any]]) -> None:
     from asrkit.reporting.tables import table_console
 
     table = Table(
-        *("name", "kind", "layers", "place", "dim", "context", "parameters", "configurations"),
+        *("name", "kind", "layers", "position", "dim", "context", "parameters", "variants"),
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
     for part in submodels:
         table.add_row(
-            *(part["name"], part["kind"], _ranges(part["layers"]), part["place"], str(part["dim"])),
+            *(part["name"], part["kind"], _ranges(part["layers"]), part["position"], str(part["dim"])),
             part["context"] if part["kind"] == "attention" else "-",
             f"{part['parameters']:,}",
-            ", ".join(part["configurations"]) or "none",
+            ", ".join(part["variants"]) or "none",
         )
     for number in (4, 6):
         table.columns[number].justify = "right"

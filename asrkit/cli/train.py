@@ -22,7 +22,7 @@ from asrkit.cli.options import (
 )
 
 SubModelKind = StrEnum("SubModelKind", ["attention", "adapter"])
-Place = StrEnum("Place", ["serial", "parallel"])
+Position = StrEnum("Position", ["serial", "parallel"])
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +41,7 @@ def train_backbone(
     tokenizer: Annotated[
         Path | None, typer.Option(help="sentencepiece model of a new model; left out, one is trained.")
     ] = None,
-    configuration: Annotated[
+    variant: Annotated[
         str | None, typer.Option(help="The one to train, with --from; left out, the model's default.")
     ] = None,
     config: Config = None,
@@ -68,14 +68,14 @@ def train_backbone(
     from asrkit.stages.train_backbone import TrainBackboneConfig, defaults
     from asrkit.stages.train_backbone import train_backbone as run
 
-    changes = changes_of(overrides, {"configuration": configuration, "seed": seed, "data.max_duration": max_duration})
+    changes = changes_of(overrides, {"variant": variant, "seed": seed, "data.max_duration": max_duration})
     settings = resolve(TrainBackboneConfig, config, changes, defaults(parent is not None))
     train_or_stop(out, lambda: run(manifest, out, settings, parent=parent, dev=dev, tokenizer=tokenizer, device=device))
 
 
 def add_submodel(
     parent: Annotated[Path, typer.Option("--from", help="Run directory of the model to add to.")],
-    name: Annotated[str, typer.Option(help="Of the sub-model, and of the configuration that has it.")],
+    name: Annotated[str, typer.Option(help="Of the sub-model, and of the variant that has it.")],
     manifest: Manifest,
     out: Out,
     kind: Annotated[SubModelKind | None, typer.Option(help="What to add. [default: attention]")] = None,
@@ -85,11 +85,16 @@ def add_submodel(
     context: Annotated[
         str | None, typer.Option(help="full, or left=64,chunk=16 (frames of 40 ms). [default: full]")
     ] = None,
-    place: Annotated[Place | None, typer.Option(help="To the convolution. [default: serial]")] = None,
+    position: Annotated[
+        Position | None,
+        typer.Option(
+            help="Where it attaches: serial (before the convolution) or parallel (beside it). [default: serial]"
+        ),
+    ] = None,
     init: Annotated[
         str | None, typer.Option(help="noop, random, or a sub-model to copy, such as joint. [default: noop]")
     ] = None,
-    on: Annotated[
+    active: Annotated[
         list[str] | None, typer.Option(help="Sub-model that stays active, frozen, beneath it. Repeatable.")
     ] = None,
     dev: Dev = None,
@@ -109,8 +114,8 @@ def add_submodel(
         asrkit add-submodel --from exp/attention --name near --layers 0-2 --context left=64,chunk=16 \\
             --manifest data/prompts/train.jsonl.gz --out exp/near
 
-    Everything that was in the model stays as it was, bit for bit, and so do the results of its configurations; the
-    options --kind to --on are short for --set submodel.kind=... and on=[...].
+    Everything that was in the model stays as it was, bit for bit, and so do the results of its variants; the
+    options --kind to --active are short for --set submodel.kind=... and active=[...].
     """
     from asrkit.config import resolve
     from asrkit.stages.add_submodel import AddSubModelConfig
@@ -119,9 +124,9 @@ def add_submodel(
     given = {
         "submodel.kind": kind and kind.value,
         "submodel.context": context,
-        "submodel.place": place and place.value,
+        "submodel.position": position and position.value,
         "submodel.init": init,
-        "on": f"[{','.join(on)}]" if on else None,
+        "active": f"[{','.join(active)}]" if active else None,
         "seed": seed,
         "data.max_duration": max_duration,
     }

@@ -16,7 +16,7 @@ from lhotse.supervision import AlignmentItem
 from torch import Tensor
 
 from asrkit.data.features import FRAME_SHIFT
-from asrkit.data.units import Inventory
+from asrkit.data.text.units import Inventory
 
 SUBSAMPLING = 4
 SILENT, UNKNOWN = -1, -2  # frames of no segment: between the units, and where nothing is known or nothing is
@@ -72,7 +72,7 @@ class Annotator:
     """Makes the segments of a batch, by the name they are wanted under, from the alignments of its cuts.
 
     inventories: of what each name means; alignments are looked up by the inventory's unit.
-    repeats: keep, every item is a segment (ours); merge, neighbours of the same unit with no silent frame between them are
+    repeats: keep, every item is a segment (ours); merge, neighbors of the same unit with no silent frame between them are
         one, as the paper's deduplication of frame labels makes them.
     fill: silence belongs to the segment before it.
     """
@@ -86,14 +86,14 @@ class Annotator:
         return {name: self._segments(inventory, utterances) for name, inventory in self.inventories.items()}
 
     def _segments(self, inventory: Inventory, utterances: Sequence[Sequence[Heard]]) -> Segments:
-        labelled = [self._label(inventory, parts) for parts in utterances]
-        num_segments = max(1, *(len(ids) for ids, _ in labelled))
-        symbols = torch.zeros(len(labelled), num_segments, dtype=torch.int64)
-        frames = torch.full((len(labelled), max(len(row) for _, row in labelled)), UNKNOWN)
-        for number, (ids, row) in enumerate(labelled):
+        labeled = [self._label(inventory, parts) for parts in utterances]
+        num_segments = max(1, *(len(ids) for ids, _ in labeled))
+        symbols = torch.zeros(len(labeled), num_segments, dtype=torch.int64)
+        frames = torch.full((len(labeled), max(len(row) for _, row in labeled)), UNKNOWN)
+        for number, (ids, row) in enumerate(labeled):
             symbols[number, : len(ids)] = torch.from_numpy(ids)
             frames[number, : len(row)] = torch.from_numpy(row)
-        return Segments(symbols, torch.tensor([len(ids) for ids, _ in labelled]), frames)
+        return Segments(symbols, torch.tensor([len(ids) for ids, _ in labeled]), frames)
 
     def _label(self, inventory: Inventory, parts: Sequence[Heard]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the segments, and the segment of each encoder frame."""

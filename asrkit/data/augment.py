@@ -40,9 +40,9 @@ class AugmentConfig:
     samples (pitch and duration change together), tempo stretches the frames (duration alone), the vocal-tract
     factor warps the mel axis below 4.8 kHz (Jaitly & Hinton 2013). Used together they also vary the pitch alone.
     ``channel_db`` is the deviation of a random smooth gain over frequency, as other microphones and rooms have.
-    Noise comes from the manifest data.noise, or, without one, is Gaussian of a random colour.
+    Noise comes from the manifest data.noise, or, without one, is Gaussian of a random color.
     ``silence`` is the most seconds of faint noise before and after an utterance; ``join`` is the probability that an
-    utterance is followed by another of its batch, which gives words new neighbours.
+    utterance is followed by another of its batch, which gives words new neighbors.
     """
 
     speed: Fraction = 0.1
@@ -87,7 +87,7 @@ def perturb_sound(
     return samples
 
 
-def coloured_noise(length: int, random: np.random.Generator) -> Tensor:
+def colored_noise(length: int, random: np.random.Generator) -> Tensor:
     """Gaussian noise whose spectrum falls by a random 0 (white) to 6 dB (brown) an octave: (length,)."""
     white = torch.from_numpy(random.standard_normal(length).astype(np.float32))
     frequency = torch.arange(length // 2 + 1).clamp(min=1)
@@ -133,8 +133,8 @@ def vocal_tract_warp(features: Tensor, factors: Tensor, high_hz: float = 4800.0)
     """
     num_bins, nyquist = features.shape[-1], SAMPLE_RATE / 2
     low_mel, high_mel = _mel(torch.tensor(20.0)), _mel(torch.tensor(nyquist - 400.0))
-    centres = low_mel + (high_mel - low_mel) * torch.arange(1, num_bins + 1) / (num_bins + 1)
-    hertz = 700.0 * (torch.exp(centres / 1127.0) - 1.0)
+    centers = low_mel + (high_mel - low_mel) * torch.arange(1, num_bins + 1) / (num_bins + 1)
+    hertz = 700.0 * (torch.exp(centers / 1127.0) - 1.0)
     factors = factors[:, None]
     edge = high_hz * factors.clamp(max=1.0) / factors
     above = nyquist - (nyquist - edge * factors) / (nyquist - edge) * (nyquist - hertz)

@@ -25,7 +25,7 @@ from asrkit.data.alignment import Heard, Segments
 from asrkit.data.augment import (
     AugmentConfig,
     channel_curves,
-    coloured_noise,
+    colored_noise,
     pad,
     perturb_sound,
     perturb_time,
@@ -36,7 +36,7 @@ from asrkit.data.augment import (
 from asrkit.data.features import FRAME_SHIFT, LOG_EPS, NUM_MEL_BINS, fbank, resample
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.shar import loaded
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.errors import UserError
 
 __all__ = ["LOG_EPS", "Batch", "BucketPlan", "CutTable", "DataConfig", "TrainBatches", "evaluation_batches", "text_of"]
@@ -265,7 +265,7 @@ def perturbed_features(
         hum = None
         if random.uniform() < augment.noise_probability:
             hum = (
-                coloured_noise(len(samples), random)
+                colored_noise(len(samples), random)
                 if noise is None
                 else cut_samples(noise[int(random.integers(len(noise)))])
             )

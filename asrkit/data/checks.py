@@ -18,8 +18,8 @@ from lhotse.cut import Cut, MonoCut
 from asrkit.data.features import FRAME_SHIFT
 from asrkit.data.manifests import language_of, open_cuts, text_of
 from asrkit.data.shar import loaded
-from asrkit.data.text import sentence_key
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.normalization import sentence_key
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.errors import UserError
 
 SILENCE_PEAK = 1e-3  # -60 dBFS
@@ -69,7 +69,7 @@ def find_bad_cuts(
 
 
 def alignment_need(tokens: list[int]) -> int:
-    """Frames the shortest CTC path takes: one a token, one more between equal neighbours."""
+    """Frames the shortest CTC path takes: one a token, one more between equal neighbors."""
     return len(tokens) + sum(a == b for a, b in pairwise(tokens))
 
 

@@ -192,6 +192,6 @@ def language_of(cut: Cut) -> str:
     return cut.supervisions[0].language or ""
 
 
-def is_labelled(cut: Cut) -> bool:
-    """Whether the text of a cut is a recogniser's, and not given."""
-    return any("labelled_by" in (supervision.custom or {}) for supervision in cut.supervisions)
+def is_labeled(cut: Cut) -> bool:
+    """Whether the text of a cut is a recognizer's, and not given."""
+    return any("labeled_by" in (supervision.custom or {}) for supervision in cut.supervisions)

@@ -1,6 +1,6 @@
 """Senones: states of phones in context, tied by a decision tree grown on aligned speech.
 
-Each phone's states begin as one class each; the class whose best question about its left or right neighbour raises the
+Each phone's states begin as one class each; the class whose best question about its left or right neighbor raises the
 likelihood most is split, again and again (Young, Odell and Woodland 1994). A class is one diagonal Gaussian of cepstra. The questions
 are the clusters of the phones' own means, merged two by two (ours, as Kaldi finds its own: no phonetics is needed).
 Shapes: C contexts, P phones, D cepstra, Q questions.
@@ -25,7 +25,7 @@ from asrkit.data.features import FRAME_SHIFT, NUM_MEL_BINS
 from asrkit.errors import UserError
 from asrkit.run_dir import read_yaml, write_yaml
 
-EDGE = "#"  # the neighbour of the first and last phone
+EDGE = "#"  # the neighbor of the first and last phone
 NUM_CEPSTRA = 13
 SMALLEST_VARIANCE = 1e-4
 _COSINES = np.cos(np.pi / NUM_MEL_BINS * (np.arange(NUM_MEL_BINS)[:, None] + 0.5) * np.arange(NUM_CEPSTRA))
@@ -45,7 +45,7 @@ class SenoneConfig:
 
 @dataclass(frozen=True)
 class SenoneTree:
-    """Which senone a state of a phone is between its neighbours.
+    """Which senone a state of a phone is between its neighbors.
 
     questions: sets of phones; roots: of each phone, a node for each of its states.
     """
@@ -82,8 +82,8 @@ class SenoneTree:
 
     def _senone(self, node: Node, left: str, right: str) -> str:
         while "senone" not in node:
-            neighbour = left if node["side"] == "left" else right
-            node = node["yes"] if neighbour in self.questions[node["question"]] else node["no"]
+            neighbor = left if node["side"] == "left" else right
+            node = node["yes"] if neighbor in self.questions[node["question"]] else node["no"]
         return node["senone"]
 
 
@@ -99,7 +99,7 @@ def parts_of(start: float, end: float, count: int) -> list[tuple[float, float]]:
 
 
 def in_context(phones: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Each phone between its neighbours."""
+    """Each phone between its neighbors."""
     around = [EDGE, *phones, EDGE]
     return zip(around, around[1:-1], around[2:], strict=False)
 
@@ -135,7 +135,7 @@ def grow_tree(utterances: Iterable[tuple[Sequence[AlignmentItem], np.ndarray]], 
     phones = sorted({phone for phone, *_ in contexts})
     number = {name: index for index, name in enumerate([*phones, EDGE])}
     stats = np.stack(list(contexts.values()))
-    neighbours = np.array([[number[left], number[right]] for _, _, left, right in contexts])
+    neighbors = np.array([[number[left], number[right]] for _, _, left, right in contexts])
     sets = _questions(phones, [phone for phone, *_ in contexts], stats)
     asked = np.array([[name in members for name in (*phones, EDGE)] for members in sets], dtype=np.float64)
 
@@ -144,7 +144,7 @@ def grow_tree(utterances: Iterable[tuple[Sequence[AlignmentItem], np.ndarray]], 
 
     def wait(node: Node, rows: np.ndarray) -> None:
         """Put a leaf of these contexts in line, if a question gains something."""
-        gain, side, question = _best_question(stats[rows], neighbours[rows], asked, settings.smallest)
+        gain, side, question = _best_question(stats[rows], neighbors[rows], asked, settings.smallest)
         if gain > 0:
             heapq.heappush(queue, (-gain, next(order), node, rows, side, question))
 
@@ -157,7 +157,7 @@ def grow_tree(utterances: Iterable[tuple[Sequence[AlignmentItem], np.ndarray]], 
         _, _, node, rows, side, question = heapq.heappop(queue)
         yes, no = {}, {}  # type: tuple[Node, Node]
         node.update(side=SIDES[side], question=question, yes=yes, no=no)
-        chosen = asked[question, neighbours[rows, side]] > 0
+        chosen = asked[question, neighbors[rows, side]] > 0
         wait(yes, rows[chosen])
         wait(no, rows[~chosen])
         count += 1
@@ -170,7 +170,7 @@ def grow_tree(utterances: Iterable[tuple[Sequence[AlignmentItem], np.ndarray]], 
 def _gather(
     utterances: Iterable[tuple[Sequence[AlignmentItem], np.ndarray]], states: int
 ) -> dict[tuple[str, int, str, str], np.ndarray]:
-    """Number, sum and squares of the cepstra, (1 + 2 D,), of each (phone, state, left neighbour, right neighbour)."""
+    """Number, sum and squares of the cepstra, (1 + 2 D,), of each (phone, state, left neighbor, right neighbor)."""
     contexts: dict[tuple[str, int, str, str], np.ndarray] = defaultdict(lambda: np.zeros(1 + 2 * NUM_CEPSTRA))
     for items, log_mel in utterances:
         cepstra = cepstra_of(log_mel)
@@ -192,18 +192,18 @@ def _log_likelihood(stats: np.ndarray) -> np.ndarray:
 
 
 def _best_question(
-    stats: np.ndarray, neighbours: np.ndarray, asked: np.ndarray, smallest: int
+    stats: np.ndarray, neighbors: np.ndarray, asked: np.ndarray, smallest: int
 ) -> tuple[float, int, int]:
     """What the best question gains in log-likelihood, its side and number; -inf where each leaves too few frames.
 
     Args:
-        stats: (C, 1 + 2 D); neighbours: (C, 2) numbers of the left and right phone; asked: (Q, P + 1), 1 for yes.
+        stats: (C, 1 + 2 D); neighbors: (C, 2) numbers of the left and right phone; asked: (Q, P + 1), 1 for yes.
     """
     whole = stats.sum(axis=0)
     best = (-np.inf, 0, 0)
     for side in range(len(SIDES)):
         by_phone = np.zeros((asked.shape[1], stats.shape[1]))
-        np.add.at(by_phone, neighbours[:, side], stats)
+        np.add.at(by_phone, neighbors[:, side], stats)
         yes = asked @ by_phone
         no = whole - yes
         gains = _log_likelihood(yes) + _log_likelihood(no) - _log_likelihood(whole)

@@ -53,15 +53,15 @@ class TorchAcousticModel:
     """An ``AsrModel`` in evaluation mode as an ``AcousticModel``; inputs are moved to the model's device.
 
     Args:
-        configuration: the active sub-models; None is what the model was last trained in.
+        variant: the active sub-models; None is what the model was last trained in.
         context: full context in one pass, or a streaming one, which is run chunk by chunk, as on a device.
 
     A model with languages is told them in ``encode``; ``step`` is for one that is ``in_language``.
     """
 
-    def __init__(self, model: AsrModel, configuration: str | None = None, context: Context = FULL) -> None:
+    def __init__(self, model: AsrModel, variant: str | None = None, context: Context = FULL) -> None:
         self.model = model
-        self.configuration = configuration
+        self.variant = variant
         self.context = context
         self.vocab_size = model.vocab_size
         self.context_size = model.context_size
@@ -76,16 +76,14 @@ class TorchAcousticModel:
         features, feature_lens = features.to(self.device), feature_lens.to(self.device)
         told = self.model.language_ids(languages)
         if self.context.streaming:
-            encoder_out, lens = encode_by_chunks(
-                self.model, features, feature_lens, self.configuration, self.context, told
-            )
+            encoder_out, lens = encode_by_chunks(self.model, features, feature_lens, self.variant, self.context, told)
         else:
-            encoder_out, lens = self.model.encode(features, feature_lens, self.configuration, languages=told)
+            encoder_out, lens = self.model.encode(features, feature_lens, self.variant, languages=told)
         return self._output(encoder_out, lens)
 
     def start(self, batch: int = 1) -> Caches:
         """What ``batch`` streams remember before their first chunk."""
-        submodels = self.model.submodels_of(self.configuration)
+        submodels = self.model.submodels_of(self.variant)
         return self.model.encoder.initial_caches(batch, self.context.left, submodels)
 
     @torch.no_grad()
@@ -96,7 +94,7 @@ class TorchAcousticModel:
         """
         features = features.to(self.device)
         lens = None if frame_lens is None else frame_lens.to(self.device)
-        encoder_out, caches = self.model.streaming_step(features, caches, self.configuration, lens)
+        encoder_out, caches = self.model.streaming_step(features, caches, self.variant, lens)
         if lens is None:
             lens = torch.full((len(features),), encoder_out.shape[1], device=self.device)
         return self._output(encoder_out, lens), caches
@@ -118,7 +116,7 @@ def encode_by_chunks(
     model: AsrModel,
     features: Tensor,
     feature_lens: Tensor,
-    configuration: str | None,
+    variant: str | None,
     context: Context,
     languages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -127,13 +125,13 @@ def encode_by_chunks(
         raise ValueError("context must be a streaming one")
     lens, size = subsampled_lens(feature_lens), context.chunk
     num_frames = int(lens.max())
-    caches = model.encoder.initial_caches(len(features), context.left, model.submodels_of(configuration))
+    caches = model.encoder.initial_caches(len(features), context.left, model.submodels_of(variant))
     last = -(-num_frames // size) * size * 4 + 3
     features = pad(features, (0, 0, 0, max(0, last - features.shape[1])), value=LOG_EPS)
     chunks = [features.new_zeros(len(features), 0, model.spec.encoder.dim)]
     for begin in range(0, num_frames, size):
         window = features[:, 4 * begin : 4 * (begin + size) + 3]
         frame_lens = (lens - begin).clamp(0, size)
-        encoder_out, caches = model.streaming_step(window, caches, configuration, frame_lens, languages)
+        encoder_out, caches = model.streaming_step(window, caches, variant, frame_lens, languages)
         chunks.append(encoder_out)
     return torch.cat(chunks, dim=1)[:, :num_frames], lens

@@ -23,7 +23,7 @@ def viterbi(emissions: Tensor, frame_lens: Tensor, state_lens: Tensor, optional:
 
     Args:
         emissions: (B, T, S) log-likelihoods; frame_lens, state_lens: (B,), each at least 1.
-        optional: (B, S) bool, states that may be left out, no two of them neighbours.
+        optional: (B, S) bool, states that may be left out, no two of them neighbors.
 
     Returns:
         (B, T) int64 the state of each frame, -1 beyond ``frame_lens`` and where there is no way; (B,) its log-likelihood, -inf
@@ -80,7 +80,7 @@ def ctc_align(
     emissions = log_probs.gather(2, labels.unsqueeze(1).expand(-1, log_probs.shape[1], -1))
     optional = torch.zeros_like(labels, dtype=torch.bool)
     optional[:, 0::2] = True
-    optional[:, 2:-1:2] = symbols[:, 1:] != symbols[:, :-1]  # equal neighbours need a blank between them
+    optional[:, 2:-1:2] = symbols[:, 1:] != symbols[:, :-1]  # equal neighbors need a blank between them
     path, scores = viterbi(emissions, encoder_out_lens, 2 * symbol_lens + 1, optional)
     return torch.where(path % 2 == 1, path // 2, -1), scores
 

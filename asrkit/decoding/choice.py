@@ -1,4 +1,4 @@
-"""Which context to decode in, from what the user asked for and what the configuration was trained in."""
+"""Which context to decode in, from what the user asked for and what the variant was trained in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from asrkit.errors import UserError
 from asrkit.nn.context import FULL, Context
 
-# For a stream by a configuration that was never trained for one: 640 ms at once, 2.56 s of attention before.
+# For a stream by a variant that was never trained for one: 640 ms at once, 2.56 s of attention before.
 UNTRAINED_STREAM = Context(chunk=16, left=64)
 
 
@@ -69,7 +69,7 @@ class ContextChoice:
 
 
 def was_trained(context: Context, trained: Sequence[Context], attends: bool) -> bool:
-    """Whether a configuration was trained in ``context``; the left context only counts where there is attention."""
+    """Whether a variant was trained in ``context``; the left context only counts where there is attention."""
     return context in trained or (not attends and context.chunk in [other.chunk for other in trained])
 
 

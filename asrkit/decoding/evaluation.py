@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from asrkit.data.batches import Batch
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.search import Method, decode

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One utterance's recognised tokens, the encoder frame that emitted each, and the log-probability.
+    """One utterance's recognized tokens, the encoder frame that emitted each, and the log-probability.
 
     The score is the path's (greedy) or the sum over the paths the beam kept (beam), natural logarithm.
     """

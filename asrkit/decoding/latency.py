@@ -1,4 +1,4 @@
-"""How long after a word has been said a streaming recogniser has it."""
+"""How long after a word has been said a streaming recognizer has it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lhotse.cut import Cut
 
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.words import word_frames
 from asrkit.nn.context import FRAME_MS, LOOK_AHEAD_MS, Context
@@ -45,7 +45,7 @@ def word_ends(cut: Cut) -> list[tuple[str, float]] | None:
 def emission_latencies(
     hypothesis: Hypothesis, tokenizer: Tokenizer, ends: Sequence[tuple[str, float]], context: Context
 ) -> list[float]:
-    """Milliseconds from the end of each rightly recognised word to the moment its last piece is known.
+    """Milliseconds from the end of each rightly recognized word to the moment its last piece is known.
 
     Words are paired as the errors are counted, but regardless of case, as aligners often change it.
     """
@@ -60,7 +60,7 @@ def emission_latencies(
     return found
 
 
-def summarise_latencies(latencies: Sequence[float]) -> dict[str, Any]:
+def summarize_latencies(latencies: Sequence[float]) -> dict[str, Any]:
     """``mean_ms`` and ``p90_ms`` (nulls where no word was right) of ``words`` words."""
     if not latencies:
         return {"mean_ms": None, "p90_ms": None, "words": 0}

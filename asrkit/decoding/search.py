@@ -42,5 +42,5 @@ def decode(
     beam: int = 4,
     languages: Sequence[str] | None = None,
 ) -> list[Hypothesis]:
-    """Recognise a batch: features (B, T, 80), padded, with lengths (B,) and, for a model that is told them, languages."""
+    """Recognize a batch: features (B, T, 80), padded, with lengths (B,) and, for a model that is told them, languages."""
     return search(model, model.encode(features, feature_lens, languages), method, beam)

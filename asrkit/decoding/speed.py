@@ -1,4 +1,4 @@
-"""How fast a model on disk recognises and what memory that takes, in a process of its own with its own number of threads.
+"""How fast a model on disk recognizes and what memory that takes, in a process of its own with its own number of threads.
 
 Made-up sound: the time of a transducer's greedy search depends little on what is said.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from asrkit.decoding.acoustic import EncoderOutput
-from asrkit.decoding.recogniser import load_recogniser
+from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import search
 from asrkit.errors import UserError
 from asrkit.nn.context import Context, parse_context
@@ -36,15 +36,13 @@ class Speed:
     memory_mb: float
 
 
-def measure_speed(
-    path: Path, configuration: str | None, context: Context, seconds: float = 30.0, threads: int = 1
-) -> Speed:
+def measure_speed(path: Path, variant: str | None, context: Context, seconds: float = 30.0, threads: int = 1) -> Speed:
     """Run a model of a run directory or an exported one on ``seconds`` of sound, one stream, on the CPU.
 
     Raises:
         UserError: the process failed, for the reason it gives.
     """
-    told = {"path": str(path), "configuration": configuration, "context": str(context), "seconds": seconds}
+    told = {"path": str(path), "variant": variant, "context": str(context), "seconds": seconds}
     command = [sys.executable, "-m", "asrkit.decoding.speed", json.dumps({**told, "threads": threads})]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -53,10 +51,10 @@ def measure_speed(
     return Speed(**json.loads(done.stdout))
 
 
-def _measure(path: str, configuration: str | None, context: str, seconds: float, threads: int) -> Speed:
+def _measure(path: str, variant: str | None, context: str, seconds: float, threads: int) -> Speed:
     torch.set_num_threads(threads)
     before = _peak_mb(reset=True)
-    found = load_recogniser(Path(path), "cpu", configuration, parse_context(context), ["greedy"])
+    found = load_recognizer(Path(path), "cpu", variant, parse_context(context), ["greedy"])
     model, chunk = found.model, found.context.chunk
     length = UTTERANCE if chunk is None else 4 * chunk + 3
     random = torch.Generator().manual_seed(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from asrkit.data.features import LOG_EPS, NUM_MEL_BINS, SAMPLE_RATE, OnlineFbank
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import FRAME_SECONDS, AcousticModel, EncoderOutput
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.search import Method, search
@@ -102,7 +102,7 @@ class ChunkEncoder:
         )
 
 
-class StreamingRecogniser:
+class StreamingRecognizer:
     """One stream of sound to growing text.
 
     The frames of the current utterance are kept and searched again after each chunk, by the very search that decodes

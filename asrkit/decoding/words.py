@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asrkit.data.tokenizer import WORD_START, Tokenizer
+from asrkit.data.text.tokenizer import WORD_START, Tokenizer
 from asrkit.decoding.acoustic import FRAME_SECONDS
 from asrkit.decoding.hypothesis import Hypothesis
 

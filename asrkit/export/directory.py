@@ -90,13 +90,13 @@ class Exported:
     """export.yaml.
 
     context: full, or the chunk and left context every streaming file is fixed to. language: the one the files hear, of a model
-    with languages. state_size: numbers in a stream's state, 0 where there is none. quantise: what made integers of float
+    with languages. state_size: numbers in a stream's state, 0 where there is none. quantize: what made integers of float
     weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head. client: the
     oldest sherpa-onnx that runs the files, where older ones run others.
     """
 
     format: Format = "onnx"
-    configuration: str
+    variant: str
     submodels: list[str]
     context: ContextText
     language: str | None = None
@@ -107,14 +107,14 @@ class Exported:
     sample_rate: int
     opset: int | None
     compression: str
-    quantise: str | None = None
-    dequantised: bool = False
+    quantize: str | None = None
+    dequantized: bool = False
     files: dict[str, FileRecord]
     parts: dict[str, PartRecord]
     parity: ParityRecord
     client: str | None = None
     run: RunRecord
-    licence: str | None = None
+    license: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

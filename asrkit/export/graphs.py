@@ -49,7 +49,7 @@ class Graph:
 
 
 class StateLayout:
-    """How the caches of a configuration lie in one flat state: (N, S) with the frame counter first.
+    """How the caches of a variant lie in one flat state: (N, S) with the frame counter first.
 
     Zeros are the caches before the first chunk. The counter would grow for ever, and float32 counts exactly to 2^24
     only; but a mask asks just two things of it: whether ``left`` frames have passed, and the position within the chunks
@@ -96,15 +96,15 @@ class StateLayout:
 class WholeUtterance(nn.Module):
     """x (N, T, 80), x_lens (N,) -> the head's output (N, T', ...), T' (N,)."""
 
-    def __init__(self, model: AsrModel, configuration: str, head: Head) -> None:
+    def __init__(self, model: AsrModel, variant: str, head: Head) -> None:
         super().__init__()
-        self.model, self.configuration, self.head = model, configuration, head
+        self.model, self.variant, self.head = model, variant, head
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         # Too short for one frame, a recording still needs a convolution's window; its length says there is no frame.
         wanted = torch.as_tensor(x.shape[1]).clamp(min=SHORTEST)
         x = torch.cat([x, x.new_zeros(1, SHORTEST, x.shape[2]).expand(x.shape[0], -1, -1)], dim=1)[:, :wanted]
-        encoder_out, lens = self.model.encode(x, x_lens, self.configuration)
+        encoder_out, lens = self.model.encode(x, x_lens, self.variant)
         return self.head(encoder_out), lens
 
 
@@ -115,13 +115,13 @@ class Chunk(nn.Module):
     with silence. Our own decoding does, so that its results are those of the torch model to the last frame.
     """
 
-    def __init__(self, model: AsrModel, configuration: str, layout: StateLayout, chunk: int, head: Head) -> None:
+    def __init__(self, model: AsrModel, variant: str, layout: StateLayout, chunk: int, head: Head) -> None:
         super().__init__()
-        self.model, self.configuration, self.layout, self.chunk, self.head = model, configuration, layout, chunk, head
+        self.model, self.variant, self.layout, self.chunk, self.head = model, variant, layout, chunk, head
 
     def forward(self, x: Tensor, state: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
         frame_lens = self.chunk - missing.to(torch.int64)
-        encoder_out, caches = self.model.streaming_step(x, self.layout.unpack(state), self.configuration, frame_lens)
+        encoder_out, caches = self.model.streaming_step(x, self.layout.unpack(state), self.variant, frame_lens)
         return self.head(encoder_out), self.layout.pack(caches)
 
 
@@ -178,17 +178,17 @@ class Joiner(nn.Module):
         return self.model.joiner(encoder_out, decoder_out)
 
 
-def graphs(model: AsrModel, configuration: str, context: Context, comment: str) -> list[Graph]:
-    """The four files of a configuration: offline in full context, streaming otherwise.
+def graphs(model: AsrModel, variant: str, context: Context, comment: str) -> list[Graph]:
+    """The four files of a variant: offline in full context, streaming otherwise.
 
     Raises:
-        UserError: this configuration cannot stream in the runtime; the message says why.
+        UserError: this variant cannot stream in the runtime; the message says why.
     """
     about = {"version": "1", "model_author": "asrkit", "comment": comment}
     encoders = (
-        _offline(model, configuration, about)
+        _offline(model, variant, about)
         if context.chunk is None
-        else _streaming(model, configuration, context.chunk, context.left, about)
+        else _streaming(model, variant, context.chunk, context.left, about)
     )
     tokens = torch.tensor([[-1] * (model.context_size - 1) + [model.blank], [1] * model.context_size])
     joiner_dim = model.joiner.out.in_features
@@ -216,7 +216,7 @@ def graphs(model: AsrModel, configuration: str, context: Context, comment: str) 
     ]
 
 
-def _offline(model: AsrModel, configuration: str, about: dict[str, str]) -> list[Graph]:
+def _offline(model: AsrModel, variant: str, about: dict[str, str]) -> list[Graph]:
     example = (torch.zeros(2, 95, model.spec.features.num_mel_bins), torch.tensor([95, 61]))
     found = []
     for file, head, name, kind in (
@@ -225,19 +225,19 @@ def _offline(model: AsrModel, configuration: str, about: dict[str, str]) -> list
     ):
         outputs = (name, f"{name}_lens")
         dynamic = {**_batched(0, "x_lens", outputs[1]), "x": {0: "N", 1: "T"}, name: {0: "N", 1: "T_out"}}
-        module = WholeUtterance(model, configuration, head)
+        module = WholeUtterance(model, variant, head)
         metadata = {"model_type": kind, **about}
         found.append(Graph(file, module, example, ("x", "x_lens"), outputs, dynamic, metadata))
     return found
 
 
-def _streaming(model: AsrModel, configuration: str, chunk: int, left: int, about: dict[str, str]) -> list[Graph]:
-    layout = StateLayout(model, model.submodels_of(configuration), left)
+def _streaming(model: AsrModel, variant: str, chunk: int, left: int, about: dict[str, str]) -> list[Graph]:
+    layout = StateLayout(model, model.submodels_of(variant), left)
     window = 4 * chunk + LOOK_AHEAD
     x = torch.zeros(2, window, model.spec.features.num_mel_bins)
     sizes = {"T": str(window), "decode_chunk_len": str(4 * chunk)}
-    lstm = LstmStates(Chunk(model, configuration, layout, chunk, model.joiner.project_encoder))
-    ctc = Zipformer2States(Chunk(model, configuration, layout, chunk, model.ctc_log_probs))
+    lstm = LstmStates(Chunk(model, variant, layout, chunk, model.joiner.project_encoder))
+    ctc = Zipformer2States(Chunk(model, variant, layout, chunk, model.ctc_log_probs))
     return [
         Graph(
             ENCODER,

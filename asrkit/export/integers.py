@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from asrkit.errors import UserError
-from asrkit.nn.compression import ActivationQuantisation, Codes, CompressedLinear
+from asrkit.nn.compression import ActivationQuantization, Codes, CompressedLinear
 
 OPSET = 17  # the newest that torch 1.13 writes; LayerNormalization is an operator from here on
 IR_VERSION = 8  # of that opset's time
@@ -215,7 +215,7 @@ def _n_bits_product(nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str,
     if not fitting and trained > 1:
         raise UserError(
             f"{nodes.path}: has a scale for each {inputs // trained} inputs, and the runtime's are for multiples of "
-            f"{BLOCKS[-1]}; train with weights.block_size={BLOCKS[-1]}, or, where inputs are float, export with --dequantise"
+            f"{BLOCKS[-1]}; train with weights.block_size={BLOCKS[-1]}, or, where inputs are float, export with --dequantize"
         )
     block = fitting[0] if fitting else BLOCKS[-1]
     count = -(-inputs // block)
@@ -293,28 +293,28 @@ def _has_groups(layer: CompressedLinear, size: int) -> bool:
 
 
 def _integer_product(
-    nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str, bits: int, how: ActivationQuantisation
+    nodes: Nodes, layer: CompressedLinear, codes: Codes, x: str, bits: int, how: ActivationQuantization
 ) -> str:
     """(q_x q_w) s_x s_w, as ``_NativeProduct`` has it."""
     middle = 2 ** (bits - 1)
     unsigned = (codes.codes.detach().numpy() + middle).astype(np.uint8)
     weights = nodes("Transpose", _unfolded(nodes, layer, unsigned, np.uint8(middle), "codes", bits), perm=[1, 0])
     if how.scale == "onnx":
-        quantised, scale, zero_point = nodes.add("DynamicQuantizeLinear", x, outputs=3)
+        quantized, scale, zero_point = nodes.add("DynamicQuantizeLinear", x, outputs=3)
     else:
         values, scale = _input_codes(nodes, x, how)
-        quantised = nodes.cast(nodes("Add", values, nodes.number(np.float32, 128)), np.uint8)
+        quantized = nodes.cast(nodes("Add", values, nodes.number(np.float32, 128)), np.uint8)
         zero_point = nodes.scalar(np.uint8, 128)
-    sums = nodes("MatMulInteger", quantised, weights, zero_point, nodes.scalar(np.uint8, middle))
+    sums = nodes("MatMulInteger", quantized, weights, zero_point, nodes.scalar(np.uint8, middle))
     y = nodes("Mul", nodes.cast(sums, np.float32), scale)
     return nodes("Mul", y, nodes.tensor("scale", codes.scale.view(-1)))
 
 
-def _input_codes(nodes: Nodes, x: str, how: ActivationQuantisation) -> tuple[str, str]:
+def _input_codes(nodes: Nodes, x: str, how: ActivationQuantization) -> tuple[str, str]:
     """Whole numbers in float32, and scales, as ``input_codes`` finds them; those of ``onnx`` less their zero point."""
     if how.scale == "onnx":
-        quantised, scale, zero_point = nodes.add("DynamicQuantizeLinear", x, outputs=3)
-        return nodes("Sub", nodes.cast(quantised, np.float32), nodes.cast(zero_point, np.float32)), scale
+        quantized, scale, zero_point = nodes.add("DynamicQuantizeLinear", x, outputs=3)
+        return nodes("Sub", nodes.cast(quantized, np.float32), nodes.cast(zero_point, np.float32)), scale
     largest = 2 ** (how.bits - 1) - 1
     over = {"axes": [-1]} if how.scale == "token" else {}
     peak = nodes("ReduceMax", nodes("Abs", x), keepdims=int(how.scale == "token"), **over)

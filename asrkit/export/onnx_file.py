@@ -13,7 +13,7 @@ import torch
 from asrkit.errors import UserError
 from asrkit.export.graphs import Graph
 from asrkit.export.integers import CONSTANT, MICROSOFT, OPSET, write_layers
-from asrkit.models.compress import part_of
+from asrkit.models.compression import part_of
 from asrkit.nn.compression import CompressedLinear
 
 PREFIX = re.compile(r"^(step\.)?model\.")  # where the model is in the traced modules
@@ -92,7 +92,7 @@ def _name_tensors(graph: Any) -> None:
 
 
 def _fold_transposes(graph: Any) -> None:
-    """Store a linear layer's weight as its product takes it, (in, out), under its own name."""
+    """PosteriorCache a linear layer's weight as its product takes it, (in, out), under its own name."""
     from onnx import numpy_helper
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}

@@ -134,12 +134,12 @@ def compare_layers(layers: Mapping[str, CompressedLinear], directory: Path, foun
 
 @torch.no_grad()
 def compare_offline(
-    model: AsrModel, configuration: str, onnx: ExportedModel, features: Tensor, feature_lens: Tensor, found: Differences
+    model: AsrModel, variant: str, onnx: ExportedModel, features: Tensor, feature_lens: Tensor, found: Differences
 ) -> None:
     """Whole utterances (N, T, 80), (N,), together and the last one alone."""
     for rows, length in ((slice(None), features.shape[1]), (slice(-1, None), int(feature_lens[-1]))):
         x, x_lens = features[rows, :length], feature_lens[rows]
-        encoder_out, lens = model.encode(x, x_lens, configuration)
+        encoder_out, lens = model.encode(x, x_lens, variant)
         for file, name, expected in (
             (ENCODER, "encoder_out", model.joiner.project_encoder(encoder_out)),
             (CTC, "log_probs", model.ctc_log_probs(encoder_out)),
@@ -151,14 +151,14 @@ def compare_offline(
 
 @torch.no_grad()
 def compare_streaming(
-    model: AsrModel, configuration: str, context: Context, onnx: ExportedModel, features: Tensor, found: Differences
+    model: AsrModel, variant: str, context: Context, onnx: ExportedModel, features: Tensor, found: Differences
 ) -> None:
     """Chunk by chunk, the torch loop with its caches against the flat states: features (N, T, 80).
 
     The last stream begins later than the others, and ends within its last chunk.
     """
     assert context.chunk is not None
-    size, submodels = context.chunk, model.submodels_of(configuration)
+    size, submodels = context.chunk, model.submodels_of(variant)
     layout = StateLayout(model, submodels, context.left)
     count = (features.shape[1] - LOOK_AHEAD) // (4 * size)
     late, rows = max(1, count // 3), len(features) - 1
@@ -173,7 +173,7 @@ def compare_streaming(
         missing = torch.zeros(len(x), dtype=torch.int64)
         if number == count - 1:
             missing[-1] = size // 2
-        encoder_out, caches = model.streaming_step(x, caches, configuration, size - missing)
+        encoder_out, caches = model.streaming_step(x, caches, variant, size - missing)
         for file, name, state_name, expected in (
             (ENCODER, "encoder_out", "next_h", model.joiner.project_encoder(encoder_out)),
             (CTC, "log_probs", "next_key", model.ctc_log_probs(encoder_out)),
@@ -200,7 +200,7 @@ def compare_predictor_and_joiner(model: AsrModel, onnx: ExportedModel, joiner_in
 
 def random_log_mel(model: AsrModel, num_frames: int, count: int = 3, seed: int = 1) -> Tensor:
     """(count, num_frames, 80) that looks like the model's training data: its mean and deviation in each band, loudness
-    and colour that wander, pauses, and digital silence."""
+    and color that wander, pauses, and digital silence."""
     generator = torch.Generator().manual_seed(seed)
     bins = model.spec.features.num_mel_bins
     steps = torch.randn(count, num_frames, bins, generator=generator)
@@ -208,16 +208,16 @@ def random_log_mel(model: AsrModel, num_frames: int, count: int = 3, seed: int =
     for t in range(num_frames):
         wandering[:, t] = 0.9 * wandering[:, max(0, t - 1)] + 0.436 * steps[:, t]
     loudness = torch.repeat_interleave(torch.randn(count, num_frames // 20 + 1, 1, generator=generator), 20, dim=1)
-    normalise = model.encoder.normalise
-    features = normalise.mean + normalise.std * (wandering + loudness[:, :num_frames])
+    normalize = model.encoder.normalize
+    features = normalize.mean + normalize.std * (wandering + loudness[:, :num_frames])
     features[:, num_frames // 2 : num_frames // 2 + 20] = LOG_EPS
     return features.clamp(min=LOG_EPS)
 
 
-def streaming_frames(model: AsrModel, configuration: str, context: Context) -> int:
-    """Feature frames in which every mask of a streaming configuration takes all its forms."""
+def streaming_frames(model: AsrModel, variant: str, context: Context) -> int:
+    """Feature frames in which every mask of a streaming variant takes all its forms."""
     assert context.chunk is not None
-    layout = StateLayout(model, model.submodels_of(configuration), context.left)
+    layout = StateLayout(model, model.submodels_of(variant), context.left)
     # A third passes before the last stream begins; the others turn their counter round at least once.
     chunks = 3 + 3 * (context.left + 2 * layout.period) // (2 * context.chunk)
     return 4 * context.chunk * min(max(chunks, 6), MAX_CHUNKS) + LOOK_AHEAD

@@ -17,7 +17,7 @@ _HEAD = """\
 {card}
 ---
 
-# Speech recogniser, configuration {configuration}
+# Speech recognizer, variant {variant}
 
 {about}
 {takes} Run the commands in this directory.
@@ -213,7 +213,7 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
     about += f"Context: {exported.context}.\n" if context.streaming else "Context: full, not streaming.\n"
     about += f"Language: {exported.language}.\n" if exported.language else ""
     takes = _SOUND if exported.format == "onnx" else _FEATURES
-    text = _HEAD.format(card=_card(exported), configuration=exported.configuration, about=about, takes=takes)
+    text = _HEAD.format(card=_card(exported), variant=exported.variant, about=about, takes=takes)
     if exported.format == "torchscript":
         text += _script(exported)
     elif context.chunk is None:
@@ -228,7 +228,7 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
     files = (f"| {name} | {record.bytes} | `{record.sha256}` |" for name, record in exported.files.items())
     stages = (f"- {entry.get('stage')}: `{entry.get('command')}`" for entry in exported.run.lineage)
     parts = (f"| {name} | {part.stored} | {part.float32} |" for name, part in exported.parts.items())
-    rights = f"Licence: {exported.licence}." if exported.licence else "The rights are those its makers give."
+    rights = f"License: {exported.license}." if exported.license else "The rights are those its makers give."
     return text + _TAIL.format(
         files="\n".join(files),
         stages="\n".join(stages),
@@ -258,7 +258,7 @@ def _client(exported: Exported) -> str:
     if exported.client is None:
         return _CLIENT
     return (
-        f"{_CLIENT}Weights of 2 bits need sherpa-onnx {exported.client} or newer; else export with `--dequantise`.\n\n"
+        f"{_CLIENT}Weights of 2 bits need sherpa-onnx {exported.client} or newer; else export with `--dequantize`.\n\n"
     )
 
 
@@ -272,8 +272,8 @@ def _card(exported: Exported) -> str:
     }
     if exported.language:
         content["language"] = exported.language
-    if exported.licence:
-        content["license"] = exported.licence
+    if exported.license:
+        content["license"] = exported.license
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True)).rstrip()
 
 

@@ -89,7 +89,7 @@ def _open_script(path: Path) -> Callable[..., list[Tensor]]:
         raise UserError(f"{path}: torch {torch.__version__} cannot load it; export again with this torch") from error
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        # Optimised, the second call of each batch size takes seconds, and those after it are no faster.
+        # Optimized, the second call of each batch size takes seconds, and those after it are no faster.
         with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[no-untyped-call]
             outputs = script(*tensors)
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -122,7 +122,7 @@ def _open_session(model: Path | bytes, threads: int) -> Any:
         if "MatMulNBits" in reason or "matmul_nbits" in reason:
             raise UserError(
                 f"{version} multiplies no integer weights of these bits ({reason[:200]}); install a newer one, or export "
-                "them as float32 with --dequantise"
+                "them as float32 with --dequantize"
             ) from error
         raise UserError(
             f"{model if isinstance(model, Path) else 'a layer'}: {version} cannot load it ({reason[:300]}); install a newer "

@@ -1,4 +1,4 @@
-"""What language models of several units teach a recogniser's frames through heads of their own.
+"""What language models of several units teach a recognizer's frames through heads of their own.
 
 Shapes: B utterances, T' encoder frames, N segments (units of an alignment), V a unit's vocabulary.
 Source: Lee and Chang, arXiv 2110.10429, equations 1 to 4; the interpolated labels of equation 3 are those of

@@ -140,7 +140,7 @@ def prune_ranges(
     """Return the symbol positions to keep in each frame, int64 (B, T, S), consecutive along S.
 
     px_grad (B, U, T) and py_grad (B, U + 1, T) are the arc posteriors of the simple loss. The first position
-    maximises the retained probability (equation 8), then is made non-decreasing, to step by less than S (by at
+    maximizes the retained probability (equation 8), then is made non-decreasing, to step by less than S (by at
     most 1 in the modified topology), to start at 0 and to reach the last symbol in the last frame. S is
     prune_range, raised where an utterance needs longer steps to get there, and at most U + 1.
 
@@ -252,7 +252,7 @@ def _simple_log_probs(
     enc = encoder_logits - encoder_logits.detach().amax(2, keepdim=True)
     pred = predictor_logits - predictor_logits.detach().amax(2, keepdim=True)
     enc_probs, pred_probs = enc.exp(), pred.exp()
-    # the normaliser of all T x U sums of logits as a product of matrices: only (B, T, U + 1) in memory
+    # the normalizer of all T x U sums of logits as a product of matrices: only (B, T, U + 1) in memory
     norm = (enc_probs @ pred_probs.transpose(1, 2)).clamp(min=floor).log()
 
     targets = F.pad(symbols, (0, 1), value=BLANK)

@@ -1,4 +1,4 @@
-"""The recogniser: encoder, stateless predictor, joiner, CTC head.
+"""The recognizer: encoder, stateless predictor, joiner, CTC head.
 
 Shapes: B batch, T feature frames, T' encoder frames, U symbols, D encoder dim, P predictor dim, J joiner dim,
 V vocabulary.
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from asrkit.config import from_dict, to_dict
 from asrkit.errors import UserError
-from asrkit.models.compress import compress
+from asrkit.models.compression import compress
 from asrkit.models.encoder import Caches, Encoder
 from asrkit.models.lm import is_language_model
 from asrkit.models.spec import HeadSpec, ModelSpec, PredictorSpec
@@ -87,7 +87,7 @@ class Head(nn.Module):
 
 
 class AsrModel(nn.Module):
-    """A transducer and a CTC recogniser on one convolutional backbone."""
+    """A transducer and a CTC recognizer on one convolutional backbone."""
 
     blank = 0
     subsampling = 4
@@ -114,7 +114,7 @@ class AsrModel(nn.Module):
         self,
         features: Tensor,
         feature_lens: Tensor,
-        configuration: str | None = None,
+        variant: str | None = None,
         context: Context = FULL,
         gates: Tensor | None = None,
         languages: Tensor | None = None,
@@ -123,18 +123,18 @@ class AsrModel(nn.Module):
 
         ``languages`` (B,) as ``language_ids`` makes them.
         """
-        return self.encoder(features, feature_lens, self.submodels_of(configuration), context, gates, languages)
+        return self.encoder(features, feature_lens, self.submodels_of(variant), context, gates, languages)
 
     def streaming_step(
         self,
         features: Tensor,
         caches: Caches,
-        configuration: str | None = None,
+        variant: str | None = None,
         frame_lens: Tensor | None = None,
         languages: Tensor | None = None,
     ) -> tuple[Tensor, Caches]:
         """The next chunk, (B, 4 c + 3, 80) -> (B, c, D) and the caches after it; see ``Encoder.streaming_step``."""
-        submodels = self.submodels_of(configuration)
+        submodels = self.submodels_of(variant)
         return self.encoder.streaming_step(features, caches, submodels, frame_lens, languages)
 
     def language_ids(self, languages: Sequence[str] | None) -> Tensor | None:
@@ -148,16 +148,16 @@ class AsrModel(nn.Module):
         numbers = [self.spec.languages.index(language) for language in languages]
         return torch.tensor(numbers, device=self.ctc_head.weight.device)
 
-    def submodels_of(self, configuration: str | None = None) -> tuple[str, ...]:
-        """The active sub-models of a configuration, None being the one the model was last trained in.
+    def submodels_of(self, variant: str | None = None) -> tuple[str, ...]:
+        """The active sub-models of a variant, None being the one the model was last trained in.
 
         Raises:
-            UserError: there is no such configuration.
+            UserError: there is no such variant.
         """
-        name = self.spec.configuration if configuration is None else configuration
-        if name not in self.spec.configurations:
-            raise UserError(f"no configuration {name}; there are {', '.join(self.spec.configurations)}")
-        return tuple(self.spec.configurations[name].submodels)
+        name = self.spec.variant if variant is None else variant
+        if name not in self.spec.variants:
+            raise UserError(f"no variant {name}; there are {', '.join(self.spec.variants)}")
+        return tuple(self.spec.variants[name].submodels)
 
     def ctc_log_probs(self, encoder_out: Tensor) -> Tensor:
         """(B, T', D) -> (B, T', V), in float32 whatever the precision around it."""
@@ -207,13 +207,13 @@ def tapped(model: AsrModel, layers: Collection[int]) -> Iterator[dict[int, Tenso
 
 
 def spec_of(run: RunDir) -> ModelSpec:
-    """The spec of a run directory's recogniser.
+    """The spec of a run directory's recognizer.
 
     Raises:
         UserError: the run is of another kind, or of another version of asrkit.
     """
     if is_language_model(run):
-        raise UserError(f"{run.path}: is a language model of train-lm, not a recogniser")
+        raise UserError(f"{run.path}: is a language model of train-lm, not a recognizer")
     try:
         return from_dict(ModelSpec, run.model_spec, MODEL)
     except UserError as error:  # its digest is right, so it was written like this

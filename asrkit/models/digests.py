@@ -21,10 +21,10 @@ def backbone_digest(tensors: Mapping[str, Tensor]) -> str:
     return tensors_digest((name, tensor) for name, tensor in tensors.items() if is_backbone(name))
 
 
-def submodels_left_behind(model: AsrModel, configuration: str | None) -> list[str]:
-    """The sub-models that a training of ``configuration`` leaves as they are while it moves the backbone beneath them."""
+def submodels_left_behind(model: AsrModel, variant: str | None) -> list[str]:
+    """The sub-models that a training of ``variant`` leaves as they are while it moves the backbone beneath them."""
     moves = any(p.requires_grad for name, p in model.named_parameters() if is_backbone(name))
-    active = model.submodels_of(configuration)
+    active = model.submodels_of(variant)
     return [name for name in model.spec.submodels if moves and name not in active]
 
 

@@ -20,7 +20,7 @@ from asrkit.nn.context import FULL, Context, parse_context, visible
 from asrkit.nn.submodels import Adapter, Attention
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """Subtract the mean and divide by the deviation of each mel bin, both measured on the training manifest."""
 
     mean: Tensor
@@ -94,7 +94,7 @@ class SubModel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Normalised features through the subsampling and the backbone's blocks, with whichever sub-models are active."""
+    """Normalized features through the subsampling and the backbone's blocks, with whichever sub-models are active."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         self.dim, self.kernel_size = backbone.dim, backbone.kernel_size
         per_mode_norm = backbone.norms == "per_mode"
         num_mel_bins = spec.features.num_mel_bins
-        self.normalise = Normalise(num_mel_bins)
+        self.normalize = Normalize(num_mel_bins)
         self.subsampling = Subsampling(num_mel_bins, backbone.subsampling_channels, backbone.dim, per_mode_norm)
         # One-hot languages times a matrix (num_languages, D). Zeros, and without a random draw: the model begins as one without.
         zeros = torch.zeros(len(spec.languages), backbone.dim)
@@ -134,11 +134,11 @@ class Encoder(nn.Module):
             submodels: names of the active ones, in the order they are added.
             gates: (layers, B or 1) on the CPU, factors of what sub-models add in a layer (attention dropout); a layer
                 whose factors are all 0 does not compute them.
-            languages: (B,) int64, the place of each utterance's among those of the spec; None for a model without.
+            languages: (B,) int64, the index of each utterance's among those of the spec; None for a model without.
         """
         if features.shape[1] < 7:
             return features.new_zeros(len(features), 0, self.dim), torch.zeros_like(feature_lens)
-        x, encoder_out_lens = self.subsampling(self.normalise(features), feature_lens, context.streaming)
+        x, encoder_out_lens = self.subsampling(self.normalize(features), feature_lens, context.streaming)
         x = self._in_language(x, languages)
         frames = torch.arange(x.shape[1], device=x.device)
         valid = frames < encoder_out_lens.unsqueeze(1)
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
         Where a stream ends within the chunk, ``frame_lens`` (B,) says how many of its c frames there are. ``languages``
         (B,) as for ``forward``.
         """
-        x, _ = self.subsampling(self.normalise(features), features.new_zeros(1), streaming=True)
+        x, _ = self.subsampling(self.normalize(features), features.new_zeros(1), streaming=True)
         x = self._in_language(x, languages)
         offsets = torch.arange(x.shape[1], device=x.device)
         queries = caches.frames.unsqueeze(1) + offsets
@@ -208,11 +208,11 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor | None], list[tuple[Tensor, Tensor]]]:
         """Through every block; histories of None mean that nothing came before and nothing is kept."""
         streaming = conv[0] is not None
-        places = {place: number for number, place in enumerate(self._attention(submodels))}
+        numbers = {module: number for number, module in enumerate(self._attention(submodels))}
         attention_after = list(attention or [])
 
         def attend(name: str, layer: int, x: Tensor) -> Tensor:
-            module, number = self._part(name).layers[str(layer)], places[name, layer]
+            module, number = self._part(name).layers[str(layer)], numbers[name, layer]
             history = None if attention is None else attention[number]
             added, (keys, values) = module(x, seen[name], streaming, history)
             if history is not None:
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
                 for name in submodels:
                     if layer in self._part(name).spec.layers:
                         added = branch(name, layer)
-                        branches[self._part(name).spec.place].append(
+                        branches[self._part(name).spec.position].append(
                             added if gate is None else partial(_gated, gate.to(x.device), added)
                         )
             x, history = block(x, ~valid.unsqueeze(-1), conv[layer], **branches)

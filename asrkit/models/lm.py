@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from asrkit.config import config, from_dict
-from asrkit.data.units import Unit
+from asrkit.data.text.units import Unit
 from asrkit.errors import UserError
 from asrkit.models.spec import Positive, Probability
 from asrkit.nn.conformer import FeedForward, LayerNorm
@@ -99,7 +99,7 @@ class _Block(nn.Module):
 
 
 def is_language_model(run: RunDir) -> bool:
-    """Whether a run directory holds a language model rather than a recogniser."""
+    """Whether a run directory holds a language model rather than a recognizer."""
     return "unit" in run.model_spec
 
 
@@ -110,7 +110,7 @@ def load_lm(run: RunDir) -> LanguageModel:
         UserError: the run is of another kind, or its weights do not fit the spec.
     """
     if not is_language_model(run):
-        raise UserError(f"{run.path}: holds no language model, but a recogniser; train one with asrkit train-lm")
+        raise UserError(f"{run.path}: holds no language model, but a recognizer; train one with asrkit train-lm")
     model = LanguageModel(from_dict(LmSpec, run.model_spec, str(run.path / MODEL)))
     try:
         model.load_state_dict(run.weights(), strict=True)

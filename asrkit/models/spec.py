@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from asrkit.config import config
-from asrkit.data.units import Unit
+from asrkit.data.text.units import Unit
 from asrkit.nn.compression import Compression
 from asrkit.nn.context import parse_context
 
@@ -54,7 +54,7 @@ class EncoderSpec:
     @classmethod
     def _odd(cls, value: int) -> int:
         if value % 2 == 0:
-            raise ValueError("kernel_size must be odd, so that the filter has a centre")
+            raise ValueError("kernel_size must be odd, so that the filter has a center")
         return value
 
 
@@ -77,7 +77,7 @@ class SubModelSpec:
 
     kind: Literal["attention", "adapter"]
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    place: Literal["serial", "parallel"] = "serial"
+    position: Literal["serial", "parallel"] = "serial"
     dim: Positive
     heads: Positive = 4
     context: ContextText = "full"
@@ -109,7 +109,7 @@ class HeadSpec:
 
 
 @config
-class ConfigurationSpec:
+class VariantSpec:
     """A named operating point: the sub-models that are active, and the contexts it was trained in, the first by default."""
 
     submodels: list[str] = field(default_factory=list)
@@ -121,8 +121,8 @@ class ModelSpec:
     """A convolutional backbone with a CTC head and a transducer on top, and the sub-models added to it.
 
     ``languages``, if any, are those the encoder is told apart: it has a learned vector for each.
-    ``configuration`` is the one the last stage trained, which is used where none is named. ``compression`` says, by the
-    path of a linear layer such as ``encoder.blocks.0.conv.out``, how it is masked and quantised. ``heads`` are those the run
+    ``variant`` is the one the last stage trained, which is used where none is named. ``compression`` says, by the
+    path of a linear layer such as ``encoder.blocks.0.conv.out``, how it is masked and quantized. ``heads`` are those the run
     was trained with; whoever loads the model leaves them out.
     """
 
@@ -133,8 +133,8 @@ class ModelSpec:
     features: FeatureSpec = field(default_factory=FeatureSpec)
     languages: Languages = field(default_factory=list)
     submodels: dict[str, SubModelSpec] = field(default_factory=dict)
-    configurations: dict[str, ConfigurationSpec] = field(default_factory=lambda: {BACKBONE: ConfigurationSpec()})
-    configuration: str = BACKBONE
+    variants: dict[str, VariantSpec] = field(default_factory=lambda: {BACKBONE: VariantSpec()})
+    variant: str = BACKBONE
     compression: dict[str, Compression] = field(default_factory=dict)
     heads: dict[str, HeadSpec] = field(default_factory=dict)
 
@@ -148,11 +148,11 @@ class ModelSpec:
                     f"sub-model {name}: layer {submodel.layers[-1]} is out of range; "
                     f"the encoder has layers 0 to {self.encoder.num_layers - 1}"
                 )
-        for name, configuration in self.configurations.items():
+        for name, variant in self.variants.items():
             if not NAME.fullmatch(name):
-                raise ValueError(f"configuration {name}: a name is letters, digits, - and _, a letter first")
-            if missing := [part for part in configuration.submodels if part not in self.submodels]:
-                raise ValueError(f"configuration {name}: no sub-model {', '.join(missing)}")
+                raise ValueError(f"variant {name}: a name is letters, digits, - and _, a letter first")
+            if missing := [part for part in variant.submodels if part not in self.submodels]:
+                raise ValueError(f"variant {name}: no sub-model {', '.join(missing)}")
         for name, head in self.heads.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"head {name}: a name is letters, digits, - and _, a letter first")
@@ -161,8 +161,8 @@ class ModelSpec:
                     f"head {name}: layer {head.layer} is out of range; "
                     f"the encoder has layers 0 to {self.encoder.num_layers - 1}"
                 )
-        if self.configuration not in self.configurations:
-            raise ValueError(f"no configuration {self.configuration}")
+        if self.variant not in self.variants:
+            raise ValueError(f"no variant {self.variant}")
         return self
 
 

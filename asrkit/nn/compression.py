@@ -1,9 +1,9 @@
-"""A linear layer that masks its weights, quantises them and multiplies integers, in that order and in every forward pass, so
+"""A linear layer that masks its weights, quantizes them and multiplies integers, in that order and in every forward pass, so
 that what is trained is what is exported.
 
 Shapes: N rows of activations, I inputs, O outputs, n blocks of an output's inputs, b bits.
-Sources: native-integer quantisation-aware training (arXiv 2203.15952, US20230298569A1), 2-bit and asymmetric weights
-(arXiv 2305.16619 and the code its authors released), prune-then-quantise fine-tuning with N:M masks (arXiv 2312.08553,
+Sources: native-integer quantization-aware training (arXiv 2203.15952, US20230298569A1), 2-bit and asymmetric weights
+(arXiv 2305.16619 and the code its authors released), prune-then-quantize fine-tuning with N:M masks (arXiv 2312.08553,
 US20250078815A1). Where these leave a choice, it is an option below and its default is ours.
 """
 
@@ -26,11 +26,11 @@ CLIP_GRID = 11  # shares of the largest weight that a clip search tries, from 1 
 
 
 @config
-class WeightQuantisation:
+class WeightQuantization:
     """How weights become integers.
 
     ``scale``: one for all, for each output (the paper), or for each block of ``block_size`` inputs of an output.
-    ``bound``: what the largest weight becomes: centre of the last step, 2^(b-1) - 1 (the paper), or its outer edge, 2^(b-1) - 0.5.
+    ``bound``: what the largest weight becomes: center of the last step, 2^(b-1) - 1 (the paper), or its outer edge, 2^(b-1) - 0.5.
     ``symmetric`` has no zero point and keeps zeros; asymmetric uses all 2^b levels (arXiv 2305.16619), for 2 bits.
     ``scale_gradient``: whether training moves the largest weight through the scale as well; the paper stops it.
     ``clip`` search: of 11 shares of the range, 1 to 0.5, the one with the least squared error, for each scale by itself.
@@ -39,7 +39,7 @@ class WeightQuantisation:
     bits: Literal[2, 4, 8] = 8
     scale: Literal["tensor", "channel", "block"] = "channel"
     block_size: Annotated[int, Field(ge=2)] = 64
-    bound: Literal["centre", "edge"] = "centre"
+    bound: Literal["center", "edge"] = "center"
     rounding: Rounding = "half_up"
     symmetric: bool = True
     scale_gradient: bool = False
@@ -62,7 +62,7 @@ class WeightQuantisation:
 
 
 @config
-class ActivationQuantisation:
+class ActivationQuantization:
     """How a layer's input becomes integers, with scales found anew in every pass.
 
     ``scale``: one for each row, symmetric; or one for the whole input, symmetric (tensor) or as ONNX's
@@ -108,8 +108,8 @@ class Mask:
 class Compression:
     """What is done to one linear layer; nothing is an ordinary layer."""
 
-    weights: WeightQuantisation | None = None
-    activations: ActivationQuantisation | None = None
+    weights: WeightQuantization | None = None
+    activations: ActivationQuantization | None = None
     mask: Mask | None = None
     # fake: weights are scaled back before the product, for comparison; the papers' is native.
     product: Literal["native", "fake"] = "native"
@@ -146,12 +146,12 @@ class Codes(NamedTuple):
 
 
 def round_half(x: Tensor, rounding: Rounding) -> Tensor:
-    """To the nearest whole number; a half goes up, or to the even neighbour."""
+    """To the nearest whole number; a half goes up, or to the even neighbor."""
     return torch.floor(x + 0.5) if rounding == "half_up" else torch.round(x)
 
 
-def weight_codes(weight: Tensor, how: WeightQuantisation) -> Codes:
-    """Quantise (O, I): equations 1 to 3 of arXiv 2203.15952, section 3; asymmetric: as praxis does for 2 bits.
+def weight_codes(weight: Tensor, how: WeightQuantization) -> Codes:
+    """Quantize (O, I): equations 1 to 3 of arXiv 2203.15952, section 3; asymmetric: as praxis does for 2 bits.
 
     Differentiable through the scale alone; rounding has no gradient here.
 
@@ -176,7 +176,7 @@ def weight_codes(weight: Tensor, how: WeightQuantisation) -> Codes:
     return Codes(codes.reshape(outputs, inputs), scale.squeeze(-1), None if offset is None else offset.squeeze(-1))
 
 
-def _coded(groups: Tensor, how: WeightQuantisation, share: float) -> tuple[Tensor, Tensor, Tensor | None]:
+def _coded(groups: Tensor, how: WeightQuantization, share: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes (O, n, B), scales (O, n, 1) and offsets of one clipping share; an all-zero group has scale 1."""
     if how.symmetric:
         bound = how.largest + (0.5 if how.bound == "edge" else 0.0)
@@ -199,7 +199,7 @@ def _no_zero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-class QuantisedInput(NamedTuple):
+class QuantizedInput(NamedTuple):
     """Integer activations: whole numbers (..., I) in a float tensor, scales (..., 1) or (1,), zero point (1,) or None."""
 
     codes: Tensor
@@ -207,18 +207,18 @@ class QuantisedInput(NamedTuple):
     zero_point: Tensor | None
 
 
-def input_codes(x: Tensor, how: ActivationQuantisation) -> QuantisedInput:
-    """Quantise (..., I) by its own largest values."""
+def input_codes(x: Tensor, how: ActivationQuantization) -> QuantizedInput:
+    """Quantize (..., I) by its own largest values."""
     x = x.float()
     if how.scale == "onnx":
         low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
         scale = _no_zero((high - low) / 255.0)
         zero_point = torch.round((0.0 - low) / scale).clamp(0, 255)
-        return QuantisedInput((torch.round(x / scale) + zero_point).clamp(0, 255), scale.view(1), zero_point.view(1))
+        return QuantizedInput((torch.round(x / scale) + zero_point).clamp(0, 255), scale.view(1), zero_point.view(1))
     largest = 2 ** (how.bits - 1) - 1
     peak = x.abs().amax(-1, keepdim=True) if how.scale == "token" else x.abs().amax().view(1)
     scale = _no_zero(peak / largest)
-    return QuantisedInput(round_half(x / scale, how.rounding).clamp(-largest, largest), scale, None)
+    return QuantizedInput(round_half(x / scale, how.rounding).clamp(-largest, largest), scale, None)
 
 
 def integer_product(x: Tensor, codes: Tensor, largest_x: int, largest_w: int) -> Tensor:
@@ -261,7 +261,7 @@ def multiplies_int8(device: str) -> bool:
 
 
 class _NativeProduct(torch.autograd.Function):
-    """The product of quantised operands with scales after it; backwards as if nothing had been rounded.
+    """The product of quantized operands with scales after it; backwards as if nothing had been rounded.
 
     Y = (q_x q_w^T) s_x s_w, scales multiplied in this order; dX = G (s_w q_w), dW = G^T (s_x q_x), the scales constant
     (arXiv 2203.15952 with the straight-through estimator of arXiv 2312.08553).
@@ -275,7 +275,7 @@ class _NativeProduct(torch.autograd.Function):
         codes: Tensor,
         scale: Tensor,
         largest: int,
-        activations: ActivationQuantisation | None,
+        activations: ActivationQuantization | None,
     ) -> Tensor:
         """x (..., I), weight (O, I) latent and already masked, its codes (O, I) and scale (O or 1, 1) -> (..., O)."""
         per_output = scale.view(-1)
@@ -285,15 +285,15 @@ class _NativeProduct(torch.autograd.Function):
             ctx.save_for_backward(x, units, scale)
             # In float32: a bfloat16 scale would be off by up to 0.4 %, and the exported one is not.
             return (F.linear(x, units.to(x.dtype)) * scale.view(-1)).to(x.dtype)
-        quantised = input_codes(x, activations)
-        size = 255 if quantised.zero_point is not None else 2 ** (activations.bits - 1) - 1
-        y = integer_product(quantised.codes, codes, size, largest)
-        values = quantised.codes
-        if quantised.zero_point is not None:  # while the sums are exact
-            y = y - (quantised.zero_point.double() * codes.double().sum(1)).to(y.dtype)
-            values = values - quantised.zero_point
-        ctx.save_for_backward((values * quantised.scale).to(x.dtype), units, scale)
-        return (y.float() * quantised.scale * per_output).to(x.dtype)
+        quantized = input_codes(x, activations)
+        size = 255 if quantized.zero_point is not None else 2 ** (activations.bits - 1) - 1
+        y = integer_product(quantized.codes, codes, size, largest)
+        values = quantized.codes
+        if quantized.zero_point is not None:  # while the sums are exact
+            y = y - (quantized.zero_point.double() * codes.double().sum(1)).to(y.dtype)
+            values = values - quantized.zero_point
+        ctx.save_for_backward((values * quantized.scale).to(x.dtype), units, scale)
+        return (y.float() * quantized.scale * per_output).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -320,9 +320,9 @@ class _StraightThroughMask(torch.autograd.Function):
 
 
 class CompressedLinear(nn.Linear):
-    """An ``nn.Linear`` by the same names whose weights are masked, quantised and multiplied as ``how`` says.
+    """An ``nn.Linear`` by the same names whose weights are masked, quantized and multiplied as ``how`` says.
 
-    ``weight`` stays the latent float32 tensor that the optimiser moves; ``mask`` (O, I), where there is one, is a buffer.
+    ``weight`` stays the latent float32 tensor that the optimizer moves; ``mask`` (O, I), where there is one, is a buffer.
     ``straight_through`` False gives pruned weights no gradient (the papers' way); True lets theirs through as if they were there.
     """
 
@@ -360,7 +360,7 @@ class CompressedLinear(nn.Linear):
         """The integers and scales of the layer as it is now: what an export holds.
 
         Raises:
-            ValueError: the layer's weights are not quantised.
+            ValueError: the layer's weights are not quantized.
         """
         if self.how.weights is None:
             raise ValueError("this layer has float weights")
@@ -375,19 +375,19 @@ class CompressedLinear(nn.Linear):
             y = self._product(x, weight, how)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _product(self, x: Tensor, weight: Tensor, how: WeightQuantisation) -> Tensor:
-        quantised = weight_codes(weight if how.scale_gradient else weight.detach(), how)
+    def _product(self, x: Tensor, weight: Tensor, how: WeightQuantization) -> Tensor:
+        quantized = weight_codes(weight if how.scale_gradient else weight.detach(), how)
         if self.multiplies_integers:
-            return _NativeProduct.apply(x, weight, quantised.codes, quantised.scale, how.largest, self.how.activations)  # type: ignore[no-any-return]
-        found = quantised.weights()
+            return _NativeProduct.apply(x, weight, quantized.codes, quantized.scale, how.largest, self.how.activations)  # type: ignore[no-any-return]
+        found = quantized.weights()
         if how.scale_gradient:
             # Rounding passes straight through; the scale's own gradient flows as well.
-            spread = quantised.spread(quantised.scale)
+            spread = quantized.spread(quantized.scale)
             straight = weight / spread + (
-                0.0 if quantised.offset is None else quantised.spread(quantised.offset) / spread
+                0.0 if quantized.offset is None else quantized.spread(quantized.offset) / spread
             )
             # A clipped weight is the bound, whatever it is; more than half a step from its code, but for rounding errors.
-            clipped = (straight - quantised.codes).abs() > 0.5 + 1e-3
+            clipped = (straight - quantized.codes).abs() > 0.5 + 1e-3
             found = (
                 found + torch.where(clipped, torch.zeros_like(found), straight - straight.detach()) * spread.detach()
             )

@@ -81,7 +81,7 @@ class FeedForward(nn.Module):
 class DepthwiseConv(nn.Module):
     """One filter of K taps for each channel along time: (B, T, D) -> (B, T, D).
 
-    Centred, or causal: then only the left (K + 1) / 2 taps of the same filter count (arXiv 2010.06030, section 3).
+    Centered, or causal: then only the left (K + 1) / 2 taps of the same filter count (arXiv 2010.06030, section 3).
     """
 
     def __init__(self, dim: int, kernel_size: int) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 from asrkit.errors import UserError
 
-NEEDED = ("manifest", "configuration", "context", "method", "total", "real_time_factor", "weights_sha256")
+NEEDED = ("manifest", "variant", "context", "method", "total", "real_time_factor", "weights_sha256")
 
 
 def read_results(run: Path) -> list[dict[str, Any]]:
     """Every result.json below ``evaluation/``, in the order of the directories' names.
 
     Raises:
-        UserError: a file is damaged, or of a version that knew no configurations.
+        UserError: a file is damaged, or of a version that knew no variants.
     """
     results, findings = [], []
     for file in sorted(run.glob("evaluation/*/result.json")):

@@ -43,7 +43,7 @@ def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
     first = results[0]
     timed = first["emission_latency"] is not None
     numbers = ["cuts", "words", "WER %", "95 %", "sub", "ins", "del", "CER %", *["late ms", "90 %"] * timed, "RTF"]
-    point = f"{first['configuration']}, {first['context']}"
+    point = f"{first['variant']}, {first['context']}"
     if first["latency_ms"] is not None:
         point += f", latency {latency(first['latency_ms'])}"
     table = _table(f"{first['manifest']} by {first['run']} ({point})", "method", "lang", numbers=numbers)
@@ -87,10 +87,10 @@ def _cells(counts: dict[str, Any]) -> list[str]:
 
 
 def run_tables(description: dict[str, Any]) -> list[Table]:
-    """Stages, configurations, sub-models, parts and evaluations of a run, as ``describe_run`` gives them."""
+    """Stages, variants, sub-models, parts and evaluations of a run, as ``describe_run`` gives them."""
     tables = [_stages(description)]
-    if description["configurations"]:
-        tables.append(_configurations(description))
+    if description["variants"]:
+        tables.append(_variants(description))
     if description["submodels"]:
         tables.append(_submodels(description))
     tables.append(_parts(description))
@@ -131,13 +131,13 @@ def _stages(description: dict[str, Any]) -> Table:
     return table
 
 
-def _configurations(description: dict[str, Any]) -> Table:
+def _variants(description: dict[str, Any]) -> Table:
     """A line for each trained context beside a line for each manifest measured, whichever are more."""
-    table = _table("configurations", "configuration", "sub-models", numbers=("parameters",))
+    table = _table("variants", "variant", "sub-models", numbers=("parameters",))
     for column in ("trained in", "latency", "best WER %", "on"):
         table.add_column(column)
-    for row in description["configurations"]:
-        name = f"{row['configuration']} (default)" if row["default"] else row["configuration"]
+    for row in description["variants"]:
+        name = f"{row['variant']} (default)" if row["default"] else row["variant"]
         best = [(percent(entry["wer"]), _where(entry)) for entry in row["best"]] or [("-", "")]
         table.add_row(
             name,
@@ -158,10 +158,10 @@ def _where(entry: dict[str, Any]) -> str:
 
 
 def _submodels(description: dict[str, Any]) -> Table:
-    table = _table("sub-models", "sub-model", "kind", "layers", "place", "context", numbers=("dim", "parameters"))
+    table = _table("sub-models", "sub-model", "kind", "layers", "position", "context", numbers=("dim", "parameters"))
     for row in description["submodels"]:
         dim = str(row["dim"]) if row["heads"] is None else f"{row['dim']} / {row['heads']} heads"
-        texts = (row["submodel"], row["kind"], _ranges(row["layers"]), row["place"], row["context"], dim)
+        texts = (row["submodel"], row["kind"], _ranges(row["layers"]), row["position"], row["context"], dim)
         table.add_row(*texts, f"{row['parameters']:,}")
     return table
 
@@ -188,13 +188,13 @@ def _parts(description: dict[str, Any]) -> Table:
 
 def _evaluations(description: dict[str, Any]) -> Table:
     numbers = ("words", "WER %", "CER %", "late ms", "RTF")
-    columns = ("manifest", "configuration", "context", "method", "weights")
+    columns = ("manifest", "variant", "context", "method", "weights")
     table = _table("evaluations", *columns, numbers=numbers)
     for row in description["evaluations"]:
         late = _rounded((row["emission_latency"] or {}).get("mean_ms"))
         rates = (percent(row["wer"]), percent(row["cer"]), late, f"{row['real_time_factor']:.4f}")
         weights = "these" if row["current"] else "earlier"
-        texts = (row["manifest"], row["configuration"], row["context"], row["method"], weights)
+        texts = (row["manifest"], row["variant"], row["context"], row["method"], weights)
         table.add_row(*texts, str(row["words"]), *rates)
     return table
 
@@ -204,9 +204,9 @@ def _number(value: Any) -> str:
 
 
 def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What a chain of stages achieved, as ``summarise_runs`` gives it."""
+    """What a chain of stages achieved, as ``summarize_runs`` gives it."""
     numbers = ("WER %", "CER %", "words", "bytes", "seconds", "RTF")
-    texts = ("stage", "configuration", "context", "manifest", "method")
+    texts = ("stage", "variant", "context", "manifest", "method")
     table = _table("summary", *texts, numbers=numbers)
     for row in rows:
         table.add_row(

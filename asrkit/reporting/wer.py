@@ -172,7 +172,7 @@ def format_alignment(utterance: Scored) -> str:
 
 
 def format_confusions(found: Confusions) -> str:
-    """All confusions, most frequent first, one a line: count, what was said, what was recognised."""
+    """All confusions, most frequent first, one a line: count, what was said, what was recognized."""
     sections = [
         ("substitutions", [(n, f"{ref} -> {hyp}") for (ref, hyp), n in found.substitutions.items()]),
         ("insertions", [(n, word) for word, n in found.insertions.items()]),

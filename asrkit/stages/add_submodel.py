@@ -1,7 +1,7 @@
 """add-submodel: new modules on a frozen model, trained alone, so that one backbone serves several operating points.
 
 Stage B of modular training (US20240185839A1): every parameter and buffer that was there before stays as it is, and only
-the sub-model's are in the optimiser.
+the sub-model's are in the optimizer.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from asrkit.models.encoder import SubModel
 from asrkit.models.spec import ContextText, Positive, Probability
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import open_run
+from asrkit.training.asr_loss import ContextsConfig, asr_loss
 from asrkit.training.loop import TrainingConfig
-from asrkit.training.objective import ContextsConfig, recogniser_loss
-from asrkit.training.optim import OptimiserConfig
-from asrkit.training.run import RunWriter
-from asrkit.training.stage import FineTuneConfig, Prepared, fine_tune
+from asrkit.training.optim import OptimizerConfig
+from asrkit.training.run_writer import RunWriter
+from asrkit.training.session import FineTuneConfig, Prepared, fine_tune
 
 NOOP, RANDOM = "noop", "random"
 PARTS = {
     "decoder": ("predictor", "joiner", "simple_encoder", "simple_predictor"),
-    "heads": ("ctc_head",),
+    "ctc_head": ("ctc_head",),
 }
 
 
 @config
 class SubModelConfig:
-    """The modules to add; the patent leaves place, size and start open, so the defaults are ours.
+    """The modules to add; the patent leaves position, size and start open, so the defaults are ours.
 
     ``layers`` None is every layer. ``dim`` None is the backbone's width for attention, a quarter of it for an adapter.
     ``context`` limits what attention sees, and is what the sub-model is trained in if ``contexts.train`` says nothing.
@@ -48,7 +48,7 @@ class SubModelConfig:
 
     kind: Literal["attention", "adapter"] = "attention"
     layers: list[Annotated[int, Field(ge=0)]] | None = None
-    place: Literal["serial", "parallel"] = "serial"
+    position: Literal["serial", "parallel"] = "serial"
     dim: Positive | None = None
     heads: Positive = 4
     context: ContextText = "full"
@@ -60,37 +60,37 @@ class SubModelConfig:
 class AddSubModelConfig(FineTuneConfig):
     """Everything add-submodel can be told; config.yaml of the run holds it with every default written out.
 
-    ``on``: sub-models that are active, frozen, while the new one trains and runs. ``also_train``: what else learns: the
-    decoder (predictor and joiners) or the heads (CTC); other configurations then change with them. ``frozen_dropout``:
+    ``active``: sub-models that are active, frozen, while the new one trains and runs. ``also_train``: what else learns: the
+    decoder (predictor and joiners) or the CTC head; other variants then change with them. ``frozen_dropout``:
     whether the frozen parts drop out as in their own training; ours is no, they are what they will be in use.
-    The optimiser is AdamW: ScaledAdam's steps are a share of a tensor's size, and a zeroed output projection has none yet.
+    The optimizer is AdamW: ScaledAdam's steps are a share of a tensor's size, and a zeroed output projection has none yet.
     """
 
     submodel: SubModelConfig = field(default_factory=SubModelConfig)
-    on: list[str] = field(default_factory=list)
-    also_train: list[Literal["decoder", "heads"]] = field(default_factory=list)
+    active: list[str] = field(default_factory=list)
+    also_train: list[Literal["decoder", "ctc_head"]] = field(default_factory=list)
     frozen_dropout: bool = False
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(optimiser=OptimiserConfig(name="adamw")))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(optimizer=OptimizerConfig(name="adamw")))
 
 
 def extended_spec(spec: ModelSpec, name: str, settings: AddSubModelConfig, where: str = "model") -> ModelSpec:
-    """``spec`` with the sub-model and a configuration of the same name, which becomes the default.
+    """``spec`` with the sub-model and a variant of the same name, which becomes the default.
 
     Raises:
         UserError: all that speaks against it: the name is taken, layers out of range, unknown sub-models, ...
     """
     wanted, width = settings.submodel, spec.encoder.dim
     findings = []
-    if name in spec.submodels or name in spec.configurations:
+    if name in spec.submodels or name in spec.variants:
         findings.append(
             f"--name {name}: {where} has it already; choose another, or remove it with `asrkit submodel remove`"
         )
     if wanted.init not in (NOOP, RANDOM, *spec.submodels):
         choices = ", ".join((NOOP, RANDOM, *spec.submodels))
         findings.append(f"--init {wanted.init}: {where} has no such sub-model; choose from {choices}")
-    if missing := [other for other in settings.on if other not in spec.submodels]:
+    if missing := [other for other in settings.active if other not in spec.submodels]:
         findings.append(
-            f"--on {', '.join(missing)}: {where} has no such sub-model; it has {', '.join(spec.submodels) or 'none'}"
+            f"--active {', '.join(missing)}: {where} has no such sub-model; it has {', '.join(spec.submodels) or 'none'}"
         )
     layers = list(range(spec.encoder.num_layers)) if wanted.layers is None else wanted.layers
     if beyond := [layer for layer in layers if layer >= spec.encoder.num_layers]:
@@ -104,21 +104,21 @@ def extended_spec(spec: ModelSpec, name: str, settings: AddSubModelConfig, where
     added = {
         "kind": wanted.kind,
         "layers": layers,
-        "place": wanted.place,
+        "position": wanted.position,
         "dim": wanted.dim or (width if wanted.kind == "attention" else max(1, width // 4)),
         "heads": wanted.heads,
         "context": wanted.context,
         "dropout": wanted.dropout,
     }
     before = to_dict(spec)
-    configuration = {"submodels": [*settings.on, name], "contexts": trained_contexts(settings)}
+    variant = {"submodels": [*settings.active, name], "contexts": trained_contexts(settings)}
     return from_dict(
         ModelSpec,
         {
             **before,
             "submodels": {**before["submodels"], name: added},
-            "configurations": {**before["configurations"], name: configuration},
-            "configuration": name,
+            "variants": {**before["variants"], name: variant},
+            "variant": name,
         },
         f"sub-model {name}",
     )
@@ -162,7 +162,7 @@ def add_submodel(
         _say(run, model, name, origin.spec)
         return Prepared(
             model=model,
-            loss=lambda model, batch, step: recogniser_loss(model, batch, step, settings.loss, contexts, name),
+            loss=lambda model, batch, step: asr_loss(model, batch, step, settings.loss, contexts, name),
             frozen=() if settings.frozen_dropout else frozen,
             extra={"submodel": name, "backbone_sha256": digest},
             check=check,
@@ -233,8 +233,8 @@ def _say(run: RunWriter, model: AsrModel, name: str, before: ModelSpec) -> None:
     new = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     run.note(f"{run.path}: sub-model {name}: {new} of {every} parameters learn, the rest is frozen")
-    known = {text for configuration in before.configurations.values() for text in configuration.contexts}
-    wanted = model.spec.configurations[name].contexts
+    known = {text for variant in before.variants.values() for text in variant.contexts}
+    wanted = model.spec.variants[name].contexts
     if any(parse_context(text).streaming for text in wanted) and not any(parse_context(x).streaming for x in known):
         run.note(
             "warning: the frozen model was never trained for streaming, so its convolutions are not used to being "

@@ -22,12 +22,12 @@ from pydantic import Field
 from asrkit.config import config
 from asrkit.data.batches import Batch, cut_features, evaluation_batches
 from asrkit.data.checks import Finding, find_bad_cuts
-from asrkit.data.espeak import load_espeak
+from asrkit.data.corpora.espeak import load_espeak
 from asrkit.data.manifests import language_of, open_cuts, text_of, write_cuts
-from asrkit.data.phones import phones_of
 from asrkit.data.senones import SenoneConfig, grow_tree, load_tree, save_tree
-from asrkit.data.tokenizer import WORD_START, Tokenizer
-from asrkit.data.units import Unit
+from asrkit.data.text.phones import phones_of
+from asrkit.data.text.tokenizer import WORD_START, Tokenizer
+from asrkit.data.text.units import Unit
 from asrkit.decoding.acoustic import FRAME_SECONDS, TorchAcousticModel
 from asrkit.decoding.alignment import Gaussians, ctc_align, even_parts, fit_gaussians, forced_parts, spans_of
 from asrkit.errors import UserError
@@ -44,13 +44,13 @@ Alignments = dict[str, dict[str, list[AlignmentItem]]]  # by cut id, then unit
 class AlignConfig:
     """What to align, and how; words always are.
 
-    ``configuration``: the model's, None for its default. ``extension``: frames of 40 ms by which a unit grows at both ends into frames
+    ``variant``: the model's, None for its default. ``extension``: frames of 40 ms by which a unit grows at both ends into frames
     that say nothing. ``phones``: shared evenly within a word, or by a second forced pass with a Gaussian for each phone, fitted
     ``passes`` times to the alignment before. ``language``: of supervisions that name none.
     """
 
     units: list[Unit] = field(default_factory=lambda: ["bpe"])  # type: ignore[arg-type, unused-ignore]
-    configuration: str | None = None
+    variant: str | None = None
     bad_cuts: Literal["refuse", "skip"] = "refuse"
     max_duration: Annotated[float, Field(gt=0)] = 120.0
     extension: Annotated[int, Field(ge=0)] = 5
@@ -187,9 +187,9 @@ def _words_and_pieces(
     model: AsrModel, cuts: Sequence[Cut], tokenizer: Tokenizer, settings: AlignConfig
 ) -> tuple[Alignments, list[Finding]]:
     """The model's own pieces and the words they make, of each cut; and the cuts no path fits."""
-    name = model.spec.configuration if settings.configuration is None else settings.configuration
+    name = model.spec.variant if settings.variant is None else settings.variant
     model.submodels_of(name)  # refuses a name that is none
-    context = parse_context(model.spec.configurations[name].contexts[0])
+    context = parse_context(model.spec.variants[name].contexts[0])
     acoustic = TorchAcousticModel(model, name, context)
     alignments: Alignments = {}
     lost = []

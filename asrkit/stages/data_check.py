@@ -11,7 +11,7 @@ from lhotse.cut import Cut
 
 from asrkit.data.checks import Finding, Overlap, Survey, find_bad_cuts, find_overlap, survey
 from asrkit.data.manifests import open_cuts
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.errors import UserError
 from asrkit.run_dir import atomic_write
 

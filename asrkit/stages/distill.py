@@ -1,6 +1,6 @@
 """distill: one or several trained models teach a student, new or trained, each utterance by the teacher of its language.
 
-The recogniser's loss and the divergence of the transducers' posteriors at every lattice node (arXiv 2011.06110), weighted for
+The recognizer's loss and the divergence of the transducers' posteriors at every lattice node (arXiv 2011.06110), weighted for
 each utterance by how well student and teacher know it (self-adaptive distillation, US20220309340A1).
 """
 
@@ -16,28 +16,13 @@ from asrkit.config import config
 from asrkit.data.augment import AugmentConfig
 from asrkit.data.batches import DataConfig, TrainBatches
 from asrkit.data.manifests import language_of
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.search import Method
 from asrkit.errors import UserError
-from asrkit.run_dir import WEIGHTS, sha256_of
-from asrkit.training.backbone import (
-    NewOrTrainedConfig,
-    TokenizerConfig,
-    check_heard,
-    check_start,
-    first_model,
-    open_parent,
-    run_tokenizer,
-    told,
-)
-from asrkit.training.distributed import join_world
-from asrkit.training.labels import label
-from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import check_contexts
-from asrkit.training.run import Material, RunWriter, read_material
-from asrkit.training.stage import FineTuneConfig, Prepared, inputs_of, train_stage
-from asrkit.training.stored import Store
-from asrkit.training.teachers import (
+from asrkit.methods.distillation.cache import PosteriorCache
+from asrkit.methods.distillation.loss import DistillationConfig, add_encoder_maps, build_loss, check_distillation
+from asrkit.methods.distillation.pseudo_labels import label
+from asrkit.methods.distillation.teachers import (
     ANY,
     Teachers,
     each,
@@ -45,18 +30,33 @@ from asrkit.training.teachers import (
     open_teachers,
     shared_tokenizer,
 )
-from asrkit.training.teaching import TeachingConfig, add_encoder_maps, check_teaching, loss_of_a_stage
+from asrkit.methods.pruning import keep_pruned
+from asrkit.run_dir import WEIGHTS, sha256_of
+from asrkit.training.asr_loss import check_contexts
+from asrkit.training.distributed import join_world
+from asrkit.training.run_writer import Datasets, RunWriter, read_datasets
+from asrkit.training.session import FineTuneConfig, Prepared, inputs_of, train_stage
+from asrkit.training.start import (
+    StartConfig,
+    TokenizerConfig,
+    check_languages_present,
+    check_start,
+    first_model,
+    open_parent,
+    run_tokenizer,
+    told,
+)
 
 
 @config
-class DistillConfig(NewOrTrainedConfig):
+class DistillConfig(StartConfig):
     """Everything distill can be told; config.yaml of the run holds it with every default written out.
 
     Without ``tokenizer`` a new student has the teachers'. ``labels`` teacher: a cut without text gets what the (first) teacher
     of its language hears, by ``labels_method``; texts that are there stay. Ours.
     """
 
-    teacher: TeachingConfig = field(default_factory=TeachingConfig)
+    teacher: DistillationConfig = field(default_factory=DistillationConfig)
     labels: Literal["given", "teacher"] = "given"
     labels_method: Method = "beam"
 
@@ -70,7 +70,7 @@ def defaults(trained_student: bool, stored: bool) -> DistillConfig:
         loss=plain.loss,
         training=plain.training,
         data=DataConfig(augment=augment),
-        teacher=TeachingConfig(ctc_scale=0.0) if stored else TeachingConfig(),
+        teacher=DistillationConfig(ctc_scale=0.0) if stored else DistillationConfig(),
     )
 
 
@@ -82,7 +82,7 @@ def distill(
     *,
     parent: Path | None = None,
     tokenizer: Path | None = None,
-    store: Path | None = None,
+    cache: Path | None = None,
     dev: Path | None = None,
     device: str = "auto",
     command: str = "",
@@ -94,16 +94,16 @@ def distill(
             the mean of their posteriors.
         parent: run directory of the student; None makes a new one.
         tokenizer: sentencepiece model of a new student.
-        store: directory of the teachers' posteriors, which are read where they are there and made where not.
+        cache: directory of the teachers' posteriors, which are read where they are there and made where not.
 
     Raises:
         UserError: unusable teachers, student, manifests, languages, tokenizers or output directory, found before training.
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
-    _check(teachers, settings, parent, tokenizer, store)
+    _check(teachers, settings, parent, tokenizer, cache)
     opened = open_teachers(teachers)
-    check_teaching(opened, settings.teacher, settings.loss, settings.training.steps)
+    check_distillation(opened, settings.teacher, settings.loss, settings.training.steps)
     origin = None if parent is None else open_parent(parent, settings)
     weights = {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(opened)}
     content = {
@@ -111,7 +111,7 @@ def distill(
             language: {str(path): sha256_of(path / WEIGHTS) for path in several}
             for language, several in teachers.items()
         },
-        **({} if store is None else {"store": str(store)}),
+        **({} if cache is None else {"cache": str(cache)}),
         **told(settings, origin),
     }
     files = {**inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer), **weights}
@@ -127,36 +127,36 @@ def distill(
             seconds, policy = data.max_duration, settings.bad_cuts
             every = label([manifest, *data.also], opened, settings.labels_method, seconds, policy, run, languages)
             manifest, data = every[0], replace(data, also=tuple(every[1:]))
-        material = read_material(manifest, dev, data, settings.bad_cuts, run, languages, opened)
-        check_heard(settings, origin, material.every)
+        material = read_datasets(manifest, dev, data, settings.bad_cuts, run, languages, opened)
+        check_languages_present(settings, origin, material.every)
         given = tokenizer if origin is None else origin.run.tokenizer_path
         if given is None and settings.tokenizer is None:
             given = _teachers_tokenizer(opened)
         pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
         matched = _match(opened, pieces, material, settings)
-        kept = None if store is None else Store(store, matched, pieces)
+        kept = None if cache is None else PosteriorCache(cache, matched, pieces)
 
         def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
             _say(run, opened, material)
             if kept is not None:
                 for heard in kept.fill(matched, batches.table, pieces, run.world, settings.data.max_duration):
-                    run.note(f"{store}: {heard} utterances heard")
-            model, configuration = first_model(settings, origin, run, batches)
+                    run.note(f"{cache}: {heard} utterances heard")
+            model, variant = first_model(settings, origin, run, batches)
             add_encoder_maps(model, matched, settings.teacher)
             return Prepared(
                 model=model,
-                loss=loss_of_a_stage(
+                loss=build_loss(
                     model.spec,
                     settings.loss,
                     settings.contexts,
                     matched if kept is None else kept,
                     settings.teacher,
                     steps=settings.training.steps,
-                    configuration=configuration,
+                    variant=variant,
                     attention_dropout=settings.model.attention_dropout if origin is None else None,
                 ),
                 after_step=keep_pruned,
-                configuration=configuration,
+                variant=variant,
                 clean=kept is None and settings.teacher.input == "clean",
             )
 
@@ -169,7 +169,7 @@ def _check(
     settings: DistillConfig,
     parent: Path | None,
     tokenizer: Path | None,
-    store: Path | None,
+    cache: Path | None,
 ) -> None:
     """Refuse what contradicts itself, before anything is read."""
     findings = check_start(settings, parent, tokenizer)
@@ -181,7 +181,7 @@ def _check(
         findings.append(
             "data.augment.join joins utterances of any language, and each teacher knows its own; set it to 0"
         )
-    if store is not None:
+    if cache is not None:
         augment, teaching = settings.data.augment, settings.teacher
         changes = {
             "data.augment.speed": (augment.speed, 0.0),
@@ -197,7 +197,7 @@ def _check(
             "teacher.encoder_scale": (teaching.encoder_scale, 0.0),
         }
         findings += [
-            f"--store {store}: holds next symbol and blank of unchanged audio; set {key}={needed}, not {value}"
+            f"--cache {cache}: holds next symbol and blank of unchanged audio; set {key}={needed}, not {value}"
             for key, (value, needed) in changes.items()
             if value != needed
         ]
@@ -215,7 +215,7 @@ def _teachers_tokenizer(teachers: Teachers) -> Path:
     return found
 
 
-def _match(teachers: Teachers, tokenizer: Tokenizer, material: Material, settings: DistillConfig) -> Teachers:
+def _match(teachers: Teachers, tokenizer: Tokenizer, material: Datasets, settings: DistillConfig) -> Teachers:
     """The teachers as teachers of this tokenizer's symbols."""
     own = sha256_of(tokenizer.path)
     others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]
@@ -233,7 +233,7 @@ def _match(teachers: Teachers, tokenizer: Tokenizer, material: Material, setting
     return match_tokenizer(teachers, tokenizer, material.every)
 
 
-def _say(run: RunWriter, teachers: Teachers, material: Material) -> None:
+def _say(run: RunWriter, teachers: Teachers, material: Datasets) -> None:
     counts = Counter(language if language in teachers else ANY for language in map(language_of, material.every))
     for language, several in teachers.items():
         names = ", ".join(str(teacher.run.path) for teacher in several)

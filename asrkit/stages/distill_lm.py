@@ -1,6 +1,6 @@
 """distill --lm: language models teach the encoder's frames through heads that only training has (arXiv 2110.10429).
 
-The paper's model is a hybrid one, whose main output is trained on the labels of aligned frames. Here the main output is the recogniser:
+The paper's model is a hybrid one, whose main output is trained on the labels of aligned frames. Here the main output is the recognizer:
 its own loss (transducer and CTC) stands in for the labels' cross-entropy, and a supervised frame head, trained on the aligned labels as in
 the paper, can be added; its accuracy on the dev cuts is what the paper's table reports.
 """
@@ -21,8 +21,8 @@ from asrkit.config import config, from_dict, to_dict
 from asrkit.data.alignment import SILENT, Annotator, Heard, Segments, symbols_of
 from asrkit.data.batches import Batch, CutTable, TrainBatches, evaluation_batches
 from asrkit.data.manifests import open_cuts, text_of
-from asrkit.data.tokenizer import Tokenizer
-from asrkit.data.units import UNITS, Inventory, Unit
+from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.data.text.units import UNITS, Inventory, Unit
 from asrkit.errors import UserError
 from asrkit.losses.lm_distillation import (
     frame_accuracy,
@@ -34,18 +34,18 @@ from asrkit.losses.lm_distillation import (
     rearrange,
     soft_cross_entropy,
 )
+from asrkit.methods.distillation.loss import build_loss
+from asrkit.methods.pruning import keep_pruned
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.asr import tapped
-from asrkit.models.compress import with_configuration
+from asrkit.models.compression import with_variant
 from asrkit.models.lm import LanguageModel, load_lm
 from asrkit.models.spec import Positive
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, open_run, sha256_of
-from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import LossOutput
-from asrkit.training.run import RunWriter
-from asrkit.training.stage import FineTuneConfig, Prepared, fine_tune
-from asrkit.training.teaching import loss_of_a_stage
+from asrkit.training.asr_loss import LossOutput
+from asrkit.training.run_writer import RunWriter
+from asrkit.training.session import FineTuneConfig, Prepared, fine_tune
 
 SUPERVISED = "supervised"  # the head trained on the alignment's own labels
 SHOWN = 10  # cuts or symbols named in a finding
@@ -71,13 +71,13 @@ class DistillLmConfig(FineTuneConfig):
     the paper's own best is only drawn. ``temperature``: T of the teacher; None is 1 for mtl and 5 for lst, as compared there.
     ``both_temperatures``: T divides the student's logits too (ours; the paper's does not).
     ``heads``: settings by the name of a language model, and of ``supervised``. ``supervised``: the unit of a head on the labels
-    themselves, None for none; lst has one of its language model's unit. ``supervised_scale``: of that head's loss beside the recogniser's.
+    themselves, None for none; lst has one of its language model's unit. ``supervised_scale``: of that head's loss beside the recognizer's.
     ``silence``: of frames between units: ignore, own (class 0), or previous, those of the unit before. ``repeats``: keep, a unit said
-    twice is two; merge, as if neighbours of one label were one segment. ``unaligned``: refuse cuts without an alignment, or allow them to
-    train the recogniser alone. The last five are open in the paper; the defaults are ours.
+    twice is two; merge, as if neighbors of one label were one segment. ``unaligned``: refuse cuts without an alignment, or allow them to
+    train the recognizer alone. The last five are open in the paper; the defaults are ours.
     """
 
-    configuration: str | None = None
+    variant: str | None = None
     mode: Literal["mtl", "lst"] = "mtl"
     labels: Share = 0.9
     temperature: Annotated[float, Field(gt=0.0)] | None = None
@@ -124,8 +124,8 @@ def distill_lm(
     origin = load_model(source)
     teachers = {name: _load_teacher(path) for name, path in lms.items()}
     unit = _check(settings, teachers, lms, origin)
-    base = with_configuration(origin.spec, settings.configuration, settings.contexts.train)
-    objective = loss_of_a_stage(base, settings.loss, settings.contexts)
+    base = with_variant(origin.spec, settings.variant, settings.contexts.train)
+    objective = build_loss(base, settings.loss, settings.contexts)
     if dev is not None and unit is not None:
         _check_dev(dev, unit)
 
@@ -135,7 +135,7 @@ def distill_lm(
         tokenizers = {name: t.tokenizer for name, t in teachers.items() if t.inventory.unit == "bpe"}
         bare = check_alignments(batches.table, inventories, tokenizers, settings.unaligned)
         for missing_unit, cut_ids in bare.items():
-            run.note(f"{run.path}: {_listed(cut_ids)} have no {missing_unit} alignment and train the recogniser alone")
+            run.note(f"{run.path}: {_listed(cut_ids)} have no {missing_unit} alignment and train the recognizer alone")
         # LST mixes the posteriors into the labels of the supervised head, so that is the only one.
         taught = inventories if settings.mode == "mtl" else {SUPERVISED: inventories[SUPERVISED]}
         spec = with_heads(base, taught, settings.heads)
@@ -148,7 +148,7 @@ def distill_lm(
         measure = None if unit is None else accuracy_of(annotator, settings)
         return Prepared(
             model=model,
-            loss=lambda model, batch, step: taught_by_lms(model, models, batch, step, settings, objective),
+            loss=lambda model, batch, step: lm_distillation_loss(model, models, batch, step, settings, objective),
             after_step=keep_pruned,
             measure=measure,
         )
@@ -167,7 +167,7 @@ def distill_lm(
     )
 
 
-def taught_by_lms(
+def lm_distillation_loss(
     model: AsrModel,
     lms: Mapping[str, LanguageModel],
     batch: Batch,
@@ -175,9 +175,9 @@ def taught_by_lms(
     settings: DistillLmConfig,
     objective: Callable[[Any, Batch, int], LossOutput],
 ) -> LossOutput:
-    """The recogniser's loss ``objective`` of an annotated batch, and what its heads learn from labels and language models.
+    """The recognizer's loss ``objective`` of an annotated batch, and what its heads learn from labels and language models.
 
-    Sums over an utterance's frames, (B,), like the recogniser's own loss: equation 4 for mtl, equation 3 for lst.
+    Sums over an utterance's frames, (B,), like the recognizer's own loss: equation 4 for mtl, equation 3 for lst.
     """
     layers = {name: top_or(head.layer, model) for name, head in model.spec.heads.items()}
     with tapped(model, {*layers.values()}) as taps:
@@ -249,21 +249,21 @@ def top_or(layer: int | None, model: AsrModel) -> int:
 
 def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[Any, CutSet], dict[str, float]]:
     """A function from a model and aligned cuts to the supervised head's frame accuracy, as the paper reports it."""
-    labelled = replace(annotator, inventories={SUPERVISED: annotator.inventories[SUPERVISED]})
+    labeled = replace(annotator, inventories={SUPERVISED: annotator.inventories[SUPERVISED]})
 
     @torch.no_grad()
     def measure(model: AsrModel, cuts: CutSet) -> dict[str, float]:
         every = list(cuts)
         chosen = {cut.id: cut for cut in every[:: -(-len(every) // settings.dev_max_cuts)]}
-        name = model.spec.configuration
-        context = parse_context(model.spec.configurations[name].contexts[0])
+        name = model.spec.variant
+        context = parse_context(model.spec.variants[name].contexts[0])
         layer = top_or(model.spec.heads[SUPERVISED].layer, model)
         place = next(model.parameters()).device
         right, total = 0, 0
         for batch in evaluation_batches(list(chosen.values()), settings.data.max_duration):
             lens = batch.feature_lens.tolist()
             heard = [[Heard(chosen[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)]
-            segments = labelled(heard)[SUPERVISED].to(place)
+            segments = labeled(heard)[SUPERVISED].to(place)
             moved = batch.to(place)
             with tapped(model, [layer]) as taps:
                 told = model.language_ids(moved.languages)
@@ -308,7 +308,7 @@ def check_alignments(
     if unaligned == "refuse":
         findings += [
             f"{_listed(cut_ids)} have no {unit} alignment; run asrkit align --unit {unit}, "
-            "or let them train the recogniser alone with --set unaligned=allow"
+            "or let them train the recognizer alone with --set unaligned=allow"
             for unit, cut_ids in without.items()
         ]
     else:

@@ -275,7 +275,7 @@ def stages(checks: list[Check], needed: list[Requirement]) -> Iterator[Check]:
         "" if apt else "bring your own recordings: asrkit data import --help",
     )
     for stage, extra, module, use in (
-        ("data synthesise", "synth", "espeakng_loader", "synthetic speech and phones by espeak-ng"),
+        ("data synthesize", "synth", "espeakng_loader", "synthetic speech and phones by espeak-ng"),
         ("tensorboard", "tensorboard", "torch.utils.tensorboard", "training curves in TensorBoard"),
         ("plots", "plots", "matplotlib", "curves and charts as pictures"),
         ("export", "export", "onnx", "ONNX files for sherpa-onnx"),

@@ -16,8 +16,8 @@ from asrkit.data.batches import evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.evaluation import score
-from asrkit.decoding.latency import emission_latencies, summarise_latencies, word_ends
-from asrkit.decoding.recogniser import Recogniser, load_recogniser
+from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
+from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import Method, search
 from asrkit.errors import UserError
 from asrkit.nn.context import Context
@@ -60,7 +60,7 @@ def evaluate(
     *,
     methods: Sequence[Method] = ("greedy",),
     beam: int = 4,
-    configuration: str | None = None,
+    variant: str | None = None,
     context: ContextChoice | None = None,
     max_duration: float = 200.0,
     device: str = "auto",
@@ -69,12 +69,12 @@ def evaluate(
 ) -> list[Evaluation]:
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
-    Each method has its directory, ``<out>/<manifest>-<configuration>-<context>-<method>``, by default in
+    Each method has its directory, ``<out>/<manifest>-<variant>-<context>-<method>``, by default in
     ``<run>/evaluation``. A streaming context is decoded chunk by chunk, as on a device.
 
     Args:
-        configuration: the active sub-models; None is the one the last stage trained.
-        context: None is the first the configuration was trained in.
+        variant: the active sub-models; None is the one the last stage trained.
+        context: None is the first the variant was trained in.
         max_duration: seconds of padded audio decoded at once.
         threads: of torch; None leaves what is set.
 
@@ -90,22 +90,22 @@ def evaluate(
     if contradictions := choice.contradictions():
         findings += contradictions
         choice = ContextChoice()
-    recogniser = _gather(findings, lambda: load_recogniser(run_path, device, configuration, choice, methods))
+    recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, methods))
     languages: Sequence[str] = ()
-    if recogniser is not None:
-        languages = recogniser.languages if recogniser.language is None else [recogniser.language]
+    if recognizer is not None:
+        languages = recognizer.languages if recognizer.language is None else [recognizer.language]
     checked = _gather(findings, lambda: decodable_cuts(manifest, languages))
-    if findings or recogniser is None or checked is None:
+    if findings or recognizer is None or checked is None:
         raise UserError.of(findings)
     cuts, warnings = checked
     methods = list(dict.fromkeys(methods))
-    point = f"{recogniser.configuration}-{_plain(recogniser.context)}"
+    point = f"{recognizer.variant}-{_plain(recognizer.context)}"
     directories = {
         method: (out or run_path / "evaluation") / f"{_stem(manifest)}-{point}-{method}" for method in methods
     }
     for directory in directories.values():
         _make(directory)
-    decoded = _decode(recogniser, cuts, methods, beam, max_duration)
+    decoded = _decode(recognizer, cuts, methods, beam, max_duration)
     audio_seconds = float(sum(cut.duration for cut in cuts))
     place = {cut.id: number for number, cut in enumerate(cuts)}
     evaluations = []
@@ -114,30 +114,30 @@ def evaluate(
         utterances = sorted(found.scored, key=lambda utterance: place[utterance.cut_id])
         result = {
             "run": str(run_path),
-            "weights_sha256": recogniser.weights_sha256,
-            "configuration": recogniser.configuration,
-            "context": str(recogniser.context),
-            "latency_ms": recogniser.context.latency_ms,
+            "weights_sha256": recognizer.weights_sha256,
+            "variant": recognizer.variant,
+            "context": str(recognizer.context),
+            "latency_ms": recognizer.context.latency_ms,
             "manifest": str(manifest),
             "manifest_sha256": sha256_of(manifest) if manifest.is_file() else None,
             "method": method,
             "beam": beam if method == "beam" else None,
-            "total": summarise(utterances),
-            "languages": {language: summarise(part) for language, part in by_language(utterances).items()},
-            "emission_latency": None if found.latencies is None else summarise_latencies(found.latencies),
+            "total": summarize(utterances),
+            "languages": {language: summarize(part) for language, part in by_language(utterances).items()},
+            "emission_latency": None if found.latencies is None else summarize_latencies(found.latencies),
             "audio_seconds": round(audio_seconds, 3),
             "decode_seconds": round(found.seconds, 3),
             "real_time_factor": round(found.seconds / audio_seconds, 6),
-            "device": str(recogniser.device),
+            "device": str(recognizer.device),
             "threads": torch.get_num_threads(),
-            "warnings": [*recogniser.warnings, *warnings],
+            "warnings": [*recognizer.warnings, *warnings],
         }
         _write(directories[method], result, utterances)
         evaluations.append(Evaluation(directories[method], result, utterances))
     return evaluations
 
 
-def summarise(utterances: Sequence[Scored]) -> dict[str, Any]:
+def summarize(utterances: Sequence[Scored]) -> dict[str, Any]:
     """Error rates (fractions, not per cent; null where there is nothing to divide by) with their counts."""
     words, chars = total_words(utterances), total_chars(utterances)
     return {
@@ -172,28 +172,28 @@ class _Decoded:
 
 
 def _decode(
-    recogniser: Recogniser, cuts: CutSet, methods: Sequence[Method], beam: int, max_duration: float
+    recognizer: Recognizer, cuts: CutSet, methods: Sequence[Method], beam: int, max_duration: float
 ) -> dict[Method, _Decoded]:
     """Decode every cut by every method; seconds of each count what they share: audio, features, encoder."""
-    streaming = recogniser.context.streaming
+    streaming = recognizer.context.streaming
     ends = {cut.id: aligned for cut in cuts if (aligned := word_ends(cut))} if streaming else {}
     decoded = {method: _Decoded(latencies=[] if ends else None) for method in methods}
     with progress("decoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
         began = time.perf_counter()
         for batch in evaluation_batches(cuts, max_duration):
-            encoded = recogniser.model.encode(batch.features, batch.feature_lens, batch.languages)
-            if recogniser.device.type == "cuda":
-                torch.cuda.synchronize(recogniser.device)
+            encoded = recognizer.model.encode(batch.features, batch.feature_lens, batch.languages)
+            if recognizer.device.type == "cuda":
+                torch.cuda.synchronize(recognizer.device)
             shared = time.perf_counter() - began
             for method, found in decoded.items():
                 began = time.perf_counter()
-                hypotheses = search(recogniser.model, encoded, method, beam)
+                hypotheses = search(recognizer.model, encoded, method, beam)
                 found.seconds += shared + time.perf_counter() - began
-                found.scored += score(batch, hypotheses, recogniser.tokenizer)
+                found.scored += score(batch, hypotheses, recognizer.tokenizer)
                 if found.latencies is not None:
                     for cut_id, hypothesis in zip(batch.cut_ids, hypotheses, strict=True):
                         found.latencies += emission_latencies(
-                            hypothesis, recogniser.tokenizer, ends.get(cut_id, ()), recogniser.context
+                            hypothesis, recognizer.tokenizer, ends.get(cut_id, ()), recognizer.context
                         )
             advance(sum(batch.durations))
             began = time.perf_counter()
@@ -221,7 +221,7 @@ def _stem(manifest: Path) -> str:
 def _write(directory: Path, result: dict[str, Any], utterances: Sequence[Scored]) -> None:
     """Write the files of one method; result.json comes last, so where it is new, all are."""
     total = format_summary(total_words(utterances))
-    point = f"{result['configuration']}, {result['context']}, {result['method']}"
+    point = f"{result['variant']}, {result['context']}, {result['method']}"
     heading = f"{result['manifest']} by {result['run']}, {point}: {total}\n\n"
     rows = [
         {

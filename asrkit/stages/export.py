@@ -19,7 +19,7 @@ from asrkit.data.batches import Batch, evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import open_cuts
 from asrkit.data.shar import shards_of
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice, listed, was_trained
 from asrkit.decoding.evaluation import measure_wer
@@ -58,19 +58,19 @@ from asrkit.export.runtime import ExportedModel
 from asrkit.export.script import write_script
 from asrkit.models import AsrModel, load_model
 from asrkit.models.asr import in_language
-from asrkit.models.compress import (
+from asrkit.models.compression import (
     LayerChoice,
-    QuantisationConfig,
+    QuantizationConfig,
     choose_layers,
     compressed_layers,
+    dequantized_model,
     part_of,
-    quantised_spec,
+    quantized_spec,
     rebuilt,
     recompressed,
-    scaled_back,
     sizes,
 )
-from asrkit.nn.compression import ActivationQuantisation, CompressedLinear, WeightQuantisation
+from asrkit.nn.compression import ActivationQuantization, CompressedLinear, WeightQuantization
 from asrkit.nn.context import FULL, Context, parse_context
 from asrkit.reporting.machine import processor
 from asrkit.reporting.wer import ErrorCounts, align, count
@@ -94,17 +94,17 @@ MAX_CUTS, MAX_SECONDS = 4, 20.0  # recordings heard in the check
 LARGE_STATE = 500_000  # numbers; copying a million takes 5 ms
 TWO_BITS_CLIENT = "1.13.4"  # the oldest sherpa-onnx with MatMulNBits of 2 bits
 
-# How --quantise makes integers of a float model: ours, one setting each; `asrkit quantise` has all others.
+# How --quantize makes integers of a float model: ours, one setting each; `asrkit quantize` has all others.
 DIVISIBLE = LayerChoice(indivisible="skip")
-QUANTISED: dict[str, QuantisationConfig] = {
-    "int8": QuantisationConfig(weights=WeightQuantisation(bits=8)),
-    "int4": QuantisationConfig(weights=WeightQuantisation(bits=4, scale="block", block_size=32), layers=DIVISIBLE),
-    "int2": QuantisationConfig(
-        weights=WeightQuantisation(bits=2, scale="block", block_size=32, symmetric=False), layers=DIVISIBLE
+QUANTIZED: dict[str, QuantizationConfig] = {
+    "int8": QuantizationConfig(weights=WeightQuantization(bits=8)),
+    "int4": QuantizationConfig(weights=WeightQuantization(bits=4, scale="block", block_size=32), layers=DIVISIBLE),
+    "int2": QuantizationConfig(
+        weights=WeightQuantization(bits=2, scale="block", block_size=32, symmetric=False), layers=DIVISIBLE
     ),
-    "dynamic": QuantisationConfig(
-        weights=WeightQuantisation(bits=8),
-        activations=ActivationQuantisation(bits=8, scale="onnx", rounding="half_even"),
+    "dynamic": QuantizationConfig(
+        weights=WeightQuantization(bits=8),
+        activations=ActivationQuantization(bits=8, scale="onnx", rounding="half_even"),
     ),
 }
 
@@ -113,30 +113,30 @@ def export(
     run_path: Path,
     out: Path,
     *,
-    configuration: str | None = None,
+    variant: str | None = None,
     streaming: bool = False,
     chunk: int | None = None,
     left: int | None = None,
     language: str | None = None,
-    quantise: str | None = None,
-    dequantise: bool = False,
+    quantize: str | None = None,
+    dequantize: bool = False,
     format: Format = "onnx",
     report: Path | None = None,
     pack: Path | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write the exported directory ``out``, after the check that it computes what the model does.
 
     Args:
-        configuration: the active sub-models; None is the one the last stage trained.
+        variant: the active sub-models; None is the one the last stage trained.
         streaming: in the context of ``chunk`` and ``left``; None is the first streaming one it was trained in.
         language: the one the files hear, of a model with languages; its vector becomes a part of them.
-        quantise: a key of QUANTISED, for a model whose weights are float.
-        dequantise: integer weights become the float32 numbers they stand for, masks zeros in dense weights.
-        report: cuts to measure the WER on: of the files, of the float model, and of each part quantised alone.
+        quantize: a key of QUANTIZED, for a model whose weights are float.
+        dequantize: integer weights become the float32 numbers they stand for, masks zeros in dense weights.
+        report: cuts to measure the WER on: of the files, of the float model, and of each part quantized alone.
         pack: a .tar of the directory besides; there are both or neither.
-        licence: of the model, for its card; an SPDX name.
+        license: of the model, for its card; an SPDX name.
         warn: is told where the model will run in a way it was not trained for, and what could not be checked.
 
     Raises:
@@ -145,13 +145,13 @@ def export(
     require_onnx()
     run = open_run(run_path)
     model = load_model(run)
-    name = configuration or model.spec.configuration
+    name = variant or model.spec.variant
     findings = [
         *occupied(out),
-        *_refusals(out, streaming or (chunk is None and left is None), quantise, dequantise, format, pack),
+        *_refusals(out, streaming or (chunk is None and left is None), quantize, dequantize, format, pack),
     ]
-    if name not in model.spec.configurations:
-        findings.append(f"{run_path}: no configuration {name}; there are {', '.join(model.spec.configurations)}")
+    if name not in model.spec.variants:
+        findings.append(f"{run_path}: no variant {name}; there are {', '.join(model.spec.variants)}")
     try:
         model = in_language(model, language)
     except UserError as error:
@@ -166,31 +166,31 @@ def export(
         raise UserError.of(findings)
     context = _context(run_path, model, name, streaming, chunk, left, warn)
     submodels, weights_sha256 = model.submodels_of(name), sha256_of(run.path / WEIGHTS)
-    if quantise is not None:
-        settings = QUANTISED[quantise]
+    if quantize is not None:
+        settings = QUANTIZED[quantize]
         wanted = len(choose_layers(model, settings.layers, submodels))
-        model = rebuilt(quantised_spec(model, settings, submodels), model).eval()
+        model = rebuilt(quantized_spec(model, settings, submodels), model).eval()
         if skipped := wanted - len(active_layers(model, submodels)):
             warn(
-                f"--quantise {quantise}: {skipped} of {wanted} layers stay float, as their inputs are no multiple of "
-                f"{settings.weights.block_size}; asrkit quantise takes other blocks"
+                f"--quantize {quantize}: {skipped} of {wanted} layers stay float, as their inputs are no multiple of "
+                f"{settings.weights.block_size}; asrkit quantize takes other blocks"
             )
     layers = active_layers(model, submodels)
-    dense = dequantise or format == "torchscript"
+    dense = dequantize or format == "torchscript"
     if dense and any(layer.how.activations is not None for layer in layers.values()):
         raise UserError(
             f"{run_path}: has layers with integer inputs, whose integer products are written as ONNX integers only; leave "
-            "--format and --dequantise out"
+            "--format and --dequantize out"
         )
-    if dequantise and not layers:
-        raise UserError(f"--dequantise: configuration {name} of {run_path} is float32 without masks; leave it out")
-    plain = scaled_back(model)
+    if dequantize and not layers:
+        raise UserError(f"--dequantize: variant {name} of {run_path} is float32 without masks; leave it out")
+    plain = dequantized_model(model)
     written = {} if dense else layers
     for path in written:
         # Their numbers come later; the tracer would make one tensor of two that are equal.
         torch.nn.init.normal_(plain.get_submodule(path).weight)  # type: ignore[arg-type]
     spoken = "" if language is None else f", language {language}"
-    comment = f"configuration {name}, context {context}{spoken}, weights {weights_sha256}"
+    comment = f"variant {name}, context {context}{spoken}, weights {weights_sha256}"
     planned = graphs(plain, name, context, comment)
     state_size = StateLayout(model, submodels, context.left).size if context.streaming else 0
     if state_size > LARGE_STATE:
@@ -216,7 +216,7 @@ def export(
         parity = check(original, files, _recordings(run, warn), layers, written)
         exported = Exported(
             format=format,
-            configuration=name,
+            variant=name,
             submodels=list(submodels),
             context=str(context),
             language=language,
@@ -226,9 +226,9 @@ def export(
             state_size=state_size,
             sample_rate=model.spec.features.sample_rate,
             opset=OPSET if format == "onnx" else None,
-            compression=_said(layers, quantise is not None, dense),
-            quantise=quantise,
-            dequantised=dense and bool(layers),
+            compression=_said(layers, quantize is not None, dense),
+            quantize=quantize,
+            dequantized=dense and bool(layers),
             files={
                 file: FileRecord(
                     bytes=(temporary / file).stat().st_size,
@@ -241,7 +241,7 @@ def export(
             parity=parity,
             client=TWO_BITS_CLIENT if any(map(_multiplies_two_bits, written.values())) else None,
             run=RunRecord(path=str(run_path), weights_sha256=weights_sha256, lineage=run.lineage),
-            licence=licence,
+            license=license,
             versions=_versions(),
         )
         write_yaml(temporary / EXPORT, to_dict(exported))
@@ -258,18 +258,18 @@ def export(
 
 
 def _refusals(
-    out: Path, consistent: bool, quantise: str | None, dequantise: bool, format: Format, pack: Path | None
+    out: Path, consistent: bool, quantize: str | None, dequantize: bool, format: Format, pack: Path | None
 ) -> list[str]:
     """What is wrong with the options themselves."""
     findings = []
     if not consistent:
         findings.append("--chunk and --left say how to stream; give --streaming too")
-    if dequantise and format == "torchscript":
-        findings.append("--dequantise: TorchScript is float32 anyway; leave it out")
-    elif (dequantise or format == "torchscript") and quantise and QUANTISED[quantise].activations is not None:
-        without = "--dequantise" if dequantise else "--format"
+    if dequantize and format == "torchscript":
+        findings.append("--dequantize: TorchScript is float32 anyway; leave it out")
+    elif (dequantize or format == "torchscript") and quantize and QUANTIZED[quantize].activations is not None:
+        without = "--dequantize" if dequantize else "--format"
         findings.append(
-            f"--quantise {quantise}: makes integer inputs, which are written as ONNX integers only; leave {without} out"
+            f"--quantize {quantize}: makes integer inputs, which are written as ONNX integers only; leave {without} out"
         )
     if pack is not None:
         if pack.exists():
@@ -282,7 +282,7 @@ def _refusals(
 
 
 def active_layers(model: AsrModel, submodels: Sequence[str]) -> dict[str, CompressedLinear]:
-    """The masked and quantised layers of a configuration."""
+    """The masked and quantized layers of a variant."""
     return {
         path: layer
         for path, layer in compressed_layers(model).items()
@@ -335,14 +335,14 @@ def _measure(
     directory: Path, original: TorchAcousticModel, files: ExportedAcousticModel, tokenizer: Tokenizer, cuts: list[Cut]
 ) -> dict[str, Any]:
     """WER of the files, of the model with float weights, and of each part compressed alone; speed and memory of the files."""
-    model, configuration, context = original.model, original.configuration, original.context
+    model, variant, context = original.model, original.variant, original.context
     systems: dict[str, AcousticModel] = {"exported": files}
     how = model.spec.compression
     if how:
-        systems["float"] = TorchAcousticModel(recompressed(model, {}), configuration, context)
-        for part in dict.fromkeys(map(part_of, active_layers(model, model.submodels_of(configuration)))):
+        systems["float"] = TorchAcousticModel(recompressed(model, {}), variant, context)
+        for part in dict.fromkeys(map(part_of, active_layers(model, model.submodels_of(variant)))):
             alone = {path: one for path, one in how.items() if part_of(path) == part}
-            systems[f"{part} alone"] = TorchAcousticModel(recompressed(model, alone), configuration, context)
+            systems[f"{part} alone"] = TorchAcousticModel(recompressed(model, alone), variant, context)
     rows = {}
     for what, system in systems.items():
         found: dict[str, Any] = {}
@@ -350,7 +350,7 @@ def _measure(
             words, _, _ = measure_wer(system, evaluation_batches(cuts, 200.0), tokenizer, method=method)  # type: ignore[arg-type]
             found[method] = {"wer": words.rate, "errors": words.errors, "words": words.words}
         rows[what] = found
-    speed = measure_speed(directory, configuration, context)
+    speed = measure_speed(directory, variant, context)
     pieces = [1000 * seconds for seconds in speed.pieces]
     return {
         "systems": rows,
@@ -379,18 +379,18 @@ def check(
         UserError: an output differs by more than the tolerance, or a token differs.
     """
     model, context = original.model, original.context
-    configuration = original.configuration or model.spec.configuration
+    variant = original.variant or model.spec.variant
     rounded = [layer.how.activations.bits for layer in layers.values() if layer.how.activations is not None]
     differences = Differences(min(rounded, default=None))
     if written:
         compare_layers(written, exported.onnx.path, differences)
-    num_frames = streaming_frames(model, configuration, context) if context.streaming else OFFLINE_FRAMES
+    num_frames = streaming_frames(model, variant, context) if context.streaming else OFFLINE_FRAMES
     features = random_log_mel(model, num_frames)
     lens = torch.tensor([num_frames, num_frames * 2 // 3, num_frames // 4])
     if context.streaming:
-        compare_streaming(model, configuration, context, exported.onnx, features, differences)
+        compare_streaming(model, variant, context, exported.onnx, features, differences)
     else:
-        compare_offline(model, configuration, exported.onnx, features, lens, differences)
+        compare_offline(model, variant, exported.onnx, features, lens, differences)
     heard = {"random log-mel": (features, lens)}
     if recordings is not None:
         heard[", ".join(recordings.cut_ids)] = (recordings.features, recordings.feature_lens)
@@ -433,9 +433,9 @@ def _context(
     left: int | None,
     warn: Callable[[str], None],
 ) -> Context:
-    """The context to export in; only one the configuration was trained for, or for streaming one like it."""
-    trained = [parse_context(text) for text in model.spec.configurations[name].contexts]
-    where = f"{run_path}: configuration {name}"
+    """The context to export in; only one the variant was trained for, or for streaming one like it."""
+    trained = [parse_context(text) for text in model.spec.variants[name].contexts]
+    where = f"{run_path}: variant {name}"
     if not streaming:
         if FULL not in trained:
             raise UserError(f"{where} was trained in {listed(trained)} only, not in full context; give --streaming")
@@ -443,7 +443,7 @@ def _context(
     if not any(context.streaming for context in trained):
         raise UserError(
             f"{where} was trained in full context only, so it cannot stream: its convolutions and attention would miss "
-            "the future they learnt to hear; train it with --set 'contexts.train=[full,\"chunk=16,left=64\"]'"
+            "the future they learned to hear; train it with --set 'contexts.train=[full,\"chunk=16,left=64\"]'"
         )
     attends = any(model.spec.submodels[part].kind == "attention" for part in model.submodels_of(name))
     context = ContextChoice(chunk=chunk, left=left, streaming=True).among(trained, attends, where)

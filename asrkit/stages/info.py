@@ -14,13 +14,13 @@ from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_results
 from asrkit.run_dir import WEIGHTS, RunDir, open_run, sha256_of
 
-# Beside the encoder, what recognising needs; the rest only serves training.
+# Beside the encoder, what recognizing needs; the rest only serves training.
 DECODER = ("predictor", "joiner", "ctc_head")
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """Stages, parameters by part, sub-models, configurations and evaluations of a run directory, as plain data; of a language
-    model, which has no configurations, the rest.
+    """Stages, parameters by part, sub-models, variants and evaluations of a run directory, as plain data; of a language
+    model, which has no variants, the rest.
 
     Raises:
         UserError: the directory is incomplete or damaged.
@@ -39,7 +39,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "features": run.model_spec.get("features"),
         "languages": [] if spec is None else spec.languages,
         "submodels": [] if spec is None else _submodels(spec, parts),
-        "configurations": [] if spec is None else _configurations(spec, parts, evaluations),
+        "variants": [] if spec is None else _variants(spec, parts, evaluations),
         "evaluations": evaluations,
         "compression": None if spec is None else _compression(run, spec),
     }
@@ -50,7 +50,7 @@ def _compression(run: RunDir, spec: ModelSpec) -> dict[str, Any] | None:
     if not spec.compression:
         return None
     from asrkit.models import load_model
-    from asrkit.models.compress import linear_layers, sizes
+    from asrkit.models.compression import linear_layers, sizes
 
     model = load_model(run)
     return {
@@ -109,7 +109,7 @@ def _submodels(spec: ModelSpec, parts: list[dict[str, Any]]) -> list[dict[str, A
             "submodel": name,
             "kind": part.kind,
             "layers": part.layers,
-            "place": part.place,
+            "position": part.position,
             "dim": part.dim,
             "heads": part.heads if part.kind == "attention" else None,
             "context": part.context,
@@ -119,30 +119,28 @@ def _submodels(spec: ModelSpec, parts: list[dict[str, Any]]) -> list[dict[str, A
     ]
 
 
-def _configurations(
-    spec: ModelSpec, parts: list[dict[str, Any]], evaluations: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _variants(spec: ModelSpec, parts: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each operating point: what is active, what it weighs when it runs, where it was trained, how good it is known to be.
 
     ``best`` holds the lowest WER measured with the present weights for each manifest.
     """
     sizes = {part["part"]: part["parameters"] for part in parts}
     rows = []
-    for name, configuration in spec.configurations.items():
-        running = ["backbone", *DECODER, *map(_submodel, configuration.submodels)]
+    for name, variant in spec.variants.items():
+        running = ["backbone", *DECODER, *map(_submodel, variant.submodels)]
         best: dict[str, dict[str, Any]] = {}
         for row in evaluations:
-            known = row["current"] and row["configuration"] == name and row["wer"] is not None
+            known = row["current"] and row["variant"] == name and row["wer"] is not None
             if known and row["wer"] < best.get(row["manifest"], {"wer": math.inf})["wer"]:
                 best[row["manifest"]] = {key: row[key] for key in ("manifest", "context", "method", "wer", "words")}
         rows.append(
             {
-                "configuration": name,
-                "default": name == spec.configuration,
-                "submodels": configuration.submodels,
+                "variant": name,
+                "default": name == spec.variant,
+                "submodels": variant.submodels,
                 "parameters": sum(sizes.get(part, 0) for part in running),
                 "contexts": [
-                    {"context": text, "latency_ms": parse_context(text).latency_ms} for text in configuration.contexts
+                    {"context": text, "latency_ms": parse_context(text).latency_ms} for text in variant.contexts
                 ],
                 "best": list(best.values()),
             }
@@ -156,7 +154,7 @@ def _evaluations(run: RunDir) -> list[dict[str, Any]]:
     return [
         {
             "manifest": result["manifest"],
-            "configuration": result["configuration"],
+            "variant": result["variant"],
             "context": result["context"],
             "method": result["method"],
             "wer": result["total"]["wer"],

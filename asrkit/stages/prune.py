@@ -1,6 +1,6 @@
 """prune: N:M or block sparsity, found in the weights of a trained model while it is trained on.
 
-In every forward pass the mask comes first; once final, it never changes, and the optimiser moves no pruned weight
+In every forward pass the mask comes first; once final, it never changes, and the optimizer moves no pruned weight
 (arXiv 2312.08553, US20250078815A1; blocks little by little: arXiv 2207.11906).
 """
 
@@ -16,13 +16,9 @@ from torch import nn
 from asrkit.config import config
 from asrkit.data.batches import Batch, TrainBatches
 from asrkit.errors import UserError
-from asrkit.models import load_model
-from asrkit.models.compress import LayerChoice, begun_anew, compressed_layers, pruned_spec, rebuilt, with_configuration
-from asrkit.nn.compression import Mask
-from asrkit.run_dir import open_run
-from asrkit.training.distributed import World, all_sum
-from asrkit.training.loop import TrainingConfig
-from asrkit.training.masks import (
+from asrkit.methods.distillation.loss import add_encoder_maps, build_loss, check_distillation
+from asrkit.methods.distillation.teachers import ANY, load_teacher
+from asrkit.methods.pruning import (
     MaskSchedule,
     keep_pruned,
     last_update,
@@ -31,30 +27,26 @@ from asrkit.training.masks import (
     update_masks,
     watch_inputs,
 )
-from asrkit.training.objective import LossConfig, LossOutput
-from asrkit.training.run import RunWriter
-from asrkit.training.stage import CompressConfig, Prepared, fine_tune
-from asrkit.training.teachers import ANY, load_teacher
-from asrkit.training.teaching import add_encoder_maps, check_teaching, loss_of_a_stage
+from asrkit.models import load_model
+from asrkit.models.compression import LayerChoice, compressed_layers, pruned_spec, rebuilt, reinitialize, with_variant
+from asrkit.nn.compression import Mask
+from asrkit.run_dir import open_run
+from asrkit.training.asr_loss import LossOutput
+from asrkit.training.distributed import World, all_sum
+from asrkit.training.run_writer import RunWriter
+from asrkit.training.session import CompressConfig, Prepared, fine_tune
 
 
 @config
 class PruneConfig(CompressConfig):
     """Everything prune can be told; config.yaml of the run holds it with every default written out.
 
-    ``mask`` None is 2:4. ``from_scratch``: begin with new weights and not with the parent's; its shape, features' statistics
-    and tokenizer are taken over.
+    ``mask`` None is 2:4.
     """
 
     mask: Mask | None = None
     schedule: MaskSchedule = field(default_factory=MaskSchedule)
     layers: LayerChoice = field(default_factory=LayerChoice)
-    from_scratch: bool = False
-
-
-def from_scratch_defaults() -> PruneConfig:
-    """The defaults of a run with new weights: those of train-backbone, where a later stage's differ."""
-    return PruneConfig(from_scratch=True, loss=LossConfig(), training=TrainingConfig())
 
 
 def prune(
@@ -89,7 +81,7 @@ def prune(
         )
     if mask.group and settings.schedule.kind != "shots":
         raise UserError(f"schedule.kind={settings.schedule.kind} grows a share; N:M masks are found whole (kind=shots)")
-    active = origin.submodels_of(settings.configuration)
+    active = origin.submodels_of(settings.variant)
     if settings.schedule.kind == "iterative" and settings.schedule.shots > 1:
         raise UserError(
             "schedule.kind=iterative goes on until the sparsity is reached; schedule.shots says nothing to it"
@@ -99,16 +91,12 @@ def prune(
             f"schedule.straight_through={settings.schedule.straight_through} works until the masks are final, which one-shot masks "
             "are at once; raise schedule.shots"
         )
-    spec = with_configuration(
-        pruned_spec(origin, mask, settings.layers, active), settings.configuration, settings.contexts.train
-    )
+    spec = with_variant(pruned_spec(origin, mask, settings.layers, active), settings.variant, settings.contexts.train)
     guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
     guides = None if guide is None else {ANY: [guide]}
     if guides is not None:
-        check_teaching(guides, settings.teacher, settings.loss, settings.training.steps)
-    plain = loss_of_a_stage(
-        spec, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps
-    )
+        check_distillation(guides, settings.teacher, settings.loss, settings.training.steps)
+    plain = build_loss(spec, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps)
 
     found_at = -1
 
@@ -138,7 +126,7 @@ def prune(
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         model = rebuilt(spec, origin)
         if settings.from_scratch:
-            begun_anew(model, origin, active)
+            reinitialize(model, origin, active)
         if guides is not None:
             add_encoder_maps(model, guides, settings.teacher)
         layers = compressed_layers(model)

@@ -1,8 +1,8 @@
-"""qat: quantisation-aware training with native integer operations.
+"""qat: quantization-aware training with native integer operations.
 
 In every forward pass the chosen layers' weights, and on demand their inputs, become integers and the products are those of
 integers; the gradient passes the rounding straight through (arXiv 2203.15952, US20230298569A1). Masks of a pruned parent
-stay, and prune comes before quantise (arXiv 2312.08553, US20250078815A1).
+stay, and prune comes before quantize (arXiv 2312.08553, US20250078815A1).
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from pydantic import Field
 from asrkit.config import config, from_dict, to_dict
 from asrkit.data.batches import Batch, TrainBatches
 from asrkit.errors import UserError
+from asrkit.methods.bit_allocation import BITS, choose_bits, measure
+from asrkit.methods.distillation.loss import add_encoder_maps, build_loss, check_distillation
+from asrkit.methods.distillation.teachers import ANY, load_teacher
+from asrkit.methods.pruning import keep_pruned
 from asrkit.models import AsrModel, ModelSpec, load_model
-from asrkit.models.compress import (
-    QuantisationConfig,
-    begun_anew,
+from asrkit.models.compression import (
+    QuantizationConfig,
     choose_layers,
     layer_sizes,
-    quantised_spec,
+    quantized_spec,
     rebuilt,
-    with_configuration,
+    reinitialize,
+    with_variant,
 )
 from asrkit.run_dir import MODEL, open_run, read_yaml
+from asrkit.training.asr_loss import ContextsConfig
 from asrkit.training.distributed import broadcast_object
-from asrkit.training.loop import TrainingConfig
-from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import ContextsConfig, LossConfig
-from asrkit.training.run import RunWriter
-from asrkit.training.sensitivity import BITS, choose_bits, measure
-from asrkit.training.stage import CompressConfig, Prepared, fine_tune
-from asrkit.training.teachers import ANY, load_teacher
-from asrkit.training.teaching import add_encoder_maps, check_teaching, loss_of_a_stage
+from asrkit.training.run_writer import RunWriter
+from asrkit.training.session import CompressConfig, Prepared, fine_tune
 
 SAMPLE = 4  # training batches that sensitivity is measured on
 
@@ -46,20 +45,12 @@ SAMPLE = 4  # training batches that sensitivity is measured on
 class QatConfig(CompressConfig):
     """Everything qat can be told; config.yaml of the run holds it with every default written out.
 
-    ``from_scratch``: begin with new weights, as the paper does, and not with the parent's; its shape, features' statistics
-    and tokenizer are taken over.
-    ``budget``: the share of the configuration's float size that it may take; bits are then chosen for each layer, by what the
-    loss of the first 4 training batches grows by when it alone is quantised.
+    ``budget``: the share of the variant's float size that it may take; bits are then chosen for each layer, by what the
+    loss of the first 4 training batches grows by when it alone is quantized.
     """
 
     budget: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
-    from_scratch: bool = False
-
-
-def from_scratch_defaults() -> QatConfig:
-    """The defaults of a run with new weights: those of train-backbone, where a later stage's differ."""
-    return QatConfig(from_scratch=True, loss=LossConfig(), training=TrainingConfig())
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
 
 def qat(
@@ -73,28 +64,28 @@ def qat(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Train the quantised model of ``parent``, or go on with a run that was interrupted; returns ``out``.
+    """Train the quantized model of ``parent``, or go on with a run that was interrupted; returns ``out``.
 
     Args:
         teacher: run directory of a model, such as the float parent, that teaches besides.
 
     Raises:
-        UserError: an unusable parent, layers that cannot be quantised so, a teacher of another kind, manifests, out.
+        UserError: an unusable parent, layers that cannot be quantized so, a teacher of another kind, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
-    weights = settings.quantisation.weights
-    if settings.budget is not None and (settings.quantisation.bits or not weights.symmetric or weights.bits != 8):
+    weights = settings.quantization.weights
+    if settings.budget is not None and (settings.quantization.bits or not weights.symmetric or weights.bits != 8):
         raise UserError(
-            "--budget chooses symmetric bits for every layer itself; leave out quantisation.bits, weights.bits and symmetric=false"
+            "--budget chooses symmetric bits for every layer itself; leave out quantization.bits, weights.bits and symmetric=false"
         )
     source = open_run(parent)
     origin = load_model(source)
-    active = origin.submodels_of(settings.configuration)
-    spec = quantised_spec(origin, settings.quantisation, active)
+    active = origin.submodels_of(settings.variant)
+    spec = quantized_spec(origin, settings.quantization, active)
     guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
     guides = None if guide is None else {ANY: [guide]}
     if guides is not None:
-        check_teaching(guides, settings.teacher, settings.loss, settings.training.steps)
+        check_distillation(guides, settings.teacher, settings.loss, settings.training.steps)
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
         chosen = spec
@@ -102,10 +93,10 @@ def qat(
             chosen = _within_budget(origin, active, settings, run, [batches[place] for place in range(SAMPLE)])
         elif settings.budget is not None:  # what was chosen when the run began
             chosen = from_dict(ModelSpec, read_yaml(out / MODEL), str(out / MODEL))
-        chosen = with_configuration(chosen, settings.configuration, settings.contexts.train)
+        chosen = with_variant(chosen, settings.variant, settings.contexts.train)
         model = rebuilt(chosen, origin)
         if settings.from_scratch:
-            begun_anew(model, origin, active)
+            reinitialize(model, origin, active)
         if guides is not None:
             add_encoder_maps(model, guides, settings.teacher)
         counts = Counter(how.weights.bits for how in chosen.compression.values() if how.weights is not None)
@@ -113,7 +104,7 @@ def qat(
         run.note(f"{run.path}: {said}")
         return Prepared(
             model=model,
-            loss=loss_of_a_stage(
+            loss=build_loss(
                 chosen, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps
             ),
             after_step=keep_pruned,
@@ -139,23 +130,21 @@ def _within_budget(
 ) -> ModelSpec:
     """The spec with bits chosen layer by layer, so that the whole is at most ``budget`` of its float size."""
     assert settings.budget is not None
-    sizes, rest, plain = layer_sizes(origin, settings.quantisation, active)
+    sizes, rest, plain = layer_sizes(origin, settings.quantization, active)
     layers = {
         path: layer
-        for path, layer in choose_layers(origin, settings.quantisation.layers, active).items()
+        for path, layer in choose_layers(origin, settings.quantization.layers, active).items()
         if sizes[path]
     }
     allowed = settings.budget * plain - rest
-    own = with_configuration(origin.spec, settings.configuration)
+    own = with_variant(origin.spec, settings.variant)
     costs: dict[str, dict[int, float]] = {}
     if run.world.is_main:  # one process measures, so that all have the same bits
         costs = measure(
             origin.to(run.world.device),
             layers,
-            settings.quantisation.weights,
-            loss_of_a_stage(
-                own, settings.loss, ContextsConfig(train=own.configurations[own.configuration].contexts[:1])
-            ),
+            settings.quantization.weights,
+            build_loss(own, settings.loss, ContextsConfig(train=own.variants[own.variant].contexts[:1])),
             [batch.to(run.world.device) for batch in sample],
         )
         origin.cpu()
@@ -166,5 +155,5 @@ def _within_budget(
         run.note(f"{path}: {chosen} bits (loss by itself: {loss})")
     total = rest + sum(sizes[path][chosen] for path, chosen in bits.items())
     run.note(f"{run.path}: {total:,.0f} of {plain:,.0f} float bytes, {100 * total / plain:.1f} %")
-    mixed = from_dict(QuantisationConfig, {**to_dict(settings.quantisation), "bits": bits}, "quantisation")
-    return quantised_spec(origin, mixed, active)
+    mixed = from_dict(QuantizationConfig, {**to_dict(settings.quantization), "bits": bits}, "quantization")
+    return quantized_spec(origin, mixed, active)

@@ -18,10 +18,10 @@ from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.asr import spec_of
 from asrkit.models.digests import ENCODER, SUBMODELS, backbone_digest, tensors_digest
-from asrkit.models.spec import BACKBONE, NAME, ConfigurationSpec, SubModelSpec
+from asrkit.models.spec import BACKBONE, NAME, SubModelSpec, VariantSpec
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, RunDir, atomic_write, occupied, open_run
-from asrkit.training.derived import derive_run
+from asrkit.training.derived import write_untrained_run
 
 # What the header of an extracted sub-model says it is; another layout will be another number.
 KIND = "asrkit sub-model 1"
@@ -38,14 +38,14 @@ class Derived:
 
 @dataclass(frozen=True)
 class Extracted:
-    """A sub-model on its own. ``configurations`` are those it was alone in; ``decoder_sha256`` is of all that is not encoder.
+    """A sub-model on its own. ``variants`` are those it was alone in; ``decoder_sha256`` is of all that is not encoder.
 
     ``tensors`` are named from the sub-model on: ``layers.0.query.weight``.
     """
 
     name: str
     spec: SubModelSpec
-    configurations: dict[str, ConfigurationSpec]
+    variants: dict[str, VariantSpec]
     backbone_sha256: str
     decoder_sha256: str
     lineage: list[dict[str, Any]]
@@ -53,7 +53,7 @@ class Extracted:
 
 
 def describe_submodels(path: Path) -> dict[str, Any]:
-    """The sub-models and configurations of a run, as plain data.
+    """The sub-models and variants of a run, as plain data.
 
     Raises:
         UserError: the directory is incomplete or damaged.
@@ -67,21 +67,21 @@ def describe_submodels(path: Path) -> dict[str, Any]:
             "name": name,
             **to_dict(part),
             "parameters": sum(size for key, size in sizes.items() if key.startswith(_prefix(name))),
-            "configurations": [key for key, used in spec.configurations.items() if name in used.submodels],
+            "variants": [key for key, used in spec.variants.items() if name in used.submodels],
         }
         for name, part in spec.submodels.items()
     ]
-    configurations = {name: to_dict(part) for name, part in spec.configurations.items()}
+    variants = {name: to_dict(part) for name, part in spec.variants.items()}
     return {
         "path": str(path),
         "submodels": submodels,
-        "configurations": configurations,
-        "configuration": spec.configuration,
+        "variants": variants,
+        "variant": spec.variant,
     }
 
 
 def remove_submodel(parent: Path, name: str, out: Path, *, command: str = "") -> Derived:
-    """``parent`` without the sub-model and without the configurations that used it, written to ``out``.
+    """``parent`` without the sub-model and without the variants that used it, written to ``out``.
 
     Raises:
         UserError: no such run or sub-model, or ``out`` is taken.
@@ -90,24 +90,24 @@ def remove_submodel(parent: Path, name: str, out: Path, *, command: str = "") ->
     model = load_model(run)
     spec = model.spec
     _refuse([*occupied(out), *_unknown("--name", [name], spec, parent)])
-    gone = [key for key, used in spec.configurations.items() if name in used.submodels]
+    gone = [key for key, used in spec.variants.items() if name in used.submodels]
     content = to_dict(spec)
     del content["submodels"][name]
     content["compression"] = {
         path: how for path, how in content["compression"].items() if not path.startswith(_prefix(name))
     }
     for key in gone:
-        del content["configurations"][key]
+        del content["variants"][key]
     notes = [f"removed sub-model {name}" + (f" and what used it: {', '.join(gone)}" if gone else "")]
-    if spec.configuration in gone:
-        content["configurations"].setdefault(BACKBONE, to_dict(ConfigurationSpec()))
-        content["configuration"] = BACKBONE
-        notes.append(f"the default configuration was {spec.configuration} and is now {BACKBONE}")
-    used = {part for configuration in content["configurations"].values() for part in configuration["submodels"]}
+    if spec.variant in gone:
+        content["variants"].setdefault(BACKBONE, to_dict(VariantSpec()))
+        content["variant"] = BACKBONE
+        notes.append(f"the default variant was {spec.variant} and is now {BACKBONE}")
+    used = {part for variant in content["variants"].values() for part in variant["submodels"]}
     for idle in [part for part in content["submodels"] if part not in used]:
         notes.append(_idle(idle, out))
     smaller = _rebuild(content, {key: t for key, t in model.state_dict().items() if not key.startswith(_prefix(name))})
-    derive_run(out, run, "submodel remove", {"name": name}, smaller, extra={"submodel": name}, command=command)
+    write_untrained_run(out, run, "submodel remove", {"name": name}, smaller, extra={"submodel": name}, command=command)
     return Derived(out, notes)
 
 
@@ -123,11 +123,11 @@ def extract_submodel(parent: Path, name: str, out: Path) -> Derived:
     taken = [f"{out}: exists already; choose another --out"] if out.exists() else []
     _refuse([*taken, *_unknown("--name", [name], spec, parent), *_compressed(spec, parent), *_left_behind(name, run)])
     mine = {key.removeprefix(_prefix(name)): t for key, t in tensors.items() if key.startswith(_prefix(name))}
-    alone = {key: to_dict(used) for key, used in spec.configurations.items() if used.submodels == [name]}
+    alone = {key: to_dict(used) for key, used in spec.variants.items() if used.submodels == [name]}
     content = {
         "name": name,
         "spec": to_dict(spec.submodels[name]),
-        "configurations": alone,
+        "variants": alone,
         "backbone_sha256": backbone_digest(tensors),
         "decoder_sha256": _decoder_digest(tensors),
         "tensors_sha256": tensors_digest(mine.items()),
@@ -140,9 +140,9 @@ def extract_submodel(parent: Path, name: str, out: Path) -> Derived:
         except SafetensorError as error:  # it wraps the operating system's error in its own
             raise OSError(None, str(error)) from error
     size = sum(tensor.numel() for tensor in mine.values())
-    notes = [f"sub-model {name}: {size:,} parameters, configurations {', '.join(alone) or 'none'}"]
+    notes = [f"sub-model {name}: {size:,} parameters, variants {', '.join(alone) or 'none'}"]
     if not alone:
-        notes.append(f"{name} is in no configuration by itself; once attached, `asrkit submodel combine` names one")
+        notes.append(f"{name} is in no variant by itself; once attached, `asrkit submodel combine` names one")
     return Derived(out, notes)
 
 
@@ -160,10 +160,10 @@ def _left_behind(name: str, run: RunDir) -> list[str]:
 
 
 def attach_submodel(parent: Path, file: Path, out: Path, *, name: str | None = None, command: str = "") -> Derived:
-    """``parent`` with the sub-model of ``file`` and its configurations, written to ``out``; the default stays.
+    """``parent`` with the sub-model of ``file`` and its variants, written to ``out``; the default stays.
 
     Args:
-        name: to call it otherwise; the configuration of its old name is renamed with it, others begin with the new one.
+        name: to call it otherwise; the variant of its old name is renamed with it, others begin with the new one.
 
     Raises:
         UserError: no such run, the file is none or damaged, it is of another backbone, a name is taken, or ``out`` is.
@@ -173,9 +173,9 @@ def attach_submodel(parent: Path, file: Path, out: Path, *, name: str | None = N
     spec, tensors = model.spec, model.state_dict()
     part = read_submodel(file)
     new = part.name if name is None else name
-    configurations = {
+    variants = {
         key if new == part.name else new if key == part.name else f"{new}-{key}": to_dict(used) | {"submodels": [new]}
-        for key, used in part.configurations.items()
+        for key, used in part.variants.items()
     }
     findings = [*occupied(out), *_compressed(spec, parent)]
     if part.backbone_sha256 != (mine := backbone_digest(tensors)):
@@ -185,16 +185,16 @@ def attach_submodel(parent: Path, file: Path, out: Path, *, name: str | None = N
         )
     if not NAME.fullmatch(new):
         findings.append(f"--name {new}: a name is letters, digits, - and _, a letter first")
-    for key in dict.fromkeys((new, *configurations)):
-        if key in spec.submodels or key in spec.configurations:
-            kind = "sub-model" if key in spec.submodels else "configuration"
+    for key in dict.fromkeys((new, *variants)):
+        if key in spec.submodels or key in spec.variants:
+            kind = "sub-model" if key in spec.submodels else "variant"
             findings.append(f"{parent}: has a {kind} {key} already; call the new sub-model otherwise with --name")
     _refuse(findings)
     content = to_dict(spec)
     content["submodels"][new] = to_dict(part.spec)
-    content["configurations"] |= configurations
+    content["variants"] |= variants
     larger = _rebuild(content, tensors | {_prefix(new) + key: tensor for key, tensor in part.tensors.items()})
-    derive_run(
+    write_untrained_run(
         out,
         run,
         "submodel attach",
@@ -204,8 +204,8 @@ def attach_submodel(parent: Path, file: Path, out: Path, *, name: str | None = N
         extra={"submodel": new, "backbone_sha256": mine, "submodel_lineage": part.lineage},
         command=command,
     )
-    notes = [f"attached sub-model {new}, configurations {', '.join(configurations) or 'none'}"]
-    notes.append(f"the default configuration is still {spec.configuration}" if configurations else _idle(new, out))
+    notes = [f"attached sub-model {new}, variants {', '.join(variants) or 'none'}"]
+    notes.append(f"the default variant is still {spec.variant}" if variants else _idle(new, out))
     warnings = []
     if part.decoder_sha256 != _decoder_digest(tensors):
         warnings.append(
@@ -217,14 +217,14 @@ def attach_submodel(parent: Path, file: Path, out: Path, *, name: str | None = N
 
 def combine_submodels(
     parent: Path,
-    configuration: str,
+    variant: str,
     submodels: Sequence[str],
     out: Path,
     *,
     contexts: Sequence[str] = (),
     command: str = "",
 ) -> Derived:
-    """``parent`` with one more configuration: several sub-models at once, added in the order given; the default stays.
+    """``parent`` with one more variant: several sub-models at once, added in the order given; the default stays.
 
     Args:
         contexts: those it is meant for, the first by default; none are those that each of the sub-models was trained in.
@@ -236,10 +236,10 @@ def combine_submodels(
     model = load_model(run)
     spec = model.spec
     findings = [*occupied(out), *_unknown("--submodel", submodels, spec, parent)]
-    if configuration in spec.configurations:
-        findings.append(f"{parent}: has a configuration {configuration} already; choose another --configuration")
-    if not NAME.fullmatch(configuration):
-        findings.append(f"--configuration {configuration}: a name is letters, digits, - and _, a letter first")
+    if variant in spec.variants:
+        findings.append(f"{parent}: has a variant {variant} already; choose another --variant")
+    if not NAME.fullmatch(variant):
+        findings.append(f"--variant {variant}: a name is letters, digits, - and _, a letter first")
     for repeated in sorted({part for part in submodels if submodels.count(part) > 1}):
         findings.append(f"--submodel {repeated}: is named {submodels.count(repeated)} times; name it once")
     wanted = []
@@ -264,12 +264,12 @@ def combine_submodels(
         if text not in texts
     ]
     content = to_dict(spec)
-    content["configurations"][configuration] = {"submodels": list(submodels), "contexts": wanted}
-    settings = {"configuration": configuration, "submodels": list(submodels), "contexts": wanted}
-    derive_run(out, run, "submodel combine", settings, _rebuild(content, model.state_dict()), command=command)
+    content["variants"][variant] = {"submodels": list(submodels), "contexts": wanted}
+    settings = {"variant": variant, "submodels": list(submodels), "contexts": wanted}
+    write_untrained_run(out, run, "submodel combine", settings, _rebuild(content, model.state_dict()), command=command)
     notes = [
-        f"configuration {configuration}: {', '.join(submodels)}; contexts {'; '.join(wanted)}",
-        f"the default configuration is still {spec.configuration}",
+        f"variant {variant}: {', '.join(submodels)}; contexts {'; '.join(wanted)}",
+        f"the default variant is still {spec.variant}",
     ]
     return Derived(out, notes, warnings)
 
@@ -300,7 +300,7 @@ def read_submodel(file: Path) -> Extracted:
     return Extracted(
         content["name"],
         from_dict(SubModelSpec, content["spec"], str(file)),
-        {key: from_dict(ConfigurationSpec, used, str(file)) for key, used in content["configurations"].items()},
+        {key: from_dict(VariantSpec, used, str(file)) for key, used in content["variants"].items()},
         content["backbone_sha256"],
         content["decoder_sha256"],
         content["lineage"],
@@ -319,12 +319,12 @@ def _decoder_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _compressed(spec: ModelSpec, parent: Path) -> list[str]:
-    """Why a sub-model cannot leave or join a model whose encoder is masked or quantised: it belongs to that very encoder,
+    """Why a sub-model cannot leave or join a model whose encoder is masked or quantized: it belongs to that very encoder,
     whose integers are not in its digest."""
     if not any(path.startswith("encoder.") for path in spec.compression):
         return []
     return [
-        f"{parent}: is pruned or quantised; extract and attach sub-models before `asrkit prune`, `qat` or `quantise`"
+        f"{parent}: is pruned or quantized; extract and attach sub-models before `asrkit prune`, `qat` or `quantize`"
     ]
 
 
@@ -344,12 +344,12 @@ def _refuse(findings: Sequence[str]) -> None:
 
 
 def _idle(name: str, out: Path) -> str:
-    return f"sub-model {name} is in no configuration; name one with `asrkit submodel combine --from {out}`"
+    return f"sub-model {name} is in no variant; name one with `asrkit submodel combine --from {out}`"
 
 
 def _trained_contexts(spec: ModelSpec, name: str) -> list[str]:
-    """The contexts of every configuration a sub-model is in, each once, in order."""
-    every = [text for used in spec.configurations.values() if name in used.submodels for text in used.contexts]
+    """The contexts of every variant a sub-model is in, each once, in order."""
+    every = [text for used in spec.variants.values() if name in used.submodels for text in used.contexts]
     return list(dict.fromkeys(every))
 
 

@@ -12,16 +12,16 @@ from asrkit.errors import UserError
 from asrkit.export.directory import SUFFIXES, is_exported, open_exported
 from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER
 from asrkit.models import load_model
-from asrkit.models.compress import sizes
+from asrkit.models.compression import sizes
 from asrkit.reporting.results import read_results
 from asrkit.run_dir import EXPORT, WEIGHTS, atomic_write, open_run, sha256_of
 
 
-def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[str, Any]]:
+def summarize_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[str, Any]]:
     """A row for each evaluation of each run, the runs in the order given, optionally written to ``out`` as JSON.
 
-    A row holds stage, configuration and context (those evaluated), manifest, method, wer, cer (fractions), words, bytes
-    (of what that configuration and method need to recognise, by the account of `asrkit info`; of an exported model
+    A row holds stage, variant and context (those evaluated), manifest, method, wer, cer (fractions), words, bytes
+    (of what that variant and method need to recognize, by the account of `asrkit info`; of an exported model
     those of its files), seconds the stage took (None of an export), real_time_factor of the decoding.
 
     Raises:
@@ -39,14 +39,14 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
             rows.append(
                 {
                     "stage": found.stage,
-                    "configuration": result["configuration"],
+                    "variant": result["variant"],
                     "context": result["context"],
                     "manifest": Path(result["manifest"]).name.split(".")[0],
                     "method": result["method"],
                     "wer": result["total"]["wer"],
                     "cer": result["total"]["cer"],
                     "words": result["total"]["words"],
-                    "bytes": found.size(result["configuration"], result["method"]),
+                    "bytes": found.size(result["variant"], result["method"]),
                     "seconds": found.seconds,
                     "real_time_factor": result["real_time_factor"],
                 }
@@ -61,7 +61,7 @@ def summarise_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
 
 @dataclass(frozen=True)
 class _Found:
-    """``size``: from configuration and method to bytes."""
+    """``size``: from variant and method to bytes."""
 
     stage: str
     sha256: str
@@ -73,8 +73,8 @@ def _trained(path: Path) -> _Found:
     run = open_run(path)
     model, entry = load_model(run), run.lineage[-1]
 
-    def size(configuration: str, method: str) -> int:
-        unused = {f"submodel {name}" for name in set(model.spec.submodels) - set(model.submodels_of(configuration))}
+    def size(variant: str, method: str) -> int:
+        unused = {f"submodel {name}" for name in set(model.spec.submodels) - set(model.submodels_of(variant))}
         unused |= {"predictor", "joiner"} if method == "ctc" else {"ctc_head"}
         return sum(part["bytes"] for name, part in sizes(model).items() if name not in unused)
 
@@ -84,7 +84,7 @@ def _trained(path: Path) -> _Found:
 def _exported(path: Path) -> _Found:
     exported = open_exported(path)
 
-    def size(configuration: str, method: str) -> int:
+    def size(variant: str, method: str) -> int:
         wanted = (CTC,) if method == "ctc" else (ENCODER, DECODER, JOINER)
         return sum(exported.files[f"{file}{SUFFIXES[exported.format]}"].bytes for file in wanted)
 

@@ -12,26 +12,26 @@ from pathlib import Path
 from asrkit.config import config
 from asrkit.data.batches import TrainBatches
 from asrkit.errors import UserError
-from asrkit.training.backbone import (
-    NewOrTrainedConfig,
+from asrkit.methods.distillation.loss import build_loss
+from asrkit.methods.pruning import keep_pruned
+from asrkit.training.asr_loss import check_contexts
+from asrkit.training.distributed import join_world
+from asrkit.training.run_writer import RunWriter, read_datasets
+from asrkit.training.session import FineTuneConfig, Prepared, StageConfig, inputs_of, train_stage
+from asrkit.training.start import (
+    StartConfig,
     TokenizerConfig,
-    check_heard,
+    check_languages_present,
     check_start,
     first_model,
     open_parent,
     run_tokenizer,
     told,
 )
-from asrkit.training.distributed import join_world
-from asrkit.training.masks import keep_pruned
-from asrkit.training.objective import check_contexts
-from asrkit.training.run import RunWriter, read_material
-from asrkit.training.stage import FineTuneConfig, Prepared, StageConfig, inputs_of, train_stage
-from asrkit.training.teaching import loss_of_a_stage
 
 
 @config
-class TrainBackboneConfig(NewOrTrainedConfig):
+class TrainBackboneConfig(StartConfig):
     """Everything train-backbone can be told; config.yaml of the run holds it with every default written out."""
 
 
@@ -56,7 +56,7 @@ def train_backbone(
 
     Args:
         parent: run directory of a model to train on; None makes a new one. Its tokenizer and its features' statistics stay, and
-            so do sub-models that the trained configuration has not, masks and the kind of integers.
+            so do sub-models that the trained variant has not, masks and the kind of integers.
         tokenizer: sentencepiece model of a new model; None trains one.
 
     Raises:
@@ -69,18 +69,18 @@ def train_backbone(
     origin = None if parent is None else open_parent(parent, settings)
 
     def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
-        model, configuration = first_model(settings, origin, run, batches)
+        model, variant = first_model(settings, origin, run, batches)
         return Prepared(
             model=model,
-            loss=loss_of_a_stage(
+            loss=build_loss(
                 model.spec,
                 settings.loss,
                 settings.contexts,
-                configuration=configuration,
+                variant=variant,
                 attention_dropout=settings.model.attention_dropout if origin is None else None,
             ),
             after_step=keep_pruned,
-            configuration=configuration,
+            variant=variant,
         )
 
     if origin is None and tokenizer is None and settings.tokenizer is None:
@@ -93,8 +93,8 @@ def train_backbone(
         if run.finished:
             return out
         languages = settings.model.languages if origin is None else origin.spec.languages
-        material = read_material(manifest, dev, settings.data, settings.bad_cuts, run, languages, {})
-        check_heard(settings, origin, material.every)
+        material = read_datasets(manifest, dev, settings.data, settings.bad_cuts, run, languages, {})
+        check_languages_present(settings, origin, material.every)
         given = tokenizer if origin is None else origin.run.tokenizer_path
         pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
         train_stage(run, settings, material, pieces, prepare)

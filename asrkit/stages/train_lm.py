@@ -1,4 +1,4 @@
-"""train-lm: a causal language model over word pieces, phones or senones, to teach a recogniser (arXiv 2110.10429)."""
+"""train-lm: a causal language model over word pieces, phones or senones, to teach a recognizer (arXiv 2110.10429)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import nn
 
 from asrkit.config import config, to_dict
 from asrkit.data.batches import BucketPlan
-from asrkit.data.phones import check_language
 from asrkit.data.senones import load_tree
-from asrkit.data.sequences import (
+from asrkit.data.text.normalization import split_of
+from asrkit.data.text.phones import check_language
+from asrkit.data.text.sequences import (
     Sentence,
     SequenceBatch,
     SequenceBatches,
@@ -26,19 +27,18 @@ from asrkit.data.sequences import (
     read_sentences,
     speller,
 )
-from asrkit.data.text import split_of
-from asrkit.data.tokenizer import Tokenizer, train_tokenizer
-from asrkit.data.units import Inventory, Unit, write_inventory
+from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
+from asrkit.data.text.units import Inventory, Unit, write_inventory
 from asrkit.errors import UserError
 from asrkit.losses.language_model import sequence_nll
 from asrkit.models.lm import LanguageModel, LmShape, LmSpec
 from asrkit.models.spec import Positive
 from asrkit.run_dir import TOKENIZER
+from asrkit.training.asr_loss import LossOutput
 from asrkit.training.distributed import broadcast_object, join_world
 from asrkit.training.loop import Task, TrainingConfig, train
-from asrkit.training.objective import LossOutput
-from asrkit.training.optim import OptimiserConfig
-from asrkit.training.run import RunWriter
+from asrkit.training.optim import OptimizerConfig
+from asrkit.training.run_writer import RunWriter
 
 MAX_FINDINGS = 20  # shown of the lines that cannot be used
 
@@ -61,7 +61,7 @@ class TrainLmConfig:
     num_buckets: Positive = 20
     model: LmShape = field(default_factory=LmShape)
     training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(optimiser=OptimiserConfig(name="adamw", learning_rate=1e-3))
+        default_factory=lambda: TrainingConfig(optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3))
     )
 
 
@@ -81,7 +81,7 @@ def train_lm(
     Args:
         source: a text of one sentence a line; or a manifest, of which the words count for bpe, else the alignments.
         dev: the same, to measure perplexity on; None holds out a share of the sentences.
-        tokenizer: of bpe, such as the recogniser's; None trains one.
+        tokenizer: of bpe, such as the recognizer's; None trains one.
         senones: the tree ``align`` wrote, which a text's senones need.
 
     Raises:

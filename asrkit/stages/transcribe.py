@@ -14,9 +14,9 @@ from asrkit.data.features import SAMPLE_RATE, fbank
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
-from asrkit.decoding.recogniser import Recogniser, load_recogniser
+from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import Method, decode
-from asrkit.decoding.streaming import Endpoint, Heard, StreamingRecogniser
+from asrkit.decoding.streaming import Endpoint, Heard, StreamingRecognizer
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
@@ -54,7 +54,7 @@ def transcribe(
     *,
     method: Method = "greedy",
     beam: int = 4,
-    configuration: str | None = None,
+    variant: str | None = None,
     context: ContextChoice | None = None,
     language: str | None = None,
     device: str = "auto",
@@ -67,16 +67,16 @@ def transcribe(
     transcript with an error and does not keep the others from being done.
 
     Args:
-        configuration: the active sub-models; None is the one the last stage trained.
-        context: None is the first the configuration was trained in.
+        variant: the active sub-models; None is the one the last stage trained.
+        context: None is the first the variant was trained in.
         language: what is spoken, for a model with languages.
         warn: is told where the model is used in a way it was not trained for.
 
     Raises:
         UserError: the run directory cannot be used.
     """
-    recogniser = _prepare(run_path, method, beam, configuration, context, language, device, threads, warn)
-    decoded = (part for batch in _batches(_parts(paths)) for part in _decode(recogniser, batch, method, beam))
+    recognizer = _prepare(run_path, method, beam, variant, context, language, device, threads, warn)
+    decoded = (part for batch in _batches(_parts(paths)) for part in _decode(recognizer, batch, method, beam))
     for _, parts in groupby(decoded, key=lambda part: part.number):
         yield _join(parts)
 
@@ -87,7 +87,7 @@ def transcribe_stream(
     *,
     method: Method = "greedy",
     beam: int = 4,
-    configuration: str | None = None,
+    variant: str | None = None,
     context: ContextChoice | None = None,
     language: str | None = None,
     endpoint: Endpoint | None = None,
@@ -101,8 +101,8 @@ def transcribe_stream(
 
     Args:
         paths: audio files; ``-`` is raw 16-bit little-endian mono at 16 kHz on standard input.
-        configuration: the active sub-models; None is the one the last stage trained.
-        context: None is the first streaming one the configuration was trained in.
+        variant: the active sub-models; None is the one the last stage trained.
+        context: None is the first streaming one the variant was trained in.
         language: what is spoken, for a model with languages.
         endpoint: when an utterance is over.
         paced: files are heard as fast as they were spoken.
@@ -113,11 +113,11 @@ def transcribe_stream(
         UserError: the run directory cannot be used.
     """
     choice = replace(context or ContextChoice(), streaming=True)
-    recogniser = _prepare(run_path, method, beam, configuration, choice, language, device, threads, warn)
+    recognizer = _prepare(run_path, method, beam, variant, choice, language, device, threads, warn)
     for path in paths:
         if stopped():
             return
-        stream = StreamingRecogniser(recogniser.model, recogniser.tokenizer, method, beam, endpoint)
+        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, beam, endpoint)
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
                 for heard in stream.accept(block):
@@ -133,13 +133,13 @@ def _prepare(
     run_path: Path,
     method: Method,
     beam: int,
-    configuration: str | None,
+    variant: str | None,
     context: ContextChoice | None,
     language: str | None,
     device: str,
     threads: int | None,
     warn: Callable[[str], None],
-) -> Recogniser:
+) -> Recognizer:
     choice = context or ContextChoice()
     findings = choice.contradictions()
     if beam < 1:
@@ -148,13 +148,13 @@ def _prepare(
         raise UserError.of(findings)
     if threads is not None:
         torch.set_num_threads(threads)
-    recogniser = load_recogniser(run_path, device, configuration, choice, [method], language)
-    if recogniser.languages:
-        known = ", ".join(recogniser.languages)
+    recognizer = load_recognizer(run_path, device, variant, choice, [method], language)
+    if recognizer.languages:
+        known = ", ".join(recognizer.languages)
         raise UserError(f"{run_path}: is told the language of what it hears; give --language, one of {known}")
-    for line in recogniser.warnings:
+    for line in recognizer.warnings:
         warn(line)
-    return recogniser
+    return recognizer
 
 
 def _parts(paths: Sequence[Path]) -> Iterator[_Part]:
@@ -167,7 +167,7 @@ def _parts(paths: Sequence[Path]) -> Iterator[_Part]:
 
 
 def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """Neighbours together, up to ``BATCH_SECONDS`` when padded to the longest."""
+    """Neighbors together, up to ``BATCH_SECONDS`` when padded to the longest."""
     waiting: list[_Part] = []
     longest = 0
     for part in parts:
@@ -184,20 +184,20 @@ def _num_samples(part: _Part) -> int:
     return 0 if part.piece is None else len(part.piece.samples)
 
 
-def _decode(recogniser: Recogniser, batch: list[_Part], method: Method, beam: int) -> Iterator[_Part]:
+def _decode(recognizer: Recognizer, batch: list[_Part], method: Method, beam: int) -> Iterator[_Part]:
     pieces = [part.piece for part in batch if part.piece is not None]
     found: list[Hypothesis] = []
     if pieces:
         features, lens = pad([fbank(piece.samples) for piece in pieces])
-        found = decode(recogniser.model, features, lens, method, beam)
+        found = decode(recognizer.model, features, lens, method, beam)
     hypotheses = iter(found)
     for part in batch:
         if part.piece is None:
             yield part
             continue
         hypothesis = next(hypotheses)
-        words = timed_words(hypothesis, recogniser.tokenizer, part.piece.start)
-        text = recogniser.tokenizer.decode(hypothesis.tokens)
+        words = timed_words(hypothesis, recognizer.tokenizer, part.piece.start)
+        text = recognizer.tokenizer.decode(hypothesis.tokens)
         yield _Part(part.number, part.path, part.piece, text, words)
 
 

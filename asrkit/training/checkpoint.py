@@ -34,20 +34,20 @@ class Progress:
 
 
 def save_state(
-    run: Path, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+    run: Path, progress: Progress, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Write ``state/latest.safetensors`` atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     # clone: safetensors refuses tensors that share memory
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_write(run / STATE / STATE_FILE) as temporary:
         _save(plain, temporary, {"progress": json.dumps(asdict(progress))})
 
 
-def load_state(run: Path, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> Progress | None:
+def load_state(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
     """Restore a saved state in place; None when there is none.
 
     Raises:
@@ -63,12 +63,12 @@ def load_state(run: Path, model: nn.Module, average: nn.Module, optimiser: torch
         progress = Progress(**json.loads(metadata["progress"]))
         model.load_state_dict(_below("model.", tensors))
         average.load_state_dict(_below("average.", tensors))
-        packed = optimiser.state_dict()
+        packed = optimizer.state_dict()
         states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _below("optimiser.", tensors).items():
+        for name, tensor in _below("optimizer.", tensors).items():
             index, key = name.split(".", 1)
             states.setdefault(int(index), {})[key] = tensor
-        optimiser.load_state_dict({**packed, "state": states})
+        optimizer.load_state_dict({**packed, "state": states})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot resume from it ({reason}); delete {path.parent} to start again") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.config import digest, to_dict
-from asrkit.data.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.models import AsrModel
 from asrkit.run_dir import (
     CONFIG,
@@ -23,10 +23,10 @@ from asrkit.run_dir import (
     write_yaml,
 )
 from asrkit.training.checkpoint import save_weights
-from asrkit.training.run import DONE, stage_entry
+from asrkit.training.run_writer import DONE, stage_entry
 
 
-def derive_run(
+def write_untrained_run(
     out: Path,
     parent: RunDir,
     stage: str,

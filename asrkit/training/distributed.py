@@ -59,7 +59,7 @@ def all_sum(world: World, values: Tensor) -> Tensor:
 
 def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
     """Replace each ``grad`` by its sum over all processes; a missing one counts as zeros, and stays missing where no
-    process has one, so that an optimiser does not touch that parameter."""
+    process has one, so that an optimizer does not touch that parameter."""
     if world.size == 1:
         return
     owned = all_sum(

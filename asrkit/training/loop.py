@@ -24,11 +24,11 @@ from torch import nn
 from asrkit.config import config
 from asrkit.data.batches import BucketPlan, loader
 from asrkit.errors import UserError
+from asrkit.training.asr_loss import LossOutput
 from asrkit.training.checkpoint import Progress, load_state, save_state
 from asrkit.training.distributed import World, all_sum, broadcast_object, gather_lists, sum_gradients
 from asrkit.training.logs import RunLog
-from asrkit.training.objective import LossOutput
-from asrkit.training.optim import OptimiserConfig, learning_rate, make_optimiser
+from asrkit.training.optim import OptimizerConfig, learning_rate, make_optimizer
 
 Steps = Annotated[int, Field(ge=1)]
 
@@ -53,7 +53,7 @@ class TrainingConfig:
     keep: Literal["best", "last"] = "best"
     max_skipped_in_a_row: Steps = 10
     tensorboard: bool = True
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 class TrainingBatch(Protocol):
@@ -140,11 +140,11 @@ def train(
     model = task.model.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = make_optimiser(trained, settings.optimiser)
+    optimizer = make_optimizer(trained, settings.optimizer)
     scaler = torch.cuda.amp.GradScaler() if dtype == torch.float16 else None
     slices = world.size * settings.accumulate
 
-    progress = load_state(run, model, average, optimiser) or Progress(slices=slices)
+    progress = load_state(run, model, average, optimizer) or Progress(slices=slices)
     if progress.slices != slices:
         raise UserError(
             f"{run}: was trained with {progress.slices} parts a step (processes times training.accumulate), now {slices}; "
@@ -165,7 +165,7 @@ def train(
         progress.seconds = time.monotonic() - began
         progress.scaler = scaler.state_dict() if scaler is not None else {}
         if world.is_main:
-            save_state(run, progress, model, average, optimiser)
+            save_state(run, progress, model, average, optimizer)
 
     with _signals() as stop, log:
         source = _fetch(task.batches, places, num_workers, device)
@@ -174,24 +174,24 @@ def train(
             for part in task.frozen:
                 part.eval()
             torch.manual_seed(_mix(seed, world.rank, step))
-            lr = learning_rate(step, settings.steps, settings.optimiser)
-            for group in optimiser.param_groups:
+            lr = learning_rate(step, settings.steps, settings.optimizer)
+            for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             done = _accumulate(task, model, source, step, settings.accumulate, device, dtype, scaler)
             totals = all_sum(world, torch.tensor([done.count, done.audio], dtype=torch.float64, device=device))
             sum_gradients(world, trained)
             if scaler is not None:
-                scaler.unscale_(optimiser)
+                scaler.unscale_(optimizer)
             for parameter in trained:
                 if parameter.grad is not None:
                     parameter.grad.div_(float(totals[0]))
-            norm = float(nn.utils.clip_grad_norm_(trained, settings.optimiser.max_gradient_norm))
+            norm = float(nn.utils.clip_grad_norm_(trained, settings.optimizer.max_gradient_norm))
             if scaler is not None:  # an overflow is how the scaler finds its scale: it skips by itself
-                scaler.step(optimiser)
+                scaler.step(optimizer)
                 scaler.update()
             elif math.isfinite(norm):
-                optimiser.step()
+                optimizer.step()
             if math.isfinite(norm) or (scaler is not None and not done.bad_cut_ids):
                 progress.skipped_in_a_row = 0
                 if task.after_step is not None:
@@ -297,7 +297,7 @@ def _skip(progress: Progress, settings: TrainingConfig, done: _Done, step: int, 
     if progress.skipped_in_a_row >= settings.max_skipped_in_a_row:
         raise UserError(
             f"the loss was not finite {progress.skipped_in_a_row} steps in a row, last for cuts {', '.join(culprits[:10])}; "
-            "run `asrkit data check` on the manifest, or lower training.optimiser.learning_rate"
+            "run `asrkit data check` on the manifest, or lower training.optimizer.learning_rate"
         )
 
 

@@ -1,4 +1,4 @@
-"""Optimisers and the learning-rate schedule, as functions of the step alone."""
+"""Optimizers and the learning-rate schedule, as functions of the step alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from asrkit.config import config
 
 
 @config
-class OptimiserConfig:
+class OptimizerConfig:
     """``scaled_adam`` moves each tensor in proportion to its own root mean square (Zipformer, arXiv 2310.11230).
 
-    ``learning_rate`` None takes the optimiser's default: 2e-3 for adamw, 5e-2 for scaled_adam.
+    ``learning_rate`` None takes the optimizer's default: 2e-3 for adamw, 5e-2 for scaled_adam.
     The rate rises linearly over ``warm_up_steps`` and then falls as ``decay`` says, to ``final_fraction`` of its peak.
     """
 
@@ -35,7 +35,7 @@ class OptimiserConfig:
         return self.learning_rate or {"adamw": 2e-3, "scaled_adam": 5e-2}[self.name]
 
 
-def learning_rate(step: int, total_steps: int, settings: OptimiserConfig) -> float:
+def learning_rate(step: int, total_steps: int, settings: OptimizerConfig) -> float:
     """The rate of ``step`` (from 0)."""
     if step < settings.warm_up_steps:
         return settings.peak_learning_rate * (step + 1) / settings.warm_up_steps
@@ -45,8 +45,8 @@ def learning_rate(step: int, total_steps: int, settings: OptimiserConfig) -> flo
     return settings.peak_learning_rate * (floor + (1 - floor) * shape)
 
 
-def make_optimiser(parameters: Iterable[nn.Parameter], settings: OptimiserConfig) -> torch.optim.Optimizer:
-    """The optimiser over ``parameters``; vectors (norms, biases) are not decayed."""
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over ``parameters``; vectors (norms, biases) are not decayed."""
     trained = list(parameters)
     if settings.name == "scaled_adam":
         return ScaledAdam(trained, lr=settings.peak_learning_rate, betas=settings.betas)

@@ -9,8 +9,8 @@ import argparse
 import re
 from pathlib import Path
 
-from asrkit.data.debian import fetch_packages, members_of
-from asrkit.data.text import TextError, normalise
+from asrkit.data.corpora.debian import fetch_packages, members_of
+from asrkit.data.text.normalization import TextError, normalize
 from asrkit.run_dir import atomic_write
 
 # Debian has no package of French ones.
@@ -20,13 +20,13 @@ GRAVE = str.maketrans("aeiou", "àèìòù")
 
 
 def sentences(raw: str, language: str) -> list[str]:
-    """Normalised sentences of running text; those with numbers too long to spell and the like are left out."""
+    """Normalized sentences of running text; those with numbers too long to spell and the like are left out."""
     found = []
     if language == "it":  # accents typed as apostrophes: perche', e'
         raw = re.sub(r"([aeiou])'(?!\w)", lambda vowel: vowel[1].translate(GRAVE), raw)
     for part in re.split(r'[.!?¿¡;:%"«»()\[\]]|--|\n\s*\n', raw):
         try:
-            text = normalise(" ".join(part.split()), language)
+            text = normalize(" ".join(part.split()), language)
         except TextError:
             continue
         if 3 <= len(text.split()) <= 12 and re.fullmatch(rf"[{LETTERS[language]}' ]+", text):

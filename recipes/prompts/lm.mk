@@ -46,7 +46,7 @@ $(LM)/corpus.txt: | $(ALIGNED)/spoken.jsonl.gz
 	    | $(PYTHON) -c 'import json, sys; [print(json.loads(line)["supervisions"][0]["text"]) for line in sys.stdin]' >> $@.part
 	mv $@.part $@
 
-LM_TRAINING := --set training.steps=$(LM_STEPS) --set training.optimiser.learning_rate=3e-3 --set training.optimiser.warm_up_steps=100
+LM_TRAINING := --set training.steps=$(LM_STEPS) --set training.optimizer.learning_rate=3e-3 --set training.optimizer.warm_up_steps=100
 $(UNITS:%=$(LM)/lm-%/done): | $(LM)/corpus.txt
 	$(ASRKIT) train-lm --text $(LM)/corpus.txt $(LM_UNIT) $(LM_TRAINING) --set bad_lines=skip --seed $(SEED) --out $(@D)
 

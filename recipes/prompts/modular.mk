@@ -40,7 +40,7 @@ $(MODULAR)/alone-attention/done: | $(MODULAR)/alone/done
 $(MODULAR)/dropped-attention/done: | $(MODULAR)/dropped/done
 	$(ASRKIT) add-submodel --from $(MODULAR)/dropped --name attention --init joint $(ADDED) --out $(@D)
 
-# What a checkpoint can do besides full context in its own configuration: chunks, where it was trained in them.
+# What a checkpoint can do besides full context in its own variant: chunks, where it was trained in them.
 $(MODULAR)/dual/evaluation/done $(MODULAR)/dual-taught/evaluation/done: CHUNKS := --chunk 8 --left 32
 
 $(MODULAR)/%/evaluation/done: | $(MODULAR)/%/done

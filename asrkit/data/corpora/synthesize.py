@@ -1,0 +1,263 @@
+"""Synthetic speech to train on: espeak-ng reads texts in many voices. Never for test data.
+
+The extra ``synth`` brings espeak-ng with its data (GPL-3); it is a C library with one global state, called by ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from lhotse.augmentation.resample import Resample
+from lhotse.cut import Cut
+
+from asrkit.data.corpora.espeak import UTF8, load_espeak
+from asrkit.data.features import SAMPLE_RATE, resample
+from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
+from asrkit.data.text.normalization import TextError, normalize, sentence_key
+from asrkit.errors import UserError
+from asrkit.run_dir import atomic_write, sha256_of
+
+VARIANTS = ("", *(f"+f{i}" for i in range(1, 6)), *(f"+m{i}" for i in range(1, 9)))
+BASE_VOICES = {"en": ("en-us", "en-us", "en", "en-gb-x-rp")}  # en is British; twice is twice as often
+TELEPHONE_RATE = 8000
+RECORD = "synthesis.json"
+_RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one utterance is said: words a minute, pitch and its range in 0..100 (50 is the voice's own), seed of its noise."""
+
+    voice: str
+    rate: int
+    pitch: int
+    pitch_range: int
+    seed: int
+
+
+@dataclass
+class Synthesized:
+    """The cuts made, how many texts they were drawn from, and how many lines were unusable or excluded."""
+
+    cuts: list[Cut]
+    texts: int
+    unusable: int
+    excluded: int
+
+
+def synthesize(
+    sources: Sequence[tuple[Path, str]],
+    out: Path,
+    *,
+    minutes: float,
+    seed: int = 0,
+    voices: Sequence[str] = (),
+    band: str = "wide",
+    chains: float = 0.0,
+    exclude: Sequence[Path] = (),
+) -> Synthesized | None:
+    """Write OUT/train.jsonl.gz and OUT/audio/*.flac: at least ``minutes`` of speech, 16 kHz mono.
+
+    Args:
+        sources: (file, language): text with one sentence a line, or a manifest, of which the language's cuts count.
+        voices: espeak-ng voices of every language, with a variant (en-us+f2) or, without, in all of VARIANTS.
+        band: "wide", or "telephone": nothing above 4 kHz.
+        chains: share of the utterances that are new sentences, made of word pairs that occur in the texts.
+        exclude: manifests whose sentences must not be said, such as test and dev.
+
+    Returns:
+        What was made, or None where ``out`` already holds exactly this.
+
+    Raises:
+        UserError: espeak-ng is missing, an unknown voice, no usable text.
+    """
+    wanted = {
+        "sources": [[sha256_of(path), language] for path, language in sources if path.is_file()],
+        "exclude": [sha256_of(path) for path in exclude if path.is_file()],
+        "minutes": minutes,
+        "seed": seed,
+        "voices": list(voices),
+        "band": band,
+        "chains": chains,
+    }
+    record = out / RECORD
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted:
+        return None
+    speaker = _Espeak()
+    unseen = {sentence_key(text_of(cut)) for path in exclude for cut in open_cuts(path)}
+    result = Synthesized([], 0, 0, 0)
+    lists = []
+    for path, language in sources:
+        texts, unusable = read_texts(path, language)
+        allowed = [text for text in texts if sentence_key(text) not in unseen]
+        if not allowed:
+            raise UserError(
+                f"{path}: no usable text for language {language} ({unusable} lines cannot be read, "
+                f"{len(texts)} are excluded); give one sentence a line"
+            )
+        mine = all_voices(language, voices)
+        for voice in sorted(set(mine)):
+            speaker.use(voice)
+        lists.append((language, mine, allowed))
+        result.texts += len(allowed)
+        result.unusable += unusable
+        result.excluded += len(texts) - len(allowed)
+
+    waiting: list[Future[Cut]] = []
+    seconds = 0.0
+    with ThreadPoolExecutor() as pool:  # encoding works outside Python's lock
+        for number, (language, mine, text) in enumerate(_plan(lists, seed, chains, unseen)):
+            if seconds >= minutes * 60:
+                break
+            random = np.random.default_rng((seed, number))
+            limits = ((130, 211), (25, 81), (25, 81), (0, 1 << 31))
+            draw = Draw(str(random.choice(mine)), *(int(random.integers(*pair)) for pair in limits))
+            samples, rate = speaker.say(text, draw)
+            seconds += len(samples) / rate
+            cut_id = f"syn-{language}-{number:06d}"
+            waiting.append(pool.submit(_store, out, cut_id, samples, rate, text, language, draw, band))
+        result.cuts = [future.result() for future in waiting]
+    write_cuts(out / "train.jsonl.gz", result.cuts)
+    with atomic_write(record) as temporary:
+        temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    return result
+
+
+def read_texts(path: Path, language: str) -> tuple[list[str], int]:
+    """The different sentences of a text file or manifest in the language, as words, in order; and how many lines were unusable.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz")):
+        lines = [text_of(cut) for cut in open_cuts(path) if (cut.supervisions[0].language or language) == language]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path}: cannot read ({error}); give a UTF-8 file with one sentence a line, or a manifest"
+            ) from error
+    texts: dict[str, None] = {}
+    unusable = 0
+    for line in filter(str.strip, lines):
+        try:
+            texts[normalize(line, language)] = None
+        except TextError:
+            unusable += 1
+    return list(texts), unusable
+
+
+def all_voices(language: str, voices: Sequence[str] = ()) -> list[str]:
+    """Voices to draw from: those given, else the language's own; each without a variant in every variant."""
+    named = voices or BASE_VOICES.get(language, (language,))
+    return [name + variant for name in named for variant in (("",) if "+" in name else VARIANTS)]
+
+
+def _plan(
+    lists: Sequence[tuple[str, list[str], list[str]]], seed: int, chains: float, unseen: set[str]
+) -> Iterator[tuple[str, list[str], str]]:
+    """Language, voices and text of each utterance, without end: languages in turn, each text once before any comes again."""
+    streams = [(language, voices, _sentences(texts, seed, chains, unseen)) for language, voices, texts in lists]
+    while True:
+        for language, voices, sentences in streams:
+            yield language, voices, next(sentences)
+
+
+def _sentences(texts: list[str], seed: int, chains: float, unseen: set[str]) -> Iterator[str]:
+    random = np.random.default_rng((seed, len(texts)))
+    made = chain_sentences(texts, random)
+    while True:
+        for place in random.permutation(len(texts)):
+            while random.uniform() < chains:
+                text = next(made)
+                if sentence_key(text) not in unseen:
+                    yield text
+            yield texts[place]
+
+
+def chain_sentences(texts: Iterable[str], random: np.random.Generator, max_words: int = 12) -> Iterator[str]:
+    """New sentences without end: words drawn by what follows the word before in ``texts``, ends of sentences included."""
+    followers: dict[str, list[str]] = {}
+    for text in texts:
+        words = ["", *text.split(), ""]
+        for word, following in pairwise(words):
+            followers.setdefault(word, []).append(following)
+    while True:
+        words = [""]
+        while len(words) <= max_words:
+            words.append(followers[words[-1]][random.integers(len(followers[words[-1]]))])
+            if not words[-1]:
+                break
+        yield " ".join(filter(None, words))
+
+
+def _store(
+    out: Path, cut_id: str, samples: np.ndarray, rate: int, text: str, language: str, draw: Draw, band: str
+) -> Cut:
+    wave = torch.from_numpy(samples.astype(np.float32) / 2**15)
+    wave = resample(wave, rate)
+    if band == "telephone":
+        wave = _steep(TELEPHONE_RATE, SAMPLE_RATE)(_steep(SAMPLE_RATE, TELEPHONE_RATE)(wave))
+    wave = wave.clamp(-1, 1)
+    audio = out / "audio" / f"{cut_id}.flac"
+    audio.parent.mkdir(parents=True, exist_ok=True)
+    # Not atomic, as fsync takes longer than all the rest: the manifest, written last, is what makes a file count.
+    soundfile.write(audio, wave.numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return make_cut(
+        cut_id,
+        audio,
+        sampling_rate=SAMPLE_RATE,
+        num_samples=len(wave),
+        text=text,
+        language=language,
+        speaker=draw.voice,
+        custom={"synthetic": asdict(draw)},
+    )
+
+
+@cache
+def _steep(rate: int, new_rate: int) -> Resample:
+    """A resampler with a longer filter than lhotse's default, which lets a third of the band above through."""
+    return Resample(rate, new_rate, lowpass_filter_width=64)
+
+
+class _Espeak:
+    """espeak-ng in this process: one text at a time.
+
+    Raises:
+        UserError: the extra is not installed, or a voice is unknown.
+    """
+
+    def __init__(self) -> None:
+        self._library, self.rate, self._pieces = load_espeak()
+
+    def use(self, voice: str) -> None:
+        if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise UserError(
+                f"voice {voice}: espeak-ng has none of that name; see its list of languages, such as en-us, fr, it+f2"
+            )
+
+    def say(self, text: str, draw: Draw) -> tuple[np.ndarray, int]:
+        """(num_samples,) int16 and their rate."""
+        self.use(draw.voice)
+        for parameter, value in ((_RATE, draw.rate), (_PITCH, draw.pitch), (_RANGE, draw.pitch_range)):
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(draw.seed))
+        self._pieces.clear()
+        encoded = text.encode() + b"\0"
+        if self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, UTF8, None, None) != 0 or not self._pieces:
+            raise UserError(
+                f"espeak-ng says nothing for '{text}' as {draw.voice}; remove the line or choose another voice"
+            )
+        return np.concatenate(self._pieces), self.rate

@@ -1,0 +1,142 @@
+"""sentencepiece tokenizers: ``<blk>`` is 0 and ``<unk>`` is 1, as sherpa-onnx expects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+
+from asrkit.errors import UserError
+from asrkit.run_dir import atomic_write
+
+TokenizerKind = Literal["bpe", "unigram", "char"]
+BLANK_ID, UNK_ID = 0, 1
+WORD_START = "\u2581"  # sentencepiece's visible space
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        path: a sentencepiece model whose piece 0 is ``<blk>``.
+
+    Raises:
+        UserError: the file is missing, is no sentencepiece model, or keeps another piece at 0.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not Path(path).is_file():
+            raise UserError(
+                f"{path}: no such tokenizer; give a sentencepiece model or leave --tokenizer out to train one"
+            )
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.Load(str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: not a sentencepiece model; train one by leaving --tokenizer out") from error
+        if self._model.IdToPiece(BLANK_ID) != "<blk>":
+            raise UserError(
+                f"{path}: piece 0 is {self._model.IdToPiece(BLANK_ID)!r}, not <blk>; use a tokenizer made by asrkit"
+            )
+        self.path = Path(path)
+        self.vocab_size: int = self._model.GetPieceSize()
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        return cls(path)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
+        return Tokenizer, (self.path,)  # sentencepiece objects do not cross process borders
+
+    def encode(self, text: str, dropout: float = 0.0, seed: int = 0) -> list[int]:
+        """Token ids of ``text``; with ``dropout`` > 0 a random segmentation, the same for the same seed.
+
+        For bpe the dropout is the probability that a merge is left out (BPE-dropout); for unigram it is ignored
+        in favor of sampling with smoothing 1 - dropout (subword regularization).
+        """
+        if dropout <= 0.0:
+            return self._model.EncodeAsIds(text)
+        sentencepiece.set_random_generator_seed(seed)
+        return self._model.Encode(text, out_type=int, enable_sampling=True, alpha=dropout, nbest_size=-1)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.DecodeIds([i for i in ids if i != BLANK_ID])
+
+    def pieces(self, text: str) -> list[str]:
+        """The tokens of ``text`` as they are spelled."""
+        return self._model.Encode(text, out_type=str)
+
+    def piece_to_id(self, piece: str) -> int:
+        """The token spelled so, or that of <unk>."""
+        return self._model.PieceToId(piece)
+
+    def id_to_piece(self, token_id: int) -> str:
+        return self._model.IdToPiece(token_id)
+
+    def missing_characters(self, text: str) -> set[str]:
+        """The characters of ``text`` this tokenizer has no piece for."""
+        return {
+            ch
+            for piece in self.pieces(text)
+            if self._model.PieceToId(piece) == UNK_ID
+            for ch in piece
+            if ch != "\u2581"
+        }
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the model to ``path``, with tokens.txt beside it."""
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(self.path.read_bytes())
+        self.write_tokens(path.with_name("tokens.txt"))
+
+    def write_tokens(self, path: Path) -> None:
+        """Write tokens.txt: one ``piece id`` a line."""
+        with atomic_write(path) as temporary:
+            lines = (f"{self.id_to_piece(i)} {i}\n" for i in range(self.vocab_size))
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, out: Path) -> Tokenizer:
+    """Train a sentencepiece model on ``texts`` and write it to ``out``, with ``tokens.txt`` beside it.
+
+    ``vocab_size`` is an upper limit: a text too small for it gives as many pieces as it can.
+
+    Raises:
+        UserError: no text, or a vocabulary smaller than the number of characters needs.
+    """
+    sentences = [text for text in texts if text.strip()]
+    if not sentences:
+        raise UserError("cannot train a tokenizer: the manifest has no text")
+    characters = len(set("".join(sentences)) | {"\u2581"}) + 2
+    if kind != "char" and vocab_size < characters:
+        raise UserError(
+            f"tokenizer.vocab_size={vocab_size} is smaller than the {characters} characters of the text need; raise it or use tokenizer.kind=char"
+        )
+    with atomic_write(out) as temporary, open(temporary, "wb") as file:
+        try:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(sentences),
+                model_writer=file,
+                model_type=kind,
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,
+                character_coverage=1.0,
+                unk_id=UNK_ID,
+                pad_id=BLANK_ID,
+                pad_piece="<blk>",
+                bos_id=-1,
+                eos_id=-1,
+                minloglevel=2,
+                max_sentence_length=1 << 16,
+            )
+        except RuntimeError as error:
+            if kind != "bpe" or "Vocabulary size" not in str(error):
+                raise UserError(f"cannot train a {kind} tokenizer of {vocab_size} pieces: {error}") from error
+            raise UserError(
+                f"tokenizer.vocab_size={vocab_size} is too high for this text; lower it or use tokenizer.kind=char"
+            ) from error
+    tokenizer = Tokenizer(out)
+    tokenizer.write_tokens(out.with_name("tokens.txt"))
+    return tokenizer

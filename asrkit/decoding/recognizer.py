@@ -1,0 +1,150 @@
+"""From a directory on disk to something that recognizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import TorchAcousticModel
+from asrkit.decoding.choice import ContextChoice, listed, was_trained
+from asrkit.decoding.exported import ExportedAcousticModel
+from asrkit.decoding.search import METHODS, Method
+from asrkit.decoding.streaming import StreamingModel
+from asrkit.errors import UserError
+from asrkit.export.directory import is_exported, open_exported
+from asrkit.export.graphs import CTC, FILES
+from asrkit.export.runtime import ExportedModel
+from asrkit.models import load_model
+from asrkit.models.asr import in_language
+from asrkit.nn.context import FRAME_MS, Context, parse_context
+from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run, sha256_of
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """A model ready to decode with its tokenizer, and the digest that says which weights these are.
+
+    ``variant`` and ``context`` are those it runs in; ``warnings`` say where that is not what it was trained for.
+    ``languages``: those ``encode`` is told apart, if any. ``language``: the one it hears, where it is for one alone.
+    """
+
+    model: StreamingModel
+    tokenizer: Tokenizer
+    weights_sha256: str
+    device: torch.device
+    variant: str
+    context: Context
+    warnings: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    language: str | None = None
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({reason}); use auto or cpu") from error
+    return device
+
+
+def load_recognizer(
+    path: Path,
+    device: str = "auto",
+    variant: str | None = None,
+    context: Context | ContextChoice | None = None,
+    methods: Sequence[Method] = METHODS,
+    language: str | None = None,
+) -> Recognizer:
+    """Load the model and tokenizer of a run directory, or of an exported one.
+
+    Args:
+        variant: None is the one the last stage trained.
+        context: itself, or what the user said of it; None is the first the variant was trained in.
+        methods: the searches there will be; an exported model computes nothing for others.
+        language: all that will be heard; None: ``encode`` is told, if the model has languages.
+
+    Raises:
+        UserError: the directory is incomplete or damaged, its parts do not fit each other, or it has no such
+            variant, context or language.
+    """
+    if is_exported(path):
+        return _load_exported(path, device, variant, context, methods, language)
+    place = choose_device(device)
+    run = open_run(path)
+    model = load_model(run)
+    if language is not None:
+        model = in_language(model, language)
+    tokenizer = _load_tokenizer(run.tokenizer_path, model.vocab_size)
+    name = variant or model.spec.variant
+    if name not in model.spec.variants:
+        raise UserError(f"{path}: no variant {name}; there are {', '.join(model.spec.variants)}")
+    trained = [parse_context(text) for text in model.spec.variants[name].contexts]
+    attends = any(model.spec.submodels[part].kind == "attention" for part in model.submodels_of(name))
+    if not isinstance(context, Context):
+        context = (context or ContextChoice()).among(trained, attends, f"{path}: variant {name}")
+    warnings = []
+    if not was_trained(context, trained, attends):
+        warnings.append(
+            f"{path}: variant {name} was never trained in context {context}, but in {listed(trained)} "
+            f"(frames of {FRAME_MS:.0f} ms); expect more errors"
+        )
+    acoustic = TorchAcousticModel(model.to(place), name, context)
+    weights = sha256_of(run.path / WEIGHTS)
+    return Recognizer(acoustic, tokenizer, weights, place, name, context, warnings, model.spec.languages, language)
+
+
+def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{path}: has {tokenizer.vocab_size} pieces but the model has {vocab_size}; "
+            "restore the tokenizer this model was trained with"
+        )
+    return tokenizer
+
+
+def _load_exported(
+    path: Path,
+    device: str,
+    variant: str | None,
+    context: Context | ContextChoice | None,
+    methods: Sequence[Method],
+    language: str | None,
+) -> Recognizer:
+    """An exported directory, which is one variant in one context, on the CPU."""
+    if device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: exported models run on the CPU here; use auto or cpu")
+    exported = open_exported(path)
+    only, again = exported.parsed_context, "export the run again for another"
+    if variant not in (None, exported.variant):
+        raise UserError(f"{path}: holds variant {exported.variant} only, not {variant}; {again}")
+    if language not in (None, exported.language):
+        hears = "is told no language" if exported.language is None else f"hears {exported.language} only"
+        raise UserError(f"--language {language}: {path} {hears}; leave it out, or {again}")
+    if not isinstance(context, Context):
+        choice = context or ContextChoice()
+        if choice.streaming and not only.streaming:
+            raise UserError(f"{path}: is for whole recordings; leave --stream out, or export the run with --streaming")
+        context = choice.among([only], True, f"{path}: the exported model")
+    if context != only:
+        raise UserError(f"{path}: was exported in context {only}, not {context}; {again}")
+    transducer = any(method != "ctc" for method in methods)
+    files = [file for file in FILES if (file == CTC and "ctc" in methods) or (file != CTC and transducer)]
+    loaded = ExportedModel(path, exported.state_size, exported.format, files)
+    model = ExportedAcousticModel(loaded, only, exported.vocab_size, exported.context_size)
+    tokenizer = _load_tokenizer(path / TOKENIZER, exported.vocab_size)
+    cpu, digest = torch.device("cpu"), sha256_of(path / EXPORT)  # export.yaml has the digests of every file
+    return Recognizer(model, tokenizer, digest, cpu, exported.variant, only, language=exported.language)

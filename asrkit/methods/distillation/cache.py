@@ -1,0 +1,172 @@
+"""Teachers' posteriors on disk, so that the teachers run once.
+
+A directory of safetensors files: of each cut the log-probabilities of the next symbol and of the blank at every node of its
+lattice, float16 (2, T', U + 1), under a digest of the cut as the manifest has it; ``cache.yaml`` says whose they are.
+safetensors rather than a lhotse array: a file is read in place, one tensor of many, and nothing is added to the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lhotse.cut import Cut
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from asrkit.config import differences, digest
+from asrkit.data.batches import Batch, CutTable, evaluation_batches, with_symbols
+from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.errors import UserError
+from asrkit.losses.distillation import delayed, three_classes
+from asrkit.losses.transducer import arc_loss
+from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
+from asrkit.methods.distillation.teachers import Teachers
+from asrkit.nn.conformer import subsampled_lens
+from asrkit.run_dir import MODEL, WEIGHTS, read_yaml, sha256_of, write_yaml
+from asrkit.training.asr_loss import LossConfig
+from asrkit.training.checkpoint import save_tensors
+from asrkit.training.distributed import World, broadcast_object
+
+ABOUT = "cache.yaml"
+SHARD = 500  # cuts in a file
+CHUNK = 8  # frames whose logits are in memory at once
+
+
+class PosteriorCache:
+    """The posteriors of some teachers, in a directory that is made if it is not there.
+
+    Args:
+        teachers: whose they are, and ``tokenizer``: of whose symbols.
+
+    Raises:
+        UserError: the directory holds something else, or those of other teachers.
+    """
+
+    def __init__(self, path: Path, teachers: Teachers, tokenizer: Tokenizer) -> None:
+        self.path = path
+        about = {
+            "teachers": {
+                language: [sha256_of(teacher.run.path / file) for teacher in several for file in (MODEL, WEIGHTS)]
+                for language, several in teachers.items()
+            },
+            "tokenizer": sha256_of(tokenizer.path),
+        }
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--cache {path}: is a file; give a directory")
+        if (path / ABOUT).is_file():
+            if changed := differences(read_yaml(path / ABOUT), about):
+                raise UserError(
+                    f"--cache {path}: holds the posteriors of others ({'; '.join(changed)}); choose another directory"
+                )
+        elif path.is_dir() and any(path.iterdir()):
+            raise UserError(f"--cache {path}: holds other files and no posteriors; choose another directory")
+        self._about = about
+        self._places: dict[str, Any] = {}  # by key, the open file
+        self._keys: dict[str, str] = {}  # by cut id
+
+    def fill(
+        self, teachers: Teachers, table: CutTable, tokenizer: Tokenizer, world: World, max_duration: float
+    ) -> Iterator[int]:
+        """Let the teachers hear every cut of ``table`` whose posteriors are not there; yields how many have been heard.
+
+        Every process does its share, and has all of them at the end.
+
+        Raises:
+            UserError: cuts that differ and have one id; a damaged file.
+        """
+        if world.is_main and not (self.path / ABOUT).is_file():
+            write_yaml(self.path / ABOUT, self._about)
+        broadcast_object(world, None)
+        self._open()
+        missing: dict[str, Cut] = {}
+        for index in range(len(table)):
+            cut = table[index]
+            key = _key(cut)
+            if self._keys.setdefault(cut.id, key) != key:
+                raise UserError(f"cut {cut.id}: two manifests have it, and not alike; --cache needs ids that differ")
+            if key not in self._places:
+                missing[cut.id] = cut
+        # Longest first, so that the shares are about equal.
+        ordered = sorted(missing.values(), key=lambda cut: (-cut.duration, cut.id))
+        mine = ordered[world.rank :: world.size]
+        for first in range(0, len(mine), SHARD):
+            chosen = mine[first : first + SHARD]
+            tensors: dict[str, Tensor] = {}
+            for batch in evaluation_batches(chosen, max_duration):
+                arcs = heard_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
+                tensors |= {self._keys[cut_id]: mine for cut_id, mine in zip(batch.cut_ids, arcs, strict=True)}
+            name = f"{digest(sorted(tensors))[:16]}.safetensors"
+            save_tensors(self.path / name, tensors)
+            yield first + len(chosen)
+        broadcast_object(world, None)
+        self._open()
+
+    def lesson(self, batch: Batch, encoder_out_lens: Tensor, symbol_lens: Tensor, delay: int) -> CachedOutputs:
+        """What is stored of a batch's cuts."""
+        keys = [self._keys[cut_id] for cut_id in batch.cut_ids]
+        arcs = [self._places[key].get_tensor(key) for key in keys]
+        return CachedOutputs(arcs, symbol_lens, encoder_out_lens, delay)
+
+    def _open(self) -> None:
+        """Find what there is; a key is the same tensor in whatever file."""
+        for file in sorted(self.path.glob("*.safetensors")):
+            try:
+                opened = safe_open(file, framework="pt")
+                self._places.update(dict.fromkeys(opened.keys(), opened))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cannot be read ({error}); delete it, and it is made again") from error
+
+
+def heard_arcs(teachers: Teachers, batch: Batch) -> list[Tensor]:
+    """What the teachers say of each utterance of a plain batch: (2, T', U + 1) float16, on the CPU."""
+    lens = subsampled_lens(batch.feature_lens)
+    symbol_lens = torch.minimum(batch.symbol_lens, lens)
+    lesson = TeacherOutputs(
+        teachers, batch.languages, batch.features, batch.feature_lens, batch.symbols, symbol_lens, lens
+    )
+    num_frames, rows = int(lens.max()), torch.arange(batch.symbols.shape[1] + 1, device=lens.device)
+    parts = []
+    for first in range(0, num_frames, CHUNK):
+        frames = slice(first, min(first + CHUNK, num_frames))
+        ranges = rows.expand(len(lens), frames.stop - first, -1)
+        parts.append(lesson.node_log_probs(frames, ranges)[..., :2].half().cpu())
+    sizes = zip(lens.tolist(), (batch.symbol_lens + 1).tolist(), strict=True)
+    arcs = torch.cat(parts, dim=1).permute(0, 3, 1, 2)
+    whole = torch.contiguous_format
+    return [
+        mine[:, :frames, :positions].clone(memory_format=whole)
+        for mine, (frames, positions) in zip(arcs, sizes, strict=True)
+    ]
+
+
+class CachedOutputs:
+    """What ``TeacherOutputs`` says of the nodes, in three classes, of each utterance's stored arcs (2, T', U + 1)."""
+
+    def __init__(self, arcs: list[Tensor], symbol_lens: Tensor, encoder_out_lens: Tensor, delay: int = 0) -> None:
+        frames, positions = (max(mine.shape[dim] for mine in arcs) for dim in (1, 2))
+        together = torch.zeros(2, len(arcs), frames, positions, dtype=torch.float16)
+        for row, mine in enumerate(arcs):
+            together[:, row, : mine.shape[1], : mine.shape[2]] = mine
+        self._arcs = together.to(symbol_lens.device).float()
+        self._symbol_lens, self._encoder_out_lens, self._delay = symbol_lens, encoder_out_lens, delay
+
+    def node_log_probs(self, frames: slice, ranges: Tensor) -> Tensor:
+        """At the nodes ``ranges`` (B, c, S) of the ``frames``: log-probabilities (B, c, S, 3)."""
+        symbol, blank = (
+            delayed(arc, self._encoder_out_lens, self._delay)[:, frames].gather(2, ranges) for arc in self._arcs
+        )
+        # They were rounded, so that they no longer sum to 1.
+        return three_classes(symbol, blank, ranges, self._symbol_lens).log_softmax(dim=-1)
+
+    def transducer_losses(self, loss: LossConfig) -> Tensor:
+        """Each utterance's transducer loss (B,), over the whole lattice."""
+        symbol, blank = self._arcs
+        return arc_loss(symbol, blank, self._encoder_out_lens, self._symbol_lens, loss.topology)
+
+
+def _key(cut: Cut) -> str:
+    """A digest of what the manifest says of a cut."""
+    return digest(cut.to_dict())

@@ -1,0 +1,95 @@
+"""Texts for cuts that have none: what a teacher hears in them, once, before training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+
+from asrkit.data.batches import evaluation_batches
+from asrkit.data.manifests import open_cuts, text_of, write_cuts
+from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import TorchAcousticModel
+from asrkit.decoding.search import Method, decode
+from asrkit.errors import UserError
+from asrkit.methods.distillation.teachers import Teachers, check_languages, route
+from asrkit.nn.context import parse_context
+from asrkit.training.distributed import broadcast_object, gather_lists
+from asrkit.training.run_writer import LABELED, RunWriter, usable_cuts
+
+
+def label(
+    manifests: Sequence[Path],
+    teachers: Teachers,
+    method: Method,
+    max_duration: float,
+    policy: str,
+    run: RunWriter,
+    languages: Sequence[str],
+) -> list[Path]:
+    """The manifests with every text there is, and the hypothesis of the (first) teacher of its language where there is none.
+
+    They are written to the run directory, and read from it when the run goes on. A cut in which nothing is heard is left out.
+
+    Args:
+        languages: those the student is told apart, if any.
+
+    Raises:
+        UserError: cuts that cannot be used, or have no teacher.
+    """
+    written = [run.path / LABELED.replace("*", str(number)) for number in range(len(manifests))]
+    if not all(path.is_file() for path in written):
+        opened = [usable_cuts(open_cuts(path, False), None, policy, run, False, False, languages) for path in manifests]
+        silent = [cut for cuts in opened for cut in cuts if not text_of(cut).strip()]
+        findings = check_languages(teachers, silent)
+        twice = [cut_id for cut_id, count in Counter(cut.id for cut in silent).items() if count > 1]
+        if twice:
+            findings.append(f"{len(twice)} cuts are in two manifests, such as {twice[0]}; give each its own id")
+        if findings:
+            raise UserError.of(findings)
+        usable = usable_cuts(CutSet.from_cuts(silent), None, policy, run, True, False) if silent else []
+        texts = _transcribe(list(usable), teachers, method, max_duration, run)
+        run.note(f"{run.path}: the teachers heard {len(texts)} utterances without a text")
+        for path, cuts in zip(written, opened, strict=True):
+            if run.world.is_main:
+                write_cuts(path, _with_texts(cuts, texts, run))
+        broadcast_object(run.world, None)
+    return written
+
+
+def _transcribe(
+    cuts: list[Cut], teachers: Teachers, method: Method, max_duration: float, run: RunWriter
+) -> dict[str, str]:
+    """Texts by cut id; every process hears its share."""
+    world, heard = run.world, []
+    for batch in evaluation_batches(
+        sorted(cuts, key=lambda cut: -cut.duration)[world.rank :: world.size], max_duration
+    ):
+        for rows, (teacher, *_) in route(teachers, batch.languages):
+            spec = teacher.model.spec
+            context = parse_context(spec.variants[spec.variant].contexts[0])
+            model = TorchAcousticModel(teacher.model.to(world.device), None, context)
+            tokenizer = Tokenizer(teacher.run.tokenizer_path)
+            told = [batch.languages[row] for row in rows]
+            found = decode(model, batch.features[rows], batch.feature_lens[rows], method, languages=told)
+            for row, hypothesis in zip(rows, found, strict=True):
+                heard.append(json.dumps([batch.cut_ids[row], tokenizer.decode(hypothesis.tokens)]))
+    return dict(json.loads(line) for line in gather_lists(world, heard))
+
+
+def _with_texts(cuts: CutSet, texts: dict[str, str], run: RunWriter) -> Iterator[Cut]:
+    for cut in cuts:
+        if text_of(cut).strip():
+            yield cut
+        elif texts.get(cut.id, "").strip():
+            first, *_ = cut.supervisions
+            custom = {**(first.custom or {}), "labeled_by": "teacher"}
+            cut.supervisions = [replace(first, text=texts[cut.id], custom=custom)]
+            yield cut
+        elif cut.id not in run.left_out:
+            run.leave_out(cut.id, "labels: the teacher heard nothing in it")

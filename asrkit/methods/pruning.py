@@ -1,0 +1,145 @@
+"""When the masks of pruned layers are found anew, and that what is pruned stays so.
+
+Sources: N:M masks in fine-tuning, one-shot and few-shot (arXiv 2312.08553, US20250078815A1); blocks pruned little by little
+(arXiv 2207.11906); the cubic schedule (arXiv 1710.01878).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from asrkit.config import config, from_dict, to_dict
+from asrkit.models.compression import compressed_layers
+from asrkit.nn.compression import CompressedLinear, Mask, find_mask
+
+Score = Literal["magnitude", "activation"]
+
+
+@config
+class MaskSchedule:
+    """When masks are found: at step ``start`` and then every ``interval`` steps, and never again after the last time.
+
+    ``kind`` shots: ``shots`` times the whole mask, from the latent weights, so that what was pruned can return (few-shot; 1 is
+    one-shot). iterative: each time ``share`` of what is left, until the sparsity is reached; nothing returns. cubic: ``shots``
+    times, the sparsity growing as 1 - (1 - i / shots)^3 of its target; what was pruned can return.
+    ``score``: magnitude, or activation: times the sum of the layer's absolute inputs, on the step's first batch.
+    ``straight_through``: until the masks are final, pruned weights get gradients all the same (plain), and besides, in every
+    step, ``decay`` times themselves (sr, arXiv 2102.04010); the papers' way is none.
+    """
+
+    kind: Literal["shots", "iterative", "cubic"] = "shots"
+    shots: Annotated[int, Field(ge=1)] = 1
+    interval: Annotated[int, Field(ge=1)] = 1
+    start: Annotated[int, Field(ge=0)] = 0
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    score: Score = "magnitude"
+    straight_through: Literal["none", "plain", "sr"] = "none"
+    decay: Annotated[float, Field(ge=0.0)] = 2e-4
+
+
+def updates(schedule: MaskSchedule, sparsity: float | None) -> list[float | None]:
+    """The sparsity after each time masks are found; None where an N:M mask says it all."""
+    if sparsity is None:
+        return [None] * schedule.shots
+    if schedule.kind == "shots":
+        return [sparsity] * schedule.shots
+    if schedule.kind == "cubic":
+        return [sparsity * (1 - (1 - time / schedule.shots) ** 3) for time in range(1, schedule.shots + 1)]
+    reached: list[float | None] = []
+    share_left = 1.0
+    while 1 - share_left < sparsity - 1e-9:
+        share_left *= 1 - schedule.share
+        reached.append(min(sparsity, 1 - share_left))
+    return reached
+
+
+def last_update(schedule: MaskSchedule, sparsity: float | None) -> int:
+    """The step before which masks are found for the last time; from it on they are frozen."""
+    return schedule.start + (len(updates(schedule, sparsity)) - 1) * schedule.interval
+
+
+def sparsity_due(schedule: MaskSchedule, mask: Mask, step: int) -> tuple[bool, float | None]:
+    """Whether a mask is found before ``step``, and with which sparsity."""
+    times = updates(schedule, mask.sparsity)
+    number, rest = divmod(step - schedule.start, schedule.interval)
+    due = step >= schedule.start and rest == 0 and number < len(times)
+    return due, times[number] if due else None
+
+
+def masked_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLinear, Mask]]:
+    """The layers that have a mask, with their paths and what shape it has."""
+    for path, layer in compressed_layers(model).items():
+        if layer.how.mask is not None:
+            yield path, layer, layer.how.mask
+
+
+def update_masks(
+    model: nn.Module, step: int, schedule: MaskSchedule, inputs: Mapping[str, Tensor] | None = None
+) -> None:
+    """Find the masks that are due before ``step``, in place, and say whether pruned weights still get gradients.
+
+    Args:
+        inputs: by layer, the sums of absolute inputs (I,) for score ``activation``.
+    """
+    for path, layer, mask in masked_layers(model):
+        final = step >= last_update(schedule, mask.sparsity)
+        layer.straight_through = schedule.straight_through != "none" and not final
+        due, sparsity = sparsity_due(schedule, mask, step)
+        if not due:
+            continue
+        scores = layer.weight.detach().abs()
+        if inputs is not None and path in inputs:  # a layer that is not active has no inputs
+            scores = scores * inputs[path]
+        if schedule.kind == "iterative":
+            scores = scores.masked_fill(~layer.mask, 0.0)
+        layer.mask.copy_(find_mask(scores, _at(mask, sparsity)))
+
+
+def pruned_decay(model: nn.Module, schedule: MaskSchedule) -> Tensor | None:
+    """SR-STE's term (arXiv 2102.04010) as a loss, decay / 2 times the pruned weights' squares, whose gradient is decay times the
+    weights; None where there is none, as once masks are final."""
+    if schedule.straight_through != "sr":
+        return None
+    terms = [
+        (layer.weight * ~layer.mask).square().sum() for _, layer, _ in masked_layers(model) if layer.straight_through
+    ]
+    return schedule.decay / 2 * torch.stack(terms).sum() if terms else None
+
+
+def _at(mask: Mask, sparsity: float | None) -> Mask:
+    return mask if sparsity is None else from_dict(Mask, {**to_dict(mask), "sparsity": sparsity}, "mask")
+
+
+@torch.no_grad()
+def keep_pruned(model: nn.Module, step: int) -> None:
+    """Zero the latent weights that are pruned, whatever momentum or decay made of them."""
+    for _, layer, _ in masked_layers(model):
+        layer.weight.mul_(layer.mask)
+
+
+@contextmanager
+def watch_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yield a dictionary that, by layer, gathers the sums of absolute inputs (I,) of every forward pass within."""
+    sums: dict[str, Tensor] = {}
+    handles = []
+
+    def watch(path: str) -> Any:
+        def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].detach().float().abs().flatten(0, -2).sum(0)
+            sums[path] = sums.get(path, torch.zeros_like(x)) + x
+
+        return hook
+
+    for path, layer in compressed_layers(model).items():
+        handles.append(layer.register_forward_pre_hook(watch(path)))
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()

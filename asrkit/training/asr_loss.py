@@ -1,0 +1,284 @@
+"""The recognizer's own loss, shared by every stage that trains it: CTC plus the pruned transducer, in the contexts the
+model is trained for, with attention dropout where the stage asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from asrkit.config import config
+from asrkit.data.batches import Batch
+from asrkit.errors import UserError
+from asrkit.losses.distillation import Classes, delayed, node_divergence
+from asrkit.losses.transducer import (
+    Backend,
+    Topology,
+    TransducerLoss,
+    gather_pruned,
+    transducer_loss,
+    warm_up_scales,
+)
+from asrkit.models.asr import AsrModel
+from asrkit.models.spec import ContextText
+from asrkit.nn.context import FULL, Context, parse_context
+
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+@config
+class LossConfig:
+    """Weights and shape of the loss; the schedule is that of the pruned transducer's reference recipes.
+
+    ``ctc_scale`` 0 trains no CTC head, ``transducer_scale`` 0 no transducer. Both together regularize each other.
+    ``topology`` (ours): modified lets a frame hold one symbol at most, as the searches and the runtimes decode;
+    regular, the original, lets a model emit several in one frame, which those then lose.
+    """
+
+    ctc_scale: NonNegative = 0.3
+    transducer_scale: NonNegative = 1.0
+    simple_scale: NonNegative = 0.5
+    warm_up_steps: Annotated[int, Field(ge=0)] = 1000
+    prune_range: Annotated[int, Field(ge=2)] = 5
+    lm_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
+    am_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    topology: Topology = "modified"
+    backend: Backend = "auto"
+
+
+@config
+class ContextsConfig:
+    """The contexts a stage trains in, ``train``; the first is the one dev WER is measured in.
+
+    ``sampling`` random: each process draws one a batch. joint: every batch is seen in full context and in one drawn of
+    the others, and the losses are added (dual-mode training, arXiv 2010.06030, section 3). Joint training can distil in
+    place: ``distillation_scale`` times the divergence of the streaming from the full-context posteriors on the
+    streaming pass's pruned lattice, the teacher delayed by ``distillation_delay`` encoder frames (it emits earlier; the
+    paper tunes -2 to 2). Its scale and its classes are open in the paper: ours are 0, which is off, and three.
+    """
+
+    train: Annotated[list[ContextText], Field(min_length=1)] | None = None
+    sampling: Literal["random", "joint"] = "random"
+    distillation_scale: NonNegative = 0.0
+    distillation_classes: Classes = "three"
+    distillation_delay: Annotated[int, Field(ge=-5, le=5)] = 0
+
+    @model_validator(mode="after")
+    def _joint_needs_two(self) -> Any:
+        streaming = [text for text in self.train or [] if text != str(FULL)]
+        if self.sampling == "joint" and not (streaming and str(FULL) in (self.train or [])):
+            raise ValueError("joint training takes full and at least one streaming context in contexts.train")
+        if self.distillation_scale > 0 and self.sampling != "joint":
+            raise ValueError("in-place distillation needs contexts.sampling=joint")
+        return self
+
+    @property
+    def choices(self) -> list[Context]:
+        return [parse_context(text) for text in self.train or [str(FULL)]]
+
+
+def drawn(contexts: list[Context]) -> Context:
+    """One of the contexts, by torch's generator on the CPU."""
+    return contexts[0] if len(contexts) == 1 else contexts[int(torch.randint(len(contexts), ()))]
+
+
+def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        UserError: in-place distillation without a transducer.
+    """
+    if contexts.distillation_scale > 0 and loss.transducer_scale == 0:
+        raise UserError(
+            "contexts.distillation_scale compares transducers, but loss.transducer_scale is 0; set one of them"
+        )
+
+
+@config
+class AttentionDropoutConfig:
+    """How attention is dropped at random while the backbone trains (US20240185839A1, which leaves all of this open).
+
+    ``probability`` 1 trains the backbone alone, 0 an ordinary Conformer. ``over``: each layer draws for itself, or the
+    whole model at once; ``per`` batch or utterance. ``rescale`` divides what is left by 1 - probability; off, the
+    backbone alone is what it is in training when all attention is dropped.
+    """
+
+    probability: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    over: Literal["layer", "model"] = "layer"
+    per: Literal["batch", "utterance"] = "batch"
+    rescale: bool = False
+
+
+def draw_gates(settings: AttentionDropoutConfig, num_layers: int, batch: int) -> Tensor | None:
+    """Factors of attention (num_layers, batch or 1) on the CPU, 0 where it is dropped; None where all of it stays.
+
+    Drawn by torch's own generator, which the loop seeds from (seed, rank, step).
+    """
+    if settings.probability == 0:
+        return None
+    shape = (num_layers if settings.over == "layer" else 1, batch if settings.per == "utterance" else 1)
+    gates = torch.bernoulli(torch.full(shape, 1 - settings.probability))
+    if settings.rescale and settings.probability < 1:
+        gates /= 1 - settings.probability
+    return gates.expand(num_layers, -1)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """``loss`` (B,) differentiable, one value for each utterance; ``count`` encoder frames, by which the sum over
+    the whole step is divided; ``parts`` sums to log, likewise divided."""
+
+    loss: Tensor
+    count: float
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """One way through the model: its loss (B,), and what distillation reads of it.
+
+    ``possible`` (B,): whether the transducer has room for the symbols, whose number in ``symbol_lens`` is cut to fit.
+    ``pruned`` (B,): the pruned transducer's share of the loss. ``joiner_in``: the joiner's two projected inputs,
+    (B, T', J) and (B, U + 1, J).
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    encoder_out: Tensor
+    encoder_out_lens: Tensor
+    symbol_lens: Tensor
+    possible: Tensor
+    transducer: TransducerLoss | None
+    pruned: Tensor
+    joiner_in: tuple[Tensor, Tensor] | None
+
+
+def asr_loss(
+    model: AsrModel,
+    batch: Batch,
+    step: int,
+    settings: LossConfig,
+    contexts: ContextsConfig | None = None,
+    variant: str | None = None,
+    attention_dropout: AttentionDropoutConfig | None = None,
+) -> LossOutput:
+    """CTC and pruned transducer loss of a batch (whose tensors are on the model's device).
+
+    An utterance with fewer encoder frames than an alignment of its symbols needs (a frame for each; for CTC one more
+    between equal neighbors) adds nothing to that loss and is counted in ``left_out``. Context and attention dropout are
+    drawn by torch's generator on the CPU. Joint contexts log full context under the plain names.
+    """
+    contexts = contexts or ContextsConfig()
+    gates = None
+    if attention_dropout is not None and model.training:
+        gates = draw_gates(attention_dropout, len(model.encoder.blocks), len(batch.cut_ids))
+    choices = contexts.choices
+    if contexts.sampling == "random":
+        only = forward_losses(model, batch, step, settings, variant, drawn(choices), gates)
+        return LossOutput(only.loss, float(only.encoder_out_lens.sum()), only.parts)
+    chosen = drawn([context for context in choices if context.streaming])
+    full = forward_losses(model, batch, step, settings, variant, FULL, gates)
+    streaming = forward_losses(model, batch, step, settings, variant, chosen, gates)
+    loss = full.loss + streaming.loss
+    parts = full.parts | {f"streaming_{name}": value for name, value in streaming.parts.items() if name != "left_out"}
+    if contexts.distillation_scale > 0:
+        divergence = _divergence(model, batch, full, streaming, contexts)
+        loss = loss + contexts.distillation_scale * divergence
+        parts["distillation"] = divergence.detach().sum()
+    return LossOutput(loss, float(full.encoder_out_lens.sum()), parts)
+
+
+def forward_losses(
+    model: AsrModel,
+    batch: Batch,
+    step: int,
+    settings: LossConfig,
+    variant: str | None,
+    context: Context,
+    gates: Tensor | None,
+) -> ForwardPass:
+    languages = model.language_ids(batch.languages)
+    encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens, variant, context, gates, languages)
+    loss = encoder_out.new_zeros(len(batch.cut_ids), dtype=torch.float32)
+    parts: dict[str, Tensor] = {}
+    if settings.ctc_scale > 0:
+        repeats = (batch.symbols[:, 1:] == batch.symbols[:, :-1]) & (batch.symbols[:, 1:] != model.blank)
+        possible = encoder_out_lens >= batch.symbol_lens + repeats.sum(1)
+        log_probs = model.ctc_log_probs(encoder_out)
+        ctc = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            batch.symbols,
+            encoder_out_lens,
+            batch.symbol_lens,
+            reduction="none",
+            zero_infinity=True,
+        )
+        loss = loss + settings.ctc_scale * ctc
+        parts |= {"ctc": ctc.detach().sum(), "left_out": (~possible).sum()}
+    possible = encoder_out_lens >= batch.symbol_lens
+    # Shortened, so that an impossible utterance has a finite loss to be masked.
+    symbol_lens = torch.minimum(batch.symbol_lens, encoder_out_lens)
+    transducer, joiner_in, weighed = None, None, torch.zeros_like(loss)
+    if settings.transducer_scale > 0:
+        predicted = model.predictor(model.predictor.contexts_of(batch.symbols))
+        joiner_in = (model.joiner.project_encoder(encoder_out), model.joiner.project_predictor(predicted))
+        transducer = transducer_loss(
+            *joiner_in,
+            model.joiner,
+            model.simple_encoder(encoder_out),
+            model.simple_predictor(predicted),
+            batch.symbols,
+            encoder_out_lens,
+            symbol_lens,
+            prune_range=settings.prune_range,
+            lm_scale=settings.lm_scale,
+            am_scale=settings.am_scale,
+            backend=settings.backend,
+            topology=settings.topology,
+        )
+        simple, pruned = (
+            torch.where(possible, part, torch.zeros_like(part)) for part in (transducer.simple, transducer.pruned)
+        )
+        simple_scale, pruned_scale = warm_up_scales(step, settings.warm_up_steps, settings.simple_scale)
+        weighed = settings.transducer_scale * pruned_scale * pruned
+        loss = loss + settings.transducer_scale * (simple_scale * simple + pruned_scale * pruned)
+        parts |= {"simple": simple.detach().sum(), "pruned": pruned.detach().sum()}
+        parts.setdefault("left_out", (~possible).sum())
+    return ForwardPass(
+        loss,
+        parts,
+        encoder_out,
+        encoder_out_lens,
+        symbol_lens,
+        possible,
+        transducer,
+        weighed,
+        joiner_in,
+    )
+
+
+def _divergence(
+    model: AsrModel, batch: Batch, full: ForwardPass, streaming: ForwardPass, contexts: ContextsConfig
+) -> Tensor:
+    """How far the streaming pass is from the full one, (B,), on the streaming pass's own pruned lattice."""
+    if full.joiner_in is None or streaming.transducer is None:
+        raise ValueError("distillation compares transducers, and this pass had none")
+    with torch.no_grad():
+        encoded, predicted = full.joiner_in
+        encoded = delayed(encoded, full.encoder_out_lens, contexts.distillation_delay)
+        expected = model.joiner(*gather_pruned(encoded, predicted, streaming.transducer.ranges))
+    with torch.autocast(expected.device.type, enabled=False):
+        divergence = node_divergence(
+            streaming.transducer.logits,
+            expected,
+            batch.symbols,
+            streaming.transducer.ranges,
+            streaming.encoder_out_lens,
+            streaming.symbol_lens,
+            contexts.distillation_classes,
+        )
+    return torch.where(streaming.possible, divergence, torch.zeros_like(divergence))

@@ -1,0 +1,386 @@
+"""What every training stage does around the loop: claim the run directory, choose usable cuts, publish weights."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from rich.console import Console
+from torch import nn
+
+from asrkit import __version__
+from asrkit.config import differences, digest
+from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, evaluation_batches
+from asrkit.data.checks import Finding, find_bad_cuts
+from asrkit.data.manifests import is_labeled, open_cuts
+from asrkit.data.shar import shards_of
+from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.decoding.acoustic import TorchAcousticModel
+from asrkit.decoding.evaluation import measure_wer
+from asrkit.decoding.search import Method
+from asrkit.errors import UserError
+from asrkit.methods.distillation.teachers import Teachers, check_languages, each
+from asrkit.models.asr import AsrModel
+from asrkit.nn.context import Context
+from asrkit.run_dir import (
+    CONFIG,
+    LINEAGE,
+    MODEL,
+    TOKENIZER,
+    TOKENS,
+    WEIGHTS,
+    open_run,
+    read_yaml,
+    sha256_of,
+    write_yaml,
+)
+from asrkit.training.checkpoint import STATE_FILE, save_weights
+from asrkit.training.distributed import World, broadcast_object
+
+DONE, LEFT_OUT = "done", "left_out.yaml"
+LABELED = "labeled-*.jsonl.gz"  # manifests whose missing texts are a teacher's
+
+
+@dataclass
+class RunWriter:
+    """The run directory of a training stage, locked for this run."""
+
+    path: Path
+    stage: str
+    config_sha256: str
+    fresh: bool
+    finished: bool
+    world: World
+    began: bool = False
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # what the stage adds to its entry in the lineage
+    _began: float = field(default_factory=time.monotonic)
+    _console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        path: Path,
+        stage: str,
+        settings: dict[str, Any],
+        inputs: dict[str, Path | None],
+        command: str,
+        world: World,
+        parent: Path | None = None,
+    ) -> Iterator[RunWriter]:
+        """Claim ``path`` for ``stage``; an earlier run of the very same settings and inputs is continued.
+
+        Raises:
+            UserError: another process trains there, or what lies there is of another stage, settings or inputs.
+        """
+        missing = [
+            f"{file}: no such file (--{name})"
+            for name, file in inputs.items()
+            if file is not None and not file.exists()
+        ]
+        if missing:
+            raise UserError.of(missing)
+        manifests = {name: str(file) for name, file in inputs.items() if file is not None}
+        content = {"stage": stage, **settings, "inputs": manifests}
+        with _lock(path, world):
+            existing = _existing(path, stage, content)
+            run = cls(
+                path,
+                stage,
+                digest(content),
+                existing is None or not (path / "state" / STATE_FILE).is_file(),
+                (path / DONE).is_file(),
+                world,
+            )
+            run.lineage = [] if parent is None else open_run(parent).lineage
+            run.lineage = [*run.lineage, stage_entry(stage, run.config_sha256, inputs, command)]
+            if world.is_main and existing is None:
+                write_yaml(path / CONFIG, content)
+            if not run.fresh and (path / LINEAGE).is_file():
+                run._began -= read_yaml(path / LINEAGE)[-1]["seconds"]  # what the run took before it stopped
+            if not run.fresh and (path / LEFT_OUT).is_file():
+                run.left_out = read_yaml(path / LEFT_OUT)
+            if run.finished:
+                run.note(f"{path}: already trained to the last step; nothing to do (another --out trains anew)")
+            try:
+                yield run
+            except UserError:
+                if world.is_main and existing is None and not run.began:
+                    _clear(path)
+                raise
+
+    def note(self, text: str) -> None:
+        """A line on the screen, from the main process alone."""
+        if self.world.is_main:
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def leave_out(self, cut_id: str, reason: str) -> None:
+        """Train without a cut, and say so."""
+        self.note(f"left out: cut {cut_id}: {reason}")
+        self.left_out[cut_id] = reason
+
+    def describe(self, spec: dict[str, Any], data: str, world: World) -> None:
+        """Write model.yaml and say what is going to be trained on what ``data``; from here on the directory is kept."""
+        self.began = True
+        if world.is_main:
+            write_yaml(self.path / MODEL, spec)
+            if self.fresh and self.left_out:
+                write_yaml(self.path / LEFT_OUT, self.left_out)
+            self.note(
+                f"{self.path}: {data}, vocabulary {spec['vocab_size']}, {world.size} process(es) on {world.device}"
+            )
+
+    def batches(
+        self,
+        table: CutTable,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        noise: CutTable | None,
+        accumulate: int,
+        seed: int,
+        world: World,
+    ) -> TrainBatches:
+        """The stage's training batches, every step shared by all processes and accumulated parts."""
+        slices = world.size * accumulate
+        # What the slowest perturbation makes of a batch still fits; joins count as they come on average.
+        longest = (1 + data.augment.speed) * (1 + data.augment.tempo) * (1 + data.augment.join)
+        plan = BucketPlan(table.durations, data.max_duration * slices / longest, data.num_buckets, slices, seed)
+        return TrainBatches(table, plan, slices, data, tokenizer, noise, seed)
+
+    def publish(self, model: nn.Module, step: int, metrics: dict[str, float]) -> None:
+        """Replace the run's weights.
+
+        The lineage accepts the new digest and the one before it, so whatever instant the run dies at, the weights
+        on disk are whole and known.
+        """
+        weights = self.path / WEIGHTS
+        before = sha256_of(weights) if weights.is_file() else None
+        staged = self.path / "state" / f"next-{WEIGHTS}"
+        save_weights(staged, model)
+        entry = {
+            **self.lineage[-1],
+            **self.extra,
+            "step": step,
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "seconds": round(time.monotonic() - self._began, 1),
+            "weights_sha256": sha256_of(staged),
+            "previous_weights_sha256": before,
+            "model_spec_sha256": sha256_of(self.path / MODEL),
+            "tokenizer_sha256": sha256_of(self.path / TOKENIZER),
+        }
+        write_yaml(self.path / LINEAGE, [*self.lineage[:-1], entry])
+        os.replace(staged, weights)
+
+    def finish(self) -> None:
+        """Mark the run as complete; recipes take this file as their target."""
+        if self.world.is_main:
+            (self.path / DONE).write_text("")
+
+
+def usable_cuts(
+    cuts: CutSet,
+    tokenizer: Tokenizer | None,
+    policy: str,
+    run: RunWriter,
+    read_audio: bool = False,
+    need_text: bool = True,
+    languages: Sequence[str] = (),
+) -> CutSet:
+    """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says; those
+    whose text is a teacher's are left out, as nobody can mend them.
+
+    A resumed run leaves out what the run left out when it began, without looking again.
+
+    Raises:
+        UserError: bad cuts under ``refuse``, or none left.
+    """
+    findings: list[Finding] = []
+    if run.fresh:
+        found = find_bad_cuts(cuts, tokenizer, read_audio, languages=languages) if run.world.is_main else []
+        found = [finding for finding in found if need_text or finding.kind != "text"]
+        findings = broadcast_object(run.world, found)  # type: ignore[assignment]
+    labeled = {cut.id for cut in cuts if is_labeled(cut)} if findings else set()
+    refused = [finding for finding in findings if finding.cut_id not in labeled]
+    if refused and policy == "refuse":
+        raise UserError.of(
+            [f"cut {f.cut_id}: {f.kind}: {f.detail}" for f in refused]
+            + [f"{len(refused)} unusable cuts: mend the manifest, or leave them out with --set bad_cuts=skip"]
+        )
+    for finding in findings:
+        run.leave_out(finding.cut_id, f"{finding.kind}: {finding.detail}")
+    kept = CutSet.from_cuts(cut for cut in cuts if cut.id not in run.left_out) if run.left_out else cuts
+    if not len(kept):
+        raise UserError("no usable cut is left in the manifest")
+    return kept
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run trains on: the cuts of the manifest, of ``data.also``, and of the dev manifest."""
+
+    main: CutSet
+    others: list[CutSet]
+    dev: CutSet | None
+
+    @property
+    def every(self) -> Iterator[Cut]:
+        return chain(self.main, *self.others)
+
+
+def read_datasets(
+    manifest: Path,
+    dev: Path | None,
+    data: DataConfig,
+    policy: str,
+    run: RunWriter,
+    languages: Sequence[str],
+    teachers: Teachers,
+) -> Datasets:
+    """Open the manifests and leave out, or refuse, the cuts that no tokenizer could make trainable.
+
+    Args:
+        languages: those the model is told apart, if any.
+
+    Raises:
+        UserError: unusable manifests or cuts, or cuts that the ``teachers`` cannot teach.
+    """
+    if data.augment.join > 0 and (languages or any(teacher.model.spec.languages for teacher in each(teachers))):
+        raise UserError("data.augment.join joins utterances of any language, and a model is told one; set it to 0")
+
+    def usable(path: Path) -> CutSet:
+        return usable_cuts(open_cuts(path), None, policy, run, languages=languages)
+
+    main, *others = map(usable, (manifest, *data.also))
+    material = Datasets(main, others, None if dev is None else usable(dev))
+    if findings := check_languages(teachers, material.every) if teachers else []:
+        raise UserError.of(findings)
+    return material
+
+
+def training_table(
+    material: Datasets, data: DataConfig, tokenizer: Tokenizer, policy: str, run: RunWriter
+) -> tuple[CutTable, CutTable | None]:
+    """The training cuts, read once and checked with the tokenizer, and the noise to mix in, if any."""
+    main, *others = (
+        usable_cuts(cuts, tokenizer, policy, run, read_audio=True) for cuts in (material.main, *material.others)
+    )
+    noise = None if data.noise is None else CutTable(open_cuts(data.noise))
+    return CutTable(chain(*[main] * data.repeat, *others)), noise
+
+
+def dev_measure(
+    cuts: CutSet,
+    tokenizer: Tokenizer,
+    max_duration: float,
+    max_cuts: int,
+    method: Method,
+    variant: str,
+    context: Context,
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a model to its dev WER and CER in one variant and context, on ``max_cuts`` cuts by a fixed,
+    even choice."""
+    every = list(cuts)
+    chosen = every[:: -(-len(every) // max_cuts)]
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, AsrModel)
+        words, characters, _ = measure_wer(
+            TorchAcousticModel(model, variant, context),
+            evaluation_batches(chosen, max_duration),  # type: ignore[arg-type]
+            tokenizer,
+            method=method,
+        )
+        return {"wer": words.rate, "cer": characters.rate}
+
+    return measure
+
+
+@contextmanager
+def _lock(path: Path, world: World) -> Iterator[None]:
+    """Hold the directory's lock in the main process; the file stays, the lock goes with the process."""
+    refused = ""
+    handle = None
+    if world.is_main:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            handle = open(path / ".lock", "w")  # noqa: SIM115 (held until the run ends)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused = f"{path}: another run is training there; wait for it or choose another --out"
+        except OSError as error:
+            refused = f"{path}: cannot write there ({error.strerror}); choose another --out"
+    refused = str(broadcast_object(world, refused))
+    if refused:
+        raise UserError(refused)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.close()
+
+
+def _existing(path: Path, stage: str, content: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration already in ``path``, which must be this one; None in an unused directory."""
+    if not (path / CONFIG).is_file():
+        strangers = [item.name for item in path.iterdir() if item.name != ".lock" and not item.name.startswith(".tmp-")]
+        if strangers:
+            raise UserError(
+                f"{path}: holds other files ({', '.join(sorted(strangers)[:3])}) and no run; choose another --out"
+            )
+        return None
+    found = read_yaml(path / CONFIG)
+    if not isinstance(found, dict) or found.get("stage") != stage:
+        other = found.get("stage") if isinstance(found, dict) else "unknown"
+        raise UserError(f"{path}: is a run of {other}, not of {stage}; choose another --out")
+    if changed := differences(found, content):
+        raise UserError.of(
+            [f"{path}: was begun with other settings: {line}" for line in changed]
+            + [f"{path}: repeat the settings to resume, or choose another --out"]
+        )
+    return found
+
+
+def _clear(path: Path) -> None:
+    """Leave no trace of a run that was refused before it began."""
+    for file in (*(path / name for name in (CONFIG, TOKENIZER, TOKENS, ".lock")), *path.glob(LABELED)):
+        file.unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
+
+
+def stage_entry(stage: str, config_sha256: str, inputs: dict[str, Path | None], command: str) -> dict[str, Any]:
+    """A stage's entry in the lineage, as far as it is known before the weights are; a Shar directory has no digest."""
+    given = [file for file in inputs.values() if file is not None and (file.is_file() or shards_of(file))]
+    return {
+        "stage": stage,
+        "command": command or " ".join(["asrkit", *sys.argv[1:]]),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "config_sha256": config_sha256,
+        "manifests": {str(file): sha256_of(file) if file.is_file() else None for file in given},
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import lhotse
+    import torch
+
+    return {
+        "asrkit": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "lhotse": lhotse.__version__,
+    }

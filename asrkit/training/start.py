@@ -1,0 +1,224 @@
+"""The model of a stage that makes a new one or trains one on: its shape, how it begins, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from lhotse.cut import Cut
+from pydantic import Field
+
+from asrkit.config import config, from_dict, to_dict
+from asrkit.data.batches import TrainBatches, feature_statistics
+from asrkit.data.manifests import language_of, text_of
+from asrkit.data.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from asrkit.errors import UserError
+from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
+from asrkit.models.compression import rebuilt, with_variant
+from asrkit.models.spec import BACKBONE, Languages, Positive, Probability, Size, VariantSpec
+from asrkit.nn.context import FULL
+from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
+from asrkit.training.asr_loss import AttentionDropoutConfig, ContextsConfig
+from asrkit.training.distributed import World, broadcast_object
+from asrkit.training.run_writer import RunWriter
+from asrkit.training.session import StageConfig
+
+JOINT = "joint"  # the sub-model that trains together with the backbone
+
+
+@config
+class TokenizerConfig:
+    """The tokenizer trained from the manifest when none is given."""
+
+    kind: TokenizerKind = "bpe"
+    vocab_size: Annotated[int, Field(ge=4)] = 500
+
+
+@config
+class BackboneConfig:
+    """``size`` names a preset; any other field set replaces the preset's value.
+
+    ``languages``: those of the cuts, to tell the encoder which it hears: a learned vector for each is added to the frames
+    after the subsampling, which is usual practice; that it is there, and begins as zeros, is ours.
+
+    Attention, where ``attention_dropout.probability`` is below 1, is a sub-model named ``joint`` in every layer:
+    ``attention_heads`` of it, ``attention_dim`` wide (the backbone's width when none is given). Its output projections
+    begin as zeros, so that the model begins as a backbone.
+    """
+
+    size: Size = "small"
+    dim: Positive | None = None
+    num_layers: Positive | None = None
+    feedforward_dim: Positive | None = None
+    kernel_size: Positive | None = None
+    subsampling_channels: tuple[Positive, Positive] = (8, 32)
+    dropout: Probability = 0.1
+    predictor_dim: Positive | None = None
+    predictor_dropout: Probability = 0.1
+    context_size: Positive = 2
+    joiner_dim: Positive | None = None
+    norms: Literal["shared", "per_mode"] = "shared"
+    languages: Languages = field(default_factory=list)
+    attention_dropout: AttentionDropoutConfig = field(default_factory=AttentionDropoutConfig)
+    attention_dim: Positive | None = None
+    attention_heads: Positive = 4
+    attention_position: Literal["serial", "parallel"] = "serial"
+
+
+@config
+class StartConfig(StageConfig):
+    """What a stage can be told that makes a new model or trains one on.
+
+    ``model``: the shape of a new one. ``tokenizer``: of the one trained from the manifest for it, where none is given.
+    ``variant``: the one to train of a model that has been trained before; None is its default.
+    """
+
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    tokenizer: TokenizerConfig | None = None
+    variant: str | None = None
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A trained model to go on from. ``spec`` is its spec, with the variant and the contexts that are now trained."""
+
+    run: RunDir
+    model: AsrModel
+    spec: ModelSpec
+
+
+def told(settings: StartConfig, parent: Parent | None) -> dict[str, Any]:
+    """For config.yaml: the settings that say something of this model, and what it began with."""
+    content = to_dict(settings)
+    if parent is None:
+        return content
+    begun = {"from": str(parent.run.path), "from_weights_sha256": sha256_of(parent.run.path / WEIGHTS)}
+    return begun | {key: value for key, value in content.items() if key not in ("model", "tokenizer")}
+
+
+def check_start(settings: StartConfig, parent: Path | None, tokenizer: Path | None) -> list[str]:
+    """What is said of a new model where a trained one is given, and the other way round."""
+    findings = []
+    if parent is not None and tokenizer is not None:
+        findings.append(f"--tokenizer {tokenizer}: a trained model has its own; leave out --tokenizer or --from")
+    if parent is not None and settings.tokenizer is not None:
+        findings.append("tokenizer: a trained model has its own; leave out --set tokenizer.* or --from")
+    if parent is not None and settings.model != BackboneConfig():
+        findings.append(
+            "model: a trained model has its shape, and attention is not dropped when it is trained on; "
+            "leave out its size and --set model.*, or --from"
+        )
+    if parent is None and settings.variant is not None:
+        findings.append(f"--variant {settings.variant}: a new model has one only; it goes with --from")
+    return findings
+
+
+def open_parent(path: Path, settings: StartConfig) -> Parent:
+    """Load the model of a run directory to train it on.
+
+    Raises:
+        UserError: an unusable run directory, or one without the variant.
+    """
+    run = open_run(path)
+    model = load_model(run)
+    return Parent(run, model, with_variant(model.spec, settings.variant, settings.contexts.train))
+
+
+def first_model(
+    settings: StartConfig, parent: Parent | None, run: RunWriter, batches: TrainBatches
+) -> tuple[AsrModel, str]:
+    """The model as training begins, and the variant it trains in."""
+    if parent is not None:
+        return rebuilt(parent.spec, parent.model), parent.spec.variant
+    return new_model(settings.model, settings.contexts, run, batches), trained_variant(settings.model)
+
+
+def check_languages_present(settings: StartConfig, parent: Parent | None, cuts: Iterable[Cut]) -> None:
+    """A new model's languages are heard in training.
+
+    Raises:
+        UserError: some are not.
+    """
+    if parent is not None or not settings.model.languages:
+        return
+    if silent := sorted({*settings.model.languages} - {language_of(cut) for cut in cuts}):
+        raise UserError(f"model.languages: no cut to train on is in {', '.join(silent)}; leave out what is not heard")
+
+
+def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:
+    """The full spec of a preset with the replacements of ``settings``, trained in ``contexts``."""
+    preset: dict[str, Any] = SIZES[settings.size]
+    encoder = {
+        key: getattr(settings, key) or preset["encoder"][key]
+        for key in ("dim", "num_layers", "feedforward_dim", "kernel_size")
+    }
+    trained = VariantSpec(contexts=(contexts or ContextsConfig()).train or [str(FULL)])
+    variants = {BACKBONE: to_dict(trained)}
+    submodels = {}
+    if settings.attention_dropout.probability < 1:
+        variants[JOINT] = {**to_dict(trained), "submodels": [JOINT]}
+        submodels[JOINT] = {
+            "kind": "attention",
+            "layers": list(range(encoder["num_layers"])),
+            "position": settings.attention_position,
+            "dim": settings.attention_dim or encoder["dim"],
+            "heads": settings.attention_heads,
+            "dropout": settings.dropout,
+        }
+    return from_dict(
+        ModelSpec,
+        {
+            "vocab_size": vocab_size,
+            "encoder": {
+                **encoder,
+                "subsampling_channels": settings.subsampling_channels,
+                "dropout": settings.dropout,
+                "norms": settings.norms,
+            },
+            "predictor": {
+                "dim": settings.predictor_dim or preset["predictor"]["dim"],
+                "context_size": settings.context_size,
+                "dropout": settings.predictor_dropout,
+            },
+            "joiner_dim": settings.joiner_dim or preset["joiner_dim"],
+            "languages": settings.languages,
+            "submodels": submodels,
+            "variants": variants,
+            # With attention dropped now and then it is the backbone that is being made; never dropped, the whole.
+            "variant": JOINT if settings.attention_dropout.probability == 0 else BACKBONE,
+        },
+        "model",
+    )
+
+
+def new_model(settings: BackboneConfig, contexts: ContextsConfig, run: RunWriter, batches: TrainBatches) -> AsrModel:
+    """An untrained model: attention adds nothing yet, the features' statistics are those of the training cuts."""
+    model = AsrModel(model_spec(settings, batches.tokenizer.vocab_size, contexts))
+    for attention in model.encoder.submodels.values():
+        attention.silence()  # type: ignore[operator]
+    if run.fresh:
+        mean, std = feature_statistics(batches.table)
+        model.encoder.normalize.mean.copy_(mean)
+        model.encoder.normalize.std.copy_(std)
+    return model
+
+
+def trained_variant(settings: BackboneConfig) -> str:
+    """The one a new model trains in: with its attention, where that is not dropped all the time."""
+    return JOINT if settings.attention_dropout.probability < 1 else BACKBONE
+
+
+def run_tokenizer(
+    world: World, out: Path, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig
+) -> Tokenizer:
+    """The run's tokenizer: what is there already, else a copy of the given one, else one trained on the texts."""
+    path = out / TOKENIZER
+    if world.is_main and not path.is_file():
+        if given is not None:
+            Tokenizer(given).copy_to(path)
+        else:
+            train_tokenizer((text_of(cut) for cut in cuts), settings.kind, settings.vocab_size, path)
+    broadcast_object(world, None)  # the others read it only once it is there
+    return Tokenizer(path)

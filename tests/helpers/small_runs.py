@@ -1,0 +1,68 @@
+"""Run directories of real, untrained models, and sound for them: they know nothing, but what they emit depends on what
+they hear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asrkit.config import from_dict, to_dict
+from asrkit.data.text.tokenizer import train_tokenizer
+from asrkit.models import AsrModel, ModelSpec
+from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, WEIGHTS, sha256_of, write_yaml
+from asrkit.training.checkpoint import save_weights
+
+TEXTS = ["the cat sat on the mat", "le chat est sur la table", "one two three", "quatre cinq six"]
+
+# One backbone and several operating points; the last stage trained `near`.
+SUBMODELS: dict[str, Any] = {
+    "submodels": {
+        "near": {"kind": "attention", "layers": [0, 1], "dim": 16, "heads": 2, "context": "chunk=4,left=8"},
+        "wide": {"kind": "attention", "layers": [1], "dim": 8, "heads": 2, "position": "parallel"},
+        "thin": {"kind": "adapter", "layers": [0], "dim": 4},
+    },
+    "variants": {
+        "backbone": {"submodels": [], "contexts": ["full", "chunk=4,left=0"]},
+        "near": {"submodels": ["near"], "contexts": ["chunk=4,left=8", "chunk=8,left=16"]},
+        "wide": {"submodels": ["wide"], "contexts": ["full"]},
+        "all": {"submodels": ["near", "thin"], "contexts": ["full", "chunk=4,left=8"]},
+    },
+    "variant": "near",
+}
+
+
+def write_run(path: Path, spec: dict[str, Any] | None = None, layers: int = 1) -> Path:
+    """Write a run directory with the ``spec``'s sub-models and variants; returns ``path``."""
+    tokenizer = train_tokenizer(TEXTS, "char", 100, path / TOKENIZER)
+    encoder = {"dim": 16, "num_layers": layers, "feedforward_dim": 16, "kernel_size": 3, "subsampling_channels": [2, 2]}
+    shape = {"vocab_size": tokenizer.vocab_size, "encoder": encoder, "predictor": {"dim": 8}, "joiner_dim": 16}
+    model_spec = from_dict(ModelSpec, {**shape, **(spec or {})}, "test")
+    torch.manual_seed(7)
+    model = AsrModel(model_spec)
+    with torch.no_grad():
+        for layer in (model.joiner.out, model.ctc_head):
+            layer.weight.mul_(20.0)
+        model.encoder.normalize.mean.fill_(-8.0)
+        model.encoder.normalize.std.fill_(4.0)
+    write_yaml(path / CONFIG, {"stage": "train-backbone"})
+    write_yaml(path / MODEL, to_dict(model_spec))
+    save_weights(path / WEIGHTS, model)
+    entry = {
+        "stage": "train-backbone",
+        "command": "asrkit train-backbone --out run",
+        "created": "2024-01-01T00:00:00Z",
+        "seconds": 1.5,
+        "metrics": {"wer": 0.5},
+    }
+    digests = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL, "tokenizer_sha256": TOKENIZER}
+    write_yaml(path / LINEAGE, [entry | {key: sha256_of(path / name) for key, name in digests.items()}])
+    return path
+
+
+def noise(random: np.random.Generator, num_samples: int) -> np.ndarray:
+    """Noise whose loudness wanders, so that frames differ."""
+    loudness = np.repeat(random.uniform(0.001, 0.5, num_samples // 400 + 1), 400)[:num_samples]
+    return (loudness * random.uniform(-1, 1, num_samples)).astype(np.float32)

@@ -1,0 +1,119 @@
+"""The README's own commands, run in order in an empty folder; only the training is cut short."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from helpers.tones import RATE, WORDS, make_corpus, say
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+LM = "model.dim=8 model.num_layers=1 training.steps=1 training.tensorboard=false"
+SHORT = "model.size=tiny model.num_layers=1 training.steps=3 training.tensorboard=false tokenizer.vocab_size=20"
+
+
+def corpus(folder: Path) -> None:
+    """Manifests where the documents have them."""
+    prompts = folder / "data" / "prompts"
+    for seed, (name, count) in enumerate((("train", 10), ("dev", 3), ("test", 3))):
+        make_corpus(prompts, count, seed, name, language="en")
+    make_corpus(folder / "data" / "en", 10)
+    mine, both = folder / "data" / "mine", folder / "data" / "both"
+    for name, count in (("train", 10), ("dev", 3)):
+        make_corpus(mine, count, name=name)
+    parts = [make_corpus(both / language, 5, name=language, language=language) for language in ("en", "fr")]
+    (both / "train.jsonl.gz").write_bytes(b"".join(part.read_bytes() for part in parts))
+    shutil.copy(mine / "dev" / "0.wav", folder / "a.wav")
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("train-backbone", {"train-backbone", "transcribe"}),
+        ("add-submodel", {"train-backbone", "add-submodel", "evaluate", "submodel", "info"}),
+        ("qat", {"quantize", "qat", "evaluate", "info"}),
+        ("prune", {"prune", "qat", "info"}),
+        ("distill", {"distill", "train-backbone", "evaluate"}),
+        ("align", {"align"}),
+        ("lm-distill", {"align", "train-lm", "distill", "evaluate", "info"}),
+    ],
+)
+def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -> None:
+    """Every command of the page, in its order; training is cut short and small."""
+    if page in ("align", "lm-distill"):
+        pytest.importorskip("espeakng_loader")
+    corpus(tmp_path)
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert {words[1] for words in listed} == expected
+    if listed[0][1] != "train-backbone":
+        data = "--manifest data/prompts/train.jsonl.gz --dev data/prompts/dev.jsonl.gz --out exp/backbone"
+        listed.insert(0, ["asrkit", "train-backbone", *data.split()])
+    small = (
+        "model.size=tiny model.num_layers=3 model.dim=32 model.feedforward_dim=64 tokenizer.vocab_size=18 "
+        "model.predictor_dim=16 model.joiner_dim=16"
+    )
+    for words in listed:
+        if words[1] == "train-lm":
+            words += [part for setting in LM.split() for part in ("--set", setting)]
+        if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill"):
+            steps = 12 if "iterative" in words else 1
+            brief = f"training.steps={steps} training.tensorboard=false data.num_workers=0 loss.backend=torch"
+            settings = [
+                *brief.split(),
+                *(small.split() if words[1] == "train-backbone" and "--from" not in words else []),
+            ]
+            words += ["--max-duration", "10", *(part for setting in settings for part in ("--set", setting))]
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+
+
+def commands(heading: str) -> list[list[str]]:
+    """The asrkit lines of the first shell block under a heading."""
+    block = re.search(rf"## {heading}\n.*?```sh\n(.*?)```", README, re.DOTALL)
+    assert block is not None, heading
+    lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    return [line for line in lines if line and line[0] == "asrkit"]
+
+
+def test_your_own_recordings(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = ["path\ttext\tsplit"]
+    for number in range(14):
+        words = [str(word) for word in random.choice(list(WORDS), size=3)]
+        soundfile.write(tmp_path / f"{number}.wav", say(words, random), RATE)
+        rows.append(f"{number}.wav\t{' '.join(words)}\t{['train', 'train', 'dev', 'test'][number % 4]}")
+    (tmp_path / "transcripts.tsv").write_text("\n".join(rows) + "\n")
+    soundfile.write(tmp_path / "a.wav", say(["alpha"], random), RATE)
+    soundfile.write(tmp_path / "b.flac", say(["bravo", "carol"], random), RATE)
+    listed = commands("Your own recordings")
+    assert [words[1] for words in listed] == ["data", "data", "train-backbone", "evaluate", "transcribe"]
+    for words in listed:
+        if words[1] == "train-backbone":
+            words += [part for setting in SHORT.split() for part in ("--set", setting)]
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "exp/mine/evaluation/test-backbone-full-greedy/result.json").is_file()
+    assert done.stdout.startswith("a.wav: ") and "\nb.flac: " in done.stdout
+
+    summary = [sys.executable, "-m", "asrkit", "summary", "exp/mine", "--out", "summary.json"]
+    assert subprocess.run(summary, cwd=tmp_path, capture_output=True, timeout=300).returncode == 0
+    result = json.loads((tmp_path / "exp/mine/evaluation/test-backbone-full-greedy/result.json").read_text())
+    (row,) = json.loads((tmp_path / "summary.json").read_text())
+    assert (row["stage"], row["variant"], row["method"]) == ("train-backbone", "backbone", "greedy")
+    assert (row["wer"], row["words"]) == (result["total"]["wer"], result["total"]["words"])
+    # What recognizes, without the CTC head that greedy search leaves alone and what only training needs.
+    assert 0 < row["bytes"] < 0.99 * (tmp_path / "exp/mine/model.safetensors").stat().st_size
+    result["weights_sha256"] = "of other weights"
+    (tmp_path / "exp/mine/evaluation/test-backbone-full-greedy/result.json").write_text(json.dumps(result))
+    refused = subprocess.run(summary, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 1 and "not evaluated with its present weights" in refused.stderr

@@ -1,0 +1,243 @@
+"""The recipes: Makefiles run dry, scripts convert the public layouts, variants train."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from asrkit.config import resolve
+from asrkit.stages.add_submodel import AddSubModelConfig
+from asrkit.stages.distill import DistillConfig
+from asrkit.stages.prune import PruneConfig
+from asrkit.stages.qat import QatConfig
+from asrkit.stages.train_backbone import TrainBackboneConfig, train_backbone
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIGS = sorted(RECIPES.glob("*/*.yaml"))
+
+
+def make(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-C", str(recipe), "--no-print-directory", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def script(path: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RECIPES / path), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def rows(tsv: Path) -> list[dict[str, str]]:
+    with open(tsv, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of the recipe, without what a user's own runs left in it."""
+    skip = shutil.ignore_patterns("data", "exp", "download*")
+    shutil.copytree(RECIPES / request.param, tmp_path / request.param, ignore=skip)
+    for shared in RECIPES.glob("*.mk"):
+        shutil.copy(shared, tmp_path)
+    return tmp_path / request.param
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_variant_is_valid(path: Path) -> None:
+    stages = {
+        "modular": (AddSubModelConfig, PruneConfig, QatConfig),
+        "compress": (PruneConfig, QatConfig),
+        "student": (TrainBackboneConfig, DistillConfig),
+    }
+    for settings in stages.get(path.stem, (TrainBackboneConfig,)):
+        resolve(settings, path)
+
+
+@pytest.mark.parametrize("recipe", ["prompts", "fsdd"], indirect=True)
+@pytest.mark.parametrize("target", ["all", "five", "modular", "compress", "lm", "lm-fresh", "kd_lattice"])
+def test_the_targets_run_dry(recipe: Path, target: str) -> None:
+    """What a target reads it has written before, and what it has trained it evaluates."""
+    if recipe.name == "fsdd" and target in ("five", "modular", "lm", "lm-fresh", "kd_lattice"):
+        return
+    outcome = make(recipe, "-n", target, "ASRKIT=/opt/bin/asrkit", "NPROC=1", "SEED=7")
+    assert outcome.returncode == 0, outcome.stderr
+    lines = [
+        line.strip()
+        for line in outcome.stdout.splitlines()
+        if "/opt/bin/asrkit" in line and not line.startswith("echo")
+    ]
+    assert lines
+    written: set[str] = set()
+    evaluated: set[str] = set()
+    links = [line.split()[-2:] for line in outcome.stdout.splitlines() if line.startswith("ln -sfn")]
+    same = {link: str(Path(run).relative_to(recipe)) for run, link in links}
+    for line in lines:
+        for option in ("--from", "--teacher"):
+            if f" {option} " in line:
+                for words in line.split(f" {option} ")[1:]:
+                    read = words.split()[0].split("=")[-1]
+                    assert same.get(read, read) in written, line
+                    if " evaluate " in line:
+                        evaluated.add(same.get(read, read))
+        if " --out " in line and not any(f" {word} " in line for word in ("data", "align", "train-lm", "summary")):
+            written.add(line.split(" --out ")[1].split()[0])
+    counts = {
+        "prompts": {"all": 5, "five": 1, "modular": 7, "compress": 13, "lm": 6, "lm-fresh": 7, "kd_lattice": 12},
+        "fsdd": {"all": 2, "compress": 13},
+    }
+    assert len(written) == counts[recipe.name][target]
+    assert evaluated == written - {"lm": {"exp/backbone"}, "lm-fresh": {"exp/backbone", "exp/fresh"}}.get(
+        target, set()
+    )  # it was, by the demo
+    reading = [line for line in lines if any(f" {word} " in line for word in ("train-backbone", "distill", "evaluate"))]
+    assert all(" --manifest " in line for line in reading)
+    for line in reading:
+        if " evaluate " not in line:
+            assert " --out " in line and " --dev " in line and " --config " in line, line
+    assert all((recipe / line.split("--config ")[1].split()[0]).is_file() for line in lines if "--config " in line)
+
+
+@pytest.mark.parametrize("recipe", ["fsdd", "speechocean762", "librispeech"], indirect=True)
+def test_the_whole_chain_runs_dry(recipe: Path) -> None:
+    outcome = make(recipe, "-n", "ASRKIT=/opt/bin/asrkit")
+    assert outcome.returncode == 0, outcome.stderr
+    trained = [line for line in outcome.stdout.splitlines() if line.startswith("/opt/bin/asrkit train-backbone ")]
+    assert trained and "/opt/bin/asrkit evaluate" in outcome.stdout
+    for line in trained:
+        assert (recipe / line.split("--config ")[1].split()[0]).is_file()
+
+
+@pytest.mark.parametrize("recipe", ["fsdd"], indirect=True)
+def test_a_finished_run_is_not_started_again(recipe: Path) -> None:
+    done = recipe / "exp" / "own" / "done"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    for part in ("train", "dev", "test"):
+        (recipe / "data" / "own").mkdir(parents=True, exist_ok=True)
+        (recipe / "data" / "own" / f"{part}.jsonl.gz").touch()  # newer than the run
+    planned = make(recipe, "-n", "own").stdout
+    assert "train-backbone" not in planned
+    assert "evaluate" in planned
+
+
+@pytest.mark.parametrize("recipe", ["fsdd", "speechocean762"], indirect=True)
+def test_a_tsv_takes_the_place_of_the_corpus(recipe: Path, tmp_path: Path) -> None:
+    tsv = tmp_path / "transcripts.tsv"
+    tsv.touch()
+    planned = make(recipe, "-n", f"TSV={tsv}").stdout
+    assert "git clone" not in planned
+    assert str(tsv) in planned
+
+
+@pytest.mark.parametrize("recipe", ["fsdd", "speechocean762"], indirect=True)
+def test_a_model_of_other_speech_is_trained_on(recipe: Path) -> None:
+    planned = make(recipe, "-n", "FROM=/runs/other", "EXP=exp/from", "ASRKIT=/opt/bin/asrkit").stdout
+    trained = [line for line in planned.splitlines() if " train-backbone " in line]
+    assert trained
+    for line in trained:
+        assert " --from /runs/other --config from.yaml " in line
+        assert " --out exp/from/" in line
+
+
+@pytest.mark.parametrize("recipe", ["librispeech"], indirect=True)
+def test_librispeech_parts_sizes_and_processes_are_choices(recipe: Path) -> None:
+    arguments = ("SIZE=small", "NPROC=8", "TRAIN_PARTS=train-clean-100", "ASRKIT=/opt/bin/asrkit")
+    planned = make(recipe, "-n", *arguments).stdout
+    assert "train-other-500" not in planned
+    train = next(line for line in planned.splitlines() if "train-backbone" in line)
+    assert train.startswith(
+        "/opt/bin/torchrun --rdzv_backend c10d --rdzv_endpoint localhost:0 --nproc_per_node 8 --redirects 1 --tee 1 "
+        "-m asrkit train-backbone"
+    )
+    assert "--manifest data/train-clean-100.jsonl.gz --dev data/dev-clean+dev-other.jsonl.gz" in train
+    assert "--config small.yaml --out exp/small" in train
+
+
+def test_fsdd_splits_from_the_public_layout(tmp_path: Path) -> None:
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    for speaker in ("jackson", "george", "lucas"):
+        for index in (0, 4, 5, 7):
+            (recordings / f"3_{speaker}_{index}.wav").touch()
+    for split in ("own", "speakers"):
+        arguments = ("--recordings", recordings, "--split", split, "--out", tmp_path / f"{split}.tsv")
+        assert script("fsdd/make_tsv.py", *arguments).returncode == 0
+    own = {row["id"]: row for row in rows(tmp_path / "own.tsv")}
+    assert {row["text"] for row in own.values()} == {"three"}
+    assert [own[f"lucas_3_{index}"]["split"] for index in (0, 4, 5, 7)] == ["test", "test", "dev", "train"]
+    assert all(Path(row["path"]).is_file() for row in own.values())
+    by_speaker = {row["speaker"]: row["split"] for row in rows(tmp_path / "speakers.tsv")}
+    assert by_speaker == {"jackson": "train", "george": "dev", "lucas": "test"}
+    # The TSV of one split is a source for the other.
+    again = ("--tsv", tmp_path / "own.tsv", "--split", "speakers", "--out", tmp_path / "again.tsv")
+    assert script("fsdd/make_tsv.py", *again).returncode == 0
+    assert sorted(map(str, rows(tmp_path / "again.tsv"))) == sorted(map(str, rows(tmp_path / "speakers.tsv")))
+
+
+def test_speechocean762_from_the_public_layout(tmp_path: Path) -> None:
+    for part, speakers in (("train", ("0001", "0003")), ("test", ("0005",))):
+        folder = tmp_path / part
+        folder.mkdir()
+        ids = {f"{speaker}0011": speaker for speaker in speakers}
+        scp = [f"{i}\tWAVE/SPEAKER{speaker}/{i}.WAV" for i, speaker in ids.items()]
+        (folder / "wav.scp").write_text("\n".join(scp) + "\n")
+        (folder / "text").write_text("".join(f"{i}\tWE CALL IT BEAR\n" for i in ids))
+        (folder / "utt2spk").write_text("".join(f"{i}\t{speaker}\n" for i, speaker in ids.items()))
+    assert script("speechocean762/make_tsv.py", tmp_path, "--out", tmp_path / "out.tsv").returncode == 0
+    found = rows(tmp_path / "out.tsv")
+    assert [(row["speaker"], row["split"]) for row in found] == [
+        ("0001", "dev"),
+        ("0003", "train"),
+        ("0005", "test"),
+    ]
+    assert found[0]["text"] == "we call it bear"
+    assert found[0]["path"] == str(tmp_path / "WAVE" / "SPEAKER0001" / "00010011.WAV")
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments"),
+    [("fsdd/make_tsv.py", ("--split", "own", "--recordings")), ("speechocean762/make_tsv.py", ())],
+)
+def test_another_folder_is_refused_in_one_line(tmp_path: Path, path: str, arguments: tuple[str, ...]) -> None:
+    outcome = script(path, *arguments, tmp_path, "--out", tmp_path / "out.tsv")
+    assert outcome.returncode == 1
+    assert outcome.stderr.count("\n") == 1 and str(tmp_path) in outcome.stderr
+    assert not (tmp_path / "out.tsv").exists()
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight two-second recordings of noise with texts, as a manifest."""
+    from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+
+    folder = tmp_path_factory.mktemp("generated")
+    random = np.random.default_rng(0)
+    cuts = []
+    for index in range(8):
+        path = folder / f"noise-{index}.wav"
+        soundfile.write(path, random.normal(0.0, 0.1, 32000), 16000)
+        recording = Recording.from_file(path, recording_id=path.stem)
+        text = ["the quick brown fox", "jumps over the lazy dog"][index % 2]
+        segment = SupervisionSegment(path.stem, path.stem, 0.0, 2.0, text=text, language="en")
+        cuts.append(MonoCut(path.stem, 0.0, 2.0, channel=0, recording=recording, supervisions=[segment]))
+    CutSet.from_cuts(cuts).to_file(folder / "train.jsonl.gz")
+    return folder / "train.jsonl.gz"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_variant_trains(path: Path, generated: Path, tmp_path: Path) -> None:
+    """Two steps; wide models at two layers, which keeps every width and saves the memory."""
+    small = ["training.steps=2", "training.tensorboard=false", "data.max_duration=8", "data.num_workers=0"]
+    shallow = ["model.num_layers=2"] if path.stem in ("medium", "large") else []
+    settings = resolve(TrainBackboneConfig, path, [*small, *shallow, "training.precision=float32"])
+    train_backbone(generated, tmp_path / "run", settings, device="cpu")
+    assert (tmp_path / "run" / "done").is_file()
+    assert (tmp_path / "run" / "model.safetensors").stat().st_size > 0

@@ -1,0 +1,309 @@
+"""The loop as a user meets it: processes that are killed, interrupted, run in parallel, or given bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.stage_runs import TWO
+from helpers.tones import make_corpus
+from safetensors.torch import load_file
+
+from asrkit.errors import UserError
+from asrkit.models import load_model
+from asrkit.run_dir import LINEAGE, MODEL, open_run, sha256_of, write_yaml
+from asrkit.training.loop import _Shadow
+
+TINY = [
+    "model.size=tiny", "model.dim=16", "model.num_layers=1", "model.feedforward_dim=16", "model.predictor_dim=16",
+    "model.joiner_dim=16", "model.kernel_size=3", "model.subsampling_channels=[2, 3]", "tokenizer.vocab_size=30",
+    "data.num_buckets=2", "data.num_workers=0", "training.tensorboard=false", "loss.warm_up_steps=4",
+    "training.optimizer.warm_up_steps=4", "training.precision=float32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder, 16)
+    make_corpus(folder, 6, seed=1, name="dev")
+    return folder
+
+
+def command(corpus: Path, out: Path, *changes: str, prefix: list[str] | None = None, **options: object) -> list[str]:
+    flags = {"manifest": corpus / "train.jsonl.gz", "out": out, "max_duration": 8, **options}
+    words = [*(prefix or [sys.executable]), "-m", "asrkit", "train-backbone"]
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    for change in [*TINY, *changes]:
+        words += ["--set", change]
+    return words
+
+
+def run(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+
+def rows(out: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "timing"} for row in lines]
+
+
+RHYTHM = ["training.steps=30", "training.log_every=3", "training.save_every=4", "training.evaluate_every=10"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz"))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_directory_is_complete(uninterrupted: Path, corpus: Path) -> None:
+    opened = open_run(uninterrupted)
+    entry = opened.lineage[-1]
+    assert entry["stage"] == "train-backbone" and "train-backbone" in entry["command"]
+    assert set(entry["manifests"]) == {str(corpus / "train.jsonl.gz"), str(corpus / "dev.jsonl.gz")}
+    measured = [row["dev_wer"] for row in rows(uninterrupted) if "dev_wer" in row]
+    assert len(measured) == 3 and entry["metrics"]["wer"] == min(measured)  # the best weights are kept
+    assert opened.config["training"]["optimizer"]["betas"] == [0.9, 0.98]  # defaults are written out
+    assert (uninterrupted / "tokens.txt").read_text().startswith("<blk> 0\n<unk> 1\n")
+    assert rows(uninterrupted)[-1]["step"] == 30
+    assert not [path for path in uninterrupted.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+
+
+@pytest.mark.parametrize("wait_for", [6, 13, 21])
+def test_killed_and_resumed_equals_uninterrupted(
+    wait_for: int, uninterrupted: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    words = command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz")
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    began = time.monotonic()
+    while process.poll() is None and time.monotonic() - began < 120:
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= wait_for // 3:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "done").exists(), "the run ended before it could be killed"
+    if (out / "model.safetensors").exists():
+        open_run(out)  # whatever was published is whole
+    again = run(words)
+    assert again.returncode == 0, again.stderr
+    if (out / "state").exists() and wait_for > 6:
+        assert "resuming after step" in again.stderr
+    assert rows(out) == rows(uninterrupted)
+    expected, found = load_file(uninterrupted / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_sigint_saves_and_says_so(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    words = command(corpus, out, *RHYTHM, "training.save_every=1000", dev=corpus / "dev.jsonl.gz")
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in errors and "Traceback" not in errors
+    again = run(words)
+    assert again.returncode == 0 and "resuming after step" in again.stderr
+    expected, found = load_file(uninterrupted / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(corpus: Path, tmp_path: Path) -> None:
+    same = [
+        "training.steps=6", "training.log_every=2", "model.dropout=0", "model.predictor_dropout=0",
+        "data.augment.spec_augment=null",
+    ]  # fmt: skip
+    two = run([*command(corpus, tmp_path / "two", *same, prefix=TWO)], OMP_NUM_THREADS="1")
+    assert two.returncode == 0, two.stderr
+    # accumulating two parts is the third way to the same batch
+    one = run(command(corpus, tmp_path / "one", *same, "training.accumulate=2"))
+    assert one.returncode == 0, one.stderr
+    wide = run(command(corpus, tmp_path / "wide", *same, max_duration=16))
+    assert wide.returncode == 0, wide.stderr
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "wide")}
+    for name, tensor in weights["one"].items():
+        torch.testing.assert_close(tensor, weights["two"][name], rtol=1e-3, atol=1e-5)
+    for mine, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["audio_seconds"] == pytest.approx(theirs["audio_seconds"])
+    assert rows(tmp_path / "wide")[0]["loss"] == pytest.approx(rows(tmp_path / "one")[0]["loss"], rel=0.3)
+
+
+def test_non_finite_losses_name_the_cuts_and_touch_nothing(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nan"
+    # a rate that sends the weights to infinity at once
+    words = command(
+        corpus, out, "training.steps=40", "training.optimizer.name=adamw", "training.optimizer.learning_rate=1e30",
+        "training.max_skipped_in_a_row=3",
+    )  # fmt: skip
+    done = run(words)
+    assert done.returncode == 1
+    assert "3 steps in a row" in done.stderr and "train-" in done.stderr and "Traceback" not in done.stderr
+    skipped = [row for row in rows(out) if "skipped_cuts" in row]
+    assert len(skipped) == 3 and all(cut.startswith("train-") for cut in skipped[0]["skipped_cuts"])
+
+
+def lines_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The error lines; nothing but lines, and exit code 1."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return "\n".join(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_bad_input_ends_in_one_line(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    out = tmp_path / "out"
+    empty, broken = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl"
+    empty.write_text("")
+    with gzip.open(corpus / "train.jsonl.gz", "rt") as file:
+        broken.write_text(file.readline() + '{"id": \n')
+    cases = {
+        "no such": command(corpus, out, manifest=tmp_path / "nowhere.jsonl.gz"),
+        "empty": command(corpus, out, manifest=empty),
+        "broken.jsonl": command(corpus, out, manifest=broken),
+        "did you mean training.steps": command(corpus, out, "training.step=3"),
+        "vocab_size=5": command(corpus, out, "tokenizer.vocab_size=5"),
+        "sentencepiece": command(corpus, out, tokenizer=broken),
+        "begun with other settings: seed: 1 -> 2": command(
+            corpus, uninterrupted, *RHYTHM, dev=corpus / "dev.jsonl.gz", seed=2
+        ),
+        "holds other files": command(corpus, corpus),
+        "kernel_size": command(corpus, out, "model.kernel_size=4"),
+    }
+    for expected, words in cases.items():
+        assert expected in lines_of(run(words)), expected
+        assert not out.exists(), "something half written was left"
+
+
+def test_bad_cuts_are_refused_or_left_out(tmp_path: Path) -> None:
+    import soundfile
+
+    make_corpus(tmp_path, 8)
+    audio = tmp_path / "train" / "3.wav"
+    samples, rate = soundfile.read(audio)
+    soundfile.write(audio, samples * 0, rate)
+    (tmp_path / "train" / "5.wav").write_bytes(b"RIFF")
+    refused = lines_of(run(command(tmp_path, tmp_path / "refused", "training.steps=2")))
+    assert "train-3" in refused and "train-5" in refused and "2 unusable cuts" in refused
+    skipped = run(command(tmp_path, tmp_path / "skipped", "training.steps=2", "bad_cuts=skip"))
+    assert skipped.returncode == 0, skipped.stderr
+    assert "left out: cut train-3" in skipped.stderr and "6 utterances" in skipped.stderr
+
+
+def test_a_directory_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    out = tmp_path / "busy"
+    out.mkdir()
+    with open(out / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another run is training there" in lines_of(run(command(corpus, out)))
+
+
+def test_a_damaged_checkpoint_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="digest"):
+        open_run(copy)
+    (copy / "model.yaml").unlink()
+    with pytest.raises(UserError, match=re.escape("model.yaml")):
+        open_run(copy)
+
+
+def test_a_model_of_another_version_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    found = open_run(copy)
+    write_yaml(copy / MODEL, {**found.model_spec, "variants": {"backbone": []}})
+    lineage = [*found.lineage[:-1], {**found.lineage[-1], "model_spec_sha256": sha256_of(copy / MODEL)}]
+    write_yaml(copy / LINEAGE, lineage)
+    with pytest.raises(UserError, match="another version of asrkit made it .model.yaml: variants.backbone"):
+        load_model(open_run(copy))
+
+
+def test_a_truncated_state_is_refused(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "truncated"
+    words = command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz")
+    assert run(words).returncode == 0
+    (out / "done").unlink()
+    state = out / "state" / "latest.safetensors"
+    state.write_bytes(state.read_bytes()[:500])
+    assert "cannot resume" in lines_of(run(words))
+
+
+def test_a_full_disk_leaves_the_previous_state(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    words = command(corpus, out, "training.steps=8", "training.save_every=4", "training.log_every=2")
+    # files may not grow past 40 blocks: the metrics fit, the state does not
+    limited = run(["bash", "-c", "ulimit -f 40; trap '' XFSZ; exec \"$@\"", "bash", *words])
+    text = lines_of(limited)
+    assert "cannot write" in text and "free some space" in text
+    assert not list(out.rglob(".tmp-*"))
+    assert run(words).returncode == 0
+    assert rows(out)[-1]["step"] == 8
+
+
+def test_the_saved_weights_are_the_running_average() -> None:
+    model, average = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    before = average.weight.detach().clone()
+    _Shadow(model, average).follow(0.75)
+    torch.testing.assert_close(average.weight.detach(), 0.75 * before + 0.25 * model.weight.detach())
+
+
+def test_an_average_of_nothing_is_the_last_step() -> None:
+    """To the last bit, as the integers of the last step are promised; and weights that do not move stay with any decay."""
+    torch.manual_seed(0)
+    model, average = torch.nn.Linear(300, 300), torch.nn.Linear(300, 300)
+    shadow = _Shadow(model, average)
+    shadow.follow(0.0)
+    assert torch.equal(average.weight, model.weight)
+    shadow.follow(0.37)
+    assert torch.equal(average.weight, model.weight)
+
+
+def test_memory_that_runs_out_names_the_batch() -> None:
+    """A real allocation that fails, in the place where a step's would."""
+    from asrkit.data.batches import Batch
+    from asrkit.training.loop import _room_for
+
+    batch = Batch(torch.zeros(2, 9, 80), torch.tensor([9, 5]), ["short", "long"], ["a", "b"], ["", ""], [1.0, 30.0])
+    with pytest.raises(UserError, match="step 8: out of memory .*, the longest long of 30.0 s"), _room_for(batch, 7):
+        torch.zeros(1 << 50)
+    with pytest.raises(RuntimeError, match="shapes"), _room_for(batch, 7):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __getitem__(self, place: int) -> None:
+        raise UserError("cut x: gone")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_loader_processes_stay_one_line(workers: int) -> None:
+    from asrkit.training.loop import _fetch
+
+    with pytest.raises(UserError) as caught:
+        next(_fetch(_Broken(), [0], workers, torch.device("cpu")))  # type: ignore[arg-type]
+    assert caught.value.lines == ("cut x: gone",)

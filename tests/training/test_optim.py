@@ -1,0 +1,69 @@
+"""Optimizers and the schedule."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import pytest
+import torch
+
+from asrkit.training.optim import OptimizerConfig, ScaledAdam, learning_rate, make_optimizer
+
+
+def test_schedule_rises_then_falls() -> None:
+    settings = OptimizerConfig(learning_rate=1.0, warm_up_steps=10, final_fraction=0.1)
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert all(a < b for a, b in itertools.pairwise(rates[:10]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_scaled_adam_moves_in_proportion_to_the_tensor() -> None:
+    moves = []
+    for scale in (1.0, 10.0):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(8, 8) * 0.02 * scale)
+        before = weight.detach().clone()
+        optimizer = ScaledAdam([weight], lr=0.01, scale_rate=0.0)
+        weight.grad = torch.randn(8, 8)
+        optimizer.step()
+        moves.append(weight.detach() - before)
+    torch.testing.assert_close(moves[1], moves[0] * 10)
+
+
+def test_scaled_adam_is_adam_times_the_root_mean_square() -> None:
+    torch.manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(5, 4))
+    plain = torch.nn.Parameter(weight.detach().clone())
+    ours = ScaledAdam([weight], lr=0.01, betas=(0.9, 0.98), scale_rate=0.0)
+    adam = torch.optim.Adam([plain], lr=0.01, betas=(0.9, 0.98), eps=1e-8)
+    for _ in range(4):
+        size = float(weight.detach().square().mean().sqrt())
+        weight.grad = torch.randn(5, 4)
+        plain.data.copy_(weight.data)
+        adam.param_groups[0]["lr"] = 0.01 * size
+        plain.grad = weight.grad.clone()
+        adam.step()
+        ours.step()
+        torch.testing.assert_close(weight.detach(), plain.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "scaled_adam"])
+def test_it_fits_a_line(name: Literal["adamw", "scaled_adam"]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    y = x @ torch.randn(6, 3)
+    weight = torch.nn.Parameter(torch.randn(3, 6) * 0.1)
+    optimizer = make_optimizer([weight], OptimizerConfig(name=name, weight_decay=0.0))
+    losses = []
+    for step in range(300):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - step / 300)
+        optimizer.zero_grad()
+        loss = (x @ weight.t() - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.05 * losses[0]
