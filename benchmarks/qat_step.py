@@ -17,9 +17,10 @@ import torch
 import typer
 
 from asrkit.config import from_dict, to_dict
-from asrkit.data.batches import Batch
+from asrkit.data.batch import Batch
 from asrkit.models import SIZES, AsrModel, ModelSpec
-from asrkit.models.compression import LayerChoice, choose_layers, compressed_layers, rebuilt
+from asrkit.models.compression import LayerChoice, choose_layers, compressed_layers
+from asrkit.models.surgery import rebuilt
 from asrkit.nn.compression import Compression, find_mask
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.loop import TrainingConfig, resolve_precision

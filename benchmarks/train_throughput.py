@@ -19,7 +19,7 @@ import torch
 import typer
 
 from asrkit.config import from_dict
-from asrkit.data.batches import Batch
+from asrkit.data.batch import Batch
 from asrkit.data.features import SAMPLE_RATE, fbank
 from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.training.asr_loss import LossConfig, asr_loss

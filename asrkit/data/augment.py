@@ -14,11 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from asrkit.config import config
+from asrkit.config import Share, config
 from asrkit.data.features import LOG_EPS, SAMPLE_RATE, SHIFT, resample
 
 Fraction = Annotated[float, Field(ge=0.0, le=0.5)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 @config
@@ -51,8 +50,8 @@ class AugmentConfig:
     volume_db: Annotated[float, Field(ge=0.0, le=40.0)] = 6.0
     channel_db: Annotated[float, Field(ge=0.0, le=20.0)] = 0.0
     silence: Annotated[float, Field(ge=0.0, le=5.0)] = 0.0
-    join: Probability = 0.0
-    noise_probability: Probability = 0.0
+    join: Share = 0.0
+    noise_probability: Share = 0.0
     noise_snr_db: tuple[float, float] = (10.0, 30.0)
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from asrkit.data.batches import Batch
+from asrkit.data.batch import Batch
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel
 from asrkit.decoding.hypothesis import Hypothesis

@@ -13,7 +13,7 @@ import torch
 from asrkit.errors import UserError
 from asrkit.export.graphs import Graph
 from asrkit.export.integers import CONSTANT, MICROSOFT, OPSET, write_layers
-from asrkit.models.compression import part_of
+from asrkit.models.sizes import part_of
 from asrkit.nn.compression import CompressedLinear
 
 PREFIX = re.compile(r"^(step\.)?model\.")  # where the model is in the traced modules

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from asrkit.config import from_dict, to_dict
-from asrkit.data.batches import Batch
+from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.nn.compression import WeightQuantization, weight_codes
 from asrkit.training.asr_loss import LossOutput

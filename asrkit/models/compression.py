@@ -1,4 +1,4 @@
-"""Which linear layers of a model are masked and quantized, and what that makes of its size."""
+"""Which linear layers of a model are masked and quantized."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from asrkit.nn.compression import (
     Compression,
     Mask,
     WeightQuantization,
-    size_in_bits,
 )
 
 if TYPE_CHECKING:
     from asrkit.models.asr import AsrModel
 
+
 Part = Literal["encoder", "submodels", "joiner", "ctc_head"]
+
+
 # Layers that only serve training are never compressed: no export holds them.
 TRAINING_ONLY = ("simple_encoder", "simple_predictor", "heads")
 
@@ -123,50 +125,6 @@ def _block(path: str) -> int | None:
     if words[:2] == ["encoder", "blocks"]:
         return int(words[2])
     return int(words[4]) if words[:2] == ["encoder", "submodels"] else None
-
-
-def part_of(path: str) -> str:
-    """The part a tensor is counted to: ``backbone``, ``submodel NAME``, ``predictor``, ``joiner`` or ``ctc_head``."""
-    words = path.split(".")
-    if words[:2] == ["encoder", "submodels"]:
-        return f"submodel {words[2]}"
-    return "backbone" if words[0] == "encoder" else words[0]
-
-
-def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What each part takes when stored for use, and what it would as float32: ``backbone``, ``submodel NAME``, ``predictor``,
-    ``joiner``, ``ctc_head``.
-
-    ``bytes`` and ``float_bytes``; ``weights``, how many are masked or quantized, and of those ``kept``; ``bits`` of the
-    quantized ones, all that occur. Compressed layers count as ``size_in_bits`` says, all else 4 bytes a number; layers that
-    only serve training are left out.
-    """
-    counted: dict[str, dict[str, Any]] = {}
-
-    def row(path: str) -> dict[str, Any]:
-        empty = {"bytes": 0.0, "float_bytes": 0, "weights": 0, "kept": 0, "bits": []}
-        return counted.setdefault(part_of(path), empty)
-
-    layers, inside = linear_layers(model), set()
-    for path, layer in layers.items():
-        mine = row(path)
-        inside |= {f"{path}.{name}" for name, _ in layer.named_parameters()}
-        mine["bytes"] += size_in_bits(layer) / 8
-        mine["float_bytes"] += 4 * sum(parameter.numel() for parameter in layer.parameters())
-        if isinstance(layer, CompressedLinear):
-            mine["weights"] += layer.weight.numel()
-            mine["kept"] += int(layer.mask.sum()) if layer.how.mask is not None else layer.weight.numel()
-            if layer.how.weights is not None and layer.how.weights.bits not in mine["bits"]:
-                mine["bits"] = sorted([*mine["bits"], layer.how.weights.bits])
-    plain = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if not n.endswith(".mask"))]
-    for name, tensor in plain:
-        if name not in inside and name.partition(".")[0] not in TRAINING_ONLY:
-            mine = row(name)
-            mine["bytes"] += 4 * tensor.numel()
-            mine["float_bytes"] += 4 * tensor.numel()
-    for mine in counted.values():
-        mine["bytes"] = round(mine["bytes"])
-    return counted
 
 
 @config
@@ -280,79 +238,3 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
     if findings:
         raise UserError.of(findings)
     return from_dict(ModelSpec, {**to_dict(spec), "compression": compression}, "compression")
-
-
-def layer_sizes(
-    model: AsrModel, settings: QuantizationConfig, active: Sequence[str] | None = None
-) -> tuple[dict[str, dict[int, float]], float, float]:
-    """Bytes of each layer to be quantized with 8, 4 and 2 bits; and, of the whole model, the bytes of all else and those of
-    float32. Sub-models that are not active do not count."""
-    layers = choose_layers(model, settings.layers, active)
-    by_bits: dict[str, dict[int, float]] = {path: {} for path in layers}
-    rest, plain = 0.0, 0.0
-    for bits in (8, 4, 2):
-        weights = {**to_dict(settings.weights), "bits": bits, "symmetric": True}
-        uniform = from_dict(QuantizationConfig, {**to_dict(settings), "weights": weights, "bits": {}}, "quantization")
-        made = rebuilt(quantized_spec(model, uniform, active), model)
-        for path, layer in compressed_layers(made).items():
-            if path in by_bits:
-                by_bits[path][bits] = size_in_bits(layer) / 8
-        counted = [row for part, row in sizes(made).items() if _counts(part, active)]
-        rest = sum(row["bytes"] for row in counted) - sum(sizes_of[bits] for sizes_of in by_bits.values())
-        plain = sum(row["float_bytes"] for row in counted)
-    return by_bits, rest, plain
-
-
-def _counts(part: str, active: Sequence[str] | None) -> bool:
-    return active is None or not part.startswith("submodel ") or part.removeprefix("submodel ") in active
-
-
-def with_variant(spec: ModelSpec, name: str | None, contexts: Sequence[str] | None = None) -> ModelSpec:
-    """The spec with ``name`` as its default variant, trained in ``contexts``; None leaves either as it is.
-
-    Raises:
-        UserError: there is no such variant.
-    """
-    name = spec.variant if name is None else name
-    if name not in spec.variants:
-        raise UserError(f"no variant {name}; there are {', '.join(spec.variants)}")
-    content = {**to_dict(spec), "variant": name}
-    if contexts is not None:
-        content["variants"][name]["contexts"] = list(contexts)
-    return from_dict(ModelSpec, content, "model")
-
-
-def rebuilt(spec: ModelSpec, origin: AsrModel) -> AsrModel:
-    """A model of ``spec`` with the weights of ``origin``, which has the same tensors but for masks; those begin as all True."""
-    model = type(origin)(spec)
-    missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
-    if unexpected or any(not name.endswith(".mask") for name in missing):
-        raise RuntimeError(f"the weights do not fit the compressed model: {missing} {unexpected}")
-    return model
-
-
-def reinitialize(model: AsrModel, origin: AsrModel, active: Sequence[str]) -> None:
-    """Give a model new weights, in place; buffers and sub-models of ``origin`` that are not ``active`` stay."""
-    kept = {name for name, _ in model.named_buffers()}
-    idle = tuple(f"encoder.submodels.{name}." for name in origin.spec.submodels if name not in active)
-    fresh = type(model)(model.spec).state_dict()
-    new = {name: tensor for name, tensor in fresh.items() if name not in kept and not name.startswith(idle)}
-    model.load_state_dict(new, strict=False)
-
-
-def recompressed(model: AsrModel, how: Mapping[str, Compression]) -> AsrModel:
-    """The model with ``how`` in place of its own compression; the other layers have their latent float weights."""
-    content = {**to_dict(model.spec), "compression": {path: to_dict(one) for path, one in how.items()}}
-    made = type(model)(from_dict(ModelSpec, content, "model"))
-    wanted = made.state_dict()
-    made.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
-    return made.eval()
-
-
-def dequantized_model(model: AsrModel) -> AsrModel:
-    """An ordinary model whose float weights are what the masks and integers of ``model`` stand for; its inputs stay float."""
-    plain = recompressed(model, {})
-    for path, layer in compressed_layers(model).items():
-        weight = layer.masked_weight() if layer.how.weights is None else layer.codes().weights()
-        plain.get_submodule(path).weight.data.copy_(weight.detach())  # type: ignore[union-attr, operator]
-    return plain

@@ -12,10 +12,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from asrkit.config import config, from_dict
+from asrkit.config import Positive, Probability, config, from_dict
 from asrkit.data.text.units import Unit
 from asrkit.errors import UserError
-from asrkit.models.spec import Positive, Probability
 from asrkit.nn.conformer import FeedForward, LayerNorm
 from asrkit.nn.submodels import Attention
 from asrkit.run_dir import MODEL, RunDir

@@ -8,13 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from asrkit.config import config
+from asrkit.config import Positive, Probability, config
 from asrkit.data.text.units import Unit
 from asrkit.nn.compression import Compression
 from asrkit.nn.context import parse_context
 
-Positive = Annotated[int, Field(ge=1)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 # "full", or "chunk=16,left=64": written in one way only.
 ContextText = Annotated[str, AfterValidator(lambda text: str(parse_context(text)))]
 BACKBONE = "backbone"

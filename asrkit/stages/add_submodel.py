@@ -14,16 +14,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batches import TrainBatches
+from asrkit.config import Positive, Probability, config, from_dict, to_dict
+from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.digests import backbone_digest
 from asrkit.models.encoder import SubModel
-from asrkit.models.spec import ContextText, Positive, Probability
+from asrkit.models.spec import ContextText
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import open_run
-from asrkit.training.asr_loss import ContextsConfig, asr_loss
+from asrkit.training.asr_loss import asr_loss
+from asrkit.training.contexts import ContextsConfig
 from asrkit.training.loop import TrainingConfig
 from asrkit.training.optim import OptimizerConfig
 from asrkit.training.run_writer import RunWriter

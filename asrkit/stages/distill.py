@@ -14,13 +14,14 @@ from typing import Literal
 
 from asrkit.config import config
 from asrkit.data.augment import AugmentConfig
-from asrkit.data.batches import DataConfig, TrainBatches
 from asrkit.data.manifests import language_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.decoding.search import Method
 from asrkit.errors import UserError
 from asrkit.methods.distillation.cache import PosteriorCache
-from asrkit.methods.distillation.loss import DistillationConfig, add_encoder_maps, build_loss, check_distillation
+from asrkit.methods.distillation.config import DistillationConfig, check_distillation
+from asrkit.methods.distillation.loss import add_encoder_maps, build_loss
 from asrkit.methods.distillation.pseudo_labels import label
 from asrkit.methods.distillation.teachers import (
     ANY,
@@ -33,8 +34,9 @@ from asrkit.methods.distillation.teachers import (
 from asrkit.methods.pruning import keep_pruned
 from asrkit.run_dir import WEIGHTS, sha256_of
 from asrkit.training.asr_loss import check_contexts
+from asrkit.training.datasets import Datasets, read_datasets
 from asrkit.training.distributed import join_world
-from asrkit.training.run_writer import Datasets, RunWriter, read_datasets
+from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import FineTuneConfig, Prepared, inputs_of, train_stage
 from asrkit.training.start import (
     StartConfig,

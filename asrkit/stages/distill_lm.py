@@ -17,12 +17,14 @@ from lhotse import CutSet
 from pydantic import Field
 from torch import Tensor
 
-from asrkit.config import config, from_dict, to_dict
+from asrkit.config import Positive, Share, config, from_dict, to_dict
 from asrkit.data.alignment import SILENT, Annotator, Heard, Segments, symbols_of
-from asrkit.data.batches import Batch, CutTable, TrainBatches, evaluation_batches
+from asrkit.data.batch import Batch, evaluation_batches
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.text.units import UNITS, Inventory, Unit
+from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.losses.lm_distillation import (
     frame_accuracy,
@@ -38,9 +40,8 @@ from asrkit.methods.distillation.loss import build_loss
 from asrkit.methods.pruning import keep_pruned
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.asr import tapped
-from asrkit.models.compression import with_variant
 from asrkit.models.lm import LanguageModel, load_lm
-from asrkit.models.spec import Positive
+from asrkit.models.surgery import with_variant
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, open_run, sha256_of
 from asrkit.training.asr_loss import LossOutput
@@ -49,7 +50,6 @@ from asrkit.training.session import FineTuneConfig, Prepared, fine_tune
 
 SUPERVISED = "supervised"  # the head trained on the alignment's own labels
 SHOWN = 10  # cuts or symbols named in a finding
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 @config

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from lhotse import CutSet
 
-from asrkit.data.batches import evaluation_batches
+from asrkit.data.batch import evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.evaluation import score

@@ -15,7 +15,7 @@ from lhotse.cut import Cut
 
 from asrkit import __version__
 from asrkit.config import to_dict
-from asrkit.data.batches import Batch, evaluation_batches
+from asrkit.data.batch import Batch, evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import open_cuts
 from asrkit.data.shar import shards_of
@@ -58,18 +58,9 @@ from asrkit.export.runtime import ExportedModel
 from asrkit.export.script import write_script
 from asrkit.models import AsrModel, load_model
 from asrkit.models.asr import in_language
-from asrkit.models.compression import (
-    LayerChoice,
-    QuantizationConfig,
-    choose_layers,
-    compressed_layers,
-    dequantized_model,
-    part_of,
-    quantized_spec,
-    rebuilt,
-    recompressed,
-    sizes,
-)
+from asrkit.models.compression import LayerChoice, QuantizationConfig, choose_layers, compressed_layers, quantized_spec
+from asrkit.models.sizes import part_of, sizes
+from asrkit.models.surgery import dequantized_model, rebuilt, recompressed
 from asrkit.nn.compression import ActivationQuantization, CompressedLinear, WeightQuantization
 from asrkit.nn.context import FULL, Context, parse_context
 from asrkit.reporting.machine import processor

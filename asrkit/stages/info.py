@@ -50,7 +50,8 @@ def _compression(run: RunDir, spec: ModelSpec) -> dict[str, Any] | None:
     if not spec.compression:
         return None
     from asrkit.models import load_model
-    from asrkit.models.compression import linear_layers, sizes
+    from asrkit.models.compression import linear_layers
+    from asrkit.models.sizes import sizes
 
     model = load_model(run)
     return {

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from asrkit.config import config
-from asrkit.data.batches import Batch, TrainBatches
+from asrkit.data.batch import Batch
+from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
-from asrkit.methods.distillation.loss import add_encoder_maps, build_loss, check_distillation
+from asrkit.methods.distillation.config import check_distillation
+from asrkit.methods.distillation.loss import add_encoder_maps, build_loss
 from asrkit.methods.distillation.teachers import ANY, load_teacher
 from asrkit.methods.pruning import (
     MaskSchedule,
@@ -28,7 +30,8 @@ from asrkit.methods.pruning import (
     watch_inputs,
 )
 from asrkit.models import load_model
-from asrkit.models.compression import LayerChoice, compressed_layers, pruned_spec, rebuilt, reinitialize, with_variant
+from asrkit.models.compression import LayerChoice, compressed_layers, pruned_spec
+from asrkit.models.surgery import rebuilt, reinitialize, with_variant
 from asrkit.nn.compression import Mask
 from asrkit.run_dir import open_run
 from asrkit.training.asr_loss import LossOutput

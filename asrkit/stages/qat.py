@@ -16,24 +16,20 @@ from typing import Annotated
 from pydantic import Field
 
 from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batches import Batch, TrainBatches
+from asrkit.data.batch import Batch
+from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.bit_allocation import BITS, choose_bits, measure
-from asrkit.methods.distillation.loss import add_encoder_maps, build_loss, check_distillation
+from asrkit.methods.distillation.config import check_distillation
+from asrkit.methods.distillation.loss import add_encoder_maps, build_loss
 from asrkit.methods.distillation.teachers import ANY, load_teacher
 from asrkit.methods.pruning import keep_pruned
 from asrkit.models import AsrModel, ModelSpec, load_model
-from asrkit.models.compression import (
-    QuantizationConfig,
-    choose_layers,
-    layer_sizes,
-    quantized_spec,
-    rebuilt,
-    reinitialize,
-    with_variant,
-)
+from asrkit.models.compression import QuantizationConfig, choose_layers, quantized_spec
+from asrkit.models.sizes import layer_sizes
+from asrkit.models.surgery import rebuilt, reinitialize, with_variant
 from asrkit.run_dir import MODEL, open_run, read_yaml
-from asrkit.training.asr_loss import ContextsConfig
+from asrkit.training.contexts import ContextsConfig
 from asrkit.training.distributed import broadcast_object
 from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import CompressConfig, Prepared, fine_tune

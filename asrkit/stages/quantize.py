@@ -7,7 +7,8 @@ from pathlib import Path
 from asrkit.config import to_dict
 from asrkit.errors import UserError
 from asrkit.models import load_model
-from asrkit.models.compression import QuantizationConfig, quantized_spec, rebuilt
+from asrkit.models.compression import QuantizationConfig, quantized_spec
+from asrkit.models.surgery import rebuilt
 from asrkit.run_dir import occupied, open_run
 from asrkit.training.derived import write_untrained_run
 

@@ -12,7 +12,7 @@ from asrkit.errors import UserError
 from asrkit.export.directory import SUFFIXES, is_exported, open_exported
 from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER
 from asrkit.models import load_model
-from asrkit.models.compression import sizes
+from asrkit.models.sizes import sizes
 from asrkit.reporting.results import read_results
 from asrkit.run_dir import EXPORT, WEIGHTS, atomic_write, open_run, sha256_of
 

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from asrkit.config import config
-from asrkit.data.batches import TrainBatches
+from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.distillation.loss import build_loss
 from asrkit.methods.pruning import keep_pruned
 from asrkit.training.asr_loss import check_contexts
+from asrkit.training.datasets import read_datasets
 from asrkit.training.distributed import join_world
-from asrkit.training.run_writer import RunWriter, read_datasets
+from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import FineTuneConfig, Prepared, StageConfig, inputs_of, train_stage
 from asrkit.training.start import (
     StartConfig,

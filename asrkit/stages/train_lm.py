@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from asrkit.config import config, to_dict
-from asrkit.data.batches import BucketPlan
+from asrkit.config import Positive, config, to_dict
+from asrkit.data.bucketing import BucketPlan
 from asrkit.data.senones import load_tree
 from asrkit.data.text.normalization import split_of
 from asrkit.data.text.phones import check_language
@@ -32,7 +32,6 @@ from asrkit.data.text.units import Inventory, Unit, write_inventory
 from asrkit.errors import UserError
 from asrkit.losses.language_model import sequence_nll
 from asrkit.models.lm import LanguageModel, LmShape, LmSpec
-from asrkit.models.spec import Positive
 from asrkit.run_dir import TOKENIZER
 from asrkit.training.asr_loss import LossOutput
 from asrkit.training.distributed import broadcast_object, join_world

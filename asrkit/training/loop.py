@@ -22,7 +22,8 @@ from pydantic import Field
 from torch import nn
 
 from asrkit.config import config
-from asrkit.data.batches import BucketPlan, loader
+from asrkit.data.bucketing import BucketPlan
+from asrkit.data.train_batches import loader
 from asrkit.errors import UserError
 from asrkit.training.asr_loss import LossOutput
 from asrkit.training.checkpoint import Progress, load_state, save_state

@@ -1,4 +1,4 @@
-"""What every training stage does around the loop: claim the run directory, choose usable cuts, publish weights."""
+"""The run directory of a stage while it is written: claimed, described, published, finished."""
 
 from __future__ import annotations
 
@@ -7,32 +7,23 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lhotse import CutSet
-from lhotse.cut import Cut
 from rich.console import Console
 from torch import nn
 
 from asrkit import __version__
 from asrkit.config import differences, digest
-from asrkit.data.batches import BucketPlan, CutTable, DataConfig, TrainBatches, evaluation_batches
-from asrkit.data.checks import Finding, find_bad_cuts
-from asrkit.data.manifests import is_labeled, open_cuts
+from asrkit.data.bucketing import BucketPlan
+from asrkit.data.cut_table import CutTable
 from asrkit.data.shar import shards_of
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.decoding.acoustic import TorchAcousticModel
-from asrkit.decoding.evaluation import measure_wer
-from asrkit.decoding.search import Method
+from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.errors import UserError
-from asrkit.methods.distillation.teachers import Teachers, check_languages, each
-from asrkit.models.asr import AsrModel
-from asrkit.nn.context import Context
 from asrkit.run_dir import (
     CONFIG,
     LINEAGE,
@@ -49,6 +40,8 @@ from asrkit.training.checkpoint import STATE_FILE, save_weights
 from asrkit.training.distributed import World, broadcast_object
 
 DONE, LEFT_OUT = "done", "left_out.yaml"
+
+
 LABELED = "labeled-*.jsonl.gz"  # manifests whose missing texts are a teacher's
 
 
@@ -188,124 +181,6 @@ class RunWriter:
         """Mark the run as complete; recipes take this file as their target."""
         if self.world.is_main:
             (self.path / DONE).write_text("")
-
-
-def usable_cuts(
-    cuts: CutSet,
-    tokenizer: Tokenizer | None,
-    policy: str,
-    run: RunWriter,
-    read_audio: bool = False,
-    need_text: bool = True,
-    languages: Sequence[str] = (),
-) -> CutSet:
-    """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says; those
-    whose text is a teacher's are left out, as nobody can mend them.
-
-    A resumed run leaves out what the run left out when it began, without looking again.
-
-    Raises:
-        UserError: bad cuts under ``refuse``, or none left.
-    """
-    findings: list[Finding] = []
-    if run.fresh:
-        found = find_bad_cuts(cuts, tokenizer, read_audio, languages=languages) if run.world.is_main else []
-        found = [finding for finding in found if need_text or finding.kind != "text"]
-        findings = broadcast_object(run.world, found)  # type: ignore[assignment]
-    labeled = {cut.id for cut in cuts if is_labeled(cut)} if findings else set()
-    refused = [finding for finding in findings if finding.cut_id not in labeled]
-    if refused and policy == "refuse":
-        raise UserError.of(
-            [f"cut {f.cut_id}: {f.kind}: {f.detail}" for f in refused]
-            + [f"{len(refused)} unusable cuts: mend the manifest, or leave them out with --set bad_cuts=skip"]
-        )
-    for finding in findings:
-        run.leave_out(finding.cut_id, f"{finding.kind}: {finding.detail}")
-    kept = CutSet.from_cuts(cut for cut in cuts if cut.id not in run.left_out) if run.left_out else cuts
-    if not len(kept):
-        raise UserError("no usable cut is left in the manifest")
-    return kept
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """What a run trains on: the cuts of the manifest, of ``data.also``, and of the dev manifest."""
-
-    main: CutSet
-    others: list[CutSet]
-    dev: CutSet | None
-
-    @property
-    def every(self) -> Iterator[Cut]:
-        return chain(self.main, *self.others)
-
-
-def read_datasets(
-    manifest: Path,
-    dev: Path | None,
-    data: DataConfig,
-    policy: str,
-    run: RunWriter,
-    languages: Sequence[str],
-    teachers: Teachers,
-) -> Datasets:
-    """Open the manifests and leave out, or refuse, the cuts that no tokenizer could make trainable.
-
-    Args:
-        languages: those the model is told apart, if any.
-
-    Raises:
-        UserError: unusable manifests or cuts, or cuts that the ``teachers`` cannot teach.
-    """
-    if data.augment.join > 0 and (languages or any(teacher.model.spec.languages for teacher in each(teachers))):
-        raise UserError("data.augment.join joins utterances of any language, and a model is told one; set it to 0")
-
-    def usable(path: Path) -> CutSet:
-        return usable_cuts(open_cuts(path), None, policy, run, languages=languages)
-
-    main, *others = map(usable, (manifest, *data.also))
-    material = Datasets(main, others, None if dev is None else usable(dev))
-    if findings := check_languages(teachers, material.every) if teachers else []:
-        raise UserError.of(findings)
-    return material
-
-
-def training_table(
-    material: Datasets, data: DataConfig, tokenizer: Tokenizer, policy: str, run: RunWriter
-) -> tuple[CutTable, CutTable | None]:
-    """The training cuts, read once and checked with the tokenizer, and the noise to mix in, if any."""
-    main, *others = (
-        usable_cuts(cuts, tokenizer, policy, run, read_audio=True) for cuts in (material.main, *material.others)
-    )
-    noise = None if data.noise is None else CutTable(open_cuts(data.noise))
-    return CutTable(chain(*[main] * data.repeat, *others)), noise
-
-
-def dev_measure(
-    cuts: CutSet,
-    tokenizer: Tokenizer,
-    max_duration: float,
-    max_cuts: int,
-    method: Method,
-    variant: str,
-    context: Context,
-) -> Callable[[nn.Module], dict[str, float]]:
-    """A function from a model to its dev WER and CER in one variant and context, on ``max_cuts`` cuts by a fixed,
-    even choice."""
-    every = list(cuts)
-    chosen = every[:: -(-len(every) // max_cuts)]
-
-    def measure(model: nn.Module) -> dict[str, float]:
-        assert isinstance(model, AsrModel)
-        words, characters, _ = measure_wer(
-            TorchAcousticModel(model, variant, context),
-            evaluation_batches(chosen, max_duration),  # type: ignore[arg-type]
-            tokenizer,
-            method=method,
-        )
-        return {"wer": words.rate, "cer": characters.rate}
-
-    return measure
 
 
 @contextmanager

@@ -12,22 +12,25 @@ from lhotse import CutSet
 from pydantic import Field
 from torch import nn
 
-from asrkit.config import config, to_dict
-from asrkit.data.batches import Batch, DataConfig, TrainBatches
+from asrkit.config import Positive, config, to_dict
+from asrkit.data.batch import Batch
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.methods.distillation.loss import DistillationConfig, WeightConfig
+from asrkit.data.train_batches import DataConfig, TrainBatches
+from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
 from asrkit.methods.distillation.teachers import ANY, Teacher
 from asrkit.models import AsrModel
 from asrkit.models.asr import spec_of
 from asrkit.models.digests import submodels_left_behind
-from asrkit.models.spec import Positive
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
-from asrkit.training.asr_loss import ContextsConfig, LossConfig, LossOutput, check_contexts
+from asrkit.training.asr_loss import LossConfig, LossOutput, check_contexts
+from asrkit.training.contexts import ContextsConfig
+from asrkit.training.datasets import Datasets, read_datasets, training_table
+from asrkit.training.dev_eval import dev_measure
 from asrkit.training.distributed import broadcast_object, join_world
 from asrkit.training.loop import Task, TrainingConfig, train
 from asrkit.training.optim import OptimizerConfig
-from asrkit.training.run_writer import Datasets, RunWriter, dev_measure, read_datasets, training_table
+from asrkit.training.run_writer import RunWriter
 
 
 @config

@@ -10,17 +10,18 @@ from typing import Annotated, Any, Literal
 from lhotse.cut import Cut
 from pydantic import Field
 
-from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batches import TrainBatches, feature_statistics
+from asrkit.config import Positive, Probability, config, from_dict, to_dict
+from asrkit.data.cut_audio import feature_statistics
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
-from asrkit.models.compression import rebuilt, with_variant
-from asrkit.models.spec import BACKBONE, Languages, Positive, Probability, Size, VariantSpec
+from asrkit.models.spec import BACKBONE, Languages, Size, VariantSpec
+from asrkit.models.surgery import rebuilt, with_variant
 from asrkit.nn.context import FULL
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
-from asrkit.training.asr_loss import AttentionDropoutConfig, ContextsConfig
+from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig
 from asrkit.training.distributed import World, broadcast_object
 from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import StageConfig

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tones import make_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from lhotse import CutSet, Fbank, FbankConfig
@@ -22,21 +21,16 @@ from asrkit.data.augment import (
     stretch,
     vocal_tract_warp,
 )
-from asrkit.data.batches import (
-    BucketPlan,
-    CutTable,
-    DataConfig,
-    TrainBatches,
-    cut_features,
-    evaluation_batches,
-    feature_statistics,
-    loader,
-    perturbed_features,
-    text_of,
-)
+from asrkit.data.batch import evaluation_batches
+from asrkit.data.bucketing import BucketPlan
+from asrkit.data.cut_audio import cut_features, feature_statistics
+from asrkit.data.cut_table import CutTable
 from asrkit.data.features import LOG_EPS, fbank
+from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
+from asrkit.data.train_batches import DataConfig, TrainBatches, loader, perturbed_features
 from asrkit.errors import UserError
+from helpers.tones import make_corpus
 
 durations = st.lists(st.floats(0.3, 20.0), min_size=1, max_size=60).map(np.asarray)
 

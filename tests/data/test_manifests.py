@@ -12,7 +12,8 @@ import soundfile
 import torch
 from lhotse import CutSet, Fbank, FbankConfig, NumpyFilesWriter
 
-from asrkit.data.batches import CutTable, cut_features, cut_samples
+from asrkit.data.cut_audio import cut_features, cut_samples
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.errors import UserError
 

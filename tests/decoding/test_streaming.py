@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers.small_runs import SUBMODELS, noise, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stages.test_evaluate import command
 from torch import Tensor
 
-from asrkit.data.batches import evaluation_batches
+from asrkit.data.batch import evaluation_batches
 from asrkit.data.features import LOG_EPS, OnlineFbank, OnlineResample, fbank, load_samples, resample
 from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
@@ -39,6 +38,7 @@ from asrkit.reporting.live import CLEAR_LINE, show_final, show_partial
 from asrkit.run_dir import TOKENIZER
 from asrkit.stages.evaluate import evaluate
 from asrkit.stages.transcribe import transcribe_stream
+from helpers.small_runs import SUBMODELS, noise, write_run
 
 NEVER = Endpoint(pause=1e9, longest=1e9)
 RATE = 16000

@@ -18,8 +18,6 @@ import pytest
 import soundfile
 import torch
 import yaml
-from helpers.sherpa_client import client
-from helpers.small_runs import TEXTS, noise, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stages.test_evaluate import command
@@ -37,7 +35,8 @@ from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import METHODS, Method, search
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
-from asrkit.models.compression import QuantizationConfig, part_of
+from asrkit.models.compression import QuantizationConfig
+from asrkit.models.sizes import part_of
 from asrkit.nn.compression import ActivationQuantization, WeightQuantization
 from asrkit.nn.context import Context, visible
 from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
@@ -46,6 +45,8 @@ from asrkit.stages.quantize import quantize
 from asrkit.stages.transcribe import transcribe, transcribe_stream
 from asrkit.training.checkpoint import save_weights
 from asrkit.training.run_writer import stage_entry
+from helpers.sherpa_client import client
+from helpers.small_runs import TEXTS, noise, write_run
 
 pytest.importorskip("onnx", reason="needs the extra `export`")
 pytest.importorskip("onnxruntime", reason="needs the extra `export`")

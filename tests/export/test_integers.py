@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers.sherpa_client import client
-from helpers.small_runs import TEXTS, noise, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +29,8 @@ from asrkit.export.integers import CONSTANT, Nodes, _pack, layer_alone, product
 from asrkit.export.readme import tail_seconds
 from asrkit.export.runtime import run_graph
 from asrkit.models import load_model
-from asrkit.models.compression import LayerChoice, QuantizationConfig, compressed_layers, pruned_spec, rebuilt
+from asrkit.models.compression import LayerChoice, QuantizationConfig, compressed_layers, pruned_spec
+from asrkit.models.surgery import rebuilt
 from asrkit.nn.compression import (
     ActivationQuantization,
     CompressedLinear,
@@ -47,6 +46,8 @@ from asrkit.stages import export as stage
 from asrkit.stages.export import QUANTIZED, export
 from asrkit.stages.quantize import quantize
 from asrkit.training.checkpoint import save_weights
+from helpers.sherpa_client import client
+from helpers.small_runs import TEXTS, noise, write_run
 
 onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from helpers.tones import make_corpus
 from typer.testing import CliRunner
 
 from asrkit.cli import app
 from asrkit.errors import UserError
+from helpers.tones import make_corpus
 
 QUICK = [
     "data.num_workers=0", "data.num_buckets=1", "training.log_every=2", "training.evaluate_every=2",

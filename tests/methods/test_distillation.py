@@ -9,32 +9,26 @@ from typing import Any, Literal, get_args
 
 import pytest
 import torch
-from helpers.small_runs import SUBMODELS, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asrkit.config import from_dict, to_dict
-from asrkit.data.batches import Batch
+from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.losses.distillation import counted_nodes, node_divergence
 from asrkit.losses.transducer import gather_pruned, transducer_loss
 from asrkit.methods.distillation.cache import CachedOutputs, heard_arcs
-from asrkit.methods.distillation.loss import (
-    DistillationConfig,
-    WeightConfig,
-    add_encoder_maps,
-    build_loss,
-    check_distillation,
-    distillation_loss,
-    scheduled_weight,
-    weights_of,
-)
+from asrkit.methods.distillation.config import DistillationConfig, WeightConfig, check_distillation
+from asrkit.methods.distillation.loss import add_encoder_maps, build_loss, distillation_loss
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
 from asrkit.methods.distillation.teachers import ANY, Teacher, Teachers, open_teachers, route
+from asrkit.methods.distillation.weights import scheduled_weight, weights_of
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import read_yaml, write_yaml
-from asrkit.training.asr_loss import ContextsConfig, LossConfig, LossOutput, asr_loss, forward_losses
+from asrkit.training.asr_loss import LossConfig, LossOutput, asr_loss, forward_losses
+from asrkit.training.contexts import ContextsConfig
+from helpers.small_runs import SUBMODELS, write_run
 
 LOSS = LossConfig(backend="torch", warm_up_steps=0)
 LANGUAGES = ["en", "fr", "en", "it"]
@@ -181,7 +175,7 @@ def test_teachers_get_no_gradient_and_do_not_drop_out(teachers: Teachers, studen
             assert not teacher.model.training
             assert all(parameter.grad is None for parameter in teacher.model.parameters())
     assert student.joiner.out.weight.grad is not None
-    assert {"kd_lattice", "weight", "teacher_loss", "kd_ctc"} <= set(found.parts)
+    assert {"kd_lattice", "kd_weight", "kd_teacher_loss", "kd_ctc"} <= set(found.parts)
 
 
 def test_several_teachers_teach_their_mean(teachers: Teachers, student: AsrModel) -> None:

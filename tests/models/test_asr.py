@@ -64,7 +64,7 @@ def test_predictor_contexts() -> None:
 
 
 def test_every_parameter_learns() -> None:
-    from asrkit.data.batches import Batch
+    from asrkit.data.batch import Batch
     from asrkit.training.asr_loss import LossConfig, asr_loss
 
     model = small_model().train()
@@ -86,7 +86,7 @@ def test_every_parameter_learns() -> None:
 
 
 def test_an_impossible_alignment_leaves_finite_gradients() -> None:
-    from asrkit.data.batches import Batch
+    from asrkit.data.batch import Batch
     from asrkit.training.asr_loss import LossConfig, asr_loss
 
     model = small_model().train()

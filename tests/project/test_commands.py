@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+
 from helpers.tones import RATE, WORDS, make_corpus, say
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

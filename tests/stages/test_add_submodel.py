@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.stage_runs import asrkit, killed, sets
-from helpers.tones import make_corpus
 
 from asrkit.models import load_model
 from asrkit.models.digests import backbone_digest
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import open_run
+from helpers.stage_runs import asrkit, killed, sets
+from helpers.tones import make_corpus
 
 
 @pytest.fixture(scope="module")

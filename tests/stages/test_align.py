@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.lm_runs import asrkit, make_aligned_corpus, sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse.supervision import AlignmentItem
@@ -21,6 +20,7 @@ from asrkit.data.senones import SenoneConfig, cepstra_of, grow_tree, in_context,
 from asrkit.data.text.tokenizer import train_tokenizer
 from asrkit.decoding.alignment import ctc_align, even_parts, fit_gaussians, forced_parts, spans_of, viterbi
 from asrkit.errors import UserError
+from helpers.lm_runs import asrkit, make_aligned_corpus, sets
 
 
 def collapse(labels: tuple[int, ...]) -> list[int]:

@@ -10,19 +10,20 @@ from typing import cast
 
 import pytest
 import torch
-from helpers import stage_runs
-from helpers.stage_runs import TWO, asrkit, killed, launched
-from helpers.tones import make_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asrkit.data.batches import Batch
+from asrkit.data.batch import Batch
 from asrkit.methods.bit_allocation import choose_bits, measure
 from asrkit.models import AsrModel, load_model
-from asrkit.models.compression import LayerChoice, choose_layers, compressed_layers, sizes
+from asrkit.models.compression import LayerChoice, choose_layers, compressed_layers
+from asrkit.models.sizes import sizes
 from asrkit.nn.compression import CompressedLinear, Mask, WeightQuantization, find_mask
 from asrkit.run_dir import open_run
 from asrkit.training.asr_loss import LossConfig, asr_loss
+from helpers import stage_runs
+from helpers.stage_runs import TWO, asrkit, killed, launched
+from helpers.tones import make_corpus
 
 SHAPE = [
     "model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=48", "tokenizer.vocab_size=18",

@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.stage_runs import TWO, killed
-from helpers.tones import make_corpus
 from lhotse import CutSet
 from safetensors.torch import load_file
 
 from asrkit.cli import main
-from asrkit.data.batches import cut_features
+from asrkit.data.cut_audio import cut_features
 from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.recognizer import load_recognizer
@@ -31,6 +29,8 @@ from asrkit.models import AsrModel, load_model
 from asrkit.models.compression import compressed_layers
 from asrkit.run_dir import open_run, sha256_of
 from asrkit.training.derived import write_untrained_run
+from helpers.stage_runs import TWO, killed
+from helpers.tones import make_corpus
 
 QUICK = [
     "data.num_workers=0", "data.num_buckets=1", "training.log_every=1", "training.evaluate_every=2",

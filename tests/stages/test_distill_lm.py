@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lm_runs import asrkit, make_aligned_corpus, quick, sets
 
 from asrkit.config import from_dict
 from asrkit.data.alignment import Annotator, Heard, symbols_of
-from asrkit.data.batches import Batch, BucketPlan, CutTable, DataConfig, TrainBatches
+from asrkit.data.batch import Batch
+from asrkit.data.bucketing import BucketPlan
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.methods.distillation.loss import build_loss
 from asrkit.models import AsrModel, load_model
 from asrkit.models.lm import LanguageModel
@@ -35,7 +37,9 @@ from asrkit.stages.distill_lm import (
     lm_distillation_loss,
     with_heads,
 )
-from asrkit.training.asr_loss import ContextsConfig, LossConfig
+from asrkit.training.asr_loss import LossConfig
+from asrkit.training.contexts import ContextsConfig
+from helpers.lm_runs import asrkit, make_aligned_corpus, quick, sets
 
 pytest.importorskip("espeakng_loader")
 UNITS = ("bpe", "phone", "senone")

@@ -12,12 +12,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import soundfile
-from helpers.small_runs import SUBMODELS, TEXTS, noise, write_run
 from lhotse.supervision import AlignmentItem
 from rich.console import Console
 
 from asrkit.cli import main
-from asrkit.data.batches import evaluation_batches
+from asrkit.data.batch import evaluation_batches
 from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
@@ -39,6 +38,7 @@ from asrkit.stages.evaluate import Evaluation, evaluate
 from asrkit.stages.info import describe_run
 from asrkit.stages.summary import summarize_runs
 from asrkit.stages.transcribe import transcribe
+from helpers.small_runs import SUBMODELS, TEXTS, noise, write_run
 
 
 @pytest.fixture(scope="module")

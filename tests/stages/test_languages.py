@@ -12,10 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers.sherpa_client import client
-from helpers.small_runs import SUBMODELS, TEXTS, noise, write_run
-from helpers.stage_runs import killed
-from helpers.tones import make_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models.test_encoder import assert_same_frames, contexts, randomise
@@ -24,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from asrkit.config import from_dict
-from asrkit.data.batches import Batch, evaluation_batches
+from asrkit.data.batch import Batch, evaluation_batches
 from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel, encode_by_chunks
@@ -45,6 +41,10 @@ from asrkit.stages.transcribe import transcribe
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.checkpoint import save_weights
 from asrkit.training.distributed import join_world
+from helpers.sherpa_client import client
+from helpers.small_runs import SUBMODELS, TEXTS, noise, write_run
+from helpers.stage_runs import killed
+from helpers.tones import make_corpus
 
 VECTORS = "encoder.languages.weight"
 KNOWN = ["en", "fr", "it"]

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.lm_runs import asrkit, sets
-from helpers.stage_runs import TWO, launched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +22,8 @@ from asrkit.losses.language_model import sequence_nll
 from asrkit.models import load_model
 from asrkit.models.lm import LanguageModel, LmSpec, load_lm
 from asrkit.run_dir import open_run
+from helpers.lm_runs import asrkit, sets
+from helpers.stage_runs import TWO, launched
 
 SMALL = ["model.dim=16", "model.num_layers=1", "vocab_size=30", "training.tensorboard=false", "training.precision=float32",
          "training.optimizer.warm_up_steps=5", "training.optimizer.learning_rate=0.01"]  # fmt: skip

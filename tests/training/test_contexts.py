@@ -10,18 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asrkit.config import from_dict, resolve
-from asrkit.data.batches import Batch
+from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.stages.train_backbone import TrainBackboneConfig
-from asrkit.training.asr_loss import (
-    AttentionDropoutConfig,
-    ContextsConfig,
-    LossConfig,
-    asr_loss,
-    check_contexts,
-    draw_gates,
-)
+from asrkit.training.asr_loss import LossConfig, asr_loss, check_contexts
+from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, draw_gates
 from asrkit.training.start import BackboneConfig, model_spec
 
 LOSS = LossConfig(backend="torch")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stage_runs import TWO
-from helpers.tones import make_corpus
 from safetensors.torch import load_file
 
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.run_dir import LINEAGE, MODEL, open_run, sha256_of, write_yaml
 from asrkit.training.loop import _Shadow
+from helpers.stage_runs import TWO
+from helpers.tones import make_corpus
 
 TINY = [
     "model.size=tiny", "model.dim=16", "model.num_layers=1", "model.feedforward_dim=16", "model.predictor_dim=16",
@@ -285,7 +285,7 @@ def test_an_average_of_nothing_is_the_last_step() -> None:
 
 def test_memory_that_runs_out_names_the_batch() -> None:
     """A real allocation that fails, in the place where a step's would."""
-    from asrkit.data.batches import Batch
+    from asrkit.data.batch import Batch
     from asrkit.training.loop import _room_for
 
     batch = Batch(torch.zeros(2, 9, 80), torch.tensor([9, 5]), ["short", "long"], ["a", "b"], ["", ""], [1.0, 30.0])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from asrkit.data.alignment import symbols_of
-from asrkit.data.batches import BucketPlan
+from asrkit.data.bucketing import BucketPlan
 from asrkit.data.manifests import language_of, open_cuts, text_of
 from asrkit.data.senones import SenoneTree
 from asrkit.data.text.phones import phones_of

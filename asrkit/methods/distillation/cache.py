@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asrkit.config import differences, digest
-from asrkit.data.batches import Batch, CutTable, evaluation_batches, with_symbols
+from asrkit.data.batch import Batch, evaluation_batches, with_symbols
+from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.errors import UserError
 from asrkit.losses.distillation import delayed, three_classes

@@ -11,7 +11,7 @@ from pathlib import Path
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from asrkit.data.batches import evaluation_batches
+from asrkit.data.batch import evaluation_batches
 from asrkit.data.manifests import open_cuts, text_of, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
@@ -19,8 +19,9 @@ from asrkit.decoding.search import Method, decode
 from asrkit.errors import UserError
 from asrkit.methods.distillation.teachers import Teachers, check_languages, route
 from asrkit.nn.context import parse_context
+from asrkit.training.datasets import usable_cuts
 from asrkit.training.distributed import broadcast_object, gather_lists
-from asrkit.training.run_writer import LABELED, RunWriter, usable_cuts
+from asrkit.training.run_writer import LABELED, RunWriter
 
 
 def label(

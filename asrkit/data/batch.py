@@ -1,0 +1,86 @@
+"""Utterances in one padded batch, and the plain batches of evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from torch import Tensor
+
+from asrkit.data.alignment import Segments
+from asrkit.data.augment import (
+    pad,
+)
+from asrkit.data.cut_audio import cut_features
+from asrkit.data.manifests import language_of, text_of
+from asrkit.data.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Utterances padded to one length.
+
+    features: (B, T, 80) float32, padded with log(1e-10); feature_lens: (B,) int64.
+    symbols: (B, U) int64 padded with 0, symbol_lens: (B,); empty when no tokenizer was given.
+    clean: (B, T, 80), the features without what changed their sound and not their timing; empty when not asked for.
+    durations: seconds of audio, as perturbed. segments: what ``TrainBatches.annotate`` made, by name.
+    """
+
+    features: Tensor
+    feature_lens: Tensor
+    cut_ids: list[str]
+    texts: list[str]
+    languages: list[str]
+    durations: list[float]
+    symbols: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    symbol_lens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    clean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    segments: dict[str, Segments] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        names = ("features", "feature_lens", "symbols", "symbol_lens", "clean")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, segments={name: mine.to(device) for name, mine in self.segments.items()})
+
+
+def evaluation_batches(cuts: CutSet | Sequence[Cut], max_duration: float) -> Iterator[Batch]:
+    """Every cut once, unperturbed, longest together first; batches of at most ``max_duration`` padded seconds."""
+    waiting: list[Cut] = []
+    for cut in sorted(cuts, key=lambda cut: (-cut.duration, cut.id)):
+        if waiting and waiting[0].duration * (len(waiting) + 1) > max_duration:
+            yield _plain_batch(waiting)
+            waiting = []
+        waiting.append(cut)
+    if waiting:
+        yield _plain_batch(waiting)
+
+
+def _plain_batch(cuts: list[Cut]) -> Batch:
+    features, lens = pad([cut_features(cut) for cut in cuts])
+    return Batch(
+        features,
+        lens,
+        [cut.id for cut in cuts],
+        [text_of(cut) for cut in cuts],
+        [language_of(cut) for cut in cuts],
+        [cut.duration for cut in cuts],
+    )
+
+
+def with_symbols(batch: Batch, tokenizer: Tokenizer) -> Batch:
+    """The same batch with the tokens of its texts."""
+    symbols, symbol_lens = _padded_symbols([tokenizer.encode(text) for text in batch.texts])
+    return replace(batch, symbols=symbols, symbol_lens=symbol_lens)
+
+
+def _padded_symbols(symbols: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(B, U) int64 padded with 0, and (B,)."""
+    symbol_lens = torch.tensor([len(item) for item in symbols])
+    padded = torch.zeros(len(symbols), int(symbol_lens.max()), dtype=torch.int64)
+    for row, ids in enumerate(symbols):
+        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return padded, symbol_lens

@@ -1,0 +1,175 @@
+"""Training batches as a pure function of (seed, step, slice): perturbed features, symbols, texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from pydantic import Field
+from torch import Tensor
+
+from asrkit.config import config
+from asrkit.data.alignment import Heard, Segments
+from asrkit.data.augment import (
+    AugmentConfig,
+    channel_curves,
+    colored_noise,
+    pad,
+    perturb_sound,
+    perturb_time,
+    spec_augment,
+    stretch,
+    vocal_tract_warp,
+)
+from asrkit.data.batch import Batch, _padded_symbols
+from asrkit.data.bucketing import BucketPlan
+from asrkit.data.cut_audio import _stored_features, cut_samples
+from asrkit.data.cut_table import CutTable
+from asrkit.data.features import FRAME_SHIFT, NUM_MEL_BINS, fbank
+from asrkit.data.manifests import language_of, text_of
+from asrkit.data.text.tokenizer import Tokenizer
+
+
+@config
+class DataConfig:
+    """Batching and perturbation. ``max_duration`` is seconds of audio for each process and step.
+
+    ``also`` names further manifests to train on (synthetic speech, say); ``repeat`` is how often the main manifest
+    comes in an epoch for each time these come.
+    """
+
+    max_duration: Annotated[float, Field(gt=0)] = 120.0
+    num_buckets: Annotated[int, Field(ge=1)] = 20
+    num_workers: Annotated[int, Field(ge=0)] = 1
+    bpe_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    also: tuple[Path, ...] = ()
+    repeat: Annotated[int, Field(ge=1)] = 1
+    noise: Path | None = None  # a manifest of noise recordings, for augment.noise_probability
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+class TrainBatches(torch.utils.data.Dataset[Batch]):
+    """``batches[step * slices + slice]``: the perturbed batch of a step and slice.
+
+    Args:
+        rank: added to the number of the accumulated part, gives the slice.
+
+    With ``clean`` set, batches hold the clean features as well.
+    ``annotate``, where a stage sets it, makes ``segments`` of each utterance's cuts as they are heard.
+    """
+
+    annotate: Callable[[Sequence[Sequence[Heard]]], dict[str, Segments]] | None = None
+
+    def __init__(
+        self,
+        table: CutTable,
+        plan: BucketPlan,
+        slices: int,
+        settings: DataConfig,
+        tokenizer: Tokenizer,
+        noise: CutTable | None,
+        seed: int,
+    ) -> None:
+        self.table, self.plan, self.slices = table, plan, slices
+        self.settings, self.tokenizer, self.noise, self.seed = settings, tokenizer, noise, seed
+        self.clean = False
+
+    def __getitem__(self, place: int) -> Batch:
+        step, part = divmod(place, self.slices)
+        chosen = self.plan(step)
+        mine = range(part, len(chosen), self.slices)
+        augment = self.settings.augment
+        features, clean, symbols, cuts, texts, warps, parts = [], [], [], [], [], [], []
+        for position in mine:
+            # Seeded by the place in the whole batch, so that the number of processes does not change the data.
+            random = np.random.default_rng((self.seed, 2, step, position))
+            joined = [self.table[int(chosen[position])]]
+            if random.uniform() < augment.join:
+                joined.append(self.table[int(random.choice(chosen))])
+            made = [perturbed_features(cut, augment, random, self.noise, self.clean) for cut in joined]
+            parts.append([Heard(cut, len(mine), *added) for cut, (mine, _, added) in zip(joined, made, strict=True)])
+            item = torch.cat([mine for mine, *_ in made])
+            clean.append(torch.cat([untouched for _, untouched, _ in made]))
+            if augment.channel_db > 0:
+                item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
+            warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
+            texts.append(" ".join(text_of(cut) for cut in joined))
+            symbols.append(
+                self.tokenizer.encode(texts[-1], self.settings.bpe_dropout, seed=int(random.integers(1 << 31)))
+            )
+            features.append(item)
+            cuts.append(joined[0])
+        batch, lens = pad(features)
+        if augment.vocal_tract > 0:
+            batch = vocal_tract_warp(batch, torch.tensor(warps))
+        if augment.spec_augment is not None:
+            random = np.random.default_rng((self.seed, 3, step, part))
+            batch = spec_augment(batch, lens, augment.spec_augment, random)
+        durations = [len(item) * FRAME_SHIFT for item in features]
+        return Batch(
+            batch,
+            lens,
+            [cut.id for cut in cuts],
+            texts,
+            [language_of(cut) for cut in cuts],
+            durations,
+            *_padded_symbols(symbols),
+            clean=pad(clean)[0] if self.clean else torch.zeros(0),
+            segments=self.annotate(parts) if self.annotate is not None else {},
+        )
+
+
+def perturbed_features(
+    cut: Cut, augment: AugmentConfig, random: np.random.Generator, noise: CutTable | None, clean: bool
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """A cut's perturbed features (T, 80); if ``clean``, those whose timing alone was perturbed, else the same again; and
+    the frames of silence that came before and after.
+
+    Raises:
+        UserError: unreadable audio, or features of another dimension.
+    """
+    added = (0.0, 0.0)
+    if cut.has_features:
+        features = untouched = _stored_features(cut)
+    else:
+        samples = cut_samples(cut)
+        hum = None
+        if random.uniform() < augment.noise_probability:
+            hum = (
+                colored_noise(len(samples), random)
+                if noise is None
+                else cut_samples(noise[int(random.integers(len(noise)))])
+            )
+        timed, added = perturb_time(samples, augment, random)
+        features = untouched = fbank(perturb_sound(timed, augment, random, hum))
+        if clean:
+            untouched = fbank(timed)
+    if augment.tempo > 0:
+        factor = 1.0 + float(random.uniform(-augment.tempo, augment.tempo))
+        features, untouched = stretch(features, factor), stretch(untouched, factor)
+        added = (added[0] / factor, added[1] / factor)
+    return features, untouched, added
+
+
+def loader(batches: Any, places: Sequence[int], num_workers: int) -> Any:
+    """A DataLoader over the given places, in order, prefetching in ``num_workers`` processes (0: in this one)."""
+    # Without worker processes torch 2 wants no prefetch_factor, and torch 1 its default.
+    options: dict[str, Any] = {"prefetch_factor": 4} if num_workers else {}
+    return torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=places,
+        num_workers=num_workers,
+        worker_init_fn=_single_thread,
+        generator=torch.Generator(),  # else it draws from the one that seeds dropout
+        **options,
+    )
+
+
+def _single_thread(worker: int) -> None:
+    torch.set_num_threads(1)
