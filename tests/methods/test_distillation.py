@@ -188,7 +188,7 @@ def test_several_teachers_teach_their_mean(teachers: Teachers, student: AsrModel
     twice = taught(student, {ANY: [one, one]}, batch(), **common)
     assert float(twice.parts["kd_lattice"]) == pytest.approx(parts[0], rel=1e-4)
     # The loss that weighs is the mean of theirs.
-    losses = [taught(student, {ANY: several}, batch()).parts["teacher_loss"] for several in ([one], [other], [one, other])]  # fmt: skip
+    losses = [taught(student, {ANY: several}, batch()).parts["kd_teacher_loss"] for several in ([one], [other], [one, other])]  # fmt: skip
     torch.testing.assert_close(losses[2], (losses[0] + losses[1]) / 2)
 
 
@@ -210,7 +210,7 @@ def test_the_teachers_loss_is_its_own(teachers: Teachers, student: AsrModel) -> 
             backend="torch",
             topology="modified",
         ).pruned
-    found = taught(student, alone(guide), b, input="shared").parts["teacher_loss"]
+    found = taught(student, alone(guide), b, input="shared").parts["kd_teacher_loss"]
     torch.testing.assert_close(found, expected.sum())
 
 
@@ -315,7 +315,7 @@ def test_through_the_weight_flows_what_the_formula_says(teachers: Teachers, stud
     own = forward_losses(student, one, 0, LOSS, None, FULL, None)
     assert own.transducer is not None
     own.transducer.pruned.sum().backward()
-    factor = found.parts["kd_lattice"] / (1 + found.parts["teacher_loss"])
+    factor = found.parts["kd_lattice"] / (1 + found.parts["kd_teacher_loss"])
     for with_detach, without, parameter in zip(*grads, student.parameters(), strict=True):
         expected = torch.zeros_like(parameter) if parameter.grad is None else factor * parameter.grad
         torch.testing.assert_close(without - with_detach, expected, rtol=1e-3, atol=1e-3)

@@ -137,7 +137,7 @@ def test_a_new_student_of_its_own_size(corpus: Path, teacher: Path, second: Path
     rows = [row for row in metrics(student) if "kd_lattice" in row]
     assert len(rows) == 4
     assert all(
-        row["kd_lattice"] > 0 and row["weight"] > 0 and row["teacher_loss"] > 0 and "kd_ctc" in row for row in rows
+        row["kd_lattice"] > 0 and row["kd_weight"] > 0 and row["kd_teacher_loss"] > 0 and "kd_ctc" in row for row in rows
     )
     asrkit("evaluate", "--from", student, "--manifest", corpus / "dev.jsonl.gz")
 
@@ -151,7 +151,7 @@ def test_a_student_that_was_trained_before(corpus: Path, teacher: Path, student:
     assert [entry["stage"] for entry in found.lineage] == ["distill", "distill"]
     assert found.config["from"] == str(student) and found.config["loss"]["warm_up_steps"] == 0
     assert found.config["training"]["optimizer"]["name"] == "adamw"
-    assert all(row["weight"] == pytest.approx(1.0) for row in metrics(run) if "weight" in row)
+    assert all(row["kd_weight"] == pytest.approx(1.0) for row in metrics(run) if "kd_weight" in row)
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +325,7 @@ def test_posteriors_are_kept_and_the_teachers_run_once(
     assert weights_equal(tmp_path / "one", tmp_path / "two")
     asrkit("distill", *common, "--out", tmp_path / "live", *sets(*still, *live))
     for mine, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "live"), strict=True):
-        for name in {"kd_lattice", "weight", "teacher_loss", "pruned"} & mine.keys():
+        for name in {"kd_lattice", "kd_weight", "kd_teacher_loss", "pruned"} & mine.keys():
             # The stored teacher's loss is over the whole lattice, the live one's over its pruned band.
             assert mine[name] == pytest.approx(theirs[name], rel=0.02), name
     # The same directory for other teachers, and what it cannot know.
