@@ -14,6 +14,7 @@ from asrkit.decoding.choice import ContextChoice, listed, was_trained
 from asrkit.decoding.exported import ExportedAcousticModel
 from asrkit.decoding.search import METHODS, Method
 from asrkit.decoding.streaming import StreamingModel
+from asrkit.devices import choose_device
 from asrkit.errors import UserError
 from asrkit.export.directory import is_exported, open_exported
 from asrkit.export.graphs import CTC, FILES
@@ -43,23 +44,6 @@ class Recognizer:
     language: str | None = None
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: cannot be used here ({reason}); use auto or cpu") from error
-    return device
-
-
 def load_recognizer(
     path: Path,
     device: str = "auto",
@@ -82,7 +66,7 @@ def load_recognizer(
     """
     if is_exported(path):
         return _load_exported(path, device, variant, context, methods, language)
-    place = choose_device(device)
+    torch_device = choose_device(device)
     run = open_run(path)
     model = load_model(run)
     if language is not None:
@@ -101,9 +85,11 @@ def load_recognizer(
             f"{path}: variant {name} was never trained in context {context}, but in {listed(trained)} "
             f"(frames of {FRAME_MS:.0f} ms); expect more errors"
         )
-    acoustic = TorchAcousticModel(model.to(place), name, context)
+    acoustic = TorchAcousticModel(model.to(torch_device), name, context)
     weights = sha256_of(run.path / WEIGHTS)
-    return Recognizer(acoustic, tokenizer, weights, place, name, context, warnings, model.spec.languages, language)
+    return Recognizer(
+        acoustic, tokenizer, weights, torch_device, name, context, warnings, model.spec.languages, language
+    )
 
 
 def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

@@ -31,6 +31,7 @@ from asrkit.data.text.tokenizer import WORD_START, Tokenizer
 from asrkit.data.text.units import Unit
 from asrkit.decoding.acoustic import FRAME_SECONDS, TorchAcousticModel
 from asrkit.decoding.alignment import Gaussians, ctc_align, even_parts, fit_gaussians, forced_parts, spans_of
+from asrkit.devices import choose_device
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, load_model
 from asrkit.nn.context import parse_context
@@ -92,6 +93,7 @@ def align(
     Raises:
         UserError: an unusable run, manifest or option, or cuts that cannot be aligned, listed by id; nothing is written.
     """
+    torch_device = choose_device(device)
     run = open_run(parent)
     model = load_model(run)
     _check_options(out, settings, tokenizer, senones)
@@ -112,8 +114,7 @@ def align(
             except UserError as error:
                 findings.append(Finding(cut.id, "phones", str(error)))
     good = _without(cuts, findings, settings.bad_cuts)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    alignments, lost = _words_and_pieces(model.to(place), good, pieces, settings)
+    alignments, lost = _words_and_pieces(model.to(torch_device), good, pieces, settings)
     findings += lost
     good = _without(good, lost, settings.bad_cuts)
     if other is not None:

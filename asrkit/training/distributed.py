@@ -16,6 +16,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from asrkit.devices import choose_device
+
 
 @dataclass(frozen=True)
 class World:
@@ -30,21 +32,23 @@ class World:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Join the processes torchrun started (nccl on GPUs, gloo on CPUs), or be the only one."""
+    """Join the processes torchrun started (nccl on GPUs, gloo on CPUs), or be the only one.
+
+    Raises:
+        UserError: a device that torch does not have here.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    place = torch.device(device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    torch_device = choose_device(device)
+    if torch_device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        torch_device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
     if size == 1:
-        yield World(0, 1, place)
+        yield World(0, 1, torch_device)
         return
-    torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    torch.distributed.init_process_group("nccl" if torch_device.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, torch_device)
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()

@@ -1,0 +1,38 @@
+"""Which device a command runs on."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from asrkit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` (a GPU where torch can use one), ``cpu``, ``cuda`` or ``cuda:N`` as a torch device.
+
+    Raises:
+        UserError: another name, or a GPU that torch does not have here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    # torch keeps the index in 8 bits; ASCII digits only, as others would be counted as numbers too.
+    match = re.fullmatch(r"cuda(?::([0-9]{1,2}))?", name)
+    if match is None:
+        raise UserError(f"--device {name}: is not a device; use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} ({built_for}) finds no GPU here; use auto or cpu, or run asrkit doctor"
+        )
+    index, count = match[1], torch.cuda.device_count()
+    if index is not None and int(index) >= count:
+        raise UserError(f"--device {name}: torch finds {count} GPU(s), cuda:0 to cuda:{count - 1}; use one of these")
+    return torch.device("cuda" if index is None else f"cuda:{int(index)}")
