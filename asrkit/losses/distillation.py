@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from asrkit.losses.transducer import Joiner, arc_log_probs
+from asrkit.losses.transducer import BLANK, Joiner, row_blocks
 
 Classes = Literal["three", "all"]
 Direction = Literal["forward", "reverse"]
 LastRow = Literal["two", "drop"]
 Distance = Literal["mse", "l2", "cosine"]
-_SMALLEST = 1e-7  # of the third class's probability, which rounding may make negative
+_SMALLEST = 1e-7  # probability of a class that is not there, or is lost in rounding
 
 
 def node_divergence(
@@ -59,19 +60,66 @@ def node_log_probs(
         logits = logits / temperature
     if classes == "all":
         return _precise(logits).log_softmax(dim=-1)
-    return three_classes(*arc_log_probs(logits, symbols, ranges), ranges, symbol_lens)
+    last = ranges >= symbol_lens.view(-1, 1, 1)
+    targets = F.pad(symbols, (0, 1), value=BLANK).unsqueeze(1).expand(-1, logits.shape[1], -1).gather(2, ranges)
+    symbol, blank, rest = _ThreeLogProbs.apply(logits, targets.masked_fill(last, BLANK))
+    return torch.stack([symbol.masked_fill(last, math.log(_SMALLEST)), blank, rest], dim=-1)
 
 
 def three_classes(symbol: Tensor, blank: Tensor, ranges: Tensor, symbol_lens: Tensor) -> Tensor:
-    """Log-probabilities (B, T, S, 3) of next symbol, blank and rest, of those of the two arcs, (B, T, S) each.
+    """Log-probabilities (B, T, S, 3) of next symbol, blank and rest, where only those of the two arcs, (B, T, S) each, are known.
 
-    After the last symbol there is no next one, and the first class is the same smallest number for everyone. The rest is at
-    least 1e-7, and where a student's is less, it gets no gradient through this class.
+    After the last symbol there is no next one, and the first class is the same smallest number for every model. The rest is what
+    the two leave of 1, and at least 1e-7: below that it is their rounding. ``node_log_probs`` has no such bound.
     """
     last = ranges >= symbol_lens.view(-1, 1, 1)
     known = torch.where(last, blank, torch.logaddexp(symbol, blank))
     rest = (-torch.expm1(known)).clamp(min=_SMALLEST).log()
     return torch.stack([symbol.masked_fill(last, math.log(_SMALLEST)), blank, rest], dim=-1)
+
+
+class _ThreeLogProbs(torch.autograd.Function):
+    """Log-probabilities of a target, of blank, and of all other classes together; block by block, as those of the loss.
+
+    The rest is the logsumexp of the other logits, so it stays exact, and keeps its gradient, however small it is. Where the target
+    is the blank, it is the rest beside the blank alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits (B, T, S, V), targets (B, T, S) -> three times (B, T, S), float32 or float64."""
+        rows, index = logits.flatten(0, 2), targets.reshape(-1, 1)
+        norms, others = [], []
+        for block in row_blocks(rows):
+            part = _precise(rows[block])
+            norms.append(part.logsumexp(1))
+            part = part.scatter(1, index[block], -torch.inf)
+            part[:, BLANK] = -torch.inf
+            others.append(part.logsumexp(1))
+        norm, other = torch.cat(norms), torch.cat(others)
+        ctx.save_for_backward(logits, targets, norm, other)
+        symbol = _precise(rows.gather(1, index)).squeeze(1) - norm
+        blank = _precise(rows[:, BLANK]) - norm
+        return symbol.view_as(targets), blank.view_as(targets), (other - norm).view_as(targets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Each class's gradient goes to its logits by their share of the class, and is taken from all by their share of 1."""
+        logits, targets, norm, other = ctx.saved_tensors
+        rows, index = logits.flatten(0, 2), targets.reshape(-1, 1)
+        symbol_grad, blank_grad, rest_grad = (grad.reshape(-1, 1) for grad in grads)
+        total, norm, other = symbol_grad + blank_grad + rest_grad, norm.unsqueeze(1), other.unsqueeze(1)
+        grad = torch.empty_like(rows)
+        for block in row_blocks(rows):
+            logit = _precise(rows[block])
+            part = (logit - other[block]).exp_().mul_(rest_grad[block])
+            part.scatter_(1, index[block], 0.0)
+            part[:, BLANK] = 0.0
+            part -= (logit - norm[block]).exp_().mul_(total[block])
+            part.scatter_add_(1, index[block], symbol_grad[block])
+            part[:, BLANK : BLANK + 1] += blank_grad[block]
+            grad[block] = part
+        return grad.view(logits.shape), None
 
 
 def counted_nodes(ranges: Tensor, encoder_out_lens: Tensor, symbol_lens: Tensor, last_row: LastRow = "two") -> Tensor:
@@ -138,9 +186,18 @@ def full_lattice_divergence(
 
 
 def frame_divergence(
-    found: Tensor, expected: Tensor, encoder_out_lens: Tensor, direction: Direction = "forward"
+    found: Tensor,
+    expected: Tensor,
+    encoder_out_lens: Tensor,
+    direction: Direction = "forward",
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Sum over an utterance's frames of KL(expected || found), (B,), of CTC log-probabilities (B, T, V)."""
+    """Sum over an utterance's frames of KL(expected || found), (B,), of CTC log-probabilities (B, T, V).
+
+    Both are those of the logits over ``temperature`` (log-probabilities are logits less a constant).
+    """
+    if temperature != 1.0:
+        found, expected = ((x / temperature).log_softmax(dim=-1) for x in (found, expected))
     return divergence(found.unsqueeze(2), expected.unsqueeze(2), _own_frames(found, encoder_out_lens), direction)
 
 

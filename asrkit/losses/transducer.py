@@ -69,6 +69,16 @@ def transducer_loss(
     return TransducerLoss(simple, pruned, ranges, logits)
 
 
+def fits(topology: Topology, encoder_out_lens: Tensor, symbol_lens: Tensor) -> Tensor:
+    """Whether each utterance has an alignment, (B,) bool, of its frames (B,) and symbols (B,).
+
+    One frame holds any number of symbols in the regular topology, and at most one in the modified one.
+    """
+    if topology == "regular":
+        return encoder_out_lens >= 1
+    return (encoder_out_lens >= symbol_lens) & (encoder_out_lens >= 1)
+
+
 def warm_up_scales(
     step: int,
     warm_up_steps: int,
@@ -285,7 +295,7 @@ class _ArcLogProbs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """logits (B, T, S, V), targets (B, T, S) -> px and py (B, T, S), float32 or float64."""
         rows, index = logits.flatten(0, 2), targets.reshape(-1, 1)
-        norm = torch.cat([_full_precision(rows[block]).logsumexp(1) for block in _row_blocks(rows)])
+        norm = torch.cat([_full_precision(rows[block]).logsumexp(1) for block in row_blocks(rows)])
         ctx.save_for_backward(logits, targets, norm)
         px = _full_precision(rows.gather(1, index)).squeeze(1) - norm
         py = _full_precision(rows[:, BLANK]) - norm
@@ -298,7 +308,7 @@ class _ArcLogProbs(torch.autograd.Function):
         px_grad, py_grad, norm = px_grad.reshape(-1, 1), py_grad.reshape(-1, 1), norm.unsqueeze(1)
         either = -(px_grad + py_grad)
         grad = torch.empty_like(rows)
-        for block in _row_blocks(rows):
+        for block in row_blocks(rows):
             part = (_full_precision(rows[block]) - norm[block]).exp_().mul_(either[block])
             part.scatter_add_(1, index[block], px_grad[block])
             part[:, BLANK : BLANK + 1] += py_grad[block]
@@ -306,7 +316,7 @@ class _ArcLogProbs(torch.autograd.Function):
         return grad.view(logits.shape), None
 
 
-def _row_blocks(rows: Tensor) -> list[slice]:
+def row_blocks(rows: Tensor) -> list[slice]:
     """Cut rows into parts that stay in a CPU's cache (2 MB of float32), or that fill a GPU (256 MB)."""
     size = max(1, (2**19 if rows.device.type == "cpu" else 2**26) // rows.shape[1])
     return [slice(first, first + size) for first in range(0, max(1, len(rows)), size)]

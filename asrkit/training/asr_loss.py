@@ -20,6 +20,7 @@ from asrkit.losses.transducer import (
     Backend,
     Topology,
     TransducerLoss,
+    fits,
     gather_pruned,
     transducer_loss,
     warm_up_scales,
@@ -153,9 +154,9 @@ def forward_losses(
         )
         loss = loss + settings.ctc_scale * ctc
         parts |= {"ctc": ctc.detach().sum(), "left_out": (~possible).sum()}
-    possible = encoder_out_lens >= batch.symbol_lens
+    possible = fits(settings.topology, encoder_out_lens, batch.symbol_lens)
     # Shortened, so that an impossible utterance has a finite loss to be masked.
-    symbol_lens = torch.minimum(batch.symbol_lens, encoder_out_lens)
+    symbol_lens = torch.where(possible, batch.symbol_lens, torch.minimum(batch.symbol_lens, encoder_out_lens))
     transducer, joiner_in, weighed = None, None, torch.zeros_like(loss)
     if settings.transducer_scale > 0:
         predicted = model.predictor(model.predictor.contexts_of(batch.symbols))

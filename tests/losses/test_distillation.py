@@ -17,6 +17,7 @@ from asrkit.losses.distillation import (
     delayed,
     divergence,
     encoder_distance,
+    frame_divergence,
     full_lattice_divergence,
     mean_log_probs,
     node_divergence,
@@ -323,3 +324,51 @@ def test_the_mean_of_several() -> None:
     parts = list(logits.log_softmax(-1))
     torch.testing.assert_close(mean_log_probs(parts).exp(), logits.softmax(-1).mean(0))
     assert mean_log_probs(parts[:1]) is parts[0]
+
+
+@pytest.mark.parametrize("margin", [5.0, 20.0, 60.0, 200.0])
+def test_a_student_sure_of_itself_still_learns_the_rest(margin: float) -> None:
+    """The rest's probability is e^-margin of the student's: value and gradient in float32 equal those of float64, and a loop's."""
+    student = torch.tensor([margin, 0.0, 0.3, -0.5, 0.1]).view(1, 1, 1, 5).requires_grad_()
+    teacher = torch.tensor([0.2, 0.7, 0.1, -0.3, 0.4]).view(1, 1, 1, 5)
+    rest: dict[str, Any] = {"symbols": torch.tensor([[1]]), "ranges": torch.zeros(1, 1, 1, dtype=torch.int64)}
+    rest |= {"encoder_out_lens": torch.tensor([1]), "symbol_lens": torch.tensor([1])}
+    loss = node_divergence(student, teacher, **rest)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+
+    exact = student.detach().double().flatten().requires_grad_()
+    p = teacher.double().flatten().log_softmax(0)
+    classes = [[1], [0], [2, 3, 4]]
+    expected = sum(
+        p[k].logsumexp(0).exp() * (p[k].logsumexp(0) - (exact[k].logsumexp(0) - exact.logsumexp(0))) for k in classes
+    )
+    (exact_grad,) = torch.autograd.grad(expected, exact)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss[0].double(), expected, rtol=1e-5, atol=0.0)  # type: ignore[arg-type]
+    torch.testing.assert_close(grad.flatten().double(), exact_grad, rtol=1e-5, atol=1e-7)
+    assert float(grad.flatten()[2]) < -0.1  # where a bound was, it had none
+
+
+def test_the_three_classes_are_one_and_the_rest_after_the_last_symbol_is_all_but_the_blank() -> None:
+    made = lattice(2, 5, 3, 3, 6, 7)
+    found = node_log_probs(made["student"], made["symbols"], made["ranges"], made["symbol_lens"]).exp()
+    last = made["ranges"] >= made["symbol_lens"].view(-1, 1, 1)
+    torch.testing.assert_close(found.sum(-1)[~last], torch.ones(int((~last).sum()), dtype=torch.float64))
+    torch.testing.assert_close(found[last][:, 2], 1 - made["student"].softmax(-1)[last][:, 0])
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.sampled_from([1.0, 0.5, 3.0]), st.sampled_from(["forward", "reverse"]))
+def test_the_frames_divergence_is_that_of_tempered_logits(seed: int, temperature: float, direction: Any) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    lens = torch.tensor([4, 2])
+    found = frame_divergence(student.log_softmax(-1), teacher.log_softmax(-1), lens, direction, temperature)
+    sums = []
+    for b in range(2):
+        total = 0.0
+        for t in range(int(lens[b])):
+            q, p = ((x[b, t] / temperature).softmax(0).tolist() for x in (student, teacher))
+            p, q = (q, p) if direction == "reverse" else (p, q)
+            total += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+        sums.append(total)
+    torch.testing.assert_close(found, torch.tensor(sums, dtype=torch.float64))

@@ -14,6 +14,8 @@ from torch import Tensor
 from asrkit.errors import UserError
 from asrkit.losses.transducer import (
     Backend,
+    Topology,
+    fits,
     full_loss,
     gather_pruned,
     prune_ranges,
@@ -484,3 +486,15 @@ def test_more_symbols_than_frames_have_no_modified_alignment() -> None:
     assert loss[0] == math.inf and bool(loss[1].isfinite())
     (gradient,) = torch.autograd.grad(loss[1], case.full_logits)
     assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "topology, expected", [("regular", [True, True, True, False]), ("modified", [True, True, False, False])]
+)
+def test_what_fits_is_what_has_a_finite_loss(topology: Topology, expected: list[bool]) -> None:
+    """Three frames hold five symbols in the regular topology alone; without a frame there is no alignment at all."""
+    frames, symbols = torch.tensor([3, 3, 3, 0]), torch.tensor([2, 3, 5, 0])
+    assert fits(topology, frames, symbols).tolist() == expected
+    case = Case(3, 3, 3, 5)
+    loss = full_loss(case.full_logits, case.symbols, frames[:3], symbols[:3], "torch", topology)
+    assert loss.isfinite().tolist() == expected[:3]

@@ -148,6 +148,29 @@ def test_the_constant_weight_is_that_of_the_paper_bit_for_bit(teachers: Teachers
     assert torch.equal(found.loss, own.loss + 0.3 * kl)
 
 
+def test_the_temperature_is_that_of_ctc_too(teachers: Teachers, student: AsrModel) -> None:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), summed over an utterance's frames."""
+    (teacher,) = teachers["en"]
+    student.eval()
+    options: dict[str, Any] = {
+        "scale": 0.0,
+        "ctc_scale": 0.5,
+        "weight": CONSTANT,
+        "input": "shared",
+        "temperature": 3.0,
+    }
+    found = taught(student, alone(teacher), batch(), **options)
+    with torch.no_grad():
+        both = [model.encode(batch().features, batch().feature_lens) for model in (student, teacher.model)]
+        q, p = (
+            (model.ctc_log_probs(out) / 3).softmax(-1)
+            for model, (out, _) in zip((student, teacher.model), both, strict=True)
+        )
+    kl = (p * (p / q).log()).sum(-1)
+    sums = torch.stack([row[:length].sum() for row, length in zip(kl, both[0][1].tolist(), strict=True)])
+    torch.testing.assert_close(found.loss, plain(student, batch()).loss + 0.5 * 9 * sums, rtol=1e-5, atol=1e-4)
+
+
 def test_weight_nothing_is_plain_training_bit_for_bit(teachers: Teachers, student: AsrModel) -> None:
     expected = plain(student, batch()).loss
     assert torch.equal(taught(student, teachers, batch(), scale=0.0, ctc_scale=0.0).loss, expected)

@@ -104,6 +104,11 @@ def test_an_impossible_alignment_leaves_finite_gradients() -> None:
     output.loss.sum().backward()
     assert int(output.parts["left_out"]) == 1
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    # Four frames hold five symbols where one frame may hold several.
+    for topology, left_out in (("modified", 1), ("regular", 0)):
+        alone = asr_loss(model, batch, 5, LossConfig(backend="torch", ctc_scale=0.0, topology=topology))  # type: ignore[arg-type]
+        assert int(alone.parts["left_out"]) == left_out
+        assert (alone.loss > 0).tolist() == [not left_out, True] and bool(alone.loss.isfinite().all())
 
 
 @pytest.mark.parametrize(("size", "millions"), [("tiny", 1.5), ("small", 4.9), ("medium", 24.8), ("large", 103.6)])

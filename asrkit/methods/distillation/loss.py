@@ -91,7 +91,9 @@ def distillation_loss(
     if at_frames:
         assert isinstance(lesson, TeacherOutputs)  # a cache has the nodes alone
         found = model.ctc_log_probs(own.encoder_out)
-        heard = frame_divergence(found, lesson.ctc_log_probs(), own.encoder_out_lens, teaching.direction)
+        heard = teaching.temperature**2 * frame_divergence(
+            found, lesson.ctc_log_probs(), own.encoder_out_lens, teaching.direction, teaching.temperature
+        )
         heard = _where(own.possible, heard)
         parts["kd_ctc"] = heard.detach().sum()
         loss = loss + teaching.ctc_scale * (weights * heard)
