@@ -27,6 +27,8 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+ADVANCED = "advanced"
+Advanced = Annotated[T, ADVANCED]  # a setting that only a paper's ablation needs: left out of the first tables
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -22,38 +22,50 @@ Fraction = Annotated[float, Field(ge=0.0, le=0.5)]
 
 @config
 class SpecAugmentConfig:
-    """Masks of SpecAugment (Park et al. 2019, arXiv 1904.08779); masked places take the utterance's mean."""
+    """Masks of SpecAugment (Park et al. 2019, arXiv 1904.08779); masked values become the utterance's mean."""
 
     num_frequency_masks: Annotated[int, Field(ge=0)] = 2
+    """Masks over frequency in each utterance."""
     frequency_mask_bins: Annotated[int, Field(ge=0, le=80)] = 27
+    """Widest frequency mask, of 80 mel bins."""
     num_time_masks: Annotated[int, Field(ge=0)] = 10
+    """Masks over time in each utterance, at most."""
     time_mask_frames: Annotated[int, Field(ge=0)] = 50
+    """Longest time mask, in feature frames of 10 ms."""
     max_time_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.15
+    """Share of an utterance that time masks may cover together."""
 
 
 @config
 class AugmentConfig:
-    """How training data are varied; 0 switches a perturbation off.
+    """How training data are varied.
 
-    ``speed``, ``tempo``, ``vocal_tract`` are half-widths: 0.1 draws factors from 0.9 to 1.1. Speed resamples the
-    samples (pitch and duration change together), tempo stretches the frames (duration alone), the vocal-tract
+    Speed resamples the samples (pitch and duration change together), tempo stretches the frames (duration alone), the vocal-tract
     factor warps the mel axis below 4.8 kHz (Jaitly & Hinton 2013). Used together they also vary the pitch alone.
-    ``channel_db`` is the deviation of a random smooth gain over frequency, as other microphones and rooms have.
-    Noise comes from the manifest data.noise, or, without one, is Gaussian of a random color.
-    ``silence`` is the most seconds of faint noise before and after an utterance; ``join`` is the probability that an
-    utterance is followed by another of its batch, which gives words new neighbors.
     """
 
     speed: Fraction = 0.1
+    """Largest change of speed, pitch included: 0.1 draws a factor from 0.9 to 1.1 for each utterance; 0 is off."""
     tempo: Fraction = 0.0
+    """Largest change of tempo, pitch kept: 0.1 draws a factor from 0.9 to 1.1; 0 is off."""
     vocal_tract: Fraction = 0.0
+    """Largest warp of the frequency axis, as of longer and shorter vocal tracts: 0.1 draws a factor from 0.9 to 1.1; 0
+    is off."""
     volume_db: Annotated[float, Field(ge=0.0, le=40.0)] = 6.0
+    """Largest change of volume, in dB either way; 0 is off."""
     channel_db: Annotated[float, Field(ge=0.0, le=20.0)] = 0.0
+    """Standard deviation, in dB, of a random smooth gain over frequency, as other microphones and rooms have; 0 is
+    off."""
     silence: Annotated[float, Field(ge=0.0, le=5.0)] = 0.0
+    """Longest faint noise added before and after an utterance, in seconds; 0 is off."""
     join: Share = 0.0
+    """Probability that another utterance of the batch is appended, which gives words new neighbors; 0 is off."""
     noise_probability: Share = 0.0
+    """Probability that noise is mixed in; 0 is off. `data.noise` says which."""
     noise_snr_db: tuple[float, float] = (10.0, 30.0)
+    """Least and most signal-to-noise ratio of the noise mixed in, in dB."""
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+    """SpecAugment; null is off."""
 
 
 def perturb_time(

@@ -35,12 +35,14 @@ Node = dict[str, Any]  # {senone} of a leaf, else {side, question, yes, no}
 
 @config
 class SenoneConfig:
-    """``number``: about how many senones in all, never fewer than phones times ``states``. ``states`` of a phone: 1 (ours, as a
-    frame of 40 ms leaves little room), or 3 as in Kaldi's GMMs. ``smallest``: 10 ms frames a senone is seen in."""
+    """The tree of senones (Young, Odell and Woodland 1994)."""
 
     number: Annotated[int, Field(ge=1)] = 500
+    """About how many senones in all; never fewer than phones times `states`."""
     states: Annotated[int, Field(ge=1, le=3)] = 1
+    """States of a phone: 1 (our choice: a frame of 40 ms leaves little room) to 3, as in Kaldi's GMMs."""
     smallest: Annotated[int, Field(ge=1)] = 200
+    """Frames of 10 ms every senone must be seen in."""
 
 
 @dataclass(frozen=True)

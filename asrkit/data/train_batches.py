@@ -37,20 +37,24 @@ from asrkit.data.text.tokenizer import Tokenizer
 
 @config
 class DataConfig:
-    """Batching and perturbation. ``max_duration`` is seconds of audio for each process and step.
-
-    ``also`` names further manifests to train on (synthetic speech, say); ``repeat`` is how often the main manifest
-    comes in an epoch for each time these come.
-    """
+    """Batches, and where their cuts come from."""
 
     max_duration: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds of audio in a step, for each process. Lower it if memory runs out."""
     num_buckets: Annotated[int, Field(ge=1)] = 20
+    """Number of duration buckets; a batch holds cuts of one. More buckets mean less padding."""
     num_workers: Annotated[int, Field(ge=0)] = 1
+    """Processes that load data; 0 loads it in the training process."""
     bpe_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability that a merge of word pieces is left out, which varies how words are split (arXiv 1910.13267)."""
     also: tuple[Path, ...] = ()
+    """Further manifests to train on, such as synthetic speech."""
     repeat: Annotated[int, Field(ge=1)] = 1
-    noise: Path | None = None  # a manifest of noise recordings, for augment.noise_probability
+    """How often the main manifest comes in an epoch for each time those of `also` do."""
+    noise: Path | None = None
+    """Manifest of noise recordings for augment.noise_probability; null makes Gaussian noise of a random color."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How training data are varied."""
 
 
 class TrainBatches(torch.utils.data.Dataset[Batch]):

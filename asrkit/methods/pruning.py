@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from asrkit.config import config, from_dict, to_dict
+from asrkit.config import Advanced, config, from_dict, to_dict
 from asrkit.models.compression import compressed_layers
 from asrkit.nn.compression import CompressedLinear, Mask, find_mask
 
@@ -23,24 +23,31 @@ Score = Literal["magnitude", "activation"]
 
 @config
 class MaskSchedule:
-    """When masks are found: at step ``start`` and then every ``interval`` steps, and never again after the last time.
+    """When masks are computed; after the last time they never change.
 
-    ``kind`` shots: ``shots`` times the whole mask, from the latent weights, so that what was pruned can return (few-shot; 1 is
-    one-shot). iterative: each time ``share`` of what is left, until the sparsity is reached; nothing returns. cubic: ``shots``
-    times, the sparsity growing as 1 - (1 - i / shots)^3 of its target; what was pruned can return.
-    ``score``: magnitude, or activation: times the sum of the layer's absolute inputs, on the step's first batch.
-    ``straight_through``: until the masks are final, pruned weights get gradients all the same (plain), and besides, in every
-    step, ``decay`` times themselves (sr, arXiv 2102.04010); the papers' way is none.
+    Sources: arXiv 2312.08553 (shots), arXiv 2207.11906 (iterative), arXiv 1710.01878 (cubic), arXiv 2102.04010 (sr).
     """
 
     kind: Literal["shots", "iterative", "cubic"] = "shots"
+    """shots: compute the whole mask `shots` times, so that pruned weights can return. iterative: prune `share` of what
+    is left each time until the sparsity is reached; nothing returns. cubic: `shots` times, the sparsity growing as 1
+    - (1 - i / shots)^3 of its target."""
     shots: Annotated[int, Field(ge=1)] = 1
+    """How often the mask is computed, with shots and cubic."""
     interval: Annotated[int, Field(ge=1)] = 1
+    """Steps between two computations of the mask."""
     start: Annotated[int, Field(ge=0)] = 0
+    """Step of the first one."""
     share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of what is left that goes each time, with iterative."""
     score: Score = "magnitude"
-    straight_through: Literal["none", "plain", "sr"] = "none"
-    decay: Annotated[float, Field(ge=0.0)] = 2e-4
+    """What decides which weights stay: magnitude, or activation, which multiplies it by the layer's summed absolute
+    inputs on the step's first batch."""
+    straight_through: Advanced[Literal["none", "plain", "sr"]] = "none"
+    """Gradients of pruned weights until the mask is final: none (the papers' way), plain, or sr, plain with `decay`
+    times the weight added in every step."""
+    decay: Advanced[Annotated[float, Field(ge=0.0)]] = 2e-4
+    """Factor of the decay of pruned weights with `straight_through=sr`."""
 
 
 def updates(schedule: MaskSchedule, sparsity: float | None) -> list[float | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
-from asrkit.config import config, from_dict, to_dict
+from asrkit.config import Advanced, config, from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.compression import (
@@ -34,19 +34,19 @@ TRAINING_ONLY = ("simple_encoder", "simple_predictor", "heads")
 
 @config
 class LayerChoice:
-    """Which linear layers a stage compresses; the papers take the encoder's, all of them.
-
-    ``only``: parts of the model. ``first``: of the encoder's blocks, the first so many (lower ones
-    bear it best). ``include`` and ``exclude``: patterns of paths, such as ``*.conv.*``; a layer must match one of the
-    first, if there are any, and none of the second. ``indivisible``: what to do with a layer whose inputs do not divide into
-    groups or blocks: refuse, skip it, or pad the last group (N:M only).
-    """
+    """Which linear layers a stage compresses; the papers take all of the encoder's."""
 
     only: Annotated[list[Part], Field(min_length=1)] = field(default_factory=lambda: ["encoder", "submodels"])
+    """Parts of the model: encoder, submodels (the active ones), joiner, ctc_head."""
     first: Annotated[int, Field(ge=1)] | None = None
+    """Only the first so many blocks of the encoder, which bear compression best; null is all."""
     include: list[str] = field(default_factory=list)
+    """Patterns of layer paths such as *.conv.*; a layer must match one of them. Empty: every layer does."""
     exclude: list[str] = field(default_factory=list)
+    """Patterns of layer paths that are left out."""
     indivisible: Literal["refuse", "skip", "pad"] = "refuse"
+    """Layers whose inputs the groups or blocks do not divide: refuse to start, skip them, or pad the last group (N:M
+    only)."""
 
 
 def compress(model: nn.Module, how: Mapping[str, Compression]) -> None:
@@ -129,14 +129,20 @@ def _block(path: str) -> int | None:
 
 @config
 class QuantizationConfig:
-    """What to quantize, and how; ``bits`` replaces ``weights.bits`` for the layers whose paths match a pattern, the last match
-    counting, such as ``{"encoder.blocks.0.*": 8}``."""
+    """What to quantize, and how (arXiv 2203.15952)."""
 
     weights: WeightQuantization = field(default_factory=WeightQuantization)
+    """How the weights become integers."""
     activations: ActivationQuantization | None = None
-    product: Literal["native", "fake"] = "native"
+    """How the layers' inputs become integers; null keeps them float."""
+    product: Advanced[Literal["native", "fake"]] = "native"
+    """native multiplies the integers and scales the result (the paper's way); fake scales the weights before the
+    product, for comparison."""
     bits: dict[str, Literal[2, 4, 8]] = field(default_factory=dict)
+    """Bits of single layers, by patterns of their paths, such as {"encoder.blocks.0.*": 8}. The last pattern that
+    matches counts."""
     layers: LayerChoice = field(default_factory=LayerChoice)
+    """Which linear layers are quantized."""
 
     @model_validator(mode="after")
     def _possible(self) -> Any:

@@ -24,13 +24,18 @@ END = 0  # what every sequence begins and ends with: the tokenizer's blank, whic
 
 @config
 class LmShape:
-    """The network. Widths are open in the paper; the defaults are ours. ``heads`` are of the Transformer."""
+    """Shape of a language model. The paper leaves the widths open; the defaults are our choice."""
 
     architecture: Literal["lstm", "transformer"] = "lstm"
+    """lstm (the paper's) or a causal transformer."""
     dim: Annotated[int, Field(ge=2)] = 256
+    """Width of the embedding and of the layers."""
     num_layers: Positive = 4
+    """Number of layers."""
     heads: Positive = 4
+    """Attention heads of the transformer; dim must be an even multiple of them."""
     dropout: Probability = 0.1
+    """Dropout in the layers."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Any:

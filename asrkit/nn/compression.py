@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asrkit.config import config
+from asrkit.config import Advanced, config
 
 Rounding = Literal["half_up", "half_even"]
 # A float32 holds every whole number up to this exactly, so sums of products below it are those of integers.
@@ -27,23 +27,29 @@ CLIP_GRID = 11  # shares of the largest weight that a clip search tries, from 1 
 
 @config
 class WeightQuantization:
-    """How weights become integers.
-
-    ``scale``: one for all, for each output (the paper), or for each block of ``block_size`` inputs of an output.
-    ``bound``: what the largest weight becomes: center of the last step, 2^(b-1) - 1 (the paper), or its outer edge, 2^(b-1) - 0.5.
-    ``symmetric`` has no zero point and keeps zeros; asymmetric uses all 2^b levels (arXiv 2305.16619), for 2 bits.
-    ``scale_gradient``: whether training moves the largest weight through the scale as well; the paper stops it.
-    ``clip`` search: of 11 shares of the range, 1 to 0.5, the one with the least squared error, for each scale by itself.
-    """
+    """How a layer's weights become integers (arXiv 2203.15952; asymmetric 2-bit levels of arXiv 2305.16619)."""
 
     bits: Literal[2, 4, 8] = 8
+    """Bits per weight: 8, 4 or 2."""
     scale: Literal["tensor", "channel", "block"] = "channel"
+    """What shares a scale: the whole tensor, each output channel (the paper's way), or each block of `block_size`
+    inputs of an output."""
     block_size: Annotated[int, Field(ge=2)] = 64
-    bound: Literal["center", "edge"] = "center"
-    rounding: Rounding = "half_up"
+    """Inputs per scale with `scale=block`."""
+    bound: Advanced[Literal["center", "edge"]] = "center"
+    """What the largest weight maps to: center, the last integer 2^(b-1) - 1 (the paper's way), or edge, the outer edge
+    of its step, 2^(b-1) - 0.5."""
+    rounding: Advanced[Rounding] = "half_up"
+    """How a value halfway between two integers is rounded: half_up (the paper's way) or half_even (to the even one, as
+    torch and ONNX round)."""
     symmetric: bool = True
-    scale_gradient: bool = False
+    """Use symmetric integers without a zero point, which keep zeros exact. Set to false, with 2 bits only, to use all
+    four levels."""
+    scale_gradient: Advanced[bool] = False
+    """Let the gradient flow through the scale to the largest weight. The paper stops it."""
     clip: Literal["none", "search"] = "none"
+    """How to choose each scale: none covers the largest weight; search tries 11 ranges from 1 to 0.5 of it and takes
+    the one with the smallest squared error."""
 
     @model_validator(mode="after")
     def _possible(self) -> Any:
@@ -63,15 +69,16 @@ class WeightQuantization:
 
 @config
 class ActivationQuantization:
-    """How a layer's input becomes integers, with scales found anew in every pass.
-
-    ``scale``: one for each row, symmetric; or one for the whole input, symmetric (tensor) or as ONNX's
-    DynamicQuantizeLinear has it (onnx: asymmetric, unsigned, zero within the range).
-    """
+    """How a layer's inputs become integers. Scales are computed anew in every pass."""
 
     bits: Literal[4, 8] = 8
+    """Bits per input value: 8 or 4."""
     scale: Literal["token", "tensor", "onnx"] = "token"
-    rounding: Rounding = "half_up"
+    """What shares a scale: token (each frame has its own), tensor (the whole batch), or onnx (the whole batch,
+    asymmetric, as ONNX's DynamicQuantizeLinear computes it). With tensor and onnx an utterance's result depends on
+    what it is batched with."""
+    rounding: Advanced[Rounding] = "half_up"
+    """How a value halfway between two integers is rounded: half_up or half_even. `scale=onnx` needs half_even."""
 
     @model_validator(mode="after")
     def _possible(self) -> Any:
@@ -82,18 +89,21 @@ class ActivationQuantization:
 
 @config
 class Mask:
-    """Which weights stay: ``keep`` of every ``group`` along the inputs (N:M), or, by a share, blocks of ``block`` outputs x
-    inputs.
+    """Which weights stay: N of every M inputs (`keep` of `group`), or a share of the weights (`sparsity`), in blocks.
 
-    The mask itself is a buffer of the layer; this says what shape it has. ``pad``: a last group that is not whole counts
-    as filled up with weights that go first.
+    The mask itself is a buffer of the layer; this says what shape it has.
     """
 
     keep: Annotated[int, Field(ge=1)] | None = None
+    """N of N:M: how many weights to keep of every `group` consecutive inputs of an output."""
     group: Annotated[int, Field(ge=2)] | None = None
+    """M of N:M: the number of consecutive inputs that are pruned together."""
     pad: bool = False
+    """Prune a last group of fewer than `group` inputs as if it were filled up with weights that go first."""
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of the weights to prune, between 0 and 1. Give this or `keep` and `group`."""
     block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1)
+    """Outputs and inputs pruned as one block, with `sparsity`: [8, 1] is 8 outputs x 1 input."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Any:
@@ -106,13 +116,17 @@ class Mask:
 
 @config
 class Compression:
-    """What is done to one linear layer; nothing is an ordinary layer."""
+    """What is done to one linear layer; with nothing set it is an ordinary layer."""
 
     weights: WeightQuantization | None = None
+    """How the weights become integers; null keeps them float."""
     activations: ActivationQuantization | None = None
+    """How the inputs become integers; null keeps them float."""
     mask: Mask | None = None
-    # fake: weights are scaled back before the product, for comparison; the papers' is native.
+    """Which weights stay; null keeps them all."""
     product: Literal["native", "fake"] = "native"
+    """native multiplies the integers and scales the result (the papers' way); fake scales the weights before the
+    product, for comparison."""
 
     @model_validator(mode="after")
     def _possible(self) -> Any:

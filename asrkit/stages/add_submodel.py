@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from asrkit.config import Positive, Probability, config, from_dict, to_dict
+from asrkit.config import Advanced, Positive, Probability, config, from_dict, to_dict
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
@@ -39,39 +39,47 @@ PARTS = {
 
 @config
 class SubModelConfig:
-    """The modules to add; the patent leaves position, size and start open, so the defaults are ours.
-
-    ``layers`` None is every layer. ``dim`` None is the backbone's width for attention, a quarter of it for an adapter.
-    ``context`` limits what attention sees, and is what the sub-model is trained in if ``contexts.train`` says nothing.
-    ``init``: noop zeroes the output projections, so that training starts from the frozen model's results; random leaves
-    them as drawn; any other word is a sub-model of the same shape, such as ``joint``, whose weights are copied.
-    """
+    """The modules to add. The patent leaves position, size and start open, so the defaults are our choice."""
 
     kind: Literal["attention", "adapter"] = "attention"
+    """What to add: attention or adapter."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Encoder blocks to add it to, from 0; null is all of them."""
     position: Literal["serial", "parallel"] = "serial"
+    """Where it attaches: serial (before the convolution) or parallel (beside it)."""
     dim: Positive | None = None
+    """Width of the queries, keys and values, or of the adapter's bottleneck; null is the encoder's width for attention,
+    a quarter of it for an adapter."""
     heads: Positive = 4
+    """Attention heads."""
     context: ContextText = "full"
+    """Limit on what the attention sees in every mode: full, or chunk=16,left=64 in encoder frames of 40 ms. Also what
+    it is trained in, unless contexts.train is set."""
     dropout: Probability = 0.1
+    """Dropout in the sub-model."""
     init: str = NOOP
+    """Start: noop zeroes the output projections, so that training starts from the frozen model's results; random leaves
+    them as drawn; any other word is the sub-model of the same shape to copy, such as joint."""
 
 
 @config
 class AddSubModelConfig(FineTuneConfig):
-    """Everything add-submodel can be told; config.yaml of the run holds it with every default written out.
+    """Settings of add-submodel (US20240185839A1). config.yaml of the run holds them all.
 
-    ``active``: sub-models that are active, frozen, while the new one trains and runs. ``also_train``: what else learns: the
-    decoder (predictor and joiners) or the CTC head; other variants then change with them. ``frozen_dropout``:
-    whether the frozen parts drop out as in their own training; ours is no, they are what they will be in use.
     The optimizer is AdamW: ScaledAdam's steps are a share of a tensor's size, and a zeroed output projection has none yet.
     """
 
     submodel: SubModelConfig = field(default_factory=SubModelConfig)
+    """The sub-model to add."""
     active: list[str] = field(default_factory=list)
+    """Sub-models that are active, frozen, while the new one trains and runs."""
     also_train: list[Literal["decoder", "ctc_head"]] = field(default_factory=list)
-    frozen_dropout: bool = False
+    """Parts that learn besides: decoder (predictor and joiners) or ctc_head. The other variants then change with
+    them."""
+    frozen_dropout: Advanced[bool] = False
+    """Let the frozen parts drop out as in their own training, instead of running as they will in use."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(optimizer=OptimizerConfig(name="adamw")))
+    """Length of the run, logging, precision and optimizer."""
 
 
 def extended_spec(spec: ModelSpec, name: str, settings: AddSubModelConfig, where: str = "model") -> ModelSpec:

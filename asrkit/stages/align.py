@@ -44,22 +44,26 @@ Alignments = dict[str, dict[str, list[AlignmentItem]]]  # by cut id, then unit
 
 @config
 class AlignConfig:
-    """What to align, and how; words always are.
-
-    ``variant``: the model's, None for its default. ``extension``: frames of 40 ms by which a unit grows at both ends into frames
-    that say nothing. ``phones``: shared evenly within a word, or by a second forced pass with a Gaussian for each phone, fitted
-    ``passes`` times to the alignment before. ``language``: of supervisions that name none.
-    """
+    """Settings of align."""
 
     units: list[Unit] = field(default_factory=lambda: ["bpe"])  # type: ignore[arg-type, unused-ignore]
+    """Units to align besides words: bpe, phone, senone."""
     variant: str | None = None
+    """Variant whose CTC head aligns, in the first context it was trained in; null is the model's default."""
     bad_cuts: Literal["refuse", "skip"] = "refuse"
+    """What to do with cuts that cannot be aligned: refuse to start, or skip and list them."""
     max_duration: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds of audio aligned at once."""
     extension: Annotated[int, Field(ge=0)] = 5
+    """Encoder frames of 40 ms by which a unit may grow at each end into frames where the CTC head says only blank."""
     phones: Literal["even", "gaussian"] = "even"
+    """How phones share the time of their word: even, or gaussian, a second forced pass in frames of 10 ms."""
     passes: Annotated[int, Field(ge=1)] = 3
+    """How often the Gaussians of `phones=gaussian` are fitted to the alignment before."""
     language: str = ""
+    """Language of supervisions that name none, for their phones."""
     senones: SenoneConfig = field(default_factory=SenoneConfig)
+    """The tree of senones grown on the manifest when none is given."""
 
 
 @dataclass(frozen=True)

@@ -52,15 +52,15 @@ from asrkit.training.start import (
 
 @config
 class DistillConfig(StartConfig):
-    """Everything distill can be told; config.yaml of the run holds it with every default written out.
-
-    Without ``tokenizer`` a new student has the teachers'. ``labels`` teacher: a cut without text gets what the (first) teacher
-    of its language hears, by ``labels_method``; texts that are there stay. Ours.
-    """
+    """Settings of distill (US20220309340A1, arXiv 2011.06110). config.yaml of the run holds them all."""
 
     teacher: DistillationConfig = field(default_factory=DistillationConfig)
+    """How the teachers teach."""
     labels: Literal["given", "teacher"] = "given"
+    """Cuts without text: given counts them as bad cuts; teacher has the first teacher of their language transcribe them
+    once, before training."""
     labels_method: Method = "beam"
+    """Search the teacher transcribes with: greedy, beam or ctc."""
 
 
 def defaults(trained_student: bool, stored: bool) -> DistillConfig:

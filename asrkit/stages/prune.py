@@ -42,14 +42,14 @@ from asrkit.training.session import CompressConfig, Prepared, fine_tune
 
 @config
 class PruneConfig(CompressConfig):
-    """Everything prune can be told; config.yaml of the run holds it with every default written out.
-
-    ``mask`` None is 2:4.
-    """
+    """Settings of prune (arXiv 2312.08553, US20250078815A1). config.yaml of the run holds them all."""
 
     mask: Mask | None = None
+    """Which weights stay; null is 2:4, the paper's."""
     schedule: MaskSchedule = field(default_factory=MaskSchedule)
+    """When and how often the mask is computed."""
     layers: LayerChoice = field(default_factory=LayerChoice)
+    """Which linear layers are pruned."""
 
 
 def prune(

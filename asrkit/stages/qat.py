@@ -39,14 +39,13 @@ SAMPLE = 4  # training batches that sensitivity is measured on
 
 @config
 class QatConfig(CompressConfig):
-    """Everything qat can be told; config.yaml of the run holds it with every default written out.
-
-    ``budget``: the share of the variant's float size that it may take; bits are then chosen for each layer, by what the
-    loss of the first 4 training batches grows by when it alone is quantized.
-    """
+    """Settings of qat (arXiv 2203.15952). config.yaml of the run holds them all."""
 
     budget: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the variant's float size it may take, such as 0.2. Bits are then chosen layer by layer: each is
+    quantized by itself, and the growth of the loss on 4 training batches is measured."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """What to quantize, and how."""
 
 
 def qat(

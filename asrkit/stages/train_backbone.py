@@ -33,7 +33,7 @@ from asrkit.training.start import (
 
 @config
 class TrainBackboneConfig(StartConfig):
-    """Everything train-backbone can be told; config.yaml of the run holds it with every default written out."""
+    """Settings of train-backbone. config.yaml of the run holds them all."""
 
 
 def defaults(trained: bool) -> TrainBackboneConfig:

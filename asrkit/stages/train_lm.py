@@ -44,24 +44,30 @@ MAX_FINDINGS = 20  # shown of the lines that cannot be used
 
 @config
 class TrainLmConfig:
-    """Everything train-lm can be told; config.yaml of the run holds it with every default written out.
-
-    ``language`` of a text's phones. ``held_out``: the share of sentences that perplexity is measured on where no --dev is
-    given. ``vocab_size``: of the bpe trained when no tokenizer is given. ``max_symbols``: in a step and process.
-    """
+    """Settings of train-lm. config.yaml of the run holds them all."""
 
     unit: Unit = "bpe"
+    """Unit the model predicts: bpe, phone or senone."""
     language: str = ""
+    """Language whose pronunciations the phones of a text are, such as en."""
     seed: Annotated[int, Field(ge=0)] = 1
+    """Seed of everything random: start, held-out sentences, batches, dropout."""
     bad_lines: Literal["refuse", "skip"] = "refuse"
+    """What to do with lines that cannot be used: refuse to start, or skip and list them."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Share of the sentences held out to measure perplexity on, when there is no --dev."""
     vocab_size: Annotated[int, Field(ge=4)] = 500
+    """Number of tokens of the bpe tokenizer that is trained when none is given."""
     max_symbols: Positive = 4000
+    """Symbols in a step, for each process."""
     num_buckets: Positive = 20
+    """Number of length buckets; a batch holds sentences of one. More buckets mean less padding."""
     model: LmShape = field(default_factory=LmShape)
+    """Shape of the language model."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3))
     )
+    """Length of the run, logging, precision and optimizer."""
 
 
 def train_lm(

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from asrkit.config import NonNegative, config
+from asrkit.config import Advanced, NonNegative, config
 from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.losses.distillation import delayed, node_divergence
@@ -32,22 +32,30 @@ from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, dra
 
 @config
 class LossConfig:
-    """Weights and shape of the loss; the schedule is that of the pruned transducer's reference recipes.
-
-    ``ctc_scale`` 0 trains no CTC head, ``transducer_scale`` 0 no transducer. Both together regularize each other.
-    ``topology`` (ours): modified lets a frame hold one symbol at most, as the searches and the runtimes decode;
-    regular, the original, lets a model emit several in one frame, which those then lose.
-    """
+    """Weights and shape of the loss: CTC and the pruned transducer (arXiv 2206.13236)."""
 
     ctc_scale: NonNegative = 0.3
+    """Weight of the CTC loss; 0 trains no CTC head."""
     transducer_scale: NonNegative = 1.0
+    """Weight of the transducer loss; 0 trains no transducer."""
     simple_scale: NonNegative = 0.5
+    """Weight of the transducer's simple loss, whose joiner only adds logits and which decides what the pruned loss
+    looks at, once the warm-up is over."""
     warm_up_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps in which the weight of the simple loss falls from 1 to `simple_scale` and that of the pruned loss rises
+    from 0.1 to 1."""
     prune_range: Annotated[int, Field(ge=2)] = 5
-    lm_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
-    am_scale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    topology: Topology = "modified"
+    """Symbols that the pruned loss looks at in each frame. More costs memory."""
+    lm_scale: Advanced[Annotated[float, Field(ge=0.0, le=1.0)]] = 0.25
+    """Share of the predictor's own posteriors in the simple loss."""
+    am_scale: Advanced[Annotated[float, Field(ge=0.0, le=1.0)]] = 0.0
+    """Share of the encoder's own posteriors in the simple loss."""
+    topology: Advanced[Topology] = "modified"
+    """modified lets a frame emit one symbol at most, as the searches and runtimes decode; regular, the original, allows
+    several, which decoding then loses."""
     backend: Backend = "auto"
+    """What computes the pruned transducer loss: k2, torch, or auto, which is k2 where it is installed. Both give the
+    same numbers."""
 
 
 def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:

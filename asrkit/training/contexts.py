@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from asrkit.config import NonNegative, config
+from asrkit.config import Advanced, NonNegative, config
 from asrkit.losses.distillation import Classes
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import FULL, Context, parse_context
@@ -16,20 +16,22 @@ from asrkit.nn.context import FULL, Context, parse_context
 
 @config
 class ContextsConfig:
-    """The contexts a stage trains in, ``train``; the first is the one dev WER is measured in.
-
-    ``sampling`` random: each process draws one a batch. joint: every batch is seen in full context and in one drawn of
-    the others, and the losses are added (dual-mode training, arXiv 2010.06030, section 3). Joint training can distil in
-    place: ``distillation_scale`` times the divergence of the streaming from the full-context posteriors on the
-    streaming pass's pruned lattice, the teacher delayed by ``distillation_delay`` encoder frames (it emits earlier; the
-    paper tunes -2 to 2). Its scale and its classes are open in the paper: ours are 0, which is off, and three.
-    """
+    """The contexts a stage trains in; ``joint`` is dual-mode training (arXiv 2010.06030, section 3)."""
 
     train: Annotated[list[ContextText], Field(min_length=1)] | None = None
+    """Contexts to train in, such as [full, "chunk=8,left=32"], in encoder frames of 40 ms; dev WER is measured in the
+    first. null: full context for a new model, else those the variant was trained in."""
     sampling: Literal["random", "joint"] = "random"
+    """random draws one context for each batch and process; joint runs every batch in full context and in one of the
+    others and adds the losses, which takes twice the time."""
     distillation_scale: NonNegative = 0.0
-    distillation_classes: Classes = "three"
-    distillation_delay: Annotated[int, Field(ge=-5, le=5)] = 0
+    """With joint sampling: weight of in-place distillation from the full to the streaming pass, over the streaming
+    pass's pruned lattice; 0 is off."""
+    distillation_classes: Advanced[Classes] = "three"
+    """What in-place distillation compares: three (next symbol, blank, everything else) or all tokens."""
+    distillation_delay: Advanced[Annotated[int, Field(ge=-5, le=5)]] = 0
+    """Encoder frames of 40 ms by which the full-context teacher, which emits earlier, is delayed. The paper tries -2 to
+    2."""
 
     @model_validator(mode="after")
     def _joint_needs_two(self) -> Any:
@@ -52,17 +54,18 @@ def drawn(contexts: list[Context]) -> Context:
 
 @config
 class AttentionDropoutConfig:
-    """How attention is dropped at random while the backbone trains (US20240185839A1, which leaves all of this open).
-
-    ``probability`` 1 trains the backbone alone, 0 an ordinary Conformer. ``over``: each layer draws for itself, or the
-    whole model at once; ``per`` batch or utterance. ``rescale`` divides what is left by 1 - probability; off, the
-    backbone alone is what it is in training when all attention is dropped.
-    """
+    """How attention is dropped at random while the backbone trains (US20240185839A1, which leaves the details open)."""
 
     probability: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    over: Literal["layer", "model"] = "layer"
-    per: Literal["batch", "utterance"] = "batch"
-    rescale: bool = False
+    """Probability that attention is dropped: 1 trains the backbone alone, without attention; 0 trains an ordinary
+    Conformer; between, attention is the sub-model joint."""
+    over: Advanced[Literal["layer", "model"]] = "layer"
+    """Draw for each layer by itself, or once for the whole model."""
+    per: Advanced[Literal["batch", "utterance"]] = "batch"
+    """Draw once for a batch, or for each utterance."""
+    rescale: Advanced[bool] = False
+    """Divide what is left by 1 - probability, as dropout does. Without it the backbone alone is what it is in training
+    when all attention is dropped."""
 
 
 def draw_gates(settings: AttentionDropoutConfig, num_layers: int, batch: int) -> Tensor | None:

@@ -36,25 +36,32 @@ Steps = Annotated[int, Field(ge=1)]
 
 @config
 class TrainingConfig:
-    """Length, rhythm and arithmetic of a run.
-
-    ``precision`` auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else float32.
-    ``average_decay``: the saved and evaluated weights are an exponential average of the trained ones; the decay
-    grows from 0 with the steps, (1 + step) / (10 + step), up to this.
-    ``keep``: whether the run's weights are those of the best dev WER or the last ones.
-    """
+    """Length, rhythm and arithmetic of a run."""
 
     steps: Steps = 4000
+    """Optimizer steps in all."""
     accumulate: Steps = 1
+    """Batches whose gradients are added up for one step. Raise it when a batch as large as you want does not fit in
+    memory."""
     log_every: Steps = 50
+    """Steps between lines of the log and of metrics.jsonl."""
     evaluate_every: Steps = 500
+    """Steps between measurements on the dev manifest."""
     save_every: Steps = 250
+    """Steps between saved states; at most this much work is lost when the run is killed."""
     average_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.998
+    """The saved and evaluated weights are a running average of the trained ones; the decay of step n, counted from 0, is
+    (1 + n) / (10 + n), at most this. 0 saves the last weights as they are."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the forward pass: auto is bfloat16 on GPUs and CPUs that compute in it, else float32."""
     keep: Literal["best", "last"] = "best"
+    """Which weights the run ends with: those of the best dev WER, or the last."""
     max_skipped_in_a_row: Steps = 10
+    """End the run after this many steps in a row whose loss or gradient was not finite."""
     tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and learning rate."""
 
 
 class TrainingBatch(Protocol):

@@ -10,25 +10,29 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from asrkit.config import config
+from asrkit.config import Advanced, config
 
 
 @config
 class OptimizerConfig:
-    """``scaled_adam`` moves each tensor in proportion to its own root mean square (Zipformer, arXiv 2310.11230).
-
-    ``learning_rate`` None takes the optimizer's default: 2e-3 for adamw, 5e-2 for scaled_adam.
-    The rate rises linearly over ``warm_up_steps`` and then falls as ``decay`` says, to ``final_fraction`` of its peak.
-    """
+    """The optimizer and its learning rate. ``scaled_adam`` is that of Zipformer (arXiv 2310.11230)."""
 
     name: Literal["adamw", "scaled_adam"] = "scaled_adam"
+    """adamw, or scaled_adam, which moves each tensor in proportion to its own root mean square."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    betas: tuple[float, float] = (0.9, 0.98)
+    """Peak learning rate; null takes the optimizer's own default: 2e-3 for adamw, 5e-2 for scaled_adam."""
+    betas: Advanced[tuple[float, float]] = (0.9, 0.98)
+    """Decay rates of Adam's running means of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight decay of adamw for matrices; vectors (norms, biases) are not decayed, and scaled_adam has none."""
     max_gradient_norm: Annotated[float, Field(gt=0)] = 2.0
+    """Gradients whose norm over all weights exceeds this are scaled down to it. Lower it if the loss jumps."""
     warm_up_steps: Annotated[int, Field(ge=0)] = 200
+    """Steps over which the learning rate rises linearly to its peak."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from its peak to the last step: cosine, linear, or constant (not at all)."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02
+    """Learning rate of the last step as a share of the peak, for cosine and linear."""
 
     @property
     def peak_learning_rate(self) -> float:

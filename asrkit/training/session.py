@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from lhotse import CutSet
@@ -35,22 +35,29 @@ from asrkit.training.run_writer import RunWriter
 
 @config
 class StageConfig:
-    """What every stage that trains can be told; a stage's own settings come on top."""
+    """Settings of every stage that trains a recognizer; a stage's own come on top."""
 
     seed: Annotated[int, Field(ge=0)] = 1
-    bad_cuts: str = Field(default="refuse", pattern="^(refuse|skip)$")
+    """Seed of everything random: start, batches, augmentation, dropout."""
+    bad_cuts: Literal["refuse", "skip"] = "refuse"
+    """What to do with cuts that cannot be trained on: refuse to start, or skip and list them."""
     dev_max_cuts: Positive = 500
+    """At most this many cuts of the dev manifest are decoded at each measurement."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Batches and where their cuts come from."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """Training loss."""
     contexts: ContextsConfig = field(default_factory=ContextsConfig)
+    """How much of the recording each frame sees in training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length of the run, logging, precision and optimizer."""
 
 
 @config
 class FineTuneConfig(StageConfig):
-    """The same with the defaults of stages that start from a trained model.
+    """``StageConfig`` with the defaults of stages that start from a trained model.
 
-    Ours: the transducer's simple part does not lead again, and AdamW at a quarter of its usual rate.
+    Our choice: the transducer's simple part does not lead again, and AdamW runs at a quarter of its usual rate.
     """
 
     loss: LossConfig = field(default_factory=lambda: LossConfig(warm_up_steps=0))
@@ -64,15 +71,12 @@ Compressing = TypeVar("Compressing", bound="CompressConfig")
 
 @config
 class CompressConfig(FineTuneConfig):
-    """What the stages that make a model smaller have in common.
-
-    ``variant``: the one to train, None for the parent's default. ``from_scratch``: begin with new weights and not with
-    the parent's; its shape, features' statistics and tokenizer are taken over. ``teacher``: how a model given to teach does so; ours
-    is all it knows, of the very input of the student, as the two began as one.
-    """
+    """Settings that prune and qat share."""
 
     variant: str | None = None
+    """Variant to train; null trains the parent's default."""
     from_scratch: bool = False
+    """Start from new weights instead of the parent's; its shape, feature statistics and tokenizer are taken over."""
     teacher: DistillationConfig = field(
         default_factory=lambda: DistillationConfig(
             scale=1.0,
@@ -83,6 +87,7 @@ class CompressConfig(FineTuneConfig):
             weight=WeightConfig(kind="constant"),
         )
     )
+    """How the model given by --teacher teaches. By default it compares all tokens, on the student's own input."""
 
 
 def from_scratch_defaults(kind: type[Compressing]) -> Compressing:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from lhotse.cut import Cut
 from pydantic import Field
 
-from asrkit.config import Positive, Probability, config, from_dict, to_dict
+from asrkit.config import Advanced, Positive, Probability, config, from_dict, to_dict
 from asrkit.data.cut_audio import feature_statistics
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
@@ -34,51 +34,69 @@ class TokenizerConfig:
     """The tokenizer trained from the manifest when none is given."""
 
     kind: TokenizerKind = "bpe"
+    """Tokens: bpe or unigram word pieces, or char for single characters."""
     vocab_size: Annotated[int, Field(ge=4)] = 500
+    """Number of tokens, blank included. Fewer suit little text; char uses as many as there are characters."""
 
 
 @config
 class BackboneConfig:
-    """``size`` names a preset; any other field set replaces the preset's value.
+    """Shape of a new model: a Conformer without attention (arXiv 2005.08100) and its transducer.
 
-    ``languages``: those of the cuts, to tell the encoder which it hears: a learned vector for each is added to the frames
-    after the subsampling, which is usual practice; that it is there, and begins as zeros, is ours.
-
-    Attention, where ``attention_dropout.probability`` is below 1, is a sub-model named ``joint`` in every layer:
-    ``attention_heads`` of it, ``attention_dim`` wide (the backbone's width when none is given). Its output projections
-    begin as zeros, so that the model begins as a backbone.
+    The language vector is usual practice; adding it after the subsampling, starting from zeros, is our choice.
     """
 
     size: Size = "small"
+    """Preset shape: tiny, small, medium or large. Any other field that is set replaces the preset's value."""
     dim: Positive | None = None
+    """Width of the encoder's blocks; null takes the preset's."""
     num_layers: Positive | None = None
+    """Number of encoder blocks; null takes the preset's."""
     feedforward_dim: Positive | None = None
+    """Inner width of each feed-forward module; null takes the preset's."""
     kernel_size: Positive | None = None
+    """Taps of each convolution over time, in encoder frames of 40 ms; odd. null takes the preset's."""
     subsampling_channels: tuple[Positive, Positive] = (8, 32)
+    """Channels of the two convolutions that reduce 100 feature frames a second to 25."""
     dropout: Probability = 0.1
+    """Dropout in the encoder's blocks. Raise it for little data."""
     predictor_dim: Positive | None = None
+    """Width of the predictor; null takes the preset's."""
     predictor_dropout: Probability = 0.1
+    """Dropout in the predictor."""
     context_size: Positive = 2
+    """Number of previous tokens the predictor sees."""
     joiner_dim: Positive | None = None
-    norms: Literal["shared", "per_mode"] = "shared"
+    """Width of the joiner; null takes the preset's."""
+    norms: Advanced[Literal["shared", "per_mode"]] = "shared"
+    """shared uses the same gains and biases in every context; per_mode gives each norm a second pair for streaming
+    (arXiv 2010.06030)."""
     languages: Languages = field(default_factory=list)
+    """Languages the model takes as an input, such as [en, fr]: the encoder learns a vector for each and adds it to
+    every frame. Empty: the model has no language input."""
     attention_dropout: AttentionDropoutConfig = field(default_factory=AttentionDropoutConfig)
+    """How often attention is dropped while the backbone trains; by default there is no attention."""
     attention_dim: Positive | None = None
+    """Width of the attention's queries, keys and values; null takes the encoder's. Only with
+    attention_dropout.probability below 1."""
     attention_heads: Positive = 4
+    """Attention heads of the sub-model joint. Only with attention_dropout.probability below 1."""
     attention_position: Literal["serial", "parallel"] = "serial"
+    """Where the sub-model joint attaches: serial (before the convolution) or parallel (beside it). Only with
+    attention_dropout.probability below 1."""
 
 
 @config
 class StartConfig(StageConfig):
-    """What a stage can be told that makes a new model or trains one on.
-
-    ``model``: the shape of a new one. ``tokenizer``: of the one trained from the manifest for it, where none is given.
-    ``variant``: the one to train of a model that has been trained before; None is its default.
-    """
+    """Settings of a stage that makes a new model or trains one on."""
 
     model: BackboneConfig = field(default_factory=BackboneConfig)
+    """Shape of a new model."""
     tokenizer: TokenizerConfig | None = None
+    """The tokenizer trained from the manifest for a new model; null uses bpe with 500 tokens, or the one given by
+    --tokenizer."""
     variant: str | None = None
+    """Variant to train, with --from; null trains the model's default."""
 
 
 @dataclass(frozen=True)

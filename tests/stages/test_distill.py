@@ -137,7 +137,8 @@ def test_a_new_student_of_its_own_size(corpus: Path, teacher: Path, second: Path
     rows = [row for row in metrics(student) if "kd_lattice" in row]
     assert len(rows) == 4
     assert all(
-        row["kd_lattice"] > 0 and row["kd_weight"] > 0 and row["kd_teacher_loss"] > 0 and "kd_ctc" in row for row in rows
+        row["kd_lattice"] > 0 and row["kd_weight"] > 0 and row["kd_teacher_loss"] > 0 and "kd_ctc" in row
+        for row in rows
     )
     asrkit("evaluate", "--from", student, "--manifest", corpus / "dev.jsonl.gz")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from asrkit.config import NonNegative, Positive, config
+from asrkit.config import Advanced, NonNegative, Positive, config
 from asrkit.errors import UserError
 from asrkit.losses.distillation import (
     Classes,
@@ -24,27 +24,34 @@ Step = Annotated[int, Field(ge=0)]
 
 @config
 class WeightConfig:
-    """The weight w of an utterance's distillation. That it is constant, or falls with the step, or with the teacher's loss, or
-    that and rises with the student's, is of US20220309340A1; the functions are ours.
+    """The weight w of an utterance's distillation loss.
 
-    constant: 1. linear, exponential: from ``start`` to ``end`` between ``from_step`` and ``to_step``. piecewise: that of
-    the last of the ``points`` [step, weight] reached. teacher-loss: 1 / (1 + L_teacher). student-teacher:
-    L_student / (1 + L_teacher), of which the nearest published code is that of google-research/protoscribe.
-    The losses are the transducers' on the reference, ``per`` token, frame, or utterance (sum). ``detach``: no gradient
-    through the weight (that code has one). ``clamp``: the least and the most w may be.
+    US20220309340A1 names what it depends on (nothing, the step, the teacher's loss, or both losses); the functions are our choice,
+    student-teacher that of the nearest published code (google-research/protoscribe).
     """
 
     kind: Literal["constant", "linear", "exponential", "piecewise", "teacher-loss", "student-teacher"] = (
         "student-teacher"
     )
+    """How each utterance's distillation loss is weighted: constant, 1; linear or exponential, from `start` to `end`;
+    piecewise, by `points`; teacher-loss, 1 / (1 + L_teacher); student-teacher, L_student / (1 + L_teacher), where L
+    are the transducer losses on the reference."""
     start: NonNegative = 1.0
+    """linear, exponential: weight up to `from_step`."""
     end: NonNegative = 0.01
+    """linear, exponential: weight from `to_step` on."""
     from_step: Step = 0
-    to_step: Step | None = None  # None: the end of the training
+    """linear, exponential: step at which the weight begins to fall."""
+    to_step: Step | None = None
+    """linear, exponential: step at which it reaches `end`; null is the last one."""
     points: list[tuple[Step, NonNegative]] = field(default_factory=list)
-    per: Literal["token", "frame", "sum"] = "token"
-    detach: bool = True
-    clamp: tuple[NonNegative, NonNegative] | None = None
+    """piecewise: [step, weight] pairs such as [[0, 1.0], [1000, 0.1]]; each weight holds from its step on."""
+    per: Advanced[Literal["token", "frame", "sum"]] = "token"
+    """teacher-loss, student-teacher: take the losses per token, per frame, or as the utterance's sum."""
+    detach: Advanced[bool] = True
+    """Stop the gradient through the weight. The published code lets it flow."""
+    clamp: Advanced[tuple[NonNegative, NonNegative] | None] = None
+    """[least, most] the weight may be; null for no limits."""
 
     @model_validator(mode="after")
     def _decays(self) -> Any:
@@ -71,35 +78,44 @@ class WeightConfig:
 
 @config
 class DistillationConfig:
-    """How the student is taught. What the sources leave open is ours.
-
-    ``scale``: beta, of loss + beta * w * divergence; with ``combination`` convex it is alpha, of (1 - alpha) * pruned
-    transducer loss + alpha * w * divergence, the other losses staying whole. ``ctc_scale``: of the divergence of the CTC
-    posteriors, likewise times w; ``encoder_scale``: of the ``encoder_distance`` of the encoders' frames, likewise; a teacher
-    of another width is met through a linear map that learns and is not kept. ``classes`` three: next symbol, blank and the
-    rest; all: the whole vocabulary. ``lattice`` pruned: the student's own band; full: every node, ``chunk`` frames at a
-    time. ``reduction`` over the nodes of an utterance. ``direction`` forward: KL(teacher || student). ``last_row``: after the last symbol, blank and rest
-    (``all``: all) are compared, or nothing. ``delay``: encoder frames the teacher is behind.
-    ``input`` clean: the teacher hears the utterance without SpecAugment, noise and other changes of its sound; shared: as
-    the student does. ``context`` own: the first its variant was trained in; same: the student's.
-    """
+    """How the student is taught (arXiv 2011.06110); what the sources leave open is our choice."""
 
     scale: NonNegative = 0.1
-    combination: Literal["additive", "convex"] = "additive"
+    """Weight beta of the transducer's distillation loss; with `combination=convex` the share alpha."""
+    combination: Advanced[Literal["additive", "convex"]] = "additive"
+    """additive adds beta w D to the loss (the paper's way); convex takes (1 - alpha) of the pruned transducer loss +
+    alpha w D, and leaves the other losses as they are."""
     ctc_scale: NonNegative = 0.1
+    """Weight of the divergence of the CTC posteriors, frame by frame, likewise times w; 0 is off."""
     classes: Classes = "three"
+    """What is compared at each node: three (next symbol, blank, everything else; the paper's way) or all tokens."""
     lattice: Literal["pruned", "full"] = "pruned"
+    """Nodes that are compared: pruned, the student's own band, or full, all of them, which takes more time."""
     chunk: Positive = 8
-    reduction: Literal["sum", "mean"] = "sum"
+    """Frames computed at once with `lattice=full`. Fewer take less memory."""
+    reduction: Advanced[Literal["sum", "mean"]] = "sum"
+    """Sum over the nodes of an utterance (the paper's way), or their mean, which needs a larger `scale`."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    direction: Direction = "forward"
-    last_row: LastRow = "two"
+    """Temperature both models' logits are divided by; the loss is multiplied by its square."""
+    direction: Advanced[Direction] = "forward"
+    """forward is KL(teacher || student), the paper's way; reverse is KL(student || teacher)."""
+    last_row: Advanced[LastRow] = "two"
+    """After the last symbol, two compares blank with the rest, drop compares nothing."""
     delay: Annotated[int, Field(ge=-5, le=5)] = 0
+    """Encoder frames of 40 ms by which the teacher is delayed, for a streaming student of a full-context teacher (arXiv
+    2010.06030 tries -2 to 2)."""
     encoder_scale: NonNegative = 0.0
-    encoder_distance: Distance = "mse"
+    """Weight of the distance between the encoders' frames, likewise times w; 0 is off. A teacher of another width is
+    compared through a linear map that learns and is not kept."""
+    encoder_distance: Advanced[Distance] = "mse"
+    """Distance of the encoders' frames: mse, l2 or cosine."""
     input: Literal["clean", "shared"] = "clean"
+    """What the teacher hears: clean, the utterance without SpecAugment, noise and other changes of its sound, or
+    shared, what the student hears."""
     context: Literal["own", "same"] = "own"
+    """Context the teacher runs in: own, the first its variant was trained in, or same, the student's."""
     weight: WeightConfig = field(default_factory=WeightConfig)
+    """How each utterance's distillation loss is weighted."""
 
     @model_validator(mode="after")
     def _alpha(self) -> Any:
