@@ -20,7 +20,8 @@ import typer
 
 from asrkit.config import from_dict
 from asrkit.data.batch import Batch
-from asrkit.data.features import SAMPLE_RATE, fbank
+from asrkit.data.features import fbank
+from asrkit.frames import SAMPLE_RATE
 from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.loop import TrainingConfig, resolve_precision

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MixedCut
+from lhotse.cut.data import DataCut
 from lhotse.supervision import AlignmentItem
 from torch import Tensor
 
-from asrkit.data.features import FRAME_SHIFT
 from asrkit.data.text.units import Inventory
+from asrkit.frames import FRAME_SHIFT, count_encoder_frames, encoder_center
 
-SUBSAMPLING = 4
 SILENT, UNKNOWN = -1, -2  # frames of no segment: between the units, and where nothing is known or nothing is
 
 
@@ -41,13 +41,21 @@ class Segments:
 
 
 def items_of(cut: Cut, unit: str) -> list[AlignmentItem] | None:
-    """The alignment of a cut in a unit, in order of time; None where a supervision has none."""
+    """The alignment of a cut in a unit, in order of time, counted from the beginning of the cut; None where a supervision has
+    none.
+
+    A manifest counts an alignment's times from the beginning of the recording, as lhotse does.
+    """
+    tracks = [(0.0, cut)]
+    if isinstance(cut, MixedCut):
+        tracks = [(track.offset, track.cut) for track in cut.tracks if isinstance(track.cut, DataCut)]
     items: list[AlignmentItem] = []
-    for supervision in sorted(cut.supervisions, key=lambda s: s.start):
-        mine = (supervision.alignment or {}).get(unit)
-        if not mine:
-            return None
-        items += mine
+    for offset, part in sorted(tracks, key=lambda track: track[0]):
+        for supervision in sorted(part.supervisions, key=lambda s: s.start):
+            of_supervision = (supervision.alignment or {}).get(unit)
+            if not of_supervision:
+                return None
+            items += [item.with_offset(offset - part.start) for item in of_supervision]
     return items
 
 
@@ -97,20 +105,20 @@ class Annotator:
 
     def _label(self, inventory: Inventory, parts: Sequence[Heard]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the segments, and the segment of each encoder frame."""
-        num_frames = max(0, (sum(part.num_frames for part in parts) - 3) // SUBSAMPLING)
-        middles = (np.arange(num_frames) + 0.5) * SUBSAMPLING * FRAME_SHIFT
+        num_frames = count_encoder_frames(sum(part.num_frames for part in parts))
+        centers = encoder_center(np.arange(num_frames))
         frames = np.full(num_frames, UNKNOWN, dtype=np.int64)
         ids: list[int] = []
         paused: list[int] = []  # segments that a silent frame follows; -1 is before the first
         offset = 0.0
         for cut, length, before, after in parts:
             seconds = length * FRAME_SHIFT
-            inside = (middles >= offset) & (middles < offset + seconds)
+            inside = (centers >= offset) & (centers < offset + seconds)
             items = items_of(cut, inventory.unit)
             if items is not None:
                 # Speed and tempo stretch the whole recording alike; silence comes on top.
                 spoken = (length - before - after) * FRAME_SHIFT
-                own = (middles[inside] - offset - before * FRAME_SHIFT) * (cut.duration / spoken)
+                own = (centers[inside] - offset - before * FRAME_SHIFT) * (cut.duration / spoken)
                 starts = np.array([item.start for item in items])
                 place = np.searchsorted(starts, own, side="right") - 1
                 covered = (place >= 0) & (own < np.array([item.end for item in items])[place])

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from asrkit.config import Share, config
-from asrkit.data.features import LOG_EPS, SAMPLE_RATE, SHIFT, resample
+from asrkit.data.features import LOG_EPS, resample
+from asrkit.frames import SAMPLE_RATE, SHIFT_SAMPLES
 
 Fraction = Annotated[float, Field(ge=0.0, le=0.5)]
 
@@ -84,7 +85,7 @@ def perturb_time(
         level = 10.0 ** (float(random.uniform(-80.0, -45.0)) / 20.0)
         faint = torch.from_numpy(level * random.standard_normal(before + after).astype(np.float32))
         samples = torch.cat([faint[:before], samples, faint[before:]])
-    return samples, (before / SHIFT, after / SHIFT)
+    return samples, (before / SHIFT_SAMPLES, after / SHIFT_SAMPLES)
 
 
 def perturb_sound(

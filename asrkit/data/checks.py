@@ -15,18 +15,17 @@ import soundfile
 from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 
-from asrkit.data.features import FRAME_SHIFT
 from asrkit.data.manifests import language_of, open_cuts, text_of
 from asrkit.data.shar import loaded
 from asrkit.data.text.normalization import sentence_key
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.errors import UserError
+from asrkit.frames import FRAME_SHIFT, RECEPTIVE_FIELD, count_encoder_frames, count_features
 
 SILENCE_PEAK = 1e-3  # -60 dBFS
 TOLERANCE = 0.02  # seconds a file may be shorter than its manifest says, as decoders differ
 LIBSNDFILE = (".wav", ".flac", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph")
 HISTOGRAM_EDGES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
-MIN_FRAMES = 7  # of 10 ms: what the subsampling needs for one encoder frame
 T = TypeVar("T")
 
 
@@ -40,8 +39,8 @@ class Finding:
 
 
 def encoder_frames(seconds: float) -> int:
-    """T' of an utterance: 10 ms frames T, then (T - 3) // 4."""
-    return max(0, (round(seconds / FRAME_SHIFT) - 3) // 4)
+    """Encoder frames T' of an utterance."""
+    return count_encoder_frames(count_features(seconds))
 
 
 def find_bad_cuts(
@@ -75,12 +74,11 @@ def alignment_need(tokens: list[int]) -> int:
 
 def _check_manifest(cut: Cut, tokenizer: Tokenizer | None, languages: Sequence[str]) -> Iterable[Finding]:
     text = cut.supervisions[0].text or ""
-    frames = round(cut.duration / FRAME_SHIFT)
-    if frames < MIN_FRAMES:
+    if count_features(cut.duration) < RECEPTIVE_FIELD:
         yield Finding(
             cut.id,
             "short",
-            f"{cut.duration:.3f} s, less than the {MIN_FRAMES * FRAME_SHIFT} s the encoder needs",
+            f"{cut.duration:.3f} s, less than the {RECEPTIVE_FIELD * FRAME_SHIFT} s the encoder needs",
         )
     if cut.has_recording and isinstance(cut, MonoCut) and cut.end > cut.recording.duration + TOLERANCE:
         detail = f"ends at {cut.end:.2f} s, its recording at {cut.recording.duration:.2f} s; mend the manifest"

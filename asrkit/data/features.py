@@ -12,13 +12,12 @@ from lhotse.augmentation.torchaudio import get_or_create_resampler
 from torch import Tensor
 
 from asrkit.errors import UserError
+from asrkit.frames import SAMPLE_RATE, SHIFT_SAMPLES, WINDOW_SAMPLES
 
-SAMPLE_RATE = 16000
 NUM_MEL_BINS = 80
-FRAME_SHIFT = 0.01
-SHIFT = 160  # samples of FRAME_SHIFT
-AFTER = 280  # samples a frame sees from its place on; another 120 lie before it
-SHORTEST = 400  # samples of one 25 ms window; less is filled up with silence
+AFTER = (
+    WINDOW_SAMPLES + SHIFT_SAMPLES
+) // 2  # 280 samples that a frame sees from its own first one on; 120 lie before it
 LOG_EPS = math.log(1e-10)  # what silence is after the log; batches are padded with it
 
 
@@ -36,8 +35,8 @@ def fbank(samples: Tensor) -> Tensor:
     Returns:
         (T, 80) float32, one frame each 10 ms.
     """
-    if len(samples) < SHORTEST:
-        samples = torch.nn.functional.pad(samples, (0, SHORTEST - len(samples)))
+    if len(samples) < WINDOW_SAMPLES:
+        samples = torch.nn.functional.pad(samples, (0, WINDOW_SAMPLES - len(samples)))
     return torch.as_tensor(_extractor().extract(samples, SAMPLE_RATE))
 
 
@@ -55,13 +54,13 @@ class OnlineFbank:
     def accept(self, samples: Tensor) -> Tensor:
         """The next block (num_samples,) to the frames (T, 80) it completes, perhaps none."""
         self._samples = torch.cat([self._samples, samples])
-        return self._frames(self._first + (len(self._samples) - AFTER) // SHIFT + 1)
+        return self._frames(self._first + (len(self._samples) - AFTER) // SHIFT_SAMPLES + 1)
 
     def finish(self) -> Tensor:
         """The frames (T, 80) that reach over the recording's end."""
-        missing = 0 if self._first else max(0, SHORTEST - len(self._samples))
+        missing = 0 if self._first else max(0, WINDOW_SAMPLES - len(self._samples))
         self._samples = torch.nn.functional.pad(self._samples, (0, missing))
-        return self._frames(self._first + (len(self._samples) + SHIFT // 2) // SHIFT)
+        return self._frames(self._first + (len(self._samples) + SHIFT_SAMPLES // 2) // SHIFT_SAMPLES)
 
     def _frames(self, end: int) -> Tensor:
         """The frames from the last given out to ``end``."""
@@ -70,7 +69,7 @@ class OnlineFbank:
         frames = torch.as_tensor(_extractor().extract(self._samples, SAMPLE_RATE))
         frames = frames[self._done - self._first : end - self._first]
         # A frame before the next one is kept: what the extractor reflects at its beginning is then never looked at.
-        self._samples = self._samples[(end - 1 - self._first) * SHIFT :]
+        self._samples = self._samples[(end - 1 - self._first) * SHIFT_SAMPLES :]
         self._done, self._first = end, end - 1
         return frames
 

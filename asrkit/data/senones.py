@@ -21,8 +21,9 @@ from lhotse.supervision import AlignmentItem
 from pydantic import Field, TypeAdapter, ValidationError
 
 from asrkit.config import config
-from asrkit.data.features import FRAME_SHIFT, NUM_MEL_BINS
+from asrkit.data.features import NUM_MEL_BINS
 from asrkit.errors import UserError
+from asrkit.frames import FRAME_SHIFT
 from asrkit.run_dir import read_yaml, write_yaml
 
 EDGE = "#"  # the neighbor of the first and last phone

@@ -30,9 +30,10 @@ from asrkit.data.batch import Batch, _padded_symbols
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.cut_audio import _stored_features, cut_samples
 from asrkit.data.cut_table import CutTable
-from asrkit.data.features import FRAME_SHIFT, NUM_MEL_BINS, fbank
+from asrkit.data.features import NUM_MEL_BINS, fbank
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.frames import FRAME_SHIFT
 
 
 @config

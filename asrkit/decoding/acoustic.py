@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from asrkit.data.features import LOG_EPS
+from asrkit.frames import SUBSAMPLING, count_window
 from asrkit.nn.conformer import subsampled_lens
 from asrkit.nn.context import FULL, Context
 
 if TYPE_CHECKING:
     from asrkit.models import AsrModel
     from asrkit.models.encoder import Caches
-
-FRAME_SECONDS = 0.04  # of an encoder frame: 10 ms features, subsampled by 4
 
 
 class EncoderOutput(NamedTuple):
@@ -126,11 +125,11 @@ def encode_by_chunks(
     lens, size = subsampled_lens(feature_lens), context.chunk
     num_frames = int(lens.max())
     caches = model.encoder.initial_caches(len(features), context.left, model.submodels_of(variant))
-    last = -(-num_frames // size) * size * 4 + 3
+    last = count_window(-(-num_frames // size) * size)
     features = pad(features, (0, 0, 0, max(0, last - features.shape[1])), value=LOG_EPS)
     chunks = [features.new_zeros(len(features), 0, model.spec.encoder.dim)]
     for begin in range(0, num_frames, size):
-        window = features[:, 4 * begin : 4 * (begin + size) + 3]
+        window = features[:, SUBSAMPLING * begin : count_window(begin + size)]
         frame_lens = (lens - begin).clamp(0, size)
         encoder_out, caches = model.streaming_step(window, caches, variant, frame_lens, languages)
         chunks.append(encoder_out)

@@ -14,8 +14,8 @@ from lhotse.supervision import AlignmentItem
 from torch import Tensor
 from torch.nn import functional as F
 
-from asrkit.data.features import FRAME_SHIFT
 from asrkit.data.senones import SMALLEST_VARIANCE, cepstra_of, parts_of
+from asrkit.frames import FRAME_SHIFT
 
 
 def viterbi(emissions: Tensor, frame_lens: Tensor, state_lens: Tensor, optional: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from torch.nn.functional import pad
 
 from asrkit.data.features import LOG_EPS
 from asrkit.decoding.acoustic import EncoderOutput
-from asrkit.export.graphs import CTC, ENCODER, LOOK_AHEAD
+from asrkit.export.graphs import CTC, ENCODER
 from asrkit.export.runtime import ExportedModel
+from asrkit.frames import SUBSAMPLING, count_window
 from asrkit.nn.conformer import subsampled_lens
 from asrkit.nn.context import Context
 
@@ -70,11 +71,11 @@ class ExportedAcousticModel:
     def _encode_by_chunks(self, features: Tensor, feature_lens: Tensor, size: int) -> EncoderOutput:
         lens = subsampled_lens(feature_lens)
         num_frames = int(lens.max())
-        last = -(-num_frames // size) * size * 4 + LOOK_AHEAD
+        last = count_window(-(-num_frames // size) * size)
         features = pad(features, (0, 0, 0, max(0, last - features.shape[1])), value=LOG_EPS)
         caches, parts = self.start(len(features)), []
         for begin in range(0, num_frames, size):
-            window = features[:, 4 * begin : 4 * (begin + size) + LOOK_AHEAD]
+            window = features[:, SUBSAMPLING * begin : count_window(begin + size)]
             encoded, caches = self.step(window, caches, (lens - begin).clamp(0, size))
             parts.append(encoded)
         joined = {

@@ -11,7 +11,8 @@ from lhotse.cut import Cut
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.words import word_frames
-from asrkit.nn.context import FRAME_MS, LOOK_AHEAD_MS, Context
+from asrkit.frames import ENCODER_SHIFT_MS, LOOK_AHEAD_MS
+from asrkit.nn.context import Context
 from asrkit.reporting.wer import align
 
 
@@ -25,7 +26,7 @@ def emission_ms(frame: int, context: Context) -> float:
     """
     if context.chunk is None:
         raise ValueError("context must be a streaming one")
-    return (frame // context.chunk + 1) * context.chunk * FRAME_MS + LOOK_AHEAD_MS
+    return (frame // context.chunk + 1) * context.chunk * ENCODER_SHIFT_MS + LOOK_AHEAD_MS
 
 
 def word_ends(cut: Cut) -> list[tuple[str, float]] | None:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asrkit.data.features import SAMPLE_RATE, OnlineResample
+from asrkit.data.features import OnlineResample
 from asrkit.decoding.windows import mono_blocks
 from asrkit.errors import UserError
+from asrkit.frames import SAMPLE_RATE
 
 BLOCK_SECONDS = 0.1
 PCM_SCALE = 32768.0

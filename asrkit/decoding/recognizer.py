@@ -19,9 +19,10 @@ from asrkit.errors import UserError
 from asrkit.export.directory import is_exported, open_exported
 from asrkit.export.graphs import CTC, FILES
 from asrkit.export.runtime import ExportedModel
+from asrkit.frames import ENCODER_SHIFT_MS
 from asrkit.models import load_model
 from asrkit.models.asr import in_language
-from asrkit.nn.context import FRAME_MS, Context, parse_context
+from asrkit.nn.context import Context, parse_context
 from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run, sha256_of
 
 
@@ -83,7 +84,7 @@ def load_recognizer(
     if not was_trained(context, trained, attends):
         warnings.append(
             f"{path}: variant {name} was never trained in context {context}, but in {listed(trained)} "
-            f"(frames of {FRAME_MS:.0f} ms); expect more errors"
+            f"(frames of {ENCODER_SHIFT_MS:.0f} ms); expect more errors"
         )
     acoustic = TorchAcousticModel(model.to(torch_device), name, context)
     weights = sha256_of(run.path / WEIGHTS)

@@ -20,6 +20,7 @@ from asrkit.decoding.acoustic import EncoderOutput
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import search
 from asrkit.errors import UserError
+from asrkit.frames import FRAME_SHIFT, LOOK_AHEAD, count_window
 from asrkit.nn.context import Context, parse_context
 
 UTTERANCE = 1003  # feature frames of 10 s
@@ -56,12 +57,12 @@ def _measure(path: str, variant: str | None, context: str, seconds: float, threa
     before = _peak_mb(reset=True)
     found = load_recognizer(Path(path), "cpu", variant, parse_context(context), ["greedy"])
     model, chunk = found.model, found.context.chunk
-    length = UTTERANCE if chunk is None else 4 * chunk + 3
+    length = UTTERANCE if chunk is None else count_window(chunk)
     random = torch.Generator().manual_seed(1)
     caches = None if chunk is None else model.start(1)
     pieces: list[float] = []
     heard = 0.0
-    for number in range(WARM_UP + max(1, round(seconds / (0.01 * (length - 3))))):
+    for number in range(WARM_UP + max(1, round(seconds / (FRAME_SHIFT * (length - LOOK_AHEAD))))):
         features = 3.0 * torch.randn(1, length, 80, generator=random) - 8.0
         began = time.perf_counter()
         encoded: EncoderOutput
@@ -72,7 +73,7 @@ def _measure(path: str, variant: str | None, context: str, seconds: float, threa
         search(model, encoded, "greedy")
         if number >= WARM_UP:
             pieces.append(time.perf_counter() - began)
-            heard += 0.01 * (length - 3)
+            heard += FRAME_SHIFT * (length - LOOK_AHEAD)
     return Speed(sum(pieces) / heard, pieces, _peak_mb() - before)
 
 

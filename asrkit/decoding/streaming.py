@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from asrkit.data.features import LOG_EPS, NUM_MEL_BINS, SAMPLE_RATE, OnlineFbank
+from asrkit.data.features import LOG_EPS, NUM_MEL_BINS, OnlineFbank
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.decoding.acoustic import FRAME_SECONDS, AcousticModel, EncoderOutput
+from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.search import Method, search
 from asrkit.decoding.words import Word, timed_words
-from asrkit.nn.context import LOOK_AHEAD_MS, Context
+from asrkit.frames import (
+    ENCODER_SHIFT,
+    LOOK_AHEAD_MS,
+    SAMPLE_RATE,
+    SUBSAMPLING,
+    count_encoder_frames,
+    count_window,
+)
+from asrkit.nn.context import Context
 
 
 class StreamingModel(AcousticModel, Protocol):
@@ -81,21 +89,21 @@ class ChunkEncoder:
     def accept(self, features: Tensor) -> Iterator[EncoderOutput]:
         """(T, 80) to each chunk they complete: c frames."""
         self._waiting = torch.cat([self._waiting, features])
-        while len(self._waiting) >= 4 * self.chunk + 3:
+        while len(self._waiting) >= count_window(self.chunk):
             yield self._step(self.chunk)
 
     def finish(self) -> Iterator[EncoderOutput]:
         """The frames of the last, incomplete chunk, if there are any: fewer than c."""
-        remaining = (len(self._waiting) - 3) // 4
+        remaining = count_encoder_frames(len(self._waiting))
         if remaining > 0:
-            missing = 4 * self.chunk + 3 - len(self._waiting)
+            missing = count_window(self.chunk) - len(self._waiting)
             self._waiting = pad(self._waiting, (0, 0, 0, missing), value=LOG_EPS)
             yield self._step(remaining)
 
     def _step(self, valid: int) -> EncoderOutput:
-        window = self._waiting[None, : 4 * self.chunk + 3]
+        window = self._waiting[None, : count_window(self.chunk)]
         encoded, self._caches = self.model.step(window, self._caches, torch.tensor([valid]))
-        self._waiting = self._waiting[4 * self.chunk :]
+        self._waiting = self._waiting[SUBSAMPLING * self.chunk :]
         ctc = encoded.ctc_log_probs
         return EncoderOutput(
             encoded.joiner_in[:, :valid], encoded.lens.clamp(max=valid), None if ctc is None else ctc[:, :valid]
@@ -151,9 +159,9 @@ class StreamingRecognizer:
         length = self._frames - self._start
         quiet = length - (hypothesis.frames[-1] + 1 if hypothesis.frames else 0)
         # A chunk is known when the last sample its frames need has been heard.
-        time = min(self._frames * FRAME_SECONDS + LOOK_AHEAD_MS / 1000, self._samples / SAMPLE_RATE)
+        time = min(self._frames * ENCODER_SHIFT + LOOK_AHEAD_MS / 1000, self._samples / SAMPLE_RATE)
         text = self.tokenizer.decode(hypothesis.tokens)
-        if quiet * FRAME_SECONDS >= self.endpoint.pause or length * FRAME_SECONDS >= self.endpoint.longest:
+        if quiet * ENCODER_SHIFT >= self.endpoint.pause or length * ENCODER_SHIFT >= self.endpoint.longest:
             if text or self._shown:
                 yield self._heard(hypothesis, final=True, time=time)
             self._forget()
@@ -170,7 +178,7 @@ class StreamingRecognizer:
         return search(self.model, encoded, self.method, self.beam)[0]
 
     def _heard(self, hypothesis: Hypothesis, final: bool, time: float) -> Heard:
-        start = self._start * FRAME_SECONDS
+        start = self._start * ENCODER_SHIFT
         words = timed_words(hypothesis, self.tokenizer, start) if final else []
         return Heard(self.tokenizer.decode(hypothesis.tokens), final, round(time, 3), round(start, 3), words)
 

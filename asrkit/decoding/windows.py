@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from asrkit.data.features import SAMPLE_RATE, resample
+from asrkit.data.features import resample
 from asrkit.errors import UserError
+from asrkit.frames import SAMPLE_RATE
 
 MAX_SECONDS = 30.0
 MIN_SECONDS = 10.0  # a cut is looked for between the two

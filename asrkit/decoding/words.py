@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asrkit.data.text.tokenizer import WORD_START, Tokenizer
-from asrkit.decoding.acoustic import FRAME_SECONDS
 from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.frames import ENCODER_SHIFT
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ def word_frames(hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[WordFrames
 def timed_words(hypothesis: Hypothesis, tokenizer: Tokenizer, offset: float = 0.0) -> list[Word]:
     """The words of a hypothesis whose first frame lies ``offset`` seconds into the recording."""
     words = word_frames(hypothesis, tokenizer)
-    return [Word(word.text, round(offset + word.first * FRAME_SECONDS, 2)) for word in words]
+    return [Word(word.text, round(offset + word.first * ENCODER_SHIFT, 2)) for word in words]

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from asrkit.errors import UserError
+from asrkit.frames import RECEPTIVE_FIELD, SUBSAMPLING, count_window
 from asrkit.models.asr import AsrModel
 from asrkit.models.encoder import Caches
 from asrkit.nn.context import Context, parse_context
 
 ENCODER, DECODER, JOINER, CTC = "encoder", "decoder", "joiner", "ctc"
 FILES = (ENCODER, DECODER, JOINER, CTC)
-LOOK_AHEAD = 3  # feature frames a chunk needs beyond its own 4 c
-SHORTEST = 7  # feature frames of one encoder frame
 # A frame counter lives in a float32 state: whole numbers up to here are exact.
 MAX_COUNT = 1 << 24
 
@@ -102,8 +101,8 @@ class WholeUtterance(nn.Module):
 
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         # Too short for one frame, a recording still needs a convolution's window; its length says there is no frame.
-        wanted = torch.as_tensor(x.shape[1]).clamp(min=SHORTEST)
-        x = torch.cat([x, x.new_zeros(1, SHORTEST, x.shape[2]).expand(x.shape[0], -1, -1)], dim=1)[:, :wanted]
+        wanted = torch.as_tensor(x.shape[1]).clamp(min=RECEPTIVE_FIELD)
+        x = torch.cat([x, x.new_zeros(1, RECEPTIVE_FIELD, x.shape[2]).expand(x.shape[0], -1, -1)], dim=1)[:, :wanted]
         encoder_out, lens = self.model.encode(x, x_lens, self.variant)
         return self.head(encoder_out), lens
 
@@ -233,9 +232,9 @@ def _offline(model: AsrModel, variant: str, about: dict[str, str]) -> list[Graph
 
 def _streaming(model: AsrModel, variant: str, chunk: int, left: int, about: dict[str, str]) -> list[Graph]:
     layout = StateLayout(model, model.submodels_of(variant), left)
-    window = 4 * chunk + LOOK_AHEAD
+    window = count_window(chunk)
     x = torch.zeros(2, window, model.spec.features.num_mel_bins)
-    sizes = {"T": str(window), "decode_chunk_len": str(4 * chunk)}
+    sizes = {"T": str(window), "decode_chunk_len": str(SUBSAMPLING * chunk)}
     lstm = LstmStates(Chunk(model, variant, layout, chunk, model.joiner.project_encoder))
     ctc = Zipformer2States(Chunk(model, variant, layout, chunk, model.ctc_log_probs))
     return [

@@ -18,9 +18,10 @@ from torch import Tensor
 from asrkit.data.features import LOG_EPS
 from asrkit.errors import UserError
 from asrkit.export.directory import DifferenceRecord
-from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER, LOOK_AHEAD, StateLayout
+from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER, StateLayout
 from asrkit.export.integers import layer_alone, layer_constants
 from asrkit.export.runtime import ExportedModel, run_graph
+from asrkit.frames import SUBSAMPLING, count_encoder_frames, count_window
 from asrkit.models.asr import AsrModel
 from asrkit.models.encoder import join_streams
 from asrkit.nn.compression import CompressedLinear
@@ -160,7 +161,7 @@ def compare_streaming(
     assert context.chunk is not None
     size, submodels = context.chunk, model.submodels_of(variant)
     layout = StateLayout(model, submodels, context.left)
-    count = (features.shape[1] - LOOK_AHEAD) // (4 * size)
+    count = count_encoder_frames(features.shape[1]) // size
     late, rows = max(1, count // 3), len(features) - 1
     caches = model.encoder.initial_caches(rows, context.left, submodels)
     states = dict.fromkeys((ENCODER, CTC), onnx.initial_state(rows))
@@ -168,8 +169,8 @@ def compare_streaming(
         if number == late:
             caches = join_streams([caches, model.encoder.initial_caches(1, context.left, submodels)])
             states = {file: torch.cat([state, onnx.initial_state(1)], dim=1) for file, state in states.items()}
-        begin = 4 * size * number
-        x = features[: len(caches.frames), begin : begin + 4 * size + LOOK_AHEAD]
+        begin = SUBSAMPLING * size * number
+        x = features[: len(caches.frames), begin : begin + count_window(size)]
         missing = torch.zeros(len(x), dtype=torch.int64)
         if number == count - 1:
             missing[-1] = size // 2
@@ -220,4 +221,4 @@ def streaming_frames(model: AsrModel, variant: str, context: Context) -> int:
     layout = StateLayout(model, model.submodels_of(variant), context.left)
     # A third passes before the last stream begins; the others turn their counter round at least once.
     chunks = 3 + 3 * (context.left + 2 * layout.period) // (2 * context.chunk)
-    return 4 * context.chunk * min(max(chunks, 6), MAX_CHUNKS) + LOOK_AHEAD
+    return count_window(context.chunk * min(max(chunks, 6), MAX_CHUNKS))

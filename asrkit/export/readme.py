@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from asrkit.export.directory import Exported
-from asrkit.export.graphs import LOOK_AHEAD
+from asrkit.frames import FRAME_SHIFT, SUBSAMPLING, count_window
 from asrkit.nn.context import Context
 
 _HEAD = """\
@@ -183,7 +183,7 @@ from torch's.
 
 def tail_seconds(chunk: int) -> float:
     """Silence the client must append so that it decodes the last chunk: one frame more than a window."""
-    return (4 * chunk + LOOK_AHEAD + 1) * 0.01
+    return (count_window(chunk) + 1) * FRAME_SHIFT
 
 
 _PARTS = """
@@ -222,7 +222,7 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
         text += _client(exported) + _STREAMING.format(
             chunk_ms=40 * context.chunk,
             latency_ms=context.latency_ms,
-            window=4 * context.chunk + LOOK_AHEAD,
+            window=count_window(context.chunk),
             tail=tail_seconds(context.chunk),
         )
     files = (f"| {name} | {record.bytes} | `{record.sha256}` |" for name, record in exported.files.items())
@@ -248,7 +248,7 @@ def _script(exported: Exported) -> str:
     chunk, state_size = exported.parsed_context.chunk, exported.state_size
     if chunk is None:
         return _SCRIPT.format(encoders=_SCRIPT_OFFLINE.format(**sizes), **sizes)
-    sizes |= {"chunk": chunk, "advance": 4 * chunk, "window": 4 * chunk + LOOK_AHEAD}
+    sizes |= {"chunk": chunk, "advance": SUBSAMPLING * chunk, "window": count_window(chunk)}
     states = {"lstm": _LSTM.format(state_size=state_size), "zipformer2": _ZIPFORMER2.format(state_size=state_size)}
     return _SCRIPT.format(encoders=_SCRIPT_STREAMING.format(**sizes, **states), **sizes) + _STATES.format(**sizes)
 

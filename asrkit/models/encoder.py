@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from asrkit.frames import RECEPTIVE_FIELD
 from asrkit.models.spec import ModelSpec, SubModelSpec
 from asrkit.nn.conformer import BackboneBlock, Branch, Subsampling
 from asrkit.nn.context import FULL, Context, parse_context, visible
@@ -136,7 +137,7 @@ class Encoder(nn.Module):
                 whose factors are all 0 does not compute them.
             languages: (B,) int64, the index of each utterance's among those of the spec; None for a model without.
         """
-        if features.shape[1] < 7:
+        if features.shape[1] < RECEPTIVE_FIELD:
             return features.new_zeros(len(features), 0, self.dim), torch.zeros_like(feature_lens)
         x, encoder_out_lens = self.subsampling(self.normalize(features), feature_lens, context.streaming)
         x = self._in_language(x, languages)

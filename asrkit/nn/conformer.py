@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asrkit.frames import LOOK_AHEAD, SUBSAMPLING
+
 Branch = Callable[[Tensor], Tensor]
 
 
@@ -60,7 +62,7 @@ class Subsampling(nn.Module):
 
 def subsampled_lens(feature_lens: Tensor) -> Tensor:
     """Encoder frames from feature frames: (T - 3) // 4, never below 0."""
-    return torch.div(feature_lens - 3, 4, rounding_mode="floor").clamp(min=0)
+    return torch.div(feature_lens - LOOK_AHEAD, SUBSAMPLING, rounding_mode="floor").clamp(min=0)
 
 
 class FeedForward(nn.Module):

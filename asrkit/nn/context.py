@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-FRAME_MS = 40.0
-# Features 4 c to 4 c + 2 follow a chunk that ends before encoder frame c, and the last one's window reaches 17.5 ms on.
-LOOK_AHEAD_MS = 37.5
+from asrkit.frames import ENCODER_SHIFT_MS, LOOK_AHEAD_MS
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Context:
     @property
     def latency_ms(self) -> float | None:
         """Algorithmic latency: the longest time from the sound of a frame to the end of the samples its output needs."""
-        return None if self.chunk is None else self.chunk * FRAME_MS + LOOK_AHEAD_MS
+        return None if self.chunk is None else self.chunk * ENCODER_SHIFT_MS + LOOK_AHEAD_MS
 
     def __str__(self) -> str:
         return "full" if self.chunk is None else f"chunk={self.chunk},left={self.left}"

@@ -29,10 +29,11 @@ from asrkit.data.senones import SenoneConfig, grow_tree, load_tree, save_tree
 from asrkit.data.text.phones import phones_of
 from asrkit.data.text.tokenizer import WORD_START, Tokenizer
 from asrkit.data.text.units import Unit
-from asrkit.decoding.acoustic import FRAME_SECONDS, TorchAcousticModel
+from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.alignment import Gaussians, ctc_align, even_parts, fit_gaussians, forced_parts, spans_of
 from asrkit.devices import choose_device
 from asrkit.errors import UserError
+from asrkit.frames import ENCODER_SHIFT, encoder_start
 from asrkit.models import AsrModel, load_model
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import open_run
@@ -240,8 +241,8 @@ def _align_batch(
             [
                 AlignmentItem(
                     tokenizer.id_to_piece(number),
-                    round(first * FRAME_SECONDS, 4),
-                    round((last - first) * FRAME_SECONDS, 4),
+                    round(encoder_start(first), 4),
+                    round((last - first) * ENCODER_SHIFT, 4),
                     round(float(score), 4),
                 )
                 for number, (first, last), score in zip(ids, spans, confidence, strict=True)
@@ -296,7 +297,10 @@ def _beside(out: Path) -> Path:
 
 
 def _with_alignment(cut: Cut, items: Mapping[str, list[AlignmentItem]]) -> Cut:
-    """The cut with these alignments in its supervisions, each unit in that of its word."""
+    """The cut with these alignments in its supervisions, each unit in that of its word.
+
+    Lhotse counts an alignment's times from the beginning of the recording, ``items`` count them from that of the cut.
+    """
     supervisions = sorted(cut.supervisions, key=lambda s: s.start)
     counts = [len((s.text or "").split()) for s in supervisions]
     ends = [items[WORD][last - 1].end for last in np.cumsum(counts)]
@@ -304,7 +308,9 @@ def _with_alignment(cut: Cut, items: Mapping[str, list[AlignmentItem]]) -> Cut:
     for unit, mine in items.items():
         owners = np.searchsorted(np.array(ends[:-1]), [item.start + 1e-6 for item in mine])
         for number, part in enumerate(parts):
-            part[unit] = [item for item, owner in zip(mine, owners, strict=True) if owner == number]
+            part[unit] = [
+                item.with_offset(cut.start) for item, owner in zip(mine, owners, strict=True) if owner == number
+            ]
     whole = [
         fastcopy(supervision, alignment={**(supervision.alignment or {}), **part})
         for supervision, part in zip(supervisions, parts, strict=True)

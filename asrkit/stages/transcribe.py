@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from asrkit.data.augment import pad
-from asrkit.data.features import SAMPLE_RATE, fbank
+from asrkit.data.features import fbank
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
@@ -20,6 +20,7 @@ from asrkit.decoding.streaming import Endpoint, Heard, StreamingRecognizer
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
+from asrkit.frames import SAMPLE_RATE
 
 BATCH_SECONDS = 120.0
 STDIN = Path("-")

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse import MonoCut, SupervisionSegment
+from lhotse.cut import MixedCut, MixTrack
 from lhotse.supervision import AlignmentItem
 
-from asrkit.data.alignment import SILENT, UNKNOWN, Annotator, Heard
+from asrkit.data.alignment import SILENT, UNKNOWN, Annotator, Heard, items_of
 from asrkit.data.text.units import Inventory, write_inventory
+from asrkit.frames import encoder_start
 from asrkit.losses.lm_distillation import (
     frame_accuracy,
     interpolated_labels,
@@ -127,7 +129,7 @@ def test_segments_of_a_synthetic_alignment(
     """Frames go back to their labels; every frame of a segment has its posterior; as many steps as segments, repeats included."""
     placed, labels, frame = [], [], 0
     for number, (symbol, length, gap) in enumerate(items):
-        placed.append((symbol, round(frame * 0.04, 2), round(length * 0.04, 2)))
+        placed.append((symbol, round(encoder_start(frame), 3), round(length * 0.04, 2)))
         labels += [number] * length + [number if fill else SILENT] * gap
         frame += length + gap
     labels += [len(items) - 1 if fill else SILENT] * tail
@@ -165,6 +167,24 @@ def test_silence_parts_repeats(inventory: Inventory) -> None:
     filled = Annotator({"x": inventory}, repeats="merge", fill=True)([[Heard(cut, 31)]])["x"]
     assert filled.symbols[0].tolist() == inventory.ids(list("ab"))
     assert filled.frames.tolist() == [[SILENT, 0, 0, 0, 0, 0, 1]]
+
+
+def test_a_foreign_alignment_labels_the_frames_centered_in_it(inventory: Inventory) -> None:
+    """Encoder frame 3 is centered at 155 ms, and frame 4 at 195 ms; no frame between."""
+    for start, duration, expected in ((0.145, 0.02, [3]), (0.120, 0.03, []), (0.150, 0.05, [3, 4]), (0.0, 0.036, [0])):
+        frames = Annotator({"x": inventory})([[Heard(make_cut([("a", start, duration)], 0.31), 31)]])["x"].frames[0]
+        assert torch.nonzero(frames == 0).flatten().tolist() == expected
+
+
+def test_alignments_count_from_the_beginning_of_the_recording(inventory: Inventory) -> None:
+    """As lhotse keeps them; so the second half of a recording has the labels of its own sound, alone or joined."""
+    whole = make_cut([("a", 0.0, 0.4), ("b", 0.4, 0.2), ("c", 0.6, 0.2)], 0.8)
+    half = MonoCut("half", 0.4, 0.4, 0, supervisions=[whole.supervisions[0].with_offset(-0.4)])
+    frames = Annotator({"x": inventory})([[Heard(half, 40)]])["x"].frames[0]
+    assert frames.tolist() == [1] * 5 + [2] * 4
+    mix = MixedCut("mix", [MixTrack(half), MixTrack(whole, offset=0.4)])
+    joined = [(item.symbol, round(item.start, 3)) for item in items_of(mix, "phone") or []]
+    assert joined == [("a", -0.4), ("b", 0.0), ("c", 0.2), ("a", 0.4), ("b", 0.8), ("c", 1.0)]
 
 
 def test_units_too_short_for_a_frame_are_still_heard_of(inventory: Inventory) -> None:

@@ -308,9 +308,9 @@ def test_phones_and_senones_of_a_manifest(corpus: Path, tmp_path: Path) -> None:
         place = 0
         for word, mine in zip(words, spelled, strict=True):
             parts = phones[place : place + len(mine)]
-            assert parts[0].start == pytest.approx(word.start, abs=1e-3) and parts[-1].end == pytest.approx(
-                word.end, abs=1e-3
-            )
+            # Words begin and end between two of the 10 ms frames that phones are found in.
+            assert parts[0].start == pytest.approx(word.start, abs=5.1e-3)
+            assert parts[-1].end == pytest.approx(word.end, abs=5.1e-3)
             place += len(mine)
         assert [item.symbol for item in senones] == tree.senones_of([item.symbol for item in phones])
     # Another manifest by the same tree, and one whose phones it does not know.

@@ -11,10 +11,11 @@ from pathlib import Path
 import soundfile
 from lhotse.cut import Cut
 
-from asrkit.data.features import SAMPLE_RATE, load_samples
+from asrkit.data.features import load_samples
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.normalization import TextError, as_written, normalize, split_of
 from asrkit.errors import UserError
+from asrkit.frames import SAMPLE_RATE
 from asrkit.run_dir import atomic_write
 
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")

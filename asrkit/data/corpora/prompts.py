@@ -21,10 +21,10 @@ from asrkit.data.corpora.debian import ELSEWHERE, fetch_packages, members_of
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.normalization import SPLITS, TextError, as_written, normalize, split_of
 from asrkit.errors import UserError
+from asrkit.frames import SAMPLE_RATE
 from asrkit.run_dir import atomic_write
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
-SAMPLE_RATE = 16000  # of G.722
 MAX_CHARACTERS_A_SECOND = 25  # the fastest of these speakers says 22
 SILENCE_PEAK = 1e-3  # -60 dBFS
 RULES = 2  # counts up when what is kept, or how it is written, changes

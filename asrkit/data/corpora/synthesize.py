@@ -21,10 +21,11 @@ from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 
 from asrkit.data.corpora.espeak import UTF8, load_espeak
-from asrkit.data.features import SAMPLE_RATE, resample
+from asrkit.data.features import resample
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.text.normalization import TextError, normalize, sentence_key
 from asrkit.errors import UserError
+from asrkit.frames import SAMPLE_RATE
 from asrkit.run_dir import atomic_write, sha256_of
 
 VARIANTS = ("", *(f"+f{i}" for i in range(1, 6)), *(f"+m{i}" for i in range(1, 9)))
