@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from asrkit.errors import UserError
 from asrkit.export.graphs import Graph
 from asrkit.export.integers import CONSTANT, MICROSOFT, OPSET, write_layers
 from asrkit.models.sizes import part_of
@@ -18,20 +17,6 @@ from asrkit.nn.compression import CompressedLinear
 
 PREFIX = re.compile(r"^(step\.)?model\.")  # where the model is in the traced modules
 GRAPH = "graph"  # the part that constants of the computation belong to
-INSTALL = "pip install 'asrkit[export]'"
-
-
-def require_onnx() -> None:
-    """Import what export needs.
-
-    Raises:
-        UserError: onnx or onnxruntime is not there.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"export and exported models need onnx and onnxruntime ({error}); {INSTALL}") from error
 
 
 def write_onnx(graph: Graph, path: Path, layers: Mapping[str, CompressedLinear]) -> dict[str, int]:

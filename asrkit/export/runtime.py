@@ -16,7 +16,7 @@ from torch import Tensor
 from asrkit.errors import UserError
 from asrkit.export.directory import SUFFIXES, Format
 from asrkit.export.graphs import DECODER, ENCODER, FILES, JOINER, zipformer2_states
-from asrkit.export.onnx_file import require_onnx
+from asrkit.extras import require
 
 
 class ExportedModel:
@@ -30,7 +30,7 @@ class ExportedModel:
 
     def __init__(self, path: Path, state_size: int = 0, format: Format = "onnx", files: Sequence[str] = FILES) -> None:
         if format == "onnx":
-            require_onnx()
+            require("onnxruntime", for_="an exported model")
         self.path, self.state_size, self.format = path, state_size, format
         open_file = _open_onnx if format == "onnx" else _open_script
         self.programs = {file: open_file(path / f"{file}{SUFFIXES[format]}") for file in files}
@@ -108,8 +108,7 @@ def run_graph(content: bytes, x: Tensor) -> Tensor:
 
 
 def _open_session(model: Path | bytes, threads: int) -> Any:
-    import onnxruntime
-
+    onnxruntime = require("onnxruntime", for_="an exported model")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

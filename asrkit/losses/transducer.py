@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asrkit.errors import UserError
+from asrkit.extras import available, require
 
 Backend = Literal["auto", "k2", "torch"]
 Topology = Literal["regular", "modified"]
@@ -117,7 +119,7 @@ def simple_loss(
     with _no_autocast(encoder_logits):
         encoder_logits, predictor_logits = _full_precision(encoder_logits), _full_precision(predictor_logits)
         if _use_k2(backend, encoder_logits.shape[1], symbols.shape[1]):
-            import k2
+            k2 = _k2()
 
             loss, (px_grad, py_grad) = k2.rnnt_loss_smoothed(
                 predictor_logits,
@@ -166,8 +168,7 @@ def prune_ranges(
     width = min(max(prune_range, int(needed.max())), num_symbols + 1)
     longest_step = width - 1 if topology == "regular" else 1
     if _use_k2(backend, num_frames, num_symbols):
-        import k2
-
+        k2 = _k2()
         boundary = _k2_options(encoder_out_lens, symbol_lens)["boundary"]
         # k2 knows the topology by the symbol arcs' extra frame
         px_grad = F.pad(px_grad, (0, 1)) if topology == "regular" else px_grad
@@ -207,7 +208,7 @@ def pruned_loss(
     """Return the loss (B,) over the alignments within ranges (B, T, S), from the joiner's (B, T, S, V)."""
     with _no_autocast(logits):
         if _use_k2(backend, logits.shape[1], symbols.shape[1]):
-            import k2
+            k2 = _k2()
 
             options = _k2_options(encoder_out_lens, symbol_lens)
             return k2.rnnt_loss_pruned(_full_precision(logits), symbols, ranges, rnnt_type=topology, **options)
@@ -236,7 +237,7 @@ def full_loss(
     """Return the loss (B,) over all alignments, from the joiner's logits (B, T, U + 1, V)."""
     with _no_autocast(logits):
         if _use_k2(backend, logits.shape[1], symbols.shape[1]):
-            import k2
+            k2 = _k2()
 
             options = _k2_options(encoder_out_lens, symbol_lens)
             return k2.rnnt_loss(_full_precision(logits), symbols, rnnt_type=topology, **options)
@@ -433,18 +434,18 @@ def _running_min_from_the_right(x: Tensor) -> Tensor:
 
 def _use_k2(backend: Backend, num_frames: int, num_symbols: int) -> bool:
     """True for k2; batches that k2 refuses (no symbol at all, more symbols than frames) are for torch."""
-    if backend == "k2" and not _k2_imports():
-        raise UserError("backend k2 cannot be imported; install k2 for this torch, or choose backend torch")
-    return backend != "torch" and 1 <= num_symbols <= num_frames and _k2_imports()
+    if backend == "k2":
+        _k2()
+    return backend != "torch" and 1 <= num_symbols <= num_frames and _k2_available()
+
+
+def _k2() -> ModuleType:
+    return require("k2", for_="loss.backend=k2")
 
 
 @cache
-def _k2_imports() -> bool:
-    try:
-        import k2  # noqa: F401
-    except (ImportError, OSError):  # OSError: built for another torch
-        return False
-    return True
+def _k2_available() -> bool:
+    return available("k2")
 
 
 def _k2_options(encoder_out_lens: Tensor, symbol_lens: Tensor) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from asrkit.export.directory import (
 )
 from asrkit.export.graphs import CTC, ENCODER, StateLayout, graphs
 from asrkit.export.integers import OPSET
-from asrkit.export.onnx_file import GRAPH, require_onnx, write_onnx
+from asrkit.export.onnx_file import GRAPH, write_onnx
 from asrkit.export.parity import (
     Differences,
     compare_layers,
@@ -56,6 +56,7 @@ from asrkit.export.parity import (
 from asrkit.export.readme import describe
 from asrkit.export.runtime import ExportedModel
 from asrkit.export.script import write_script
+from asrkit.extras import require
 from asrkit.models import AsrModel, load_model
 from asrkit.models.asr import in_language
 from asrkit.models.compression import LayerChoice, QuantizationConfig, choose_layers, compressed_layers, quantized_spec
@@ -133,7 +134,8 @@ def export(
     Raises:
         UserError: the run directory cannot be exported so, ``out`` is taken, or the check fails; nothing is left.
     """
-    require_onnx()
+    for package in ("onnx", "onnxruntime"):
+        require(package, for_="export")
     run = open_run(run_path)
     model = load_model(run)
     name = variant or model.spec.variant
@@ -466,12 +468,5 @@ def _recordings(run: RunDir, warn: Callable[[str], None]) -> Batch | None:
 
 
 def _versions() -> dict[str, str]:
-    import onnx
-    import onnxruntime
-
-    return {
-        "asrkit": __version__,
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
+    packages = {name: require(name, for_="export").__version__ for name in ("onnx", "onnxruntime")}
+    return {"asrkit": __version__, "torch": torch.__version__, **packages}

@@ -14,6 +14,7 @@ from rich.progress import Progress as Display
 from torch import Tensor
 
 from asrkit.errors import UserError
+from asrkit.extras import require
 from asrkit.run_dir import METRICS, atomic_write
 from asrkit.training.checkpoint import Progress
 
@@ -43,11 +44,10 @@ class RunLog:
             return self
         if self._settings.tensorboard:
             try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=self._start)
-            except ImportError:
-                self.note("no TensorBoard events: pip install tensorboard, or set training.tensorboard=false")
+                tensorboard = require("tensorboard", for_="training.tensorboard=true")
+                self._writer = tensorboard.SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=self._start)
+            except UserError as error:
+                self.note(f"no TensorBoard events: {error}")
         if self._console.is_terminal:
             self._display = Display(
                 TextColumn("[bold]step"),

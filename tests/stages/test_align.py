@@ -333,7 +333,7 @@ def test_without_espeak_it_says_so_once(corpus: Path, tmp_path: Path, monkeypatc
     files = ["--manifest", corpus / "dev.jsonl.gz", "--out", tmp_path / "out.jsonl.gz"]
     said = asrkit("align", "--from", corpus / "parent", "--unit", "phone", *files, code=1)
     assert said.splitlines() == [
-        "error: synthetic speech and phones need espeak-ng; run: pip install 'asrkit[synth]' (GPL-3)"
+        "error: synthetic speech and phones: needs espeak-ng, which is not installed; run: pip install 'asrkit[synth]' (GPL-3)"
     ]
 
 

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 
 from asrkit.errors import UserError
+from asrkit.extras import require
 
 SYNCHRONOUS, UTF8 = 2, 1
 
@@ -21,12 +22,7 @@ def load_espeak() -> tuple[ctypes.CDLL, int, list[np.ndarray]]:
     Raises:
         UserError: the extra is not installed.
     """
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        raise UserError(
-            "synthetic speech and phones need espeak-ng; run: pip install 'asrkit[synth]' (GPL-3)"
-        ) from error
+    espeakng_loader = require("espeak", for_="synthetic speech and phones")
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     pieces: list[np.ndarray] = []
 

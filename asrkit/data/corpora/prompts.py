@@ -165,13 +165,7 @@ def parse_listing(text: str) -> dict[str, str]:
 
 
 def decode_g722(content: bytes) -> np.ndarray:
-    """(num_samples,) int16 at 16 kHz from G.722 at 64 kbit/s, which holds two samples a byte.
+    """(num_samples,) int16 at 16 kHz from G.722 at 64 kbit/s, which holds two samples a byte."""
+    from G722 import G722
 
-    Raises:
-        UserError: the decoder is not installed.
-    """
-    try:
-        from G722 import G722
-    except ImportError as error:
-        raise UserError("the prompts are G.722 and its decoder is not installed; run: pip install G722") from error
     return np.array(G722(SAMPLE_RATE, 64000).decode(content), dtype=np.int16)
