@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from asrkit.errors import UserError
@@ -76,3 +76,26 @@ def was_trained(context: Context, trained: Sequence[Context], attends: bool) -> 
 def listed(contexts: Sequence[Context]) -> str:
     """``full; chunk=16,left=64``."""
     return "; ".join(map(str, contexts))
+
+
+def export_context(
+    trained: Sequence[Context], attends: bool, choice: ContextChoice, where: str, warn: Callable[[str], None]
+) -> Context:
+    """The context to export in: full, or the streaming one of ``choice``; only a kind the variant was trained for.
+
+    Raises:
+        UserError: the variant was never trained in this kind, or the left context cannot be known.
+    """
+    if not choice.streaming:
+        if FULL not in trained:
+            raise UserError(f"{where} was trained in {listed(trained)} only, not in full context; give --streaming")
+        return FULL
+    if not any(context.streaming for context in trained):
+        raise UserError(
+            f"{where} was trained in full context only, so it cannot stream: its convolutions and attention would lack "
+            "the future frames they were trained with; train it with --set 'contexts.train=[full,\"chunk=16,left=64\"]'"
+        )
+    context = choice.among(trained, attends, where)
+    if not was_trained(context, trained, attends):
+        warn(f"{where} was trained in {listed(trained)}, never in context {context}; expect more errors")
+    return context

@@ -3,10 +3,13 @@
 encoder.onnx, decoder.onnx, joiner.onnx   the transducer (.pt as TorchScript)
 ctc.onnx                                  the same encoder with the CTC head
 tokens.txt, tokenizer.model               ids to pieces for the client, text to ids for asrkit
-export.yaml                               what it is and where it is from, with sizes and digests of the files above
-report.json                               what was measured of it, where that was asked for
+bpe.vocab                                 pieces and their scores, with which the client splits hotwords
+report.json                               what was measured of it, with --report
+export.yaml                               what it is and where it is from, with the digests of the files above and its own
 README.md                                 the commands that run it, in the form of a model card
 .gitattributes                            keeps large files apart where the directory is pushed to a model hub
+
+README.md and .gitattributes have no digest: nothing reads them but people and the hub, and a card is meant to be edited.
 """
 
 from __future__ import annotations
@@ -14,15 +17,18 @@ from __future__ import annotations
 import tarfile
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from asrkit.config import config, from_dict
+from pydantic import Field
+
+from asrkit.config import Positive, config, digest, from_dict, to_dict
 from asrkit.errors import UserError
+from asrkit.export.graphs import FILES
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import EXPORT, read_yaml, sha256_of
+from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, read_yaml, sha256_of, write_yaml
 
-README, REPORT = "README.md", "report.json"
+README, REPORT, BPE_VOCAB = "README.md", "report.json", "bpe.vocab"
 Format = Literal["onnx", "torchscript"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torchscript": ".pt"}
 
@@ -89,10 +95,11 @@ class RunRecord:
 class Exported:
     """export.yaml.
 
-    context: full, or the chunk and left context every streaming file is fixed to. language: the one the files hear, of a model
-    with languages. state_size: numbers in a stream's state, 0 where there is none. quantize: what made integers of float
-    weights at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head. client: the
-    oldest sherpa-onnx that runs the files, where older ones run others.
+    context: full, or the chunk and left context every streaming file is fixed to. language: the one the files recognize, of a
+    model with languages. state_size: numbers in a stream's state, 0 where there is none. quantize: what rounded float weights
+    to integers at export, without training. parts: of an ONNX export, the transducer's three files and the CTC head. client: the
+    oldest sherpa-onnx that runs the files, where not all tested ones do. options: those of the command, but where its results
+    went. sha256: of everything else in the file, as canonical JSON.
     """
 
     format: Format = "onnx"
@@ -100,11 +107,11 @@ class Exported:
     submodels: list[str]
     context: ContextText
     language: str | None = None
-    vocab_size: int
-    context_size: int
-    joiner_dim: int
-    state_size: int
-    sample_rate: int
+    vocab_size: Positive
+    context_size: Positive
+    joiner_dim: Positive
+    state_size: Annotated[int, Field(ge=0)]
+    sample_rate: Positive
     opset: int | None
     compression: str
     quantize: str | None = None
@@ -116,6 +123,8 @@ class Exported:
     run: RunRecord
     license: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
 
     @property
     def parsed_context(self) -> Context:
@@ -127,8 +136,20 @@ def is_exported(path: Path) -> bool:
     return (path / EXPORT).is_file()
 
 
+def save_exported(path: Path, exported: Exported) -> None:
+    """Write export.yaml into ``path``, under a digest of its own."""
+    content = to_dict(exported)
+    content.pop("sha256")
+    write_yaml(path / EXPORT, content | {"sha256": digest(content)})
+
+
+def record_of(path: Path, tensors: dict[str, int] | None = None) -> FileRecord:
+    """What export.yaml says of a file."""
+    return FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path), tensors=tensors)
+
+
 def open_exported(path: Path) -> Exported:
-    """Read an exported directory and check its files against export.yaml.
+    """Read an exported directory and check its files against export.yaml, and that against its own digest.
 
     Raises:
         UserError: files are missing or differ from what was exported; all findings at once.
@@ -137,22 +158,54 @@ def open_exported(path: Path) -> Exported:
     if not isinstance(content, dict):
         raise UserError(f"{path / EXPORT}: holds no export; the file is damaged, export again")
     exported = from_dict(Exported, content, str(path / EXPORT))
-    findings = []
+    # Exports of before the digest was there have none.
+    if exported.sha256 not in (None, digest({key: value for key, value in content.items() if key != "sha256"})):
+        raise UserError(f"{path / EXPORT}: its content differs from its own digest; restore it or export again")
+    suffix = SUFFIXES[exported.format]
+    findings = [
+        f"{path / EXPORT}: lists no {name}; restore it or export again"
+        for name in (*(f"{file}{suffix}" for file in FILES), TOKENS, TOKENIZER)
+        if name not in exported.files
+    ]
     for name, record in exported.files.items():
-        if not (path / name).is_file():
+        if Path(name).name != name:
+            findings.append(f"{path / EXPORT}: {name!r} is not the name of a file in this directory; export again")
+        elif not (path / name).is_file():
             findings.append(f"{path / name}: is missing; restore it or export again")
-        elif (found := sha256_of(path / name)) != record.sha256:
+        elif (sha256 := sha256_of(path / name)) != record.sha256:
             findings.append(
-                f"{path / name}: digest {found[:12]} differs from {record.sha256[:12]} in {EXPORT}; "
-                "the file is truncated, edited or of another export: restore it or export again"
+                f"{path / name}: digest {sha256[:12]} differs from {record.sha256[:12]} in {EXPORT}; "
+                "the file is truncated, edited or from another export: restore it or export again"
             )
     if findings:
         raise UserError.of(findings)
     return exported
 
 
-def pack_directory(path: Path, pack: Path, name: str) -> None:
-    """Put an exported directory into an uncompressed tar file, under ``name``; the same files give the same bytes."""
+def finished_without_pack(out: Path, options: dict[str, Any], weights_sha256: str) -> Exported | None:
+    """The export that ``out`` holds already, if it was made of these weights with these ``options``.
+
+    A process that is killed after the directory appeared and before its tar did leaves it so.
+
+    Raises:
+        UserError: ``out`` holds an export that is damaged.
+    """
+    if not is_exported(out):
+        return None
+    exported = open_exported(out)
+    same = exported.options == options and exported.run.weights_sha256 == weights_sha256
+    return exported if same else None
+
+
+def pack_directory(path: Path, packed: Path, pack: Path, name: str) -> None:
+    """Put an exported directory into an uncompressed tar file, in a folder ``name``; the same files give the same bytes.
+
+    Args:
+        packed: where to write it, which will be ``pack``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = entry.mtime = 0
@@ -160,7 +213,10 @@ def pack_directory(path: Path, pack: Path, name: str) -> None:
         entry.mode = 0o755 if entry.isdir() else 0o644
         return entry
 
-    with tarfile.open(pack, "w") as archive:
-        archive.add(path, name, recursive=False, filter=plain)
-        for file in sorted(path.iterdir()):
-            archive.add(file, f"{name}/{file.name}", filter=plain)
+    try:
+        with tarfile.open(packed, "w") as archive:
+            archive.add(path, name, recursive=False, filter=plain)
+            for file in sorted(path.iterdir()):
+                archive.add(file, f"{name}/{file.name}", filter=plain)
+    except OSError as error:
+        raise UserError(f"{pack}: cannot write ({error.strerror or error}); choose another --pack") from error

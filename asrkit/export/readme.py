@@ -11,6 +11,7 @@ import yaml
 from asrkit.export.directory import Exported
 from asrkit.frames import FRAME_SHIFT, SUBSAMPLING, count_window
 from asrkit.nn.context import Context
+from asrkit.reporting.tables import percent
 
 _HEAD = """\
 ---
@@ -20,14 +21,14 @@ _HEAD = """\
 # Speech recognizer, variant {variant}
 
 {about}
-{takes} Run the commands in this directory.
+{takes} Run the commands below in this directory.
 
 """
 
-_SOUND = "Input: mono audio of any rate, which the runtime brings to 16 kHz."
+_SOUND = "Input: mono audio at any sampling rate; the runtime resamples it to 16 kHz."
 _FEATURES = """\
-Input: log-mel energies of mono audio at 16 kHz, a frame each 10 ms: those of Kaldi and kaldi-native-fbank with 80 bins,
-high_freq -400, snip_edges false, dither 0 and samples in [-1, 1]."""
+Input: log-mel energies of mono audio at 16 kHz, one frame every 10 ms, as Kaldi and kaldi-native-fbank compute them with
+80 bins, high_freq -400, snip_edges false, dither 0 and samples in [-1, 1]."""
 
 _CLIENT = """
     pip install sherpa-onnx soundfile
@@ -35,11 +36,11 @@ _CLIENT = """
 """
 
 _SCRIPT = """
-The files are TorchScript for libtorch (`torch.jit.load`), float32 but where int64 is said. sherpa-onnx takes ONNX files, which
-`asrkit export` writes without `--format`. N recordings or streams of T frames; V is {vocab_size}. `y` holds the last tokens, at first
--1 and then 0, the blank.
+The files are TorchScript for libtorch (`torch.jit.load`). Tensors are float32 except where the table says int64. sherpa-onnx needs
+ONNX files, which `asrkit export` writes by default. N is the number of recordings or streams, T of frames; V is {vocab_size}. `y` holds
+the last {context_size} tokens; before the first one these are -1, and 0 (the blank) last.
 
-| file | takes | gives |
+| file | inputs | outputs |
 |---|---|---|
 {encoders}
 | `decoder.pt` | `y` (N, {context_size}) int64 | `decoder_out` (N, {joiner_dim}) |
@@ -55,9 +56,9 @@ _SCRIPT_STREAMING = """\
 | `ctc.pt` | `x` (N, {window}, 80), {zipformer2} | `log_probs` (N, {chunk}, V), {zipformer2} |"""
 
 _STATES = """
-A chunk of {window} frames begins {advance} after the one before. States are zeros at first, then what the chunk before gave. At the
-end of the sound the last chunk is filled up with log(1e-10), and `c` or `val1` says how many of its {chunk} encoder frames are
-beyond the end.
+Each chunk has {window} frames and starts {advance} frames after the previous one. States are zeros before the first chunk; after that,
+pass those that the previous chunk returned. Pad the last chunk with log(1e-10), and set `c` or `val1` to the number of its {chunk}
+encoder frames that lie beyond the end.
 """
 _LSTM = "`h` (1, N, {state_size}), `c` (1, N, 1)"
 _ZIPFORMER2 = """\
@@ -65,7 +66,7 @@ _ZIPFORMER2 = """\
 `embed` (N, 128, 3, 19), `processed_lens` (N) int64"""
 
 _OFFLINE = """\
-## Transducer, a whole recording at once
+## Transducer, whole recordings
 
 ```python
 import sherpa_onnx
@@ -91,9 +92,9 @@ The same with the C++ program:
 sherpa-onnx-offline --encoder=encoder.onnx --decoder=decoder.onnx --joiner=joiner.onnx --tokens=tokens.txt a.wav
 ```
 
-## CTC, a whole recording at once
+## CTC, whole recordings
 
-As above, with
+As above, but with this recognizer:
 
 ```python
 recognizer = sherpa_onnx.OfflineRecognizer.from_zipformer_ctc(model="ctc.onnx", tokens="tokens.txt")
@@ -105,11 +106,10 @@ sherpa-onnx-offline --zipformer-ctc-model=ctc.onnx --tokens=tokens.txt a.wav
 """
 
 _STREAMING = """\
-## Transducer, while the sound comes in
+## Transducer, streaming
 
-Chunks of {chunk_ms:.0f} ms, results {latency_ms:.1f} ms after the sound at the latest. The runtime starts a chunk only when
-more than {window} feature frames of 10 ms wait, so at the end the sound needs {tail:.2f} s of silence after it, or its last
-words are lost.
+Chunks are {chunk_ms:.0f} ms long, and a result comes at most {latency_ms:.1f} ms after its sound. The runtime starts a chunk only when
+more than {window} feature frames of 10 ms are waiting. So append {tail:.2f} s of silence at the end, or the last words are lost.
 
 ```python
 import numpy
@@ -126,7 +126,7 @@ recognizer = sherpa_onnx.OnlineRecognizer.from_transducer(
 samples, rate = soundfile.read("a.wav", dtype="float32", always_2d=True)
 stream = recognizer.create_stream()
 for block in numpy.array_split(samples.mean(axis=1), max(1, len(samples) * 10 // rate)):
-    stream.accept_waveform(rate, block)  # as it would come from a microphone
+    stream.accept_waveform(rate, block)  # as it would arrive from a microphone
     while recognizer.is_ready(stream):
         recognizer.decode_stream(stream)
 stream.accept_waveform(rate, numpy.zeros(int({tail:.2f} * rate), dtype=numpy.float32))  # tail padding
@@ -143,9 +143,9 @@ sherpa-onnx --encoder=encoder.onnx --decoder=decoder.onnx --joiner=joiner.onnx -
     --left-padding=0 --right-padding={tail:.2f} a.wav
 ```
 
-## CTC, while the sound comes in
+## CTC, streaming
 
-As above, with
+As above, but with this recognizer:
 
 ```python
 recognizer = sherpa_onnx.OnlineRecognizer.from_zipformer2_ctc(model="ctc.onnx", tokens="tokens.txt")
@@ -153,6 +153,33 @@ recognizer = sherpa_onnx.OnlineRecognizer.from_zipformer2_ctc(model="ctc.onnx", 
 
 ```sh
 sherpa-onnx --zipformer2-ctc-model=ctc.onnx --tokens=tokens.txt --left-padding=0 --right-padding={tail:.2f} a.wav
+```
+"""
+
+_HOTWORDS = """
+## Hotwords
+
+To make words and phrases more likely, write them to `hotwords.txt`, one a line, spelled as the model spells them. Then, as in the
+first example, but with this recognizer:
+
+```python
+recognizer = sherpa_onnx.{recognizer}.from_transducer(
+    encoder="encoder.onnx",
+    decoder="decoder.onnx",
+    joiner="joiner.onnx",
+    tokens="tokens.txt",
+    decoding_method="modified_beam_search",
+    hotwords_file="hotwords.txt",
+    hotwords_score=1.5,
+    modeling_unit="bpe",
+    bpe_vocab="bpe.vocab",
+)
+```
+
+```sh
+{program} --encoder=encoder.onnx --decoder=decoder.onnx --joiner=joiner.onnx --tokens=tokens.txt \\
+    --decoding-method=modified_beam_search --hotwords-file=hotwords.txt --hotwords-score=1.5 \\
+    --modeling-unit=bpe --bpe-vocab=bpe.vocab {options}a.wav
 ```
 """
 
@@ -170,10 +197,9 @@ asrkit evaluate --from . --manifest test.jsonl.gz
 |---|---|---|
 {files}
 {parts}
-`export.yaml` holds these with all that is known of the stages below, the versions, and how far their numbers lie
-from torch's.
+`export.yaml` has these digests, the full record of the stages below, the versions used, and how closely the files match torch.
 {report}
-## Where it comes from
+## How it was made
 
 {stages}
 
@@ -182,7 +208,7 @@ from torch's.
 
 
 def tail_seconds(chunk: int) -> float:
-    """Silence the client must append so that it decodes the last chunk: one frame more than a window."""
+    """Seconds of silence the client must append so that it decodes the last chunk: one frame more than a window."""
     return (count_window(chunk) + 1) * FRAME_SHIFT
 
 
@@ -197,8 +223,8 @@ Weights: {compression}.
 _REPORT = """
 ## Measured
 
-Word error rate in % on {words} words of `{manifest}`; {threads} thread of {processor}: real-time factor {rtf:.4f}, {memory:.0f} MB,
-{median:.1f} ms for {piece} (median), {last:.1f} ms (99th percentile).
+Word error rate in % on {words} words of `{manifest}`. With {threads} thread of {processor}: real-time factor {rtf:.4f},
+{memory:.0f} MB, {median:.1f} ms for {piece} (median), {last:.1f} ms (99th percentile).
 
 | system | greedy | beam 4 |
 |---|---|---|
@@ -207,7 +233,7 @@ Word error rate in % on {words} words of `{manifest}`; {threads} thread of {proc
 
 
 def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> str:
-    """The text of README.md; ``measured`` is what report.json holds."""
+    """The text of README.md; ``measured`` is the content of report.json."""
     context = exported.parsed_context
     about = f"Sub-models: {', '.join(exported.submodels) or 'none, the backbone alone'}. "
     about += f"Context: {exported.context}.\n" if context.streaming else "Context: full, not streaming.\n"
@@ -218,17 +244,25 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
         text += _script(exported)
     elif context.chunk is None:
         text += _client(exported) + _OFFLINE
+        text += _HOTWORDS.format(recognizer="OfflineRecognizer", program="sherpa-onnx-offline", options="")
     else:
+        tail = tail_seconds(context.chunk)
         text += _client(exported) + _STREAMING.format(
             chunk_ms=40 * context.chunk,
             latency_ms=context.latency_ms,
             window=count_window(context.chunk),
-            tail=tail_seconds(context.chunk),
+            tail=tail,
         )
+        padding = f"--left-padding=0 --right-padding={tail:.2f} "
+        text += _HOTWORDS.format(recognizer="OnlineRecognizer", program="sherpa-onnx", options=padding)
     files = (f"| {name} | {record.bytes} | `{record.sha256}` |" for name, record in exported.files.items())
     stages = (f"- {entry.get('stage')}: `{entry.get('command')}`" for entry in exported.run.lineage)
     parts = (f"| {name} | {part.stored} | {part.float32} |" for name, part in exported.parts.items())
-    rights = f"License: {exported.license}." if exported.license else "The rights are those its makers give."
+    rights = (
+        f"License: {exported.license}."
+        if exported.license
+        else "No license was stated; ask whoever made the model what you may do with it."
+    )
     return text + _TAIL.format(
         files="\n".join(files),
         stages="\n".join(stages),
@@ -239,7 +273,7 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
 
 
 def _script(exported: Exported) -> str:
-    """What the TorchScript files take and give."""
+    """Inputs and outputs of the TorchScript files."""
     sizes = {
         "vocab_size": exported.vocab_size,
         "context_size": exported.context_size,
@@ -258,12 +292,13 @@ def _client(exported: Exported) -> str:
     if exported.client is None:
         return _CLIENT
     return (
-        f"{_CLIENT}Weights of 2 bits need sherpa-onnx {exported.client} or newer; else export with `--dequantize`.\n\n"
+        f"{_CLIENT}Weights of 2 bits need sherpa-onnx {exported.client} or newer; for older versions, export with "
+        "`--dequantize`.\n\n"
     )
 
 
 def _card(exported: Exported) -> str:
-    """What a model hub reads of a model card."""
+    """The front matter of a model card, which model hubs read."""
     streaming = ["streaming"] if exported.parsed_context.streaming else []
     content: dict[str, Any] = {
         "library_name": "sherpa-onnx" if exported.format == "onnx" else "torch",
@@ -280,8 +315,8 @@ def _card(exported: Exported) -> str:
 def _measured(measured: Mapping[str, Any], context: Context) -> str:
     speed, systems = measured["speed"], measured["systems"]
     rows = (
-        f"| {name} | {100 * found['greedy']['wer']:.2f} | {100 * found['beam']['wer']:.2f} |"
-        for name, found in systems.items()
+        f"| {name} | {percent(rates['greedy']['wer'])} | {percent(rates['beam']['wer'])} |"
+        for name, rates in systems.items()
     )
     return _REPORT.format(
         manifest=PurePath(measured["manifest"]).name,
@@ -290,7 +325,7 @@ def _measured(measured: Mapping[str, Any], context: Context) -> str:
         processor=speed["processor"],
         rtf=speed["real_time_factor"],
         memory=speed["peak_memory_mb"],
-        piece="a chunk" if context.streaming else "10 s of sound",
+        piece="a chunk" if context.streaming else "10 s of audio",
         median=speed["piece_ms"]["median"],
         last=speed["piece_ms"]["99th"],
         rows="\n".join(rows),

@@ -16,7 +16,9 @@ from torch import Tensor
 from asrkit.errors import UserError
 from asrkit.export.directory import SUFFIXES, Format
 from asrkit.export.graphs import DECODER, ENCODER, FILES, JOINER, zipformer2_states
+from asrkit.export.safety import check_onnx, check_operators, check_script
 from asrkit.extras import require
+from asrkit.run_dir import EXPORT
 
 
 class ExportedModel:
@@ -72,26 +74,35 @@ class ExportedModel:
 
 
 def _open_onnx(path: Path) -> Callable[..., list[Tensor]]:
+    check_onnx(path)
     session = _open_session(path, torch.get_num_threads())
     names = [info.name for info in session.get_inputs()]
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-        return [torch.from_numpy(array) for array in session.run(None, arrays)]
+        try:
+            arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+            return [torch.from_numpy(array) for array in session.run(None, arrays)]
+        except Exception as error:  # onnxruntime's errors share no class of their own
+            raise UserError(f"{path}: does not fit {EXPORT} ({_one_line(error)}); export again") from error
 
     return run
 
 
 def _open_script(path: Path) -> Callable[..., list[Tensor]]:
+    check_script(path)
     try:
         script = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise UserError(f"{path}: torch {torch.__version__} cannot load it; export again with this torch") from error
+    check_operators(path, script)
 
     def run(*tensors: Tensor) -> list[Tensor]:
         # Optimized, the second call of each batch size takes seconds, and those after it are no faster.
-        with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[no-untyped-call]
-            outputs = script(*tensors)
+        try:
+            with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[no-untyped-call]
+                outputs = script(*tensors)
+        except RuntimeError as error:
+            raise UserError(f"{path}: does not fit {EXPORT} ({_one_line(error)}); export again") from error
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
     return run
@@ -116,14 +127,18 @@ def _open_session(model: Path | bytes, threads: int) -> Any:
         content = str(model) if isinstance(model, Path) else model
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no class of their own
-        reason = " ".join(str(error).split())
+        reason = _one_line(error)
         version = f"onnxruntime {onnxruntime.__version__}"
         if "MatMulNBits" in reason or "matmul_nbits" in reason:
             raise UserError(
-                f"{version} multiplies no integer weights of these bits ({reason[:200]}); install a newer one, or export "
+                f"{version} multiplies no integer weights of these bits ({reason}); install a newer one, or export "
                 "them as float32 with --dequantize"
             ) from error
         raise UserError(
-            f"{model if isinstance(model, Path) else 'a layer'}: {version} cannot load it ({reason[:300]}); install a newer "
+            f"{model if isinstance(model, Path) else 'a layer'}: {version} cannot load it ({reason}); install a newer "
             "onnxruntime or export again"
         ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

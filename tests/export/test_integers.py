@@ -23,9 +23,10 @@ from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import METHODS, search
 from asrkit.errors import UserError
-from asrkit.export import parity
+from asrkit.export import parity, writer
 from asrkit.export.directory import SUFFIXES, open_exported
 from asrkit.export.integers import CONSTANT, Nodes, _pack, layer_alone, product
+from asrkit.export.layers import QUANTIZED
 from asrkit.export.readme import tail_seconds
 from asrkit.export.runtime import run_graph
 from asrkit.models import load_model
@@ -42,8 +43,7 @@ from asrkit.nn.compression import (
 )
 from asrkit.reporting.wer import align, count
 from asrkit.run_dir import LINEAGE, MODEL, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
-from asrkit.stages import export as stage
-from asrkit.stages.export import QUANTIZED, export
+from asrkit.stages.export import export
 from asrkit.stages.quantize import quantize
 from asrkit.training.checkpoint import save_weights
 from helpers.sherpa_client import client
@@ -401,7 +401,7 @@ def test_a_file_that_holds_something_else_is_not_published(
     source = sparse(run, tmp_path / "model") if kind == "sparse" else tmp_path / "model"
     if kind != "sparse":
         quantize(run, source, KINDS[kind])
-    original = stage.write_onnx
+    original = writer.write_onnx
     name = f"encoder.blocks.0.conv.gate.{tensor}"
 
     def write(graph: Any, path: Path, *others: Any) -> dict[str, int]:
@@ -413,7 +413,7 @@ def test_a_file_that_holds_something_else_is_not_published(
             onnx.save(model, path)
         return counted
 
-    monkeypatch.setattr(stage, "write_onnx", write)
+    monkeypatch.setattr(writer, "write_onnx", write)
     with pytest.raises(UserError, match=f"ctc.onnx: {name} is not what was trained"):
         export(source, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

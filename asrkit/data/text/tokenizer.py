@@ -97,6 +97,12 @@ class Tokenizer:
             lines = (f"{self.id_to_piece(i)} {i}\n" for i in range(self.vocab_size))
             temporary.write_text("".join(lines), encoding="utf-8")
 
+    def write_scores(self, path: Path) -> None:
+        """Write bpe.vocab, with which sherpa-onnx splits hotwords into pieces: one ``piece<TAB>score`` a line."""
+        with atomic_write(path) as temporary:
+            lines = (f"{self.id_to_piece(i)}\t{self._model.GetScore(i)}\n" for i in range(self.vocab_size))
+            temporary.write_text("".join(lines), encoding="utf-8")
+
 
 def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, out: Path) -> Tokenizer:
     """Train a sentencepiece model on ``texts`` and write it to ``out``, with ``tokens.txt`` beside it.
