@@ -244,18 +244,29 @@ def _audio_of(cut: Cut) -> tuple[str, float] | None:
 
 
 def decodable_cuts(manifest: Path, languages: Sequence[str] = ()) -> tuple[CutSet, list[str]]:
-    """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others.
+    """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others; a cut with an empty text, or
+    without a supervision, is decoded too, and every word recognized in it counts as an insertion.
 
     Args:
-        languages: those the model knows, if it is told them.
+        languages: those the model takes as an input, if it has one.
 
     Raises:
         UserError: an unreadable manifest, or a line for each cut that cannot be decoded.
     """
-    cuts = open_cuts(manifest)
-    found = find_bad_cuts(cuts, None, read_audio=True, languages=languages)
-    lines = {finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}" for finding in found}
+    cuts = open_cuts(manifest, need_text=False)
+    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages)
+    lines = {
+        finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}"
+        for finding in findings
+        if finding.kind != "text"
+    }
     fatal = [line for finding, line in lines.items() if finding.kind != "silent"]
     if fatal:
-        raise UserError.of([*fatal, f"{manifest}: {len(fatal)} cuts cannot be decoded; mend or remove them"])
+        raise UserError.of([*fatal, f"{manifest}: {len(fatal)} cuts cannot be decoded; fix or remove them"])
+    if empty := [finding.cut_id for finding in findings if finding.kind == "text"]:
+        return cuts, [
+            *lines.values(),
+            f"{manifest}: {len(empty)} cut(s) have an empty reference, the first is {empty[0]}; every word recognized in them "
+            "is an insertion",
+        ]
     return cuts, list(lines.values())

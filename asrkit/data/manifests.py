@@ -13,9 +13,10 @@ from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
-from asrkit.data.shar import attach, places_in, shards_of
+from asrkit.config import digest
+from asrkit.data.shar import FIELDS, attach, places_in, shards_of, tar_of
 from asrkit.errors import UserError
-from asrkit.run_dir import atomic_write
+from asrkit.run_dir import atomic_write, sha256_of
 
 MAX_FINDINGS = 20  # a file of another format is wrong on every line: the first few say it all
 
@@ -195,3 +196,11 @@ def language_of(cut: Cut) -> str:
 def is_labeled(cut: Cut) -> bool:
     """Whether the text of a cut is a recognizer's, and not given."""
     return any("labeled_by" in (supervision.custom or {}) for supervision in cut.supervisions)
+
+
+def digest_of(path: Path) -> str:
+    """A SHA-256 that tells manifests apart by their content: of a file, its bytes; of a Shar directory, all its shards' files."""
+    if path.is_file():
+        return sha256_of(path)
+    files = [*shards_of(path), *(tar_of(shard, field) for shard in shards_of(path) for field in FIELDS)]
+    return digest([[file.name, sha256_of(file)] for file in files if file.is_file()])

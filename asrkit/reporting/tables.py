@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from asrkit.reporting.results import manifest_name
 
 
 def _table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
@@ -62,7 +63,7 @@ def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
     table.caption = f"RTF: seconds, features included, per second of audio ({first['device']}{threads})"
     if timed:
         table.caption += (
-            "\nlate: from the end of a right word to the end of the sound its last piece needed; mean, 90 %"
+            "\nlate ms, 90 %: from the end of a rightly recognized word until it is known; mean, 90th percentile"
         )
     table.caption_justify = "left"
     return table
@@ -154,7 +155,17 @@ def _variants(description: dict[str, Any]) -> Table:
 
 
 def _where(entry: dict[str, Any]) -> str:
-    return f"{Path(entry['manifest']).name.split('.')[0]} ({entry['context']}, {entry['method']})"
+    return f"{manifest_name(entry['manifest'])} {_digest(entry)} ({entry['context']}, {_search(entry)})"
+
+
+def _digest(row: dict[str, Any]) -> str:
+    """The beginning of the manifest's digest, as result directories are named."""
+    return "-" if row["manifest_sha256"] is None else str(row["manifest_sha256"])[:8]
+
+
+def _search(row: dict[str, Any]) -> str:
+    """``greedy``, or ``beam 4``."""
+    return str(row["method"]) if row["beam"] is None else f"{row['method']} {row['beam']}"
 
 
 def _submodels(description: dict[str, Any]) -> Table:
@@ -188,13 +199,13 @@ def _parts(description: dict[str, Any]) -> Table:
 
 def _evaluations(description: dict[str, Any]) -> Table:
     numbers = ("words", "WER %", "CER %", "late ms", "RTF")
-    columns = ("manifest", "variant", "context", "method", "weights")
+    columns = ("manifest", "digest", "variant", "context", "method", "weights")
     table = _table("evaluations", *columns, numbers=numbers)
     for row in description["evaluations"]:
         late = _rounded((row["emission_latency"] or {}).get("mean_ms"))
         rates = (percent(row["wer"]), percent(row["cer"]), late, f"{row['real_time_factor']:.4f}")
         weights = "these" if row["current"] else "earlier"
-        texts = (row["manifest"], row["variant"], row["context"], row["method"], weights)
+        texts = (row["manifest"], _digest(row), row["variant"], row["context"], _search(row), weights)
         table.add_row(*texts, str(row["words"]), *rates)
     return table
 
@@ -206,11 +217,12 @@ def _number(value: Any) -> str:
 def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
     """What a chain of stages achieved, as ``summarize_runs`` gives it."""
     numbers = ("WER %", "CER %", "words", "bytes", "seconds", "RTF")
-    texts = ("stage", "variant", "context", "manifest", "method")
-    table = _table("summary", *texts, numbers=numbers)
+    table = _table("summary", "stage", "variant", "context", "manifest", "digest", "method", numbers=numbers)
     for row in rows:
         table.add_row(
-            *(row[key] for key in texts),
+            *(row[key] for key in ("stage", "variant", "context", "manifest")),
+            _digest(row),
+            _search(row),
             percent(row["wer"]),
             percent(row["cer"]),
             str(row["words"]),

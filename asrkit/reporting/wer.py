@@ -7,6 +7,7 @@ Texts are compared as they are, without folding case or dropping punctuation.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -106,17 +107,19 @@ def by_language(utterances: Iterable[Scored]) -> dict[str, list[Scored]]:
 def confidence_interval(utterances: Sequence[Scored]) -> tuple[float, float] | None:
     """95 % interval of the word error rate over utterances drawn with replacement (Bisani and Ney, 2004).
 
-    It covers the choice of test utterances, not of the training seed. None where there is nothing to draw.
+    It covers the choice of test utterances, not of the training seed. None where fewer than two have reference words.
     """
     from kaldialign import bootstrap_wer_ci
 
-    spoken = [utterance for utterance in utterances if utterance.words.words]
-    if len(spoken) < 2:
+    if sum(utterance.words.words > 0 for utterance in utterances) < 2:
         return None
-    refs, hyps = [u.ref.split() for u in spoken], [u.hyp.split() for u in spoken]
-    found = bootstrap_wer_ci(refs, hyps, replications=1000, seed=0)
+    refs, hyps = [u.ref.split() for u in utterances], [u.hyp.split() for u in utterances]
+    interval = bootstrap_wer_ci(refs, hyps, replications=1000, seed=0)
+    low, high = float(interval["ci95min"]), float(interval["ci95max"])
+    if not math.isfinite(high):  # so few have words that a draw was without any
+        return None
     # It is the mean and 1.96 deviations of the draws, which near 0 reaches below it.
-    return max(0.0, float(found["ci95min"])), float(found["ci95max"])
+    return max(0.0, low), high
 
 
 @dataclass
@@ -130,18 +133,18 @@ class Confusions:
 
 def confusions(utterances: Iterable[Scored]) -> Confusions:
     """Count the word errors of all utterances by what was confused."""
-    found = Confusions()
+    confused = Confusions()
     for utterance in utterances:
         for ref, hyp in utterance.pairs:
             if ref == hyp:
                 continue
             if ref == NOTHING:
-                found.insertions[hyp] += 1
+                confused.insertions[hyp] += 1
             elif hyp == NOTHING:
-                found.deletions[ref] += 1
+                confused.deletions[ref] += 1
             else:
-                found.substitutions[ref, hyp] += 1
-    return found
+                confused.substitutions[ref, hyp] += 1
+    return confused
 
 
 def _mark(ref: str, hyp: str) -> str:
@@ -151,9 +154,10 @@ def _mark(ref: str, hyp: str) -> str:
 
 
 def format_summary(counts: ErrorCounts, unit: str = "words") -> str:
-    """One line for a person: ``12.50 % of 8 words (1 sub, 0 ins, 0 del)``."""
+    """One line for a person: ``12.50 % of 8 words (1 sub, 0 ins, 0 del)``, or ``no words (0 sub, 2 ins, 0 del)``."""
     kinds = f"{counts.substitutions} sub, {counts.insertions} ins, {counts.deletions} del"
-    return f"{100 * counts.rate:.2f} % of {counts.words} {unit} ({kinds})"
+    rate = f"{100 * counts.rate:.2f} % of {counts.words}" if counts.words else "no"
+    return f"{rate} {unit} ({kinds})"
 
 
 def format_alignment(utterance: Scored) -> str:
@@ -171,12 +175,12 @@ def format_alignment(utterance: Scored) -> str:
     return "\n".join(lines if utterance.words.errors else lines[:3]) + "\n"
 
 
-def format_confusions(found: Confusions) -> str:
-    """All confusions, most frequent first, one a line: count, what was said, what was recognized."""
+def format_confusions(confused: Confusions) -> str:
+    """All confusions, most frequent first, one a line: count, reference, recognized word."""
     sections = [
-        ("substitutions", [(n, f"{ref} -> {hyp}") for (ref, hyp), n in found.substitutions.items()]),
-        ("insertions", [(n, word) for word, n in found.insertions.items()]),
-        ("deletions", [(n, word) for word, n in found.deletions.items()]),
+        ("substitutions", [(n, f"{ref} -> {hyp}") for (ref, hyp), n in confused.substitutions.items()]),
+        ("insertions", [(n, word) for word, n in confused.insertions.items()]),
+        ("deletions", [(n, word) for word, n in confused.deletions.items()]),
     ]
     lines = []
     for title, entries in sections:

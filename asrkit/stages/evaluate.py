@@ -12,35 +12,30 @@ from typing import Any, TypeVar
 import torch
 from lhotse import CutSet
 
+from asrkit.config import to_dict
 from asrkit.data.batch import evaluation_batches
 from asrkit.data.checks import decodable_cuts
+from asrkit.data.manifests import digest_of
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.evaluation import score
 from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import Method, search
 from asrkit.errors import UserError
-from asrkit.nn.context import Context
 from asrkit.reporting.progress import progress
+from asrkit.reporting.results import RESULT, Latencies, Result, manifest_name, summarize
 from asrkit.reporting.wer import (
     Scored,
     by_language,
-    confidence_interval,
     confusions,
     format_alignment,
     format_confusions,
     format_summary,
-    total_chars,
     total_words,
 )
-from asrkit.run_dir import atomic_write, sha256_of
+from asrkit.run_dir import atomic_write
 
-RESULT, ALIGNMENTS, CONFUSIONS, UTTERANCES = (
-    "result.json",
-    "alignments.txt",
-    "confusions.txt",
-    "utterances.jsonl",
-)
+ALIGNMENTS, CONFUSIONS, UTTERANCES = "alignments.txt", "confusions.txt", "utterances.jsonl"
 
 T = TypeVar("T")
 
@@ -69,8 +64,10 @@ def evaluate(
 ) -> list[Evaluation]:
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
-    Each method has its directory, ``<out>/<manifest>-<variant>-<context>-<method>``, by default in
-    ``<run>/evaluation``. A streaming context is decoded chunk by chunk, as on a device.
+    Each method has its directory, ``<out>/<manifest>-<digest>-<variant>-<context>-<method>``, by default in
+    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A streaming
+    context is decoded chunk by chunk, as on a device. An utterance with an empty reference is decoded too: every word
+    recognized in it is an insertion.
 
     Args:
         variant: the active sub-models; None is the one the last stage trained.
@@ -98,59 +95,44 @@ def evaluate(
     if findings or recognizer is None or checked is None:
         raise UserError.of(findings)
     cuts, warnings = checked
+    digest = digest_of(manifest)
     methods = list(dict.fromkeys(methods))
-    point = f"{recognizer.variant}-{_plain(recognizer.context)}"
     directories = {
-        method: (out or run_path / "evaluation") / f"{_stem(manifest)}-{point}-{method}" for method in methods
+        method: (out or run_path / "evaluation") / _name(manifest, digest, recognizer, method, beam)
+        for method in methods
     }
     for directory in directories.values():
         _make(directory)
     decoded = _decode(recognizer, cuts, methods, beam, max_duration)
-    audio_seconds = float(sum(cut.duration for cut in cuts))
-    place = {cut.id: number for number, cut in enumerate(cuts)}
+    order = {cut.id: number for number, cut in enumerate(cuts)}
     evaluations = []
     for method in methods:
-        found = decoded[method]
-        utterances = sorted(found.scored, key=lambda utterance: place[utterance.cut_id])
-        result = {
-            "run": str(run_path),
-            "weights_sha256": recognizer.weights_sha256,
-            "variant": recognizer.variant,
-            "context": str(recognizer.context),
-            "latency_ms": recognizer.context.latency_ms,
-            "manifest": str(manifest),
-            "manifest_sha256": sha256_of(manifest) if manifest.is_file() else None,
-            "method": method,
-            "beam": beam if method == "beam" else None,
-            "total": summarize(utterances),
-            "languages": {language: summarize(part) for language, part in by_language(utterances).items()},
-            "emission_latency": None if found.latencies is None else summarize_latencies(found.latencies),
-            "audio_seconds": round(audio_seconds, 3),
-            "decode_seconds": round(found.seconds, 3),
-            "real_time_factor": round(found.seconds / audio_seconds, 6),
-            "device": str(recognizer.device),
-            "threads": torch.get_num_threads(),
-            "warnings": [*recognizer.warnings, *warnings],
-        }
+        utterances = sorted(decoded[method].scored, key=lambda utterance: order[utterance.cut_id])
+        latencies, seconds = decoded[method].latencies, decoded[method].seconds
+        audio_seconds = float(sum(cut.duration for cut in cuts))
+        result = Result(
+            run=str(run_path),
+            weights_sha256=recognizer.weights_sha256,
+            variant=recognizer.variant,
+            context=str(recognizer.context),
+            latency_ms=recognizer.context.latency_ms,
+            manifest=str(manifest),
+            manifest_sha256=digest,
+            method=method,
+            beam=beam if method == "beam" else None,
+            total=summarize(utterances),
+            languages={language: summarize(part) for language, part in by_language(utterances).items()},
+            emission_latency=None if latencies is None else Latencies(**summarize_latencies(latencies)),
+            audio_seconds=round(audio_seconds, 3),
+            decode_seconds=round(seconds, 3),
+            real_time_factor=round(seconds / audio_seconds, 6),
+            device=str(recognizer.device),
+            threads=torch.get_num_threads(),
+            warnings=[*recognizer.warnings, *warnings],
+        )
         _write(directories[method], result, utterances)
-        evaluations.append(Evaluation(directories[method], result, utterances))
+        evaluations.append(Evaluation(directories[method], to_dict(result), utterances))
     return evaluations
-
-
-def summarize(utterances: Sequence[Scored]) -> dict[str, Any]:
-    """Error rates (fractions, not per cent; null where there is nothing to divide by) with their counts."""
-    words, chars = total_words(utterances), total_chars(utterances)
-    return {
-        "utterances": len(utterances),
-        "words": words.words,
-        "wer": words.rate if words.words else None,
-        "wer_95": confidence_interval(utterances),
-        "substitutions": words.substitutions,
-        "insertions": words.insertions,
-        "deletions": words.deletions,
-        "characters": chars.words,
-        "cer": chars.rate if chars.words else None,
-    }
 
 
 def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
@@ -185,14 +167,14 @@ def _decode(
             if recognizer.device.type == "cuda":
                 torch.cuda.synchronize(recognizer.device)
             shared = time.perf_counter() - began
-            for method, found in decoded.items():
+            for method, total in decoded.items():
                 began = time.perf_counter()
                 hypotheses = search(recognizer.model, encoded, method, beam)
-                found.seconds += shared + time.perf_counter() - began
-                found.scored += score(batch, hypotheses, recognizer.tokenizer)
-                if found.latencies is not None:
+                total.seconds += shared + time.perf_counter() - began
+                total.scored += score(batch, hypotheses, recognizer.tokenizer)
+                if total.latencies is not None:
                     for cut_id, hypothesis in zip(batch.cut_ids, hypotheses, strict=True):
-                        found.latencies += emission_latencies(
+                        total.latencies += emission_latencies(
                             hypothesis, recognizer.tokenizer, ends.get(cut_id, ()), recognizer.context
                         )
             advance(sum(batch.durations))
@@ -208,21 +190,17 @@ def _make(directory: Path) -> None:
         raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
 
 
-def _plain(context: Context) -> str:
-    """``full``, or ``chunk16-left64``: a context in a file's name."""
-    return str(context).replace("=", "").replace(",", "-")
+def _name(manifest: Path, digest: str, recognizer: Recognizer, method: Method, beam: int) -> str:
+    """``test-3f2a9c01-near-chunk16-left64-beam4``: a result's directory."""
+    context = str(recognizer.context).replace("=", "").replace(",", "-")
+    search = f"beam{beam}" if method == "beam" else method
+    return f"{manifest_name(str(manifest))}-{digest[:8]}-{recognizer.variant}-{context}-{search}"
 
 
-def _stem(manifest: Path) -> str:
-    """``test`` of ``data/test.jsonl.gz``; a Shar directory gives its own name."""
-    return manifest.name.removesuffix(".gz").removesuffix(".jsonl") or manifest.resolve().name
-
-
-def _write(directory: Path, result: dict[str, Any], utterances: Sequence[Scored]) -> None:
+def _write(directory: Path, result: Result, utterances: Sequence[Scored]) -> None:
     """Write the files of one method; result.json comes last, so where it is new, all are."""
     total = format_summary(total_words(utterances))
-    point = f"{result['variant']}, {result['context']}, {result['method']}"
-    heading = f"{result['manifest']} by {result['run']}, {point}: {total}\n\n"
+    heading = f"{result.manifest} by {result.run}, {result.variant}, {result.context}, {result.search}: {total}\n\n"
     rows = [
         {
             "id": utterance.cut_id,
@@ -238,7 +216,7 @@ def _write(directory: Path, result: dict[str, Any], utterances: Sequence[Scored]
         ALIGNMENTS: heading + "\n".join(format_alignment(utterance) for utterance in utterances),
         CONFUSIONS: heading + format_confusions(confusions(utterances)),
         UTTERANCES: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        RESULT: json.dumps(result, indent=2, ensure_ascii=False) + "\n",
+        RESULT: json.dumps(to_dict(result), indent=2, ensure_ascii=False) + "\n",
     }
     for name, content in contents.items():
         with atomic_write(directory / name) as temporary:

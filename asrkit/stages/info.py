@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from asrkit.config import to_dict
 from asrkit.errors import UserError
 from asrkit.models.asr import spec_of
 from asrkit.models.lm import is_language_model
@@ -16,6 +17,7 @@ from asrkit.run_dir import WEIGHTS, RunDir, open_run, sha256_of
 
 # Beside the encoder, what recognizing needs; the rest only serves training.
 DECODER = ("predictor", "joiner", "ctc_head")
+BEST = ("manifest", "manifest_sha256", "context", "method", "beam", "wer", "words")
 
 
 def describe_run(path: Path) -> dict[str, Any]:
@@ -132,8 +134,9 @@ def _variants(spec: ModelSpec, parts: list[dict[str, Any]], evaluations: list[di
         best: dict[str, dict[str, Any]] = {}
         for row in evaluations:
             known = row["current"] and row["variant"] == name and row["wer"] is not None
-            if known and row["wer"] < best.get(row["manifest"], {"wer": math.inf})["wer"]:
-                best[row["manifest"]] = {key: row[key] for key in ("manifest", "context", "method", "wer", "words")}
+            content = row["manifest_sha256"] or row["manifest"]  # two of one name are two
+            if known and row["wer"] < best.get(content, {"wer": math.inf})["wer"]:
+                best[content] = {key: row[key] for key in BEST}
         rows.append(
             {
                 "variant": name,
@@ -154,16 +157,18 @@ def _evaluations(run: RunDir) -> list[dict[str, Any]]:
     weights = sha256_of(run.path / WEIGHTS)
     return [
         {
-            "manifest": result["manifest"],
-            "variant": result["variant"],
-            "context": result["context"],
-            "method": result["method"],
-            "wer": result["total"]["wer"],
-            "cer": result["total"]["cer"],
-            "words": result["total"]["words"],
-            "emission_latency": result.get("emission_latency"),
-            "real_time_factor": result["real_time_factor"],
-            "current": result["weights_sha256"] == weights,
+            "manifest": result.manifest,
+            "manifest_sha256": result.manifest_sha256,
+            "variant": result.variant,
+            "context": result.context,
+            "method": result.method,
+            "beam": result.beam,
+            "wer": result.total.wer,
+            "cer": result.total.cer,
+            "words": result.total.words,
+            "emission_latency": None if result.emission_latency is None else to_dict(result.emission_latency),
+            "real_time_factor": result.real_time_factor,
+            "current": result.weights_sha256 == weights,
         }
         for result in read_results(run.path)
     ]

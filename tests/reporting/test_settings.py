@@ -13,7 +13,7 @@ import asrkit
 from asrkit.reporting.settings import field_docs
 
 # Records and specs that asrkit writes and reads back: nobody sets them.
-RECORDS = ("asrkit.export.directory", "asrkit.models.spec", "asrkit.models.lm.LmSpec")
+RECORDS = ("asrkit.export.directory", "asrkit.models.spec", "asrkit.models.lm.LmSpec", "asrkit.reporting.results")
 
 
 def settings_classes() -> Iterator[type]:

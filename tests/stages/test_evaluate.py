@@ -17,7 +17,7 @@ from rich.console import Console
 
 from asrkit.cli import main
 from asrkit.data.batch import evaluation_batches
-from asrkit.data.manifests import make_cut, open_cuts, write_cuts
+from asrkit.data.manifests import digest_of, make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.choice import UNTRAINED_STREAM, ContextChoice
@@ -111,10 +111,11 @@ def test_the_batch_does_not_change_the_result(run: Path, manifest: Path, method:
 
 def test_evaluate_writes_what_it_returns(run: Path, manifest: Path, tmp_path: Path) -> None:
     evaluations = evaluate(run, manifest, methods=METHODS, out=tmp_path / "results", max_duration=3.0)
+    digest = sha256_of(manifest)[:8]
     assert [evaluation.directory.name for evaluation in evaluations] == [
-        "test-backbone-full-greedy",
-        "test-backbone-full-beam",
-        "test-backbone-full-ctc",
+        f"test-{digest}-backbone-full-greedy",
+        f"test-{digest}-backbone-full-beam4",
+        f"test-{digest}-backbone-full-ctc",
     ]
     for evaluation in evaluations:
         assert sorted(file.name for file in evaluation.directory.iterdir()) == [
@@ -160,7 +161,7 @@ def test_evaluate_prints_a_table(
     words = ("evaluate", "--from", run, "--manifest", manifest, "--out", tmp_path, "--method", "all")
     code, out, _ = command(monkeypatch, capsys, *words)
     assert code == 0
-    for text in ("greedy", "beam", "ctc", "en", "fr", "WER %", "RTF", "test-backbone-full-ctc"):
+    for text in ("greedy", "beam", "ctc", "en", "fr", "WER %", "RTF", "-backbone-full-ctc"):
         assert text in out
     code, out, _ = command(monkeypatch, capsys, *words[:-1], "beam", "--json", "--beam", "2")
     assert code == 0 and json.loads(out)["beam"] == 2
@@ -389,12 +390,13 @@ def test_a_variant_is_decoded_in_its_first_trained_context(points: Path, manifes
         for name in (None, "backbone", "near", "wide", "all")
     }
     names = {name: evaluation.directory.name for name, evaluation in found.items()}
+    digest = sha256_of(manifest)[:8]
     assert names == {
-        None: "test-near-chunk4-left8-greedy",
-        "backbone": "test-backbone-full-greedy",
-        "near": "test-near-chunk4-left8-greedy",
-        "wide": "test-wide-full-greedy",
-        "all": "test-all-full-greedy",
+        None: f"test-{digest}-near-chunk4-left8-greedy",
+        "backbone": f"test-{digest}-backbone-full-greedy",
+        "near": f"test-{digest}-near-chunk4-left8-greedy",
+        "wide": f"test-{digest}-wide-full-greedy",
+        "all": f"test-{digest}-all-full-greedy",
     }
     results = {name: evaluation.result for name, evaluation in found.items()}
     assert [results[name]["context"] for name in ("near", "wide")] == ["chunk=4,left=8", "full"]
@@ -586,7 +588,7 @@ def test_info_tells_variants_apart(
         "8 / 2 heads",
         "0-1",
         "adapter",
-        "test (chunk=4,left=8, ",
+        f"test {sha256_of(manifest)[:8]} (chunk=4,left=8, ",
     ):
         assert text in out, text
 
@@ -601,13 +603,106 @@ def test_summary_has_a_row_for_each_variant_and_context(points: Path, manifest: 
     assert found == {("near", "chunk=4,left=8"), ("backbone", "full"), ("backbone", "chunk=4,left=0")}
 
 
-def test_a_damaged_result_is_named(run: Path, manifest: Path, tmp_path: Path) -> None:
+def test_evaluations_of_manifests_of_one_name_stand_side_by_side(
+    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So do those of beams of several sizes; the same again replaces only itself."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    cuts = list(open_cuts(manifest))
+    for language, part in (("en", cuts[:2]), ("fr", cuts[2:])):
+        write_cuts(tmp_path / language / "test.jsonl.gz", part)
+        evaluate(copy, tmp_path / language / "test.jsonl.gz")
+    for beam in (2, 3, 3):
+        evaluate(copy, tmp_path / "fr" / "test.jsonl.gz", methods=["beam"], beam=beam)
+    digests = {language: sha256_of(tmp_path / language / "test.jsonl.gz") for language in ("en", "fr")}
+    rows = summarize_runs([copy])
+    assert {(row["manifest"], row["manifest_sha256"], row["words"], row["method"], row["beam"]) for row in rows} == {
+        ("test", digests["en"], 12, "greedy", None),
+        ("test", digests["fr"], 12, "greedy", None),
+        ("test", digests["fr"], 12, "beam", 2),
+        ("test", digests["fr"], 12, "beam", 3),
+    }
+    assert len(rows) == 4 and len(describe_run(copy)["variants"][0]["best"]) == 2
+    for words in (("summary", copy), ("info", copy)):
+        code, out, _ = command(monkeypatch, capsys, *words)
+        assert code == 0 and all(text in out for text in (digests["en"][:8], digests["fr"][:8], "beam 2", "beam 3"))
+
+
+def test_a_shar_directory_is_known_by_its_sound_too(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    open_cuts(manifest).to_shar(tmp_path / "one", fields={"recording": "wav"})
+    shutil.copytree(tmp_path / "one", tmp_path / "same")
+    assert len(digest_of(tmp_path / "one")) == 64 and digest_of(tmp_path / "one") == digest_of(tmp_path / "same")
+    (tar,) = (tmp_path / "same").glob("recording.*.tar")
+    sound = bytearray(tar.read_bytes())
+    sound[len(sound) // 2] ^= 1
+    tar.write_bytes(sound)
+    assert digest_of(tmp_path / "one") != digest_of(tmp_path / "same")
+
+
+def test_nobody_speaks(
+    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is recognized in a recording with an empty reference is inserted; the rate stays over the set's words."""
+    cuts = list(open_cuts(manifest))
+    spoken = evaluate(run, manifest, out=tmp_path / "spoken")[0].result["total"]
+    for cut, text in zip(cuts, ["", " ", None], strict=False):
+        cut.supervisions[0].text = text
+    cuts[3].supervisions = []
+    write_cuts(tmp_path / "some.jsonl.gz", cuts)
+    (evaluation,) = evaluate(run, tmp_path / "some.jsonl.gz", out=tmp_path)
+    inserted = {u.cut_id: len(u.hyp.split()) for u in evaluation.utterances[:4]}
+    total, last = evaluation.result["total"], evaluation.utterances[4]
+    assert sum(inserted.values()) > 3 and total["utterances"] == spoken["utterances"] == 5
+    assert total["insertions"] == sum(inserted.values()) + last.words.insertions
+    assert (
+        total["words"] == 6 and total["wer"] == (total["insertions"] + total["substitutions"] + total["deletions"]) / 6
+    )
+    (warning,) = evaluation.result["warnings"]
+    assert "4 cut(s) have an empty reference, the first is cut-0" in warning
+
+    write_cuts(tmp_path / "none.jsonl.gz", cuts[:4])
+    words = ("evaluate", "--from", run, "--manifest", tmp_path / "none.jsonl.gz", "--out", tmp_path / "none")
+    code, out, err = command(monkeypatch, capsys, *words)
+    assert code == 0 and "empty reference" in err and "inf" not in out and "nan" not in out
+    (file,) = (tmp_path / "none").glob("*/result.json")
+    total = json.loads(file.read_text())["total"]
+    assert total["wer"] is None and total["wer_95"] is None and total["words"] == 0
+    assert total["insertions"] == sum(inserted.values())
+    assert f"no words (0 sub, {total['insertions']} ins, 0 del)" in (file.parent / "alignments.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "null", "[" * 20000, '{"method": "ctc"}', "\xff", ("total", 3), ("total", None), ("wer", "a"),
+     ("languages", []), ("languages", {"en": {}}), ("words", -1), ("words", 1.5), ("manifest", 7), ("real_time_factor", "fast"),
+     ("warnings", "none"), ("emission_latency", {"mean_ms": 1}), ("surprise", 1)],
+    ids=lambda content: str(content)[:20],
+)  # fmt: skip
+def test_a_damaged_result_is_one_line(run: Path, manifest: Path, tmp_path: Path, content: Any) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    evaluate(copy, manifest, methods=["greedy", "ctc"])
-    for method, content in (("greedy", "{"), ("ctc", '{"method": "ctc"}')):
-        (copy / "evaluation" / f"test-backbone-full-{method}" / "result.json").write_text(content)
+    (evaluation,) = evaluate(copy, manifest)
+    file = evaluation.directory / "result.json"
+    if isinstance(content, tuple):
+        key, value = content
+        result = json.loads(file.read_text())
+        (result["total"] if key in ("wer", "words") else result)[key] = value
+        content = json.dumps(result)
+    file.write_bytes(content.encode("latin-1"))
     for read in (describe_run, lambda path: summarize_runs([path])):
         with pytest.raises(UserError) as caught:
             read(copy)
-        assert len(caught.value.lines) == 2 and all("evaluate again" in line for line in caught.value.lines)
+        (line,) = caught.value.lines
+        assert line.startswith(f"{file}: is not a result") and "evaluate again" in line
+
+
+def test_every_damaged_result_is_named(run: Path, manifest: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for evaluation in evaluate(copy, manifest, methods=["greedy", "ctc"]):
+        (evaluation.directory / "result.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        summarize_runs([copy])
+    assert len(caught.value.lines) == 2
