@@ -456,9 +456,9 @@ def test_names_and_weights_that_mislead(tmp_path: Path) -> None:
 def test_layers_that_stay_float_are_told(run: Path, tmp_path: Path) -> None:
     told: list[str] = []
     export(run, tmp_path / "onnx", variant="near", quantize="int4", warn=told.append)
-    assert "layers stay float, as their inputs are no multiple of 32" in told[0]
+    assert "layers stay float, because their number of inputs is not a multiple of 32" in told[0]
     quantize(run, tmp_path / "inputs", KINDS["int8-inputs"])
-    with pytest.raises(UserError, match="integer inputs.*leave --format and --dequantize out"):
+    with pytest.raises(UserError, match="integer inputs.*drop --format and --dequantize"):
         export(tmp_path / "inputs", tmp_path / "again", dequantize=True)
 
 
@@ -499,7 +499,7 @@ def test_torchscript(run: Path, audio: list[Path], tmp_path: Path) -> None:
     unused = torch.jit.load(str(tmp_path / "script-False" / "joiner.pt"))  # type: ignore[no-untyped-call]
     assert (tmp_path / "script-False" / "joiner.pt").stat().st_size < 40_000 and unused is not None
     quantize(run, tmp_path / "inputs", KINDS["int8-inputs"])
-    with pytest.raises(UserError, match="integer inputs.*leave --format and --dequantize out"):
+    with pytest.raises(UserError, match="integer inputs.*drop --format and --dequantize"):
         export(tmp_path / "inputs", tmp_path / "onnx", format="torchscript")
 
 
