@@ -10,10 +10,10 @@ $(error ENV=$(ENV) is no environment; use ENV=k2 or ENV=modern)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo smoke ci clean
+.PHONY: help setup test lint format generated demo smoke ci clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ENV=k2      Python 3.11, torch 1.13.1, k2 1.23.4 (the default)"
 	@echo "  ENV=modern  Python 3.11 or newer, torch 2.13.0, no k2"
@@ -35,6 +35,9 @@ lint: setup ## check style, formatting and types
 format: setup ## format the code and apply safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+generated: setup ## rewrite the option tables in docs/ and the list of the interface in tests/golden/
+	$(PY) scripts/generated.py
 
 demo: setup ## from real speech to a measured recognizer
 	$(MAKE) -C recipes/prompts ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit

@@ -1,4 +1,4 @@
-"""Typed configuration: defaults < YAML file < ``--set key=value``; every mistake is reported at once.
+"""Typed configuration: defaults < YAML file < ``--set key=value`` < options; every mistake is reported at once.
 
 A stage's configuration is a tree of frozen pydantic dataclasses (``@config``), so types, ranges and unknown keys
 are checked before any work starts, and ``to_dict`` gives what config.yaml stores.
@@ -6,20 +6,33 @@ are checked before any work starts, and ``to_dict`` gives what config.yaml store
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.dataclasses import is_pydantic_dataclass
 
 from asrkit.errors import UserError
-from asrkit.run_dir import read_yaml
+from asrkit.yaml_core import load_core, load_texts
 
 T = TypeVar("T")
 
@@ -37,23 +50,35 @@ def config(cls: type[T]) -> type[T]:
     return pydantic_dataclass(cls, kw_only=True, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload, return-value, unused-ignore]
 
 
-def resolve(cls: type[T], file: Path | None = None, overrides: Iterable[str] = (), defaults: T | None = None) -> T:
-    """Build a ``cls`` from its defaults (or ``defaults``), an optional YAML file, and ``key.subkey=value`` strings.
+def is_config(hint: Any) -> bool:
+    """Whether this is a class made by ``config``."""
+    return isinstance(hint, type) and is_pydantic_dataclass(hint)
 
-    Values of overrides are parsed as YAML, so ``lr=1e-3``, ``factors=[0.9, 1.1]`` and ``name=null`` mean what they say.
+
+def resolve(
+    cls: type[T],
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+    defaults: T | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> T:
+    """Build a ``cls`` from its defaults (or ``defaults``), a YAML file, ``key.subkey=value`` strings, and options.
+
+    Later ones win. ``options`` are values by key that the command line has parsed: they are taken as they are. Texts, in
+    the file and in ``overrides``, are read as YAML 1.2 has it, so ``no`` and ``on`` are words, and ``1e-3`` is a number;
+    where the field takes a text but not the value that was read, it gets the text as written: ``name=1e3``, ``name=007``.
 
     Raises:
         UserError: one line for every unknown key (with the nearest valid one), wrong type or value.
     """
     # From the defaults as a whole: a stage's own for a nested group count for the keys that nobody sets.
     values: dict[str, Any] = to_dict(cls() if defaults is None else defaults)
+    origins: dict[str, str] = {}  # by key: what set it, for error lines
     if file is not None:
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such configuration file")
-        content = read_yaml(Path(file))
-        if content is not None and not isinstance(content, dict):
-            raise UserError(f"{file}: a configuration file holds `key: value` lines")
-        _merge(values, content or {})
+        written = _read_file(Path(file))
+        _merge(cls, values, *written)
+        origins |= dict.fromkeys(_leaves(written[1]), f"{file}: ")
     findings = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -61,20 +86,25 @@ def resolve(cls: type[T], file: Path | None = None, overrides: Iterable[str] = (
             findings.append(f"--set {override}: write key=value, as in --set training.steps=2000")
             continue
         try:
-            _put(values, key.split("."), _parse(text))
-        except (yaml.YAMLError, TypeError):
-            findings.append(f"--set {override}: cannot read the value, or {key} does not name a field")
+            _put(values, key, _typed(hint_of(cls, key), _readings(text)))
+        except TypeError:
+            findings.append(f"--set {override}: {key.rpartition('.')[0]} is a single value, not a group of settings")
+        origins |= {key: "--set "}
+    for key, value in (options or {}).items():
+        _put(values, key, value)
+        origins |= {key: ""}
+    try:
+        settings = _validated(cls, values, lambda key: _origin(origins, key), "; `asrkit config` lists every key")
+    except UserError as error:
+        raise UserError.of([*findings, *error.lines]) from None
     if findings:
         raise UserError.of(findings)
-    return from_dict(cls, values, str(file) if file is not None else "configuration")
+    return settings
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Validate a nested dictionary as ``cls``; ``where`` names its origin in error lines."""
-    try:
-        return TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as error:
-        raise UserError.of([_explain(cls, item, where) for item in error.errors()]) from None
+    return _validated(cls, values, lambda key: f"{where}: ")
 
 
 def to_dict(instance: Any) -> dict[str, Any]:
@@ -99,54 +129,131 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
-            _merge(values[key], value)
+def hint_of(cls: Any, key: str) -> Any:
+    """The type of ``key.subkey`` of a settings class; Any where there is no such key."""
+    hint = cls
+    for name in key.split("."):
+        group = group_of(hint)
+        if group is not None:
+            hint = field_types(group).get(name, Any)
         else:
-            values[key] = value
+            hint = get_args(hint)[1] if get_origin(hint) is dict else Any
+    return hint
 
 
-def _parse(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
-        try:
-            return float(value)
-        except ValueError:
+def group_of(hint: Any) -> Any:
+    """The settings class of a nested group, one that may be None included; None for a plain value."""
+    candidates = [hint, *get_args(hint)] if get_origin(hint) in (Union, UnionType, Annotated) else [hint]
+    return next((candidate for candidate in candidates if is_config(candidate)), None)
+
+
+@cache
+def field_types(cls: Any) -> dict[str, Any]:
+    """The type of each field of a settings class, with its constraints."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _read_file(path: Path) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """A YAML file twice: as the core schema has it, and with every scalar as its text."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        core, plain = load_core(text), load_texts(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if core is None:
+        return {}, {}
+    if not isinstance(core, dict):
+        raise UserError(f"{path}: a configuration file holds `key: value` lines")
+    return core, plain
+
+
+def _readings(text: str) -> list[Any]:
+    """What the text of an override may mean, the likeliest first: a YAML value, one with texts only, the text itself."""
+    readings: list[Any] = []
+    for load in (load_core, load_texts):
+        with contextlib.suppress(yaml.YAMLError):
+            readings.append(load(text))
+    return [*readings, text]
+
+
+def _typed(hint: Any, readings: Sequence[Any]) -> Any:
+    """The first reading that the type takes; the first of all if none is, which validation will then explain."""
+    adapter = TypeAdapter(hint)
+    for value in readings:
+        with contextlib.suppress(ValidationError):
+            adapter.validate_python(value)
             return value
-    return value
+    return readings[0]
 
 
-def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for name in path[:-1]:
+def _merge(hint: Any, values: dict[str, Any], core: Mapping[Any, Any], plain: Mapping[str, Any]) -> None:
+    """Put a file's content, in its two readings, over ``values``."""
+    for (key, text), value in zip(plain.items(), core.values(), strict=True):
+        inner = hint_of(hint, key)
+        if isinstance(value, dict) and (group_of(inner) is not None or isinstance(values.get(key), dict)):
+            if not isinstance(values.get(key), dict):  # a group that is off by default
+                values[key] = {}
+            _merge(inner, values[key], value, text)
+        else:
+            values[key] = _typed(inner, [value, text])
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *groups, last = key.split(".")
+    for name in groups:
         if values.get(name) is None:  # also a group that is off by default: a key of it turns it on
             values[name] = {}
         values = values[name]
         if not isinstance(values, dict):
             raise TypeError(name)
-    values[path[-1]] = value
+    values[last] = value
 
 
-def _explain(cls: type, item: Any, where: str) -> str:
-    path = [str(part) for part in item["loc"]]
-    key = ".".join(path)
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _origin(origins: Mapping[str, str], key: str) -> str:
+    """What set a key, a group above it, or the last of the keys below it."""
+    related = [name for name in origins if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")]
+    return origins[related[-1]] if related else ""
+
+
+def _validated(cls: type[T], values: Mapping[str, Any], origin: Callable[[str], str], help: str = "") -> T:
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise UserError.of([_explain(cls, item, origin, help) for item in error.errors()]) from None
+
+
+def _explain(cls: type, item: Any, origin: Callable[[str], str], help: str) -> str:
+    key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(key, _keys(cls), n=1, cutoff=0.4)
-        return f"{where}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help for the keys")
-    return f"{where}: {key}: {item['msg']} (got {item['input']!r})"
+        near = nearest(key, _keys(cls, key))
+        return f"{origin(key)}{key}: unknown key" + (f"; did you mean {near}?" if near else help)
+    message = item["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"  # a group says nothing at a glance
+    return f"{origin(key)}{key}{': ' if key else ''}{message}{value}"
 
 
-def _keys(cls: Any, prefix: str = "") -> list[str]:
-    names = []
-    for name, hint in _field_types(cls).items():
-        names.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            names += _keys(hint, f"{prefix}{name}.")
-    return names
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like ``word``; None if none is like it."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
-def _field_types(cls: Any) -> dict[str, Any]:
-    import typing
-
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+def _keys(cls: Any, near: str) -> Iterator[str]:
+    """Every key of a settings class, and those of the group that ``near`` is in, which may be under a name of the user's."""
+    for name, hint in field_types(cls).items():
+        yield name
+        if (group := group_of(hint)) is not None:
+            yield from (f"{name}.{key}" for key in _keys(group, ""))
+    parent = near.rpartition(".")[0]
+    if parent and (group := group_of(hint_of(cls, parent))) is not None:
+        yield from (f"{parent}.{name}" for name in field_types(group))

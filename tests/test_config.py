@@ -1,4 +1,4 @@
-"""Variant: precedence, and every mistake at once with the nearest valid name."""
+"""Configuration: precedence, and every mistake at once with the nearest valid name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import pytest
 
 from asrkit.config import differences, digest, from_dict, resolve, to_dict
 from asrkit.errors import UserError
+from asrkit.models.compression import QuantizationConfig
+from asrkit.stages.add_submodel import AddSubModelConfig
+from asrkit.stages.align import AlignConfig
+from asrkit.stages.distill_lm import DistillLmConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig
 from asrkit.training.start import model_spec
 
@@ -91,3 +95,64 @@ def test_a_stages_own_defaults_hold_for_the_keys_nobody_sets(tmp_path: Path) -> 
     assert settings.training.optimizer.name == "adamw" and settings.loss.warm_up_steps == 0
     fresh = resolve(QatConfig, tmp_path / "some.yaml", [], from_scratch_defaults(QatConfig))
     assert fresh.from_scratch and fresh.training.optimizer.name == "scaled_adam" and fresh.loss.warm_up_steps > 0
+
+
+@pytest.mark.parametrize("word", ["no", "on", "yes", "off", "1e3", "007", "true", "2024-01-01", "1:30", "~x"])
+def test_a_text_stays_a_text(tmp_path: Path, word: str) -> None:
+    """As an option, as --set, in a list and in a file: Norwegian is a language, and 1e3 a name."""
+    (tmp_path / "c.yaml").write_text(f"language: {word}\nvariant: {word}\n")
+    for settings in (
+        resolve(AlignConfig, options={"language": word, "variant": word}),
+        resolve(AlignConfig, None, [f"language={word}", f"variant={word}"]),
+        resolve(AlignConfig, tmp_path / "c.yaml"),
+    ):
+        assert (settings.language, settings.variant) == (word, word)
+    assert resolve(AddSubModelConfig, None, [f"active=[{word}, x]"]).active == [word, "x"]
+    (tmp_path / "c.yaml").write_text(f"active: [{word}, x]\n")
+    assert resolve(AddSubModelConfig, tmp_path / "c.yaml").active == [word, "x"]
+    (tmp_path / "c.yaml").write_text(f"{word}: 1\n")
+    with pytest.raises(UserError, match=f"c.yaml: {word}: unknown key"):
+        resolve(AlignConfig, tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: b", "*.conv", "[x", "null", "'"])
+def test_a_text_that_is_no_yaml_or_another_value_is_taken_as_it_is(text: str) -> None:
+    assert resolve(AlignConfig, None, [f"language={text}"]).language == text
+
+
+def test_null_is_nothing_where_nothing_is_allowed() -> None:
+    assert resolve(AlignConfig, None, ["variant=null"]).variant is None
+    assert resolve(AlignConfig, None, ["language=null"]).language == "null"
+    assert resolve(AlignConfig, None, ["language=", "units=[phone]"]).language == ""
+    with pytest.raises(UserError, match=r"^--set seed: .*integer"):
+        resolve(TrainBackboneConfig, None, ["seed=null"])
+
+
+def test_numbers_and_booleans_are_read_by_the_fields_type() -> None:
+    settings = resolve(TrainBackboneConfig, None, ["training.steps=1e3", "training.optimizer.learning_rate=1e-3"])
+    assert (settings.training.steps, settings.training.optimizer.learning_rate) == (1000, 1e-3)
+    assert resolve(TrainBackboneConfig, None, ["training.tensorboard=no"]).training.tensorboard is False
+    assert str(resolve(TrainBackboneConfig, None, ["data.noise=123"]).data.noise) == "123"
+
+
+def test_an_error_names_what_set_the_value(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("seed: 1.5\nloss: {ctc_scale: -1}\n")
+    with pytest.raises(UserError) as caught:
+        resolve(TrainBackboneConfig, tmp_path / "c.yaml", ["training.steps=0"], options={"data.max_duration": -1.0})
+    lines = sorted(caught.value.lines)
+    assert lines[0].startswith("--set training.steps: ") and "(got 0)" in lines[0]
+    assert lines[1].startswith(f"{tmp_path / 'c.yaml'}: loss.ctc_scale: ")
+    assert lines[2].startswith(f"{tmp_path / 'c.yaml'}: seed: ")
+    assert lines[3].startswith("data.max_duration: ") and len(lines) == 4
+
+
+def test_a_group_that_is_off_is_turned_on_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("activations: {bits: 4}\n")
+    activations = resolve(QuantizationConfig, tmp_path / "c.yaml").activations
+    assert activations is not None and (activations.bits, activations.scale) == (4, "token")
+
+
+@pytest.mark.parametrize("override", ["nonsense.max_duration=1", "heads.phone.wieght=1"])
+def test_the_nearest_key_is_in_the_same_group(override: str) -> None:
+    with pytest.raises(UserError, match=r"heads.phone.weight\?|unknown key; `asrkit config`"):
+        resolve(DistillLmConfig, None, [override])

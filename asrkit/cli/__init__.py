@@ -6,14 +6,17 @@ Stages (and with them torch and lhotse) are imported inside the commands, so tha
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
 from asrkit import __version__
-from asrkit.cli import compress, data, distill, evaluate, export, inspect, lm, submodel, train
+from asrkit.cli import compress, data, distill, evaluate, export, inspect, lm, plugins, settings, submodel, train
+from asrkit.cli.app import App, Commands
 from asrkit.errors import UserError
 
-app = typer.Typer(
+app = App(
+    cls=Commands,
     name="asrkit",
     help="Turn real speech into small, fast, streaming speech recognizers.",
     no_args_is_help=True,
@@ -30,17 +33,26 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Turn real speech into small, fast, streaming speech recognizers."""
 
 
-for _group in (data, train, submodel, distill, compress, lm, evaluate, export, inspect):
+for _group in (data, train, submodel, distill, compress, lm, evaluate, export, inspect, settings):
     _group.register(app)
+
+
+def built_in() -> set[str]:
+    """The names of asrkit's own commands."""
+    return {str(info.name) for infos in (app.registered_commands, app.registered_groups) for info in infos}
 
 
 def main() -> None:
     """Run the command line; a user's mistake is printed line by line and ends with exit code 1."""
+    for line in plugins.shadowed(built_in()):
+        print(f"error: {line}", file=sys.stderr)
     try:
         app()
     except UserError as error:

@@ -1,9 +1,10 @@
-"""quantize, qat and prune."""
+"""prune, quantize and qat."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,37 +17,106 @@ from asrkit.cli.options import (
     Out,
     Overrides,
     Seed,
-    changes_of,
+    given,
+    io,
     train_or_stop,
+    training,
 )
 
-Parent = Annotated[Path, typer.Option("--from", help="Run directory of the model to compress.")]
-Bits = Annotated[int | None, typer.Option(help="Of the weights: 8, 4 or 2. [default: 8]")]
-ActBits = Annotated[int | None, typer.Option(help="Of the layers' inputs: 8 or 4; left out, they stay float.")]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(help="encoder, submodels, joiner or ctc_head. Repeatable. [default: encoder and submodels]"),
-]
-FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Begin with new weights, not with the parent's.")]
+pruning = partial(typer.Option, rich_help_panel="Pruning")
+quantization = partial(typer.Option, rich_help_panel="Quantization")
+
+Parent = Annotated[Path, io("--from", help="Run directory of the model to compress.")]
 Teacher = Annotated[
-    Path | None, typer.Option(help="Run directory of a model that teaches besides, such as the parent.")
+    Path | None, io(help="Run directory of a model to distill from while training; the parent is a good choice.")
 ]
-Variant = Annotated[str | None, typer.Option(help="The one to train; left out, the parent's default.")]
+Variant = Annotated[str | None, io(help="Variant to train. [default: the parent's default variant]")]
+Bits = Annotated[int | None, quantization(help="Bits per weight: 8, 4 or 2. [default: 8]")]
+ActBits = Annotated[
+    int | None, quantization(help="Bits per input value of a layer: 8 or 4. Without it inputs stay float.")
+]
+ONLY = (
+    "Part of the model to compress: encoder, submodels, joiner or ctc_head. Repeatable. [default: encoder, submodels]"
+)
+FromScratch = Annotated[
+    bool,
+    training("--from-scratch", help="Start from new weights instead of the parent's, with its shape and tokenizer."),
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands that make a model smaller."""
+    app.command("prune")(prune)
     app.command("quantize")(quantize)
     app.command("qat")(qat)
-    app.command("prune")(prune)
+
+
+def prune(
+    parent: Parent,
+    manifest: Manifest,
+    out: Out,
+    dev: Dev = None,
+    teacher: Teacher = None,
+    variant: Variant = None,
+    sparsity: Annotated[
+        str | None,
+        pruning(help="N:M keeps N of every M inputs; a share such as 0.67 is pruned instead. [default: 2:4]"),
+    ] = None,
+    block: Annotated[
+        str | None, pruning(help="Outputs x inputs pruned as one block, such as 8x1. Only with a share.")
+    ] = None,
+    schedule: Annotated[
+        str | None, pruning(help="How masks are computed over time: shots, iterative or cubic. [default: shots]")
+    ] = None,
+    shots: Annotated[int | None, pruning(help="How often the mask is computed. [default: 1]")] = None,
+    only: Annotated[list[str] | None, pruning(help=ONLY)] = None,
+    seed: Seed = None,
+    max_duration: MaxDuration = None,
+    device: Device = "auto",
+    from_scratch: FromScratch = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Remove weights in a pattern, and train the rest.
+
+    Examples:
+
+        asrkit prune --from exp/attention --sparsity 2:4 --manifest data/prompts/train.jsonl.gz \\
+            --dev data/prompts/dev.jsonl.gz --out exp/sparse
+
+        asrkit prune --from exp/attention --sparsity 0.67 --block 8x1 --schedule iterative \\
+            --set schedule.interval=100 --manifest data/prompts/train.jsonl.gz --out exp/blocks
+
+    Masks are computed from the trained weights, once or a few times, and then never change.
+    """
+    from asrkit.config import resolve
+    from asrkit.stages.prune import PruneConfig
+    from asrkit.stages.prune import prune as run
+    from asrkit.training.session import from_scratch_defaults
+
+    options = given(
+        {
+            "mask": _mask(sparsity, block),
+            "schedule.kind": schedule,
+            "schedule.shots": shots,
+            "layers.only": only or None,
+            "from_scratch": from_scratch or None,
+            "variant": variant,
+            "seed": seed,
+            "data.max_duration": max_duration,
+        }
+    )
+    defaults = from_scratch_defaults(PruneConfig) if from_scratch else None
+    settings = resolve(PruneConfig, config, overrides or (), defaults, options=options)
+    train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
 
 
 def quantize(
     parent: Parent,
-    out: Annotated[Path, typer.Option(help="New run directory.")],
+    out: Annotated[Path, io(help="New run directory.")],
     bits: Bits = None,
     act_bits: ActBits = None,
-    only: Only = None,
+    only: Annotated[list[str] | None, quantization(help=ONLY)] = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -56,39 +126,38 @@ def quantize(
 
         asrkit quantize --from exp/attention --bits 8 --out exp/int8
 
-    The baseline that `asrkit qat` must beat. Settings are those under quantization of qat, such as
-    --set weights.scale=block or --set layers.first=3.
+    This is the baseline that `asrkit qat` must beat. The settings are those under `quantization` of qat.
     """
     from asrkit.config import resolve
     from asrkit.models.compression import QuantizationConfig
     from asrkit.stages.quantize import quantize as run
 
-    given = _bits("", bits, act_bits, only)
-    run(parent, out, resolve(QuantizationConfig, config, changes_of(overrides, given)))
-    typer.echo(f"{out}: quantized; `asrkit info {out}` shows its size, `asrkit evaluate` what it costs")
+    options = given({"weights.bits": bits, "activations.bits": act_bits, "layers.only": only or None})
+    run(parent, out, resolve(QuantizationConfig, config, overrides or (), options=options))
+    typer.echo(f"{out}: quantized; `asrkit info {out}` shows its size, `asrkit evaluate` measures it")
 
 
 def qat(
     parent: Parent,
     manifest: Manifest,
     out: Out,
-    bits: Bits = None,
-    act_bits: ActBits = None,
-    only: Only = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Share of the float size, such as 20%; bits are chosen layer by layer.")
-    ] = None,
-    from_scratch: FromScratch = False,
+    dev: Dev = None,
     teacher: Teacher = None,
     variant: Variant = None,
-    dev: Dev = None,
-    config: Config = None,
-    overrides: Overrides = None,
+    bits: Bits = None,
+    act_bits: ActBits = None,
+    budget: Annotated[
+        str | None, quantization(help="Share of the float size to fit in, such as 20%: bits are chosen layer by layer.")
+    ] = None,
+    only: Annotated[list[str] | None, quantization(help=ONLY)] = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
     device: Device = "auto",
+    from_scratch: FromScratch = False,
+    config: Config = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Train a model with integer weights, so that they are what training made of them.
+    """Train a model whose weights are integers, so that nothing is lost by converting it afterwards.
 
     Examples:
 
@@ -99,8 +168,7 @@ def qat(
 
         asrkit qat --from exp/attention --budget 20% --manifest data/prompts/train.jsonl.gz --out exp/mixed
 
-    A pruned parent's masks stay. Everything in the chosen variant learns, so other variants of the
-    checkpoint are no longer what they were.
+    A pruned parent keeps its masks. All weights of the variant are trained, so the other variants of the checkpoint change too.
     """
     from asrkit.config import resolve
     from asrkit.errors import UserError
@@ -108,82 +176,23 @@ def qat(
     from asrkit.stages.qat import qat as run
     from asrkit.training.session import from_scratch_defaults
 
-    given = _bits("quantization.", bits, act_bits, only)
-    given |= {
-        "budget": _share(budget),
-        "from_scratch": True if from_scratch else None,
-        "variant": variant,
-        "seed": seed,
-        "data.max_duration": max_duration,
-    }
     if budget is not None and bits is not None:
-        raise UserError("--bits and --budget: the budget chooses the bits; leave one out")
+        raise UserError("--bits and --budget: the budget chooses the bits; use one of them")
+    options = given(
+        {
+            "quantization.weights.bits": bits,
+            "quantization.activations.bits": act_bits,
+            "quantization.layers.only": only or None,
+            "budget": _share(budget),
+            "from_scratch": from_scratch or None,
+            "variant": variant,
+            "seed": seed,
+            "data.max_duration": max_duration,
+        }
+    )
     defaults = from_scratch_defaults(QatConfig) if from_scratch else None
-    settings = resolve(QatConfig, config, changes_of(overrides, given), defaults)
+    settings = resolve(QatConfig, config, overrides or (), defaults, options=options)
     train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
-
-
-def prune(
-    parent: Parent,
-    manifest: Manifest,
-    out: Out,
-    sparsity: Annotated[str | None, typer.Option(help="N:M, or a share such as 0.67. [default: 2:4]")] = None,
-    block: Annotated[str | None, typer.Option(help="Outputs x inputs pruned as one, with a share: 8x1.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="shots, iterative or cubic. [default: shots]")] = None,
-    shots: Annotated[int | None, typer.Option(help="How often masks are found. [default: 1]")] = None,
-    only: Only = None,
-    from_scratch: FromScratch = False,
-    teacher: Teacher = None,
-    variant: Variant = None,
-    dev: Dev = None,
-    config: Config = None,
-    overrides: Overrides = None,
-    seed: Seed = None,
-    max_duration: MaxDuration = None,
-    device: Device = "auto",
-) -> None:
-    """Remove weights in a pattern, and train what is left.
-
-    Examples:
-
-        asrkit prune --from exp/attention --sparsity 2:4 --manifest data/prompts/train.jsonl.gz \\
-            --dev data/prompts/dev.jsonl.gz --out exp/sparse
-
-        asrkit prune --from exp/attention --sparsity 0.67 --block 8x1 --schedule iterative \\
-            --set schedule.interval=100 --manifest data/prompts/train.jsonl.gz --out exp/blocks
-
-    Masks are found in the trained weights, once or a few times, and then never change.
-    """
-    from asrkit.config import resolve
-    from asrkit.stages.prune import PruneConfig
-    from asrkit.stages.prune import prune as run
-    from asrkit.training.session import from_scratch_defaults
-
-    given: dict[str, object] = {
-        "mask": _mask(sparsity, block),
-        "schedule.kind": schedule,
-        "schedule.shots": shots,
-        "layers.only": _listed(only),
-        "from_scratch": True if from_scratch else None,
-        "variant": variant,
-        "seed": seed,
-        "data.max_duration": max_duration,
-    }
-    defaults = from_scratch_defaults(PruneConfig) if from_scratch else None
-    settings = resolve(PruneConfig, config, changes_of(overrides, given), defaults)
-    train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
-
-
-def _bits(prefix: str, bits: int | None, act_bits: int | None, only: list[str] | None) -> dict[str, object]:
-    return {
-        f"{prefix}weights.bits": bits,
-        f"{prefix}activations.bits": act_bits,
-        f"{prefix}layers.only": _listed(only),
-    }
-
-
-def _listed(words: list[str] | None) -> str | None:
-    return f"[{','.join(words)}]" if words else None
 
 
 def _share(text: str | None) -> float | None:
@@ -198,21 +207,21 @@ def _share(text: str | None) -> float | None:
         raise UserError(f"--budget {text}: write a share of the float size, such as 20%") from None
 
 
-def _mask(sparsity: str | None, block: str | None) -> str | None:
-    """``2:4`` or ``0.67`` (and ``8x1``) as a YAML mapping."""
+def _mask(sparsity: str | None, block: str | None) -> dict[str, Any] | None:
+    """``2:4`` or ``0.67`` (and ``8x1``) as the setting ``mask``."""
     from asrkit.errors import UserError
 
     if sparsity is None:
         if block is not None:
-            raise UserError(f"--block {block}: goes with a share, such as --sparsity 0.67")
+            raise UserError(f"--block {block}: needs a share, such as --sparsity 0.67")
         return None
     keep, colon, group = sparsity.partition(":")
     if colon:
         if not (keep.isdecimal() and group.isdecimal()):
             raise UserError(f"--sparsity {sparsity}: write N:M, such as 2:4, or a share, such as 0.67")
         if block is not None:
-            raise UserError(f"--block {block}: goes with a share; {sparsity} is N:M")
-        return f"{{keep: {keep}, group: {group}}}"
+            raise UserError(f"--block {block}: needs a share, such as --sparsity 0.67, and {sparsity} is N:M")
+        return {"keep": int(keep), "group": int(group)}
     try:
         share = float(sparsity)
     except ValueError:
@@ -220,4 +229,4 @@ def _mask(sparsity: str | None, block: str | None) -> str | None:
     rows, cross, columns = (block or "1x1").partition("x")
     if not (cross and rows.isdecimal() and columns.isdecimal()):
         raise UserError(f"--block {block}: write outputs x inputs, such as 8x1")
-    return f"{{sparsity: {share}, block: [{rows}, {columns}]}}"
+    return {"sparsity": share, "block": [int(rows), int(columns)]}

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from asrkit.cli.app import App
+from asrkit.cli.options import io, output
 from asrkit.errors import UserError
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
-Out = Annotated[Path, typer.Option(help="Folder for the manifests and audio.", show_default=False)]
-Text = Annotated[str, typer.Option(help="words: lower case, numbers spelled, no punctuation; raw: as written.")]
+texts = partial(typer.Option, rich_help_panel="Text")
+splits = partial(typer.Option, rich_help_panel="Splits")
+speech = partial(typer.Option, rich_help_panel="Speech")
+
+Out = Annotated[Path, io(help="Folder for the manifests and the audio.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
     """Add the group ``data``."""
-    group = typer.Typer(help="Get, make and check data.", no_args_is_help=True)
+    group = App(help="Download, import, check and synthesize data.", no_args_is_help=True)
     group.command("prompts")(prompts)
     group.command("import")(import_)
     group.command("check")(check)
@@ -53,12 +59,12 @@ def _print_splits(splits: Mapping[str, list[Cut]], out: Path) -> None:
     for split, cuts in splits.items():
         languages = sorted({cut.supervisions[0].language or "-" for cut in cuts})
         for language in languages:
-            mine = [cut for cut in cuts if (cut.supervisions[0].language or "-") == language]
-            minutes = sum(cut.duration for cut in mine) / 60
-            words = sum(len(cut.supervisions[0].text.split()) for cut in mine)
-            speakers = len({cut.supervisions[0].speaker for cut in mine} - {None})
+            of_language = [cut for cut in cuts if (cut.supervisions[0].language or "-") == language]
+            minutes = sum(cut.duration for cut in of_language) / 60
+            words = sum(len(cut.supervisions[0].text.split()) for cut in of_language)
+            speakers = len({cut.supervisions[0].speaker for cut in of_language} - {None})
             table.add_row(
-                f"{split}.jsonl.gz", language, str(len(mine)), f"{minutes:.1f}", str(words), str(speakers or "-")
+                f"{split}.jsonl.gz", language, str(len(of_language)), f"{minutes:.1f}", str(words), str(speakers or "-")
             )
     for column in table.columns[2:]:
         column.justify = "right"
@@ -67,23 +73,24 @@ def _print_splits(splits: Mapping[str, list[Cut]], out: Path) -> None:
 
 
 def prompts(
-    lang: Annotated[list[str], typer.Option(help="en, es, fr, it or ru. Repeatable.", show_default=False)],
+    lang: Annotated[list[str], io(help="Language: en, es, fr, it or ru. Repeatable.", show_default=False)],
     out: Out,
-    cache: Annotated[Path | None, typer.Option(help="Where downloads are kept; left out, OUT/packages.")] = None,
+    cache: Annotated[Path | None, io(help="Folder for the downloads. [default: OUT/packages]")] = None,
     text: Annotated[
-        str, typer.Option(callback=_text_style, help="words: lower case, numbers spelled; raw: as written.")
+        str,
+        texts(callback=_text_style, help="words: lower case, numbers spelled out, no punctuation; raw: as written."),
     ] = "words",
-    dev: Annotated[float, typer.Option(min=0, max=0.4, help="Share of the sentences for dev.")] = 0.1,
-    test: Annotated[float, typer.Option(min=0, max=0.4, help="Share of the sentences for test.")] = 0.1,
+    dev: Annotated[float, splits(min=0, max=0.4, help="Share of the sentences for dev.")] = 0.1,
+    test: Annotated[float, splits(min=0, max=0.4, help="Share of the sentences for test.")] = 0.1,
 ) -> None:
-    """Get telephone prompts, real speech, from Debian's archive; needs apt-get, no root.
+    """Download telephone prompts, real speech, from Debian's archive. Needs apt-get, but not root.
 
     Example:
 
         asrkit data prompts --lang en --lang fr --out data/prompts
 
-    Writes train, dev and test.jsonl.gz, with several languages also one of each for a language (train-fr.jsonl.gz),
-    16 kHz FLAC under audio/, and dropped.tsv: what is left out and why. A sentence is in one split only.
+    Writes train, dev and test.jsonl.gz (with several languages also one of each per language, such as train-fr.jsonl.gz),
+    16 kHz FLAC under audio/, and dropped.tsv, which lists what was left out and why. A sentence is in one split only.
     """
     from collections import Counter
 
@@ -91,7 +98,7 @@ def prompts(
 
     made = fetch_prompts(lang, out, cache=cache, style=text, dev=dev, test=test, say=typer.echo)
     if made is None:
-        typer.echo(f"{out}: already there")
+        typer.echo(f"{out}: already complete")
         return
     _print_splits(made.cuts, out)
     counts = Counter(dropped.reason for dropped in made.dropped)
@@ -105,39 +112,38 @@ def import_(
     ],
     out: Out,
     root: Annotated[
-        Path | None, typer.Option(help="Where relative paths start; left out, the TSV's folder or the one above.")
+        Path | None, io(help="Folder that relative paths start from. [default: the TSV's folder or the one above]")
     ] = None,
-    lang: Annotated[str | None, typer.Option(help="Language of rows that name none.")] = None,
+    lang: Annotated[str | None, texts(help="Language of rows that name none.")] = None,
     text: Annotated[
-        str, typer.Option(callback=_text_style, help="words: lower case, numbers spelled; raw: as written.")
+        str,
+        texts(callback=_text_style, help="words: lower case, numbers spelled out, no punctuation; raw: as written."),
     ] = "words",
-    split: Annotated[str, typer.Option(help="auto, column, hash (of the text) or none.")] = "auto",
+    split: Annotated[str, splits(help="How to split: auto, column, hash (of the text) or none.")] = "auto",
     split_by: Annotated[
-        str | None, typer.Option(help="Column whose values --test and --dev list; the rest is train.")
+        str | None, splits(help="Column to split by: --test and --dev list its values, the rest is train.")
     ] = None,
-    test: Annotated[str, typer.Option(help="Values of --split-by for test, with commas.")] = "",
-    dev: Annotated[str, typer.Option(help="Values of --split-by for dev, with commas.")] = "",
-    where: Annotated[list[str] | None, typer.Option(help="Keep rows with column=value[,value]. Repeatable.")] = None,
-    bad: Annotated[str, typer.Option(help="refuse: stop at bad rows; skip: leave them out and list them.")] = "refuse",
-    convert: Annotated[
-        bool, typer.Option("--convert", help="Write 16 kHz mono FLAC instead of pointing to the files.")
-    ] = False,
+    test: Annotated[str, splits(help="Values of --split-by that go to test, separated by commas.")] = "",
+    dev: Annotated[str, splits(help="Values of --split-by that go to dev, separated by commas.")] = "",
+    where: Annotated[list[str] | None, io(help="Keep only rows with column=value[,value]. Repeatable.")] = None,
+    bad: Annotated[str, io(help="refuse: stop at bad rows; skip: leave them out and list them.")] = "refuse",
+    convert: Annotated[bool, io("--convert", help="Write 16 kHz mono FLAC instead of pointing to the files.")] = False,
 ) -> None:
-    """Make manifests of recordings of your own.
+    """Make manifests from your own recordings.
 
     Example:
 
         asrkit data import transcripts.tsv --out data/mine --split-by speaker --test lucas,yweweler --dev george
 
-    A folder holds a.wav with a.txt beside it, at any depth. Recordings may be of any rate: they are resampled as they
-    are read. Of several channels the first is taken, with --convert their mean.
+    In a folder, a.wav needs a.txt beside it, at any depth. Recordings of any rate are resampled as they are read. Of several
+    channels the first is used; --convert uses their mean.
     """
     from asrkit.data.corpora.importing import Splitting, import_recordings
 
     _one_of("--bad", bad, "refuse", "skip")
     _one_of("--split", split, "auto", "column", "hash", "none")
     if (test or dev) and not split_by:
-        raise UserError("--test and --dev list values of a column; name it with --split-by")
+        raise UserError("--test, --dev: list values of a column; name it with --split-by")
     conditions = {}
     for condition in where or []:
         name, equals, values = condition.partition("=")
@@ -161,23 +167,21 @@ def import_(
 
 
 def check(
-    manifest: Annotated[list[Path], typer.Argument(help="Manifests to train on.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="sentencepiece model: characters and lengths are checked too.")
-    ] = None,
+    manifest: Annotated[list[Path], typer.Argument(help="Training manifests.")],
+    tokenizer: Annotated[Path | None, io(help="sentencepiece model, to check characters and lengths against.")] = None,
     test: Annotated[
-        list[Path] | None, typer.Option(help="Held-out manifest, to find what it shares. Repeatable.")
+        list[Path] | None, io(help="Held-out manifest, to check that it shares nothing with them. Repeatable.")
     ] = None,
-    audio: Annotated[bool, typer.Option(help="Read every recording.")] = True,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write everything found to this file.")] = None,
+    audio: Annotated[bool, io(help="Read every recording, or look only at the manifests.")] = True,
+    json_out: Annotated[Path | None, output("--json", help="Write all findings to this JSON file.")] = None,
 ) -> None:
-    """Say what manifests hold, list the cuts that cannot be trained on, and what training and test data share.
+    """Describe manifests, list cuts that cannot be trained on, and find what training and test data share.
 
     Example:
 
         asrkit data check data/prompts/train.jsonl.gz --test data/prompts/dev.jsonl.gz --test data/prompts/test.jsonl.gz
 
-    Exits with 1 when a cut is unusable, or a recording is in both sets.
+    Exits with 1 if a cut is unusable, or if a recording is in both sets.
     """
     from asrkit.stages.data_check import check_manifests, describe
 
@@ -192,25 +196,25 @@ def check(
 
 def synthesize(
     lang: Annotated[
-        list[str], typer.Option(help="Language of each --text or --manifest, in their order.", show_default=False)
+        list[str], io(help="Language of each --text or --manifest, in their order. Repeatable.", show_default=False)
     ],
     out: Out,
-    text: Annotated[list[Path] | None, typer.Option(help="File with one sentence a line. Repeatable.")] = None,
-    manifest: Annotated[list[Path] | None, typer.Option(help="Manifest to take the texts of. Repeatable.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.01, help="How much speech.")] = 60.0,
+    text: Annotated[list[Path] | None, io(help="Text file with one sentence per line. Repeatable.")] = None,
+    manifest: Annotated[list[Path] | None, io(help="Manifest whose texts are spoken. Repeatable.")] = None,
+    minutes: Annotated[float, speech(min=0.01, help="Minutes of speech to make.")] = 60.0,
     voices: Annotated[
-        str, typer.Option(help="espeak-ng voices, with commas: en-us or en-us+f2; left out, the language's.")
+        str, speech(help="espeak-ng voices, separated by commas, such as en-us,en-us+f2. [default: the language's]")
     ] = "",
     chains: Annotated[
-        float, typer.Option(min=0, max=0.95, help="Share of new sentences, of word pairs in the texts.")
+        float, speech(min=0, max=0.95, help="Share of new sentences, made of word pairs that occur in the texts.")
     ] = 0.0,
     exclude: Annotated[
-        list[Path] | None, typer.Option(help="Manifest whose sentences are not said: dev, test. Repeatable.")
+        list[Path] | None, io(help="Manifest whose sentences are left out, such as dev and test. Repeatable.")
     ] = None,
-    band: Annotated[str, typer.Option(callback=_band, help="wide or telephone (nothing above 4 kHz).")] = "wide",
-    seed: Annotated[int, typer.Option(help="Another seed draws other voices, speeds and pitches.")] = 0,
+    band: Annotated[str, speech(callback=_band, help="Bandwidth: wide, or telephone (nothing above 4 kHz).")] = "wide",
+    seed: Annotated[int, speech(help="Seed of voices, speeds and pitches.")] = 0,
 ) -> None:
-    """Make speech to train on with espeak-ng, in many voices, speeds and pitches; never for test data.
+    """Make training speech with espeak-ng, in many voices, speeds and pitches. Do not test on it.
 
     Example:
 
@@ -226,7 +230,7 @@ def synthesize(
     if len(files) == 1:
         files *= len(lang)
     if not files or len(files) != len(lang):
-        raise UserError(f"{len(files)} --text and --manifest for {len(lang)} --lang; give one language for each")
+        raise UserError(f"--lang: {len(lang)} for {len(files)} files of --text and --manifest; give one for each")
     made = run(
         list(zip(files, lang, strict=True)),
         out,
@@ -238,7 +242,7 @@ def synthesize(
         exclude=exclude or (),
     )
     if made is None:
-        typer.echo(f"{out}: already there")
+        typer.echo(f"{out}: already complete")
         return
     _print_splits({"train": made.cuts}, out)
-    typer.echo(f"from {made.texts} sentences; {made.excluded} excluded, {made.unusable} lines not usable")
+    typer.echo(f"from {made.texts} sentences; {made.excluded} excluded, {made.unusable} unusable lines")

@@ -1,7 +1,8 @@
-"""distill: what teaches, and a student."""
+"""distill, from other recognizers, and distill-lm, from language models."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,74 +17,62 @@ from asrkit.cli.options import (
     Out,
     Overrides,
     Seed,
-    changes_of,
+    given,
+    io,
     train_or_stop,
 )
 
+distillation = partial(typer.Option, rich_help_panel="Distillation")
+
 
 def register(app: typer.Typer) -> None:
-    """Add the command ``distill``."""
+    """Add the commands that train under a teacher."""
     app.command("distill")(distill)
+    app.command("distill-lm")(distill_lm)
 
 
 def distill(
+    teacher: Annotated[
+        list[str],
+        io(
+            help="Run directory of a teacher: LANGUAGE=RUN, '*=RUN' for all other languages, or RUN for all. Repeatable.",
+            show_default=False,
+        ),
+    ],
     manifest: Manifest,
     out: Out,
-    teacher: Annotated[
-        list[str] | None,
-        typer.Option(help="LANGUAGE=RUN, '*=RUN' for all others, or RUN for all. Repeatable.", show_default=False),
-    ] = None,
+    dev: Dev = None,
     parent: Annotated[
-        Path | None, typer.Option("--from", help="Run directory of the student; left out, a new one is made.")
+        Path | None, io("--from", help="Run directory of the student. Without it a new model is made.")
+    ] = None,
+    variant: Annotated[
+        str | None, io(help="Variant to train, with --from. [default: the student's default variant]")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Of a new student: tiny, small, medium or large. [default: small]")
+        str | None, distillation(help="Size of a new student: tiny, small, medium or large. [default: small]")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, distillation(help="sentencepiece model of a new student. [default: the teachers']")
     ] = None,
     weight: Annotated[
         str | None,
-        typer.Option(
-            help="Of what is taught: constant, linear, exponential, piecewise, teacher-loss or student-teacher. "
-            "[default: student-teacher]"
+        distillation(
+            help="How each utterance's distillation loss is weighted: constant, linear, exponential, piecewise, "
+            "teacher-loss or student-teacher. [default: student-teacher]"
         ),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="sentencepiece model of a new student. [default: the teachers']")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="teacher: cuts without text get what their teacher hears. [default: given]")
+        str | None,
+        distillation(help="given, or teacher: cuts without text get their teacher's transcript. [default: given]"),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Directory to keep the teachers' posteriors in, so that they run once.")
+        Path | None, distillation(help="Directory to store the teachers' posteriors in, so that they run only once.")
     ] = None,
-    lm: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Instead: NAME=RUN, a language model of train-lm and its head's name. Repeatable.", show_default=False
-        ),
-    ] = None,
-    share: Annotated[
-        float | None,
-        typer.Option("--lambda", min=0, max=1, help="With --lm: share of the model's own loss. [default: 0.9]"),
-    ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(help="With --lm: mtl, a head for each; or lst, labels mixed with posteriors. [default: mtl]"),
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="With --lm: of the language models. [default: 1; of lst 5]", show_default=False)
-    ] = None,
-    supervised: Annotated[
-        str | None, typer.Option(help="With --lm: unit of a head on the aligned labels; left out, there is none.")
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="The one to train, with --from; left out, the student's default.")
-    ] = None,
-    dev: Dev = None,
-    config: Config = None,
-    overrides: Overrides = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
     device: Device = "auto",
+    config: Config = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train a student under one teacher or several: other languages, a smaller size, or both.
 
@@ -98,53 +87,29 @@ def distill(
         asrkit distill --from exp/student --teacher exp/large --manifest data/prompts/train.jsonl.gz \\
             --out exp/better
 
-        asrkit distill --from exp/backbone --lm phone=exp/lm-phone --lm bpe=exp/lm-bpe --lambda 0.9 \\
-            --supervised phone --manifest exp/aligned.jsonl.gz --dev exp/aligned-dev.jsonl.gz --out exp/lmkd
-
-    A language given twice is taught the mean of both. The teachers' run directories stay as they are.
-    With --lm the manifest is one that align wrote, in the units of the language models, and the heads they teach are dropped by
-    whatever reads the run directory next.
+    Two teachers of one language teach the mean of their posteriors. The teachers' run directories do not change.
     """
-    from asrkit.errors import UserError
-
-    of_teachers = {
-        "--teacher": teacher, "--size": size, "--weight": weight, "--tokenizer": tokenizer, "--labels": labels,
-        "--cache": cache,
-    }  # fmt: skip
-    of_lms = {"--lambda": share, "--mode": mode, "--temperature": temperature, "--supervised": supervised}
-    if astray := [name for name, value in (of_teachers if lm else of_lms).items() if value not in (None, [])]:
-        raise UserError(
-            f"{', '.join(astray)}: "
-            + ("for teachers, not for --lm; teach by one and then, from that run, by the other" if lm else "needs --lm")
-        )
-    if lm:
-        _by_language_models(
-            lm, parent, manifest, out, dev, device, config, overrides,
-            {
-                "labels": share, "mode": mode, "temperature": temperature, "supervised": supervised,
-                "variant": variant, "seed": seed, "data.max_duration": max_duration,
-            },
-        )  # fmt: skip
-        return
     from asrkit.config import resolve
     from asrkit.stages.distill import DistillConfig, defaults
     from asrkit.stages.distill import distill as run
 
-    given = {
-        "model.size": size,
-        "teacher.weight.kind": weight,
-        "labels": labels,
-        "variant": variant,
-        "seed": seed,
-        "data.max_duration": max_duration,
-    }
-    settings = resolve(
-        DistillConfig, config, changes_of(overrides, given), defaults(parent is not None, cache is not None)
+    options = given(
+        {
+            "model.size": size,
+            "teacher.weight.kind": weight,
+            "labels": labels,
+            "variant": variant,
+            "seed": seed,
+            "data.max_duration": max_duration,
+        }
     )
+    start = defaults(parent is not None, cache is not None)
+    settings = resolve(DistillConfig, config, overrides or (), start, options=options)
+    teachers = _teachers(teacher)
     train_or_stop(
         out,
         lambda: run(
-            _teachers(teacher or []),
+            teachers,
             manifest,
             out,
             settings,
@@ -157,14 +122,80 @@ def distill(
     )
 
 
-def _teachers(given: list[str]) -> dict[str, list[Path]]:
+def distill_lm(
+    parent: Annotated[Path, io("--from", help="Run directory of the model to train.")],
+    lm: Annotated[
+        list[str],
+        io(
+            help="NAME=RUN: a run directory of train-lm, and the name of its head. Repeatable.",
+            show_default=False,
+        ),
+    ],
+    manifest: Annotated[
+        Path, io(help="Cuts that `asrkit align` wrote, in the units of the language models.", show_default=False)
+    ],
+    out: Out,
+    dev: Dev = None,
+    variant: Annotated[str | None, io(help="Variant to train. [default: the model's default variant]")] = None,
+    share: Annotated[
+        float | None,
+        distillation("--lambda", min=0, max=1, help="Share of the recognizer's own loss. [default: 0.9]"),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        distillation(
+            help="mtl: a head for each language model; lst: one head, labels mixed with posteriors. [default: mtl]"
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        distillation(help="Temperature of the language models. [default: 1; 5 with lst]", show_default=False),
+    ] = None,
+    supervised: Annotated[
+        str | None,
+        distillation(help="Add a head trained on the aligned labels of this unit: bpe, phone or senone."),
+    ] = None,
+    seed: Seed = None,
+    max_duration: MaxDuration = None,
+    device: Device = "auto",
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model's encoder under language models, which are not needed in use.
+
+    Example:
+
+        asrkit distill-lm --from exp/backbone --lm phone=exp/lm-phone --lm bpe=exp/lm-bpe --lambda 0.9 \\
+            --supervised phone --manifest exp/aligned.jsonl.gz --dev exp/aligned-dev.jsonl.gz --out exp/lmkd
+
+    The heads that the language models teach are dropped by whatever reads the run directory next.
+    """
+    from asrkit.config import resolve
+    from asrkit.stages.distill_lm import DistillLmConfig
+    from asrkit.stages.distill_lm import distill_lm as run
+
+    options = given(
+        {
+            "labels": share,
+            "mode": mode,
+            "temperature": temperature,
+            "supervised": supervised,
+            "variant": variant,
+            "seed": seed,
+            "data.max_duration": max_duration,
+        }
+    )
+    settings = resolve(DistillLmConfig, config, overrides or (), options=options)
+    lms = _language_models(lm)
+    train_or_stop(out, lambda: run(parent, lms, manifest, out, settings, dev=dev, device=device))
+
+
+def _teachers(options: list[str]) -> dict[str, list[Path]]:
     """``en=exp/en`` by language; a bare directory is for all languages."""
     from asrkit.errors import UserError
 
-    if not given:
-        raise UserError("--teacher: give at least one, as RUN or LANGUAGE=RUN; or --lm")
     teachers: dict[str, list[Path]] = {}
-    for text in given:
+    for text in options:
         language, equals, path = text.partition("=")
         if not equals or "/" in language:  # a directory's name may hold an =
             language, path = "*", text
@@ -174,29 +205,14 @@ def _teachers(given: list[str]) -> dict[str, list[Path]]:
     return teachers
 
 
-def _by_language_models(
-    lm: list[str],
-    parent: Path | None,
-    manifest: Path,
-    out: Path,
-    dev: Path | None,
-    device: str,
-    config: Path | None,
-    overrides: list[str] | None,
-    given: dict[str, object],
-) -> None:
-    """Run the stage that --lm asks for."""
-    from asrkit.config import resolve
+def _language_models(options: list[str]) -> dict[str, Path]:
+    """``phone=exp/lm-phone`` by name."""
     from asrkit.errors import UserError
-    from asrkit.stages.distill_lm import DistillLmConfig, distill_lm
 
-    if parent is None:
-        raise UserError("--lm: teaches a model that has been trained; give it as --from")
-    named = [text.partition("=") for text in lm]
-    if wrong := [text for text, (name, _, path) in zip(lm, named, strict=True) if not (name and path)]:
+    named = [text.partition("=") for text in options]
+    if wrong := [text for text, (name, _, path) in zip(options, named, strict=True) if not (name and path)]:
         raise UserError.of([f"--lm {text}: write NAME=RUN, such as phone=exp/lm-phone" for text in wrong])
-    lms = {name: Path(path) for name, _, path in named}
-    if len(lms) < len(named):
-        raise UserError("--lm: a name occurs twice; give each language model its own")
-    settings = resolve(DistillLmConfig, config, changes_of(overrides, given))
-    train_or_stop(out, lambda: distill_lm(parent, lms, manifest, out, settings, dev=dev, device=device))
+    models = {name: Path(path) for name, _, path in named}
+    if len(models) < len(named):
+        raise UserError("--lm: the same name occurs twice; give each language model its own")
+    return models

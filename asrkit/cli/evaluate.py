@@ -6,12 +6,13 @@ import json
 import sys
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from asrkit.cli.options import Device
+from asrkit.cli.options import io, output
 
 # The names of asrkit.decoding.search.METHODS, which would import torch here.
 Method = StrEnum("Method", ["greedy", "beam", "ctc"])
@@ -19,22 +20,26 @@ MethodOrAll = StrEnum("MethodOrAll", ["greedy", "beam", "ctc", "all"])
 
 Mode = StrEnum("Mode", ["full"])
 
-Run = Annotated[Path, typer.Option("--from", help="Run directory of any stage.", show_default=False)]
-Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept by --method beam.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; left out, its own choice.")]
+decoding = partial(typer.Option, rich_help_panel="Decoding")
+streams = partial(typer.Option, rich_help_panel="Streaming")
+
+Run = Annotated[Path, io("--from", help="Run directory of any stage, or an exported directory.", show_default=False)]
+Beam = Annotated[int, decoding(min=1, help="Hypotheses that --method beam keeps.")]
+Threads = Annotated[int | None, decoding(min=1, help="CPU threads. [default: torch's own choice]")]
 Variant = Annotated[
     str | None,
-    typer.Option(help="Which sub-models are active; left out, those of the last stage. `asrkit info` lists them."),
+    decoding(help="Variant to run; `asrkit info` lists them. [default: the one trained last]"),
 ]
-ModeOption = Annotated[Mode | None, typer.Option(help="full: the whole recording at once.")]
+ModeOption = Annotated[Mode | None, decoding(help="full: look at the whole recording at once.")]
 Chunk = Annotated[
     int | None,
-    typer.Option(min=1, help="Stream: encoder frames of 40 ms at once; left out, the first context trained."),
+    decoding(min=1, help="Stream in chunks of this many frames of 40 ms. [default: the first context trained]"),
 ]
 Left = Annotated[
     int | None,
-    typer.Option(min=0, help="Frames before the chunk that attention sees; left out, as trained with that chunk."),
+    decoding(min=0, help="Frames before the chunk that attention sees. [default: as trained with that chunk]"),
 ]
+Device = Annotated[str, decoding(help="auto, cpu, cuda or cuda:N.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -45,22 +50,20 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     run: Run,
-    manifest: Annotated[Path, typer.Option(help="Cuts to decode: .jsonl, .jsonl.gz or a Shar directory.")],
-    method: Annotated[
-        list[MethodOrAll] | None, typer.Option(help="How to search. Repeatable. [default: greedy]")
+    manifest: Annotated[Path, io(help="Cuts to decode: .jsonl, .jsonl.gz or a Shar directory.")],
+    out: Annotated[
+        Path | None, io(help="Directory for the results. [default: evaluation/ in the run directory]")
     ] = None,
+    method: Annotated[list[MethodOrAll] | None, decoding(help="Search method. Repeatable. [default: greedy]")] = None,
     beam: Beam = 4,
     variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
     left: Left = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where the results go; left out, evaluation/ in the run directory.")
-    ] = None,
-    max_duration: Annotated[float, typer.Option(min=1, help="Seconds of audio decoded at once.")] = 200.0,
+    max_duration: Annotated[float, decoding(min=1, help="Seconds of audio to decode at once.")] = 200.0,
     device: Device = "auto",
     threads: Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, one line a method.")] = False,
+    as_json: Annotated[bool, output("--json", help="Print the results as JSON, one line per method.")] = False,
 ) -> None:
     """Decode a manifest and count its word and character errors.
 
@@ -72,8 +75,8 @@ def evaluate(
 
         asrkit evaluate --from exp/near --variant attention --mode full --manifest test.jsonl.gz
 
-    A streaming context is decoded chunk by chunk, as on a device, and the table says how late a word is known: by the
-    chunk (algorithmic latency), and from the word's end on where the manifest has word alignments.
+    A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
+    latency), and the time from the end of a word to its output where the manifest has word alignments.
 
     Writes evaluation/MANIFEST-VARIANT-CONTEXT-METHOD/ in the run directory (test-near-chunk16-left64-greedy):
     result.json, alignments.txt, confusions.txt and utterances.jsonl.
@@ -114,33 +117,37 @@ def transcribe(
         list[Path],
         typer.Argument(help="Audio files of any format, rate, channels and length; with --stream also - (raw PCM)."),
     ],
-    method: Annotated[Method, typer.Option(help="How to search.")] = Method.greedy,
+    method: Annotated[Method, decoding(help="Search method.")] = Method.greedy,
     beam: Beam = 4,
     variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
     left: Left = None,
     language: Annotated[
-        str | None, typer.Option(help="What is spoken, for a model with languages; `asrkit info` lists them.")
+        str | None, decoding(help="Language spoken, for a model with a language input; `asrkit info` lists them.")
     ] = None,
-    timestamps: Annotated[bool, typer.Option("--timestamps", help="One line a word: its start in seconds.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Show what is heard while the sound comes in.")] = False,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Stream files as fast as possible, not as fast as they were spoken.")
-    ] = False,
-    pause: Annotated[
-        float | None, typer.Option(min=0.1, help="Stream: an utterance ends after seconds without a word. [default: 1]")
-    ] = None,
-    longest: Annotated[
-        float | None, typer.Option(min=1, help="Stream: an utterance ends after so many seconds. [default: 20]")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line: each file, or each change of a stream; words timed.")
-    ] = False,
     device: Device = "auto",
     threads: Threads = None,
+    stream: Annotated[bool, streams("--stream", help="Show the text while the audio comes in.")] = False,
+    fast: Annotated[
+        bool, streams("--fast", help="With --stream: read files as fast as possible instead of in real time.")
+    ] = False,
+    pause: Annotated[
+        float | None,
+        streams(min=0.1, help="With --stream: seconds without a word that end an utterance. [default: 1]"),
+    ] = None,
+    longest: Annotated[
+        float | None, streams(min=1, help="With --stream: longest utterance in seconds. [default: 20]")
+    ] = None,
+    timestamps: Annotated[
+        bool, output("--timestamps", help="Print one line per word with its start in seconds.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        output("--json", help="Print one JSON object per file, or per change of a stream, with the times of words."),
+    ] = False,
 ) -> None:
-    """Write down what is said in audio files, or while it is said.
+    """Transcribe audio files, or a live stream.
 
     Examples:
 
@@ -150,12 +157,11 @@ def transcribe(
 
         arecord -q -t raw -f S16_LE -r 16000 -c 1 | asrkit transcribe --from exp/near --stream -
 
-    Long files are parted at pauses and read piece by piece. A file that cannot be read is reported, the
-    others are done, and the exit code is 1.
+    Long files are split at pauses. A file that cannot be read is reported, the others are transcribed, and the exit code is 1.
 
-    With --stream the text so far is shown whenever it changes: on a terminal in one line, else in a line each, marked
-    partial or final. Standard input is 16-bit little-endian mono at 16 kHz without a header. Ctrl-C ends the sound;
-    what was heard of it is still written, and the exit code is 130.
+    With --stream the text so far is printed whenever it changes: on one line of a terminal, otherwise on a line each, marked
+    partial or final. Standard input must be 16-bit little-endian mono PCM at 16 kHz without a header. Ctrl-C ends the
+    stream; the text so far is printed, and the exit code is 130.
     """
     from asrkit.decoding.choice import ContextChoice
     from asrkit.stages.transcribe import transcribe as run_transcription
@@ -200,9 +206,9 @@ def _check_stream_options(
 
     findings = []
     if stream and timestamps:
-        findings.append("--stream and --timestamps exclude each other; --stream --json has the times of the words")
+        findings.append("--stream and --timestamps do not go together; --stream --json prints the times of words")
     if stream and sum(path == Path("-") for path in audio) > 1:
-        findings.append("-: standard input can be heard once only")
+        findings.append("-: standard input can be read only once")
     if not stream:
         given = {"--fast": fast, "--pause": pause is not None, "--longest": longest is not None}
         findings += [f"{name} needs --stream" for name, wanted in given.items() if wanted]

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
+from asrkit.cli.options import io
+
 # The keys of asrkit.stages.export.QUANTIZED and of asrkit.export.directory.SUFFIXES, which would import torch here.
 Quantize = StrEnum("Quantize", ["int8", "int4", "int2", "dynamic"])
 Format = StrEnum("Format", ["onnx", "torchscript"])
+
+
+of_model = partial(typer.Option, rich_help_panel="Model")
+of_file = partial(typer.Option, rich_help_panel="File format")
 
 
 def register(app: typer.Typer) -> None:
@@ -20,40 +27,47 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    run: Annotated[Path, typer.Option("--from", help="Run directory of any stage.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Directory to make; it must not exist, or be empty.", show_default=False)],
-    variant: Annotated[
-        str | None,
-        typer.Option(help="Which sub-models are in the files; left out, those of the last stage."),
+    run: Annotated[Path, io("--from", help="Run directory of any stage.", show_default=False)],
+    out: Annotated[Path, io(help="Directory to create; it must not exist or must be empty.", show_default=False)],
+    pack: Annotated[Path | None, io(help="Also write the directory as this .tar file.")] = None,
+    report: Annotated[
+        Path | None,
+        io(
+            help="Cuts to measure on: WER of the export, of the float model and of each part's integers; speed; memory."
+        ),
     ] = None,
-    streaming: Annotated[bool, typer.Option("--streaming", help="For sound as it comes in, chunk by chunk.")] = False,
+    variant: Annotated[str | None, of_model(help="Variant to export. [default: the one trained last]")] = None,
+    streaming: Annotated[
+        bool, of_model("--streaming", help="Export for live audio, which comes chunk by chunk.")
+    ] = False,
     chunk: Annotated[
         int | None,
-        typer.Option(min=1, help="Encoder frames of 40 ms at once; left out, the first streaming context trained."),
+        of_model(
+            min=1, help="With --streaming: frames of 40 ms per chunk. [default: the first streaming context trained]"
+        ),
     ] = None,
     left: Annotated[
         int | None,
-        typer.Option(min=0, help="Frames before the chunk that attention sees; left out, as trained with that chunk."),
-    ] = None,
-    language: Annotated[
-        str | None, typer.Option(help="What the files hear, of a model with languages.", show_default=False)
-    ] = None,
-    quantize: Annotated[
-        Quantize | None,
-        typer.Option(help="Make integers of float weights, untrained; dynamic: 8 bits with integer inputs too."),
-    ] = None,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Integer weights as float32, for runtimes that lack them.")
-    ] = False,
-    format: Annotated[Format, typer.Option(help="torchscript is for libtorch, in float32.")] = Format.onnx,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Cuts to measure WER on: exported, in float, each part's integers alone; speed and memory too."
+        of_model(
+            min=0,
+            help="With --streaming: frames before the chunk that attention sees. [default: as trained with that chunk]",
         ),
     ] = None,
-    pack: Annotated[Path | None, typer.Option(help="A .tar file of the directory besides.")] = None,
-    license: Annotated[str | None, typer.Option(help="Of the model, for its card: an SPDX name.")] = None,
+    language: Annotated[
+        str | None,
+        of_model(help="Language the files recognize, of a model with a language input.", show_default=False),
+    ] = None,
+    format: Annotated[
+        Format, of_file(help="onnx, for sherpa-onnx, or torchscript, for libtorch, in float32.")
+    ] = Format.onnx,
+    quantize: Annotated[
+        Quantize | None,
+        of_file(help="Turn float weights into integers without training; dynamic is 8 bits with integer inputs too."),
+    ] = None,
+    dequantize: Annotated[
+        bool, of_file("--dequantize", help="Write integer weights as float32, for runtimes without integer kernels.")
+    ] = False,
+    license: Annotated[str | None, of_file(help="License of the model, for its README: an SPDX name.")] = None,
 ) -> None:
     """Write a model as ONNX files that sherpa-onnx loads as they are.
 
@@ -65,9 +79,9 @@ def export(
 
         asrkit export --from exp/sparse-int4 --report data/prompts/test.jsonl.gz --pack model.tar --out exp/onnx-int4
 
-    The directory holds a transducer (encoder, decoder, joiner), the same encoder with CTC, tokens.txt, README.md with
-    the commands that run them, and export.yaml. Integers and masks are those that were trained. Nothing is written unless
-    onnxruntime computes what torch does. evaluate and transcribe take the directory as they take a run directory.
+    The directory holds a transducer (encoder, decoder, joiner), the same encoder with CTC, tokens.txt, README.md with the
+    commands that run them, and export.yaml. The integers and masks are the trained ones. Nothing is written unless
+    onnxruntime computes the same as torch. `asrkit evaluate` and `asrkit transcribe` also run the exported directory.
     """
     from asrkit.stages.export import export as run_export
 

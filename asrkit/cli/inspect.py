@@ -1,3 +1,5 @@
+"""doctor, info and summary."""
+
 from __future__ import annotations
 
 import json
@@ -6,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from asrkit.cli.options import io, output
 
 
 def register(app: typer.Typer) -> None:
@@ -16,13 +20,17 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON, for scripts."),
+    as_json: Annotated[bool, output("--json", help="Print the findings as JSON, for scripts and bug reports.")] = False,
 ) -> None:
-    """Say what this machine has, what each stage can use, and which command gets what is missing.
+    """Check what is installed on this machine, what each stage can use, and how to install what is missing.
 
-    Exits with 0 if asrkit can train here and with 1 if something it requires is missing or broken.
+    Examples:
 
-    Example: `asrkit doctor`, or `asrkit doctor --json > doctor.json` to attach to a bug report.
+        asrkit doctor
+
+        asrkit doctor --json > doctor.json
+
+    Exits with 0 if asrkit can train here, and with 1 if something it requires is missing or broken.
     """
     from asrkit.stages.doctor import can_train, describe, examine
 
@@ -36,19 +44,19 @@ def doctor(
 
 
 def info(
-    run: Annotated[Path, typer.Argument(help="Run directory of any stage.")],
-    as_json: bool = typer.Option(False, "--json", help="Print everything as JSON, for scripts."),
+    run: Annotated[Path, typer.Argument(help="Run directory of any stage, or an exported directory.")],
+    as_json: Annotated[bool, output("--json", help="Print everything as JSON, for scripts.")] = False,
 ) -> None:
-    """Say what a run directory holds: its stages, variants, sub-models, parameters and measured error rates.
-
-    A variant is one way to run the model. The table has the parameters of each, the contexts it was trained in
-    with their algorithmic latency, and the best WER measured on each manifest.
+    """Show what a run directory holds: its stages, variants, sub-models, parameters and measured error rates.
 
     Examples:
 
         asrkit info exp/near
 
         asrkit info exp/near --json | jq .variants
+
+    A variant is one way to run the model. The table has the parameters of each, the contexts it was trained in with their
+    algorithmic latency, and the best WER measured on each manifest.
     """
     from asrkit.reporting.tables import run_tables, table_console
     from asrkit.stages.info import describe_run
@@ -62,18 +70,20 @@ def info(
     features = ", ".join(f"{key} {value}" for key, value in (description["features"] or {}).items())
     typer.echo(f"vocabulary: {description['vocabulary']} tokens" + (f"; features: {features}" if features else ""))
     if description["languages"]:
-        typer.echo(f"languages the encoder is told apart: {', '.join(description['languages'])}")
+        typer.echo(f"languages the model takes as an input: {', '.join(description['languages'])}")
     for entry in description["stages"]:
         typer.echo(f"command: {entry.get('command', 'unknown')}")
 
 
 def summary(
-    runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories, in the order of the chain.")],
-    out: Annotated[Path | None, typer.Option(help="Also write the rows as JSON.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories, in the order of the rows.")],
+    out: Annotated[Path | None, io(help="Also write the rows to this JSON file.")] = None,
 ) -> None:
-    """Put what a chain of stages achieved into one table: a row for each variant, context and method evaluated.
+    """Compare evaluated runs in one table: a row for each variant, context and method.
 
-    Example: `asrkit summary exp/backbone exp/attention --out exp/summary.json`
+    Example:
+
+        asrkit summary exp/backbone exp/attention --out exp/summary.json
     """
     from asrkit.reporting.tables import summary_table, table_console
     from asrkit.stages.summary import summarize_runs

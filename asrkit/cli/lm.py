@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from asrkit.cli.options import (
-    Config,
-    Device,
-    Out,
-    Overrides,
-    Seed,
-    changes_of,
-    train_or_stop,
-)
+from asrkit.cli.options import Config, Device, Out, Overrides, Seed, given, io, train_or_stop
+
+alignment = partial(typer.Option, rich_help_panel="Alignment")
+language_model = partial(typer.Option, rich_help_panel="Language model")
 
 
 def register(app: typer.Typer) -> None:
@@ -25,27 +21,31 @@ def register(app: typer.Typer) -> None:
 
 
 def align(
-    parent: Annotated[Path, typer.Option("--from", help="Run directory of the model whose CTC head aligns.")],
-    manifest: Annotated[Path, typer.Option(help="Cuts to align: .jsonl, .jsonl.gz or a Shar directory.")],
-    out: Annotated[Path, typer.Option(help="Manifest to write, .jsonl.gz: the cuts with their alignments.")],
+    parent: Annotated[Path, io("--from", help="Run directory of the model whose CTC head aligns.")],
+    manifest: Annotated[Path, io(help="Cuts to align: .jsonl, .jsonl.gz or a Shar directory.")],
+    out: Annotated[Path, io(help="Manifest to write, .jsonl.gz: the cuts with their alignments.")],
     unit: Annotated[
-        list[str] | None, typer.Option(help="bpe, phone or senone; words always are. Repeatable. [default: bpe]")
+        list[str] | None,
+        alignment(help="Unit to align besides words: bpe, phone or senone. Repeatable. [default: bpe]"),
     ] = None,
     phones: Annotated[
-        str | None, typer.Option(help="Within a word: even, or gaussian, a second forced pass. [default: even]")
+        str | None,
+        alignment(
+            help="How phones share the time of their word: even, or gaussian, a second forced pass. [default: even]"
+        ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="sentencepiece model of the bpe units; left out, the model's own.")
+        Path | None, alignment(help="sentencepiece model of the bpe units. [default: the model's own]")
     ] = None,
     senones: Annotated[
-        Path | None, typer.Option(help="The tree of senones to use; left out, one is grown on these cuts.")
+        Path | None, alignment(help="Senone tree to use. Without it one is grown on these cuts.")
     ] = None,
-    language: Annotated[str | None, typer.Option(help="Of supervisions that name none, for their phones.")] = None,
+    language: Annotated[str | None, alignment(help="Language of supervisions that name none; phones need one.")] = None,
+    device: Device = "auto",
     config: Config = None,
     overrides: Overrides = None,
-    device: Device = "auto",
 ) -> None:
-    """Find when each word, and each word piece, phone or senone, is said.
+    """Find the times of each word, word piece, phone or senone.
 
     Examples:
 
@@ -54,44 +54,48 @@ def align(
         asrkit align --from exp/backbone --unit phone --unit senone --phones gaussian \\
             --manifest data/prompts/train.jsonl.gz --out exp/aligned.jsonl.gz
 
-    The alignments are lhotse's, in the supervisions, in seconds. Cuts that cannot be aligned are refused by id, or left out with
-    --set bad_cuts=skip. The tree of senones is written beside --out.
+    The times are Lhotse alignments in the supervisions, in seconds. Cuts that cannot be aligned are listed and refused, or left
+    out with --set bad_cuts=skip. A new senone tree is written beside --out.
     """
     from asrkit.config import resolve
     from asrkit.stages.align import AlignConfig
     from asrkit.stages.align import align as run
 
-    given = {"units": f"[{','.join(unit)}]" if unit else None, "phones": phones, "language": language}
-    settings = resolve(AlignConfig, config, changes_of(overrides, given))
+    options = given({"units": unit or None, "phones": phones, "language": language})
+    settings = resolve(AlignConfig, config, overrides or (), options=options)
     done = run(parent, manifest, out, settings, tokenizer=tokenizer, senones=senones, device=device)
     for finding in done.left_out:
         typer.echo(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}", err=True)
     units = ", ".join(["word", *settings.units])
-    typer.echo(f"{out}: {done.cuts} cuts, aligned by {units}; mean score of a word {done.score:.2f}")
+    typer.echo(f"{out}: {done.cuts} cuts, aligned by {units}; mean word score {done.score:.2f}")
     if done.tree is not None:
-        typer.echo(f"{done.tree}: the tree of senones; give it to align and train-lm as --senones")
+        typer.echo(f"{done.tree}: the senone tree; pass it to align and train-lm with --senones")
 
 
 def train_lm(
     out: Out,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to train on, one sentence a line.")] = None,
+    text: Annotated[Path | None, io(help="UTF-8 text to train on, one sentence per line. Or use --manifest.")] = None,
     manifest: Annotated[
-        Path | None, typer.Option(help="Instead: cuts, of which the words count for bpe, else the alignments.")
+        Path | None, io(help="Cuts to train on: their words for bpe, else their alignments. Or use --text.")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="bpe, phone or senone. [default: bpe]")] = None,
-    language: Annotated[str | None, typer.Option(help="Whose pronunciation the text's phones are, such as en.")] = None,
+    dev: Annotated[
+        Path | None, io(help="Text or cuts to measure perplexity on. Without it some sentences are held out.")
+    ] = None,
+    unit: Annotated[str | None, language_model(help="Unit to predict: bpe, phone or senone. [default: bpe]")] = None,
+    language: Annotated[
+        str | None, language_model(help="Language to pronounce --text in, such as en, for phones and senones.")
+    ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="sentencepiece model for bpe, such as the recognizer's; left out, one is trained."),
+        language_model(help="sentencepiece model for bpe, such as the recognizer's. Without it one is trained."),
     ] = None,
-    senones: Annotated[Path | None, typer.Option(help="The tree that align wrote, for the senones of a text.")] = None,
-    dev: Annotated[
-        Path | None, typer.Option(help="Text or cuts to measure perplexity on; left out, a share is held out.")
+    senones: Annotated[
+        Path | None, language_model(help="Senone tree that `asrkit align` wrote, for the senones of a text.")
     ] = None,
-    config: Config = None,
-    overrides: Overrides = None,
     seed: Seed = None,
     device: Device = "auto",
+    config: Config = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train a language model over word pieces, phones or senones, to teach a recognizer.
 
@@ -103,7 +107,8 @@ def train_lm(
 
         asrkit train-lm --manifest aligned.jsonl.gz --unit senone --out exp/lm-senone
 
-    Perplexity on the held-out sentences chooses the best weights. --set model.architecture=transformer replaces the LSTM.
+    The weights with the best perplexity on the held-out sentences are kept. For a Transformer instead of an LSTM, use
+    --set model.architecture=transformer.
     """
     from asrkit.config import resolve
     from asrkit.errors import UserError
@@ -112,7 +117,7 @@ def train_lm(
 
     source = text or manifest
     if source is None or (text is not None and manifest is not None):
-        raise UserError("give one of --text and --manifest to train on")
-    given = {"unit": unit, "language": language, "seed": seed}
-    settings = resolve(TrainLmConfig, config, changes_of(overrides, given))
+        raise UserError("--text, --manifest: give one of them to train on")
+    options = given({"unit": unit, "language": language, "seed": seed})
+    settings = resolve(TrainLmConfig, config, overrides or (), options=options)
     train_or_stop(out, lambda: run(source, out, settings, dev=dev, tokenizer=tokenizer, senones=senones, device=device))

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asrkit.cli.app import App
+from asrkit.cli.options import io, output
+
 if TYPE_CHECKING:
     from asrkit.stages.submodel import Derived
 
-From = Annotated[Path, typer.Option("--from", help="Run directory of any stage.", show_default=False)]
-Out = Annotated[Path, typer.Option(help="New run directory; must be empty or not there.", show_default=False)]
+From = Annotated[Path, io("--from", help="Run directory of any stage.", show_default=False)]
+Out = Annotated[Path, io(help="New run directory; it must not exist or must be empty.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
     """Add the group ``submodel``."""
-    group = typer.Typer(
+    group = App(
         help="List, remove, extract, attach and combine sub-models. `asrkit add-submodel` trains them.",
         no_args_is_help=True,
     )
@@ -31,9 +34,9 @@ def register(app: typer.Typer) -> None:
 
 def list_(
     run: Annotated[Path, typer.Argument(help="Run directory of any stage.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for scripts.")] = False,
+    as_json: Annotated[bool, output("--json", help="Print everything as JSON, for scripts.")] = False,
 ) -> None:
-    """Say which sub-models a run has, how large they are, and which variants use them.
+    """List the sub-models of a run, their sizes, and the variants that use them.
 
     Example:
 
@@ -54,7 +57,7 @@ def list_(
 
 def remove(
     run: From,
-    name: Annotated[str, typer.Option(help="The sub-model to leave out.", show_default=False)],
+    name: Annotated[str, io(help="Sub-model to remove.", show_default=False)],
     out: Out,
 ) -> None:
     """Copy a run without one of its sub-models.
@@ -63,7 +66,7 @@ def remove(
 
         asrkit submodel remove --from exp/near --name attention --out exp/only-near
 
-    The variants that used it go with it; if the default one did, backbone becomes the default.
+    The variants that used it are removed too. If one of them was the default, backbone becomes the default.
     """
     from asrkit.stages.submodel import remove_submodel
 
@@ -72,17 +75,17 @@ def remove(
 
 def extract(
     run: From,
-    name: Annotated[str, typer.Option(help="The sub-model to take out.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    name: Annotated[str, io(help="Sub-model to extract.", show_default=False)],
+    out: Annotated[Path, io(help="File to write, .safetensors.", show_default=False)],
 ) -> None:
-    """Write one sub-model to a file, to send it to whoever has the backbone.
+    """Write one sub-model to a file, to share it with others who have the same backbone.
 
     Example:
 
         asrkit submodel extract --from exp/near --name near --out near.safetensors
 
-    The file holds its weights, its shape, the variants that need no other sub-model, the contexts it was trained
-    in, the digest of its backbone, and how it came about.
+    The file holds its weights and shape, the variants that need no other sub-model, the contexts it was trained in, the
+    digest of its backbone, and its lineage.
     """
     from asrkit.stages.submodel import extract_submodel
 
@@ -91,9 +94,9 @@ def extract(
 
 def attach(
     run: From,
-    file: Annotated[Path, typer.Option(help="What `asrkit submodel extract` wrote.", show_default=False)],
+    file: Annotated[Path, io(help="File that `asrkit submodel extract` wrote.", show_default=False)],
     out: Out,
-    name: Annotated[str | None, typer.Option(help="Another name for it; left out, its own.")] = None,
+    name: Annotated[str | None, io(help="New name of the sub-model. [default: its own]")] = None,
 ) -> None:
     """Copy a run and add a sub-model that was extracted from another run of the same backbone.
 
@@ -102,7 +105,7 @@ def attach(
         asrkit submodel attach --from exp/backbone --file near.safetensors --out exp/with-near
         asrkit evaluate --from exp/with-near --variant near --manifest data/prompts/test.jsonl.gz
 
-    A sub-model of another backbone is refused. The default variant stays.
+    A sub-model of a different backbone is refused. The default variant does not change.
     """
     from asrkit.stages.submodel import attach_submodel
 
@@ -111,14 +114,14 @@ def attach(
 
 def combine(
     run: From,
-    variant: Annotated[str, typer.Option(help="Name of the new variant.", show_default=False)],
+    variant: Annotated[str, io(help="Name of the new variant.", show_default=False)],
     submodel: Annotated[
-        list[str], typer.Option(help="A sub-model that is active in it, in the order added. Repeatable.")
+        list[str], io(help="Sub-model the variant uses, in the order they were added. Repeatable.", show_default=False)
     ],
     out: Out,
     context: Annotated[
         list[str] | None,
-        typer.Option(help="full, or chunk=16,left=64 in frames of 40 ms; the first is its default. Repeatable."),
+        io(help="full, or chunk=16,left=64 in frames of 40 ms; the first is the default one. Repeatable."),
     ] = None,
 ) -> None:
     """Copy a run and name a combination of its sub-models.
@@ -129,8 +132,8 @@ def combine(
             --context chunk=16,left=64 --out exp/both
         asrkit evaluate --from exp/both --variant both --manifest data/prompts/test.jsonl.gz
 
-    Nothing is trained, so evaluate it: sub-models that never met may not add up. Without --context it is for the
-    contexts that each of them was trained in. The default variant stays.
+    Nothing is trained, so evaluate the result: sub-models that were not trained together may not work together. Without --context
+    the variant gets the contexts that all of them were trained in. The default variant does not change.
     """
     from asrkit.stages.submodel import combine_submodels
 

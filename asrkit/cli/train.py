@@ -1,8 +1,9 @@
-"""train-backbone and the other training stages."""
+"""train-backbone and add-submodel."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,16 +18,18 @@ from asrkit.cli.options import (
     Out,
     Overrides,
     Seed,
-    changes_of,
+    given,
+    io,
     train_or_stop,
 )
 
 SubModelKind = StrEnum("SubModelKind", ["attention", "adapter"])
 Position = StrEnum("Position", ["serial", "parallel"])
+of_submodel = partial(typer.Option, rich_help_panel="Sub-model")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the training commands."""
+    """Add the commands that train a backbone and what goes on top of it."""
     app.command("train-backbone")(train_backbone)
     app.command("add-submodel")(add_submodel)
 
@@ -34,23 +37,23 @@ def register(app: typer.Typer) -> None:
 def train_backbone(
     manifest: Manifest,
     out: Out,
-    parent: Annotated[
-        Path | None, typer.Option("--from", help="Run directory of a model to train on; left out, a new one is made.")
-    ] = None,
     dev: Dev = None,
+    parent: Annotated[
+        Path | None, io("--from", help="Run directory of a model to train further. Without it a new model is made.")
+    ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="sentencepiece model of a new model; left out, one is trained.")
+        Path | None, io(help="sentencepiece model for a new model. Without it one is trained on the manifest.")
     ] = None,
     variant: Annotated[
-        str | None, typer.Option(help="The one to train, with --from; left out, the model's default.")
+        str | None, io(help="Variant to train, with --from. [default: the model's default variant]")
     ] = None,
-    config: Config = None,
-    overrides: Overrides = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
     device: Device = "auto",
+    config: Config = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Train a convolutional backbone with a transducer and a CTC head, or train a model on with other data.
+    """Train a convolutional backbone with a transducer and a CTC head, or train any model further on other data.
 
     Examples:
 
@@ -60,49 +63,55 @@ def train_backbone(
         asrkit train-backbone --from exp/backbone --manifest data/mine/train.jsonl.gz \\
             --dev data/mine/dev.jsonl.gz --out exp/mine --set training.steps=500
 
-    Several processes: torchrun --standalone --nproc_per_node 2 -m asrkit train-backbone ... The run directory holds config.yaml
-    with every setting; settings come from the defaults, then --config, then --set. Killed or interrupted, the same
-    command goes on from the last saved step.
+    Several processes: torchrun --standalone --nproc_per_node 2 -m asrkit train-backbone ... Settings come from the defaults, then
+    --config, then --set; config.yaml in the run directory holds every one of them.
     """
     from asrkit.config import resolve
     from asrkit.stages.train_backbone import TrainBackboneConfig, defaults
     from asrkit.stages.train_backbone import train_backbone as run
 
-    changes = changes_of(overrides, {"variant": variant, "seed": seed, "data.max_duration": max_duration})
-    settings = resolve(TrainBackboneConfig, config, changes, defaults(parent is not None))
+    options = given({"variant": variant, "seed": seed, "data.max_duration": max_duration})
+    settings = resolve(TrainBackboneConfig, config, overrides or (), defaults(parent is not None), options=options)
     train_or_stop(out, lambda: run(manifest, out, settings, parent=parent, dev=dev, tokenizer=tokenizer, device=device))
 
 
 def add_submodel(
-    parent: Annotated[Path, typer.Option("--from", help="Run directory of the model to add to.")],
-    name: Annotated[str, typer.Option(help="Of the sub-model, and of the variant that has it.")],
+    parent: Annotated[Path, io("--from", help="Run directory of the model to add to.")],
     manifest: Manifest,
     out: Out,
-    kind: Annotated[SubModelKind | None, typer.Option(help="What to add. [default: attention]")] = None,
+    name: Annotated[str, of_submodel(help="Name of the new sub-model, and of the variant that uses it.")],
+    dev: Dev = None,
+    kind: Annotated[SubModelKind | None, of_submodel(help="What to add. [default: attention]")] = None,
     layers: Annotated[
-        str | None, typer.Option(help="all, or numbers from 0 on: 0-5 or 0,2,4. [default: all]", show_default=False)
+        str | None,
+        of_submodel(
+            help="Encoder blocks to add it to: all, or numbers from 0 such as 0-5 or 0,2,4. [default: all]",
+            show_default=False,
+        ),
     ] = None,
     context: Annotated[
-        str | None, typer.Option(help="full, or left=64,chunk=16 (frames of 40 ms). [default: full]")
+        str | None,
+        of_submodel(help="What attention sees: full, or left=64,chunk=16 in frames of 40 ms. [default: full]"),
     ] = None,
     position: Annotated[
         Position | None,
-        typer.Option(
+        of_submodel(
             help="Where it attaches: serial (before the convolution) or parallel (beside it). [default: serial]"
         ),
     ] = None,
     init: Annotated[
-        str | None, typer.Option(help="noop, random, or a sub-model to copy, such as joint. [default: noop]")
+        str | None,
+        of_submodel(help="Initial weights: noop, random, or the sub-model to copy, such as joint. [default: noop]"),
     ] = None,
     active: Annotated[
-        list[str] | None, typer.Option(help="Sub-model that stays active, frozen, beneath it. Repeatable.")
+        list[str] | None,
+        of_submodel(help="Existing sub-model to run, frozen, while the new one trains. Repeatable."),
     ] = None,
-    dev: Dev = None,
-    config: Config = None,
-    overrides: Overrides = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
     device: Device = "auto",
+    config: Config = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train attention, or an adapter, on top of a frozen model: another operating point in the same checkpoint.
 
@@ -114,39 +123,40 @@ def add_submodel(
         asrkit add-submodel --from exp/attention --name near --layers 0-2 --context left=64,chunk=16 \\
             --manifest data/prompts/train.jsonl.gz --out exp/near
 
-    Everything that was in the model stays as it was, bit for bit, and so do the results of its variants; the
-    options --kind to --active are short for --set submodel.kind=... and active=[...].
+    The existing weights do not change, and neither do the results of the existing variants.
     """
     from asrkit.config import resolve
     from asrkit.stages.add_submodel import AddSubModelConfig
     from asrkit.stages.add_submodel import add_submodel as run
 
-    given = {
-        "submodel.kind": kind and kind.value,
-        "submodel.context": context,
-        "submodel.position": position and position.value,
-        "submodel.init": init,
-        "active": f"[{','.join(active)}]" if active else None,
-        "seed": seed,
-        "data.max_duration": max_duration,
-    }
+    options = given(
+        {
+            "submodel.kind": kind and kind.value,
+            "submodel.context": context,
+            "submodel.position": position and position.value,
+            "submodel.init": init,
+            "active": active or None,
+            "seed": seed,
+            "data.max_duration": max_duration,
+        }
+    )
     if layers is not None:
-        given["submodel.layers"] = _layers(layers)
-    settings = resolve(AddSubModelConfig, config, changes_of(overrides, given))
+        options["submodel.layers"] = _layers(layers)
+    settings = resolve(AddSubModelConfig, config, overrides or (), options=options)
     train_or_stop(out, lambda: run(parent, name, manifest, out, settings, dev=dev, device=device))
 
 
-def _layers(text: str) -> str:
-    """``0-2,5`` as ``[0,1,2,5]``, ``all`` as ``null``."""
+def _layers(text: str) -> list[int] | None:
+    """``0-2,5`` as [0, 1, 2, 5], ``all`` as None."""
     from asrkit.errors import UserError
 
     if text == "all":
-        return "null"
+        return None
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise UserError(f"--layers {text}: write all, a range such as 0-5, or numbers such as 0,2,4")
+            raise UserError(f"--layers {text}: write all, a range such as 0-5, or block numbers such as 0,2,4")
         numbers += range(int(first), int(last) + 1)
-    return str(numbers)
+    return numbers

@@ -1,4 +1,4 @@
-"""distill --lm: language models teach the encoder's frames through heads that only training has (arXiv 2110.10429).
+"""distill-lm: language models teach the encoder's frames through heads that only training has (arXiv 2110.10429).
 
 The paper's model is a hybrid one, whose main output is trained on the labels of aligned frames. Here the main output is the recognizer:
 its own loss (transducer and CTC) stands in for the labels' cross-entropy, and a supervised frame head, trained on the aligned labels as in

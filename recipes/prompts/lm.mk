@@ -56,7 +56,7 @@ $(LEARNT)/phone/done: HEADS := --lm phone=$(LM)/lm-phone --lambda 0.9
 $(LEARNT)/bpe/done: HEADS := --lm bpe=$(LM)/lm-bpe --lambda 0.9
 $(LEARNT)/all/done: HEADS := $(foreach unit,$(UNITS),--lm $(unit)=$(LM)/lm-$(unit)) --lambda 0.9
 $(LM_SYSTEMS:%=$(LEARNT)/%/done): | $(UNITS:%=$(LM)/lm-%/done) $(ALIGNED)/train.jsonl.gz $(ALIGNED)/dev.jsonl.gz
-	$(ASRKIT) distill --from $(LEARNER) $(HEADS) $(TAUGHT) --out $(@D)
+	$(ASRKIT) distill-lm --from $(LEARNER) $(HEADS) $(TAUGHT) --out $(@D)
 
 $(LEARNT)/%/evaluation/done: | $(LEARNT)/%/done
 	$(ASRKIT) evaluate --from $(LEARNT)/$* --manifest $(PROMPTS)/test.jsonl.gz --method greedy --method beam

@@ -154,7 +154,7 @@ def test_a_second_run_does_nothing_and_another_language_reuses_packages(archive)
     assert "dropped 7: " in first.output
     before = {path: path.stat().st_mtime_ns for path in (archive / "out").rglob("*")}
     second = CliRunner().invoke(app, command)
-    assert "already there" in second.output
+    assert "already complete" in second.output
     assert before == {path: path.stat().st_mtime_ns for path in (archive / "out").rglob("*")}
     third = CliRunner().invoke(app, [*command, "--lang", "fr"])
     assert third.exit_code == 0, third.output

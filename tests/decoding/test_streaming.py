@@ -329,11 +329,11 @@ def test_a_stream_of_a_variant_never_trained_for_it(
     ("words", "said"),
     [
         (["--stream", "--mode", "full", "a.wav"], "--stream and --mode full exclude each other"),
-        (["--stream", "--timestamps", "a.wav"], "--stream and --timestamps exclude each other"),
+        (["--stream", "--timestamps", "a.wav"], "--stream and --timestamps do not go together"),
         (["-"], "standard input needs --stream"),
         (["--fast", "a.wav"], "--fast needs --stream"),
         (["--pause", "2", "a.wav"], "--pause needs --stream"),
-        (["--stream", "-", "-"], "standard input can be heard once only"),
+        (["--stream", "-", "-"], "standard input can be read only once"),
         (["--left", "4", "a.wav"], "give --chunk too"),
         (["--variant", "far", "--stream", "a.wav"], "there are backbone, near, wide, all"),
     ],

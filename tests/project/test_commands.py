@@ -45,7 +45,7 @@ def corpus(folder: Path) -> None:
         ("prune", {"prune", "qat", "info"}),
         ("distill", {"distill", "train-backbone", "evaluate"}),
         ("align", {"align"}),
-        ("lm-distill", {"align", "train-lm", "distill", "evaluate", "info"}),
+        ("lm-distill", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
     ],
 )
 def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -> None:
@@ -66,7 +66,7 @@ def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -
     for words in listed:
         if words[1] == "train-lm":
             words += [part for setting in LM.split() for part in ("--set", setting)]
-        if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill"):
+        if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm"):
             steps = 12 if "iterative" in words else 1
             brief = f"training.steps={steps} training.tensorboard=false data.num_workers=0 loss.backend=torch"
             settings = [

@@ -62,10 +62,10 @@ def test_every_variant_is_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["prompts", "fsdd"], indirect=True)
-@pytest.mark.parametrize("target", ["all", "five", "modular", "compress", "lm", "lm-fresh", "kd_lattice"])
+@pytest.mark.parametrize("target", ["all", "five", "modular", "compress", "lm", "lm-fresh", "taught"])
 def test_the_targets_run_dry(recipe: Path, target: str) -> None:
     """What a target reads it has written before, and what it has trained it evaluates."""
-    if recipe.name == "fsdd" and target in ("five", "modular", "lm", "lm-fresh", "kd_lattice"):
+    if recipe.name == "fsdd" and target in ("five", "modular", "lm", "lm-fresh", "taught"):
         return
     outcome = make(recipe, "-n", target, "ASRKIT=/opt/bin/asrkit", "NPROC=1", "SEED=7")
     assert outcome.returncode == 0, outcome.stderr
@@ -90,7 +90,7 @@ def test_the_targets_run_dry(recipe: Path, target: str) -> None:
         if " --out " in line and not any(f" {word} " in line for word in ("data", "align", "train-lm", "summary")):
             written.add(line.split(" --out ")[1].split()[0])
     counts = {
-        "prompts": {"all": 5, "five": 1, "modular": 7, "compress": 13, "lm": 6, "lm-fresh": 7, "kd_lattice": 12},
+        "prompts": {"all": 5, "five": 1, "modular": 7, "compress": 13, "lm": 6, "lm-fresh": 7, "taught": 12},
         "fsdd": {"all": 2, "compress": 13},
     }
     assert len(written) == counts[recipe.name][target]

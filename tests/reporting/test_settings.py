@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import pytest
 
 import asrkit
+from asrkit.config import is_config
 from asrkit.reporting.settings import field_docs
 
 # Records and specs that asrkit writes and reads back: nobody sets them.
-RECORDS = ("asrkit.export.directory", "asrkit.models.spec", "asrkit.models.lm.LmSpec", "asrkit.reporting.results")
+RECORDS = ("asrkit.export.directory.", "asrkit.models.spec.", "asrkit.models.lm.LmSpec", "asrkit.reporting.results.")
 
 
 def settings_classes() -> Iterator[type]:
@@ -21,9 +22,9 @@ def settings_classes() -> Iterator[type]:
         if module.name == "asrkit.__main__":
             continue
         for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, type) and hasattr(value, "__pydantic_config__") and value.__module__ == module.name:
-                if not f"{module.name}.{value.__name__}".startswith(RECORDS):
-                    yield value
+            own = isinstance(value, type) and value.__module__ == module.name
+            if own and is_config(value) and not f"{module.name}.{value.__name__}".startswith(RECORDS):
+                yield value
 
 
 @pytest.mark.parametrize("cls", list(settings_classes()), ids=lambda cls: cls.__name__)

@@ -110,7 +110,7 @@ def test_words_are_found_where_they_are_said(corpus: Path, tmp_path: Path) -> No
     """In the corpus every word takes 0.4 s; the CTC path is within two frames of it. Words lose nothing and part nothing."""
     out = tmp_path / "aligned.jsonl.gz"
     said = asrkit("align", "--from", corpus / "parent", "--manifest", corpus / "train.jsonl.gz", "--out", out)
-    assert "24 cuts, aligned by word, bpe; mean score of a word 0." in said
+    assert "24 cuts, aligned by word, bpe; mean word score 0." in said
     assert float(said.rsplit(maxsplit=1)[-1]) > 0.5
     before = {cut.id: cut for cut in open_cuts(corpus / "train.jsonl.gz")}
     off = []

@@ -265,7 +265,6 @@ def _by_language(number: int, cut: dict[str, Any]) -> None:
 
 
 REFUSED: list[tuple[list[str], Iterable[str], str]] = [
-    ([], [], "give at least one"),
     (["--teacher", "en=exp/none"], [], "--teacher en=exp/none: no such run directory"),
     (["--teacher", "en={teacher}"], [], "no teacher for the languages fr (4 cuts), it (4 cuts); add --teacher"),
     (["--teacher", "{teacher}", "--weight", "teacher"], [], "weight.kind"),

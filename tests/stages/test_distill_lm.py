@@ -1,4 +1,4 @@
-"""distill --lm: what its heads learn and leave alone, the runs it makes, and how they go on."""
+"""distill-lm: what its heads learn and leave alone, the runs it makes, and how they go on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def lm_options(corpus: Path, *units: str) -> list[str]:
 
 def distill(corpus: Path, out: Path, *more: object, code: int = 0, steps: int = 4) -> str:
     files = ["--from", corpus / "parent", "--manifest", corpus / "aligned.jsonl.gz", "--out", out, "--max-duration", 20]
-    return asrkit("distill", *files, *quick(f"training.steps={steps}"), *more, code=code)
+    return asrkit("distill-lm", *files, *quick(f"training.steps={steps}"), *more, code=code)
 
 
 class Setup:
@@ -355,7 +355,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(corpus: Path, tmp_path: Pa
     more = [*lm_options(corpus, "phone", "bpe"), "--supervised", "senone"]
     distill(corpus, tmp_path / "whole", *more)
     files = ["--from", corpus / "parent", "--manifest", corpus / "aligned.jsonl.gz", "--out", tmp_path / "parted"]
-    words = ["distill", *files, "--max-duration", 20, *quick("training.steps=4"), *more]
+    words = ["distill-lm", *files, "--max-duration", 20, *quick("training.steps=4"), *more]
     stopped = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, *map(str, words)], capture_output=True, text=True, timeout=300
     )
@@ -417,7 +417,7 @@ def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
         (["--lm", "phone=nowhere"], "no such run directory"),
         (["--lm", "phone={parent}"], "holds no language model"),
         (["--lm", "phone={lm-phone}", "--set", "labels=1.5"], "less than or equal to 1"),
-        (["--lm", "phone={lm-phone}", "--lm", "phone={lm-phone}"], "a name occurs twice"),
+        (["--lm", "phone={lm-phone}", "--lm", "phone={lm-phone}"], "the same name occurs twice"),
         (["--lm", "phone={lm-phone}", "--lm", "bpe={lm-bpe}", "--mode", "lst"], "give one --lm"),
         (["--lm", "phone={lm-phone}", "--mode", "lst", "--supervised", "bpe"], "cannot be mixed"),
         (["--lm", "phone={lm-phone}", "--set", "heads.phone.layer=9"], "layers 0 to 1"),
@@ -460,20 +460,20 @@ def test_a_share_beyond_one_is_refused_by_its_name(corpus: Path, tmp_path: Path)
     assert "--lambda" in said and not (tmp_path / "kd").exists()
 
 
-def test_teachers_and_language_models_are_not_mixed(tmp_path: Path) -> None:
+def test_each_command_has_only_its_own_options(tmp_path: Path) -> None:
     files = ["--manifest", tmp_path / "m.jsonl.gz", "--out", tmp_path / "out"]
     for words, says in (
-        (["--teacher", "exp/a", "--lm", "bpe=exp/lm", "--from", "exp/a"], "--teacher: for teachers, not for --lm"),
-        (
-            ["--size", "tiny", "--cache", "kept", "--lm", "bpe=exp/lm", "--from", "exp/a"],
-            "--size, --cache: for teachers",
-        ),
-        (["--teacher", "exp/a", "--lambda", 0.5, "--mode", "lst"], "--lambda, --mode: needs --lm"),
-        (["--lm", "bpe=exp/lm"], "--lm: teaches a model that has been trained; give it as --from"),
-        (["--lm", "exp/lm", "--from", "exp/a"], "--lm exp/lm: write NAME=RUN"),
-        (["--lm", "a=exp/x", "--lm", "a=exp/y", "--from", "exp/a"], "--lm: a name occurs twice"),
-        ([], "--teacher: give at least one, as RUN or LANGUAGE=RUN; or --lm"),
+        (["distill-lm", "--lm", "bpe=exp/lm", "--from", "exp/a", "--teacher", "exp/b"], "No such option: --teacher"),
+        (["distill", "--teacher", "exp/a", "--lambda", 0.5], "No such option: --lambda"),
+        (["distill-lm", "--lm", "bpe=exp/lm"], "Missing option '--from'"),
+        (["distill-lm", "--from", "exp/a"], "Missing option '--lm'"),
+        (["distill"], "Missing option '--teacher'"),
     ):
-        said = asrkit("distill", *files, *words, code=1)
+        assert says in asrkit(*words, *files, code=2)
+    for words, says in (
+        (["--lm", "exp/lm"], "--lm exp/lm: write NAME=RUN"),
+        (["--lm", "a=exp/x", "--lm", "a=exp/y"], "--lm: the same name occurs twice"),
+    ):
+        said = asrkit("distill-lm", "--from", "exp/a", *files, *words, code=1)
         assert f"error: {says}" in said and len(said.splitlines()) == 1
     assert not any(tmp_path.iterdir())

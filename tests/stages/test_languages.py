@@ -308,7 +308,7 @@ def test_a_teacher_hears_each_utterance_in_its_language(run: Path) -> None:
 def test_what_is_made_of_a_model_has_its_languages(
     run: Path, audio: list[Path], spoken: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert "languages the encoder is told apart: en, fr, it" in asrkit("info", run)
+    assert "languages the model takes as an input: en, fr, it" in asrkit("info", run)
     assert json.loads(asrkit("info", run, "--json"))["languages"] == KNOWN
     before = open_run(run).weights()
     asrkit("submodel", "extract", "--from", run, "--name", "wide", "--out", tmp_path / "wide.safetensors")

@@ -224,8 +224,8 @@ def test_espeak_pronounces_five_languages(language: str) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "give one of --text and --manifest"),
-        (["--text", "{text}", "--manifest", "{text}"], "give one of --text and --manifest"),
+        ([], "--text, --manifest: give one of them"),
+        (["--text", "{text}", "--manifest", "{text}"], "--text, --manifest: give one of them"),
         (["--text", "nowhere.txt"], "nowhere.txt: no such file (--text)"),
         (["--text", "{text}", "--unit", "syllable"], "unit"),
         (["--text", "{text}", "--unit", "phone"], "--language en"),

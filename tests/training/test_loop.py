@@ -118,7 +118,7 @@ def test_sigint_saves_and_says_so(uninterrupted: Path, corpus: Path, tmp_path: P
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "the same command goes on" in errors and "Traceback" not in errors
+    assert "run the same command again to resume" in errors and "Traceback" not in errors
     again = run(words)
     assert again.returncode == 0 and "resuming after step" in again.stderr
     expected, found = load_file(uninterrupted / "model.safetensors"), load_file(out / "model.safetensors")

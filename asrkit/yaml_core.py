@@ -1,0 +1,39 @@
+"""YAML 1.2's core schema. PyYAML reads YAML 1.1, where ``no`` and ``on`` are booleans and ``1e-3`` is a text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """Only ``true`` and ``false`` are booleans; there are no dates, no octal numbers and no numbers to base 60."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  of this class, in place of its parent's
+
+
+def _python(number: str) -> str:
+    return number.replace(".inf", "inf").replace(".nan", "nan")
+
+
+for _kind, _pattern, _first in (
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+):
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})$"), _first)
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_CoreLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(_python(node.value)))
+
+
+def load_core(text: str) -> Any:
+    """The value of a YAML text, by the core schema."""
+    return yaml.load(text, _CoreLoader)
+
+
+def load_texts(text: str) -> Any:
+    """The same with every scalar as it is written."""
+    return yaml.load(text, yaml.BaseLoader)

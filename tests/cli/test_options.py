@@ -1,0 +1,101 @@
+"""What is typed is what the stage gets, and the help of every command."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from asrkit.cli import app
+
+FILES = ["--manifest", "m.jsonl.gz", "--out", "exp/out"]
+
+
+def commands(group: typer.Typer = app, *path: str) -> Iterator[tuple[list[str], Any]]:
+    for command in group.registered_commands:
+        yield [*path, str(command.name)], command.callback
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        yield from commands(inner.typer_instance, *path, str(inner.name))
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, stage: str, *words: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the stage function is called with by a command."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    module = stage.replace("-", "_")
+
+    def record(*positional: Any, **named: Any) -> None:
+        calls.append((positional, named))
+
+    monkeypatch.setattr(f"asrkit.stages.{module}.{module}", record)
+    result = CliRunner().invoke(app, [stage, *words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (call,) = calls
+    return call
+
+
+@pytest.mark.parametrize("word", ["no", "on", "yes", "1e3", "null", "007", "x: y"])
+def test_options_reach_the_stage_as_typed(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    values, _ = settings_of(monkeypatch, "train-lm", "--text", word, "--out", word, "--language", word)
+    assert values[:2] == (Path(word), Path(word)) and values[2].language == word
+    values, named = settings_of(
+        monkeypatch,
+        "add-submodel",
+        "--from",
+        word,
+        "--name",
+        word,
+        *FILES,
+        "--active",
+        word,
+        "--init",
+        word,
+        "--dev",
+        word,
+    )
+    assert values[:2] == (Path(word), word) and named["dev"] == Path(word)
+    assert (values[4].active, values[4].submodel.init) == ([word], word)
+    for stage in ("prune", "qat"):
+        values, _ = settings_of(monkeypatch, stage, "--from", "exp/a", *FILES, "--variant", word)
+        assert values[3].variant == word
+    values, _ = settings_of(monkeypatch, "distill", "--teacher", f"{word}=exp/a", *FILES, "--variant", word)
+    assert values[0] == {word: [Path("exp/a")]} and values[3].variant == word
+    values, _ = settings_of(
+        monkeypatch, "distill-lm", "--from", "exp/a", "--lm", f"{word}={word}", *FILES, "--seed", "3"
+    )
+    assert values[1] == {word: Path(word)} and values[4].seed == 3
+
+
+def test_options_win_over_set_and_all_reaches_every_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("submodel: {layers: [1]}\n")
+    words = ["--from", "exp/a", "--name", "x", *FILES, "--config", str(tmp_path / "c.yaml"), "--set", "seed=2"]
+    values, _ = settings_of(monkeypatch, "add-submodel", *words, "--seed", "5")
+    assert (values[4].seed, values[4].submodel.layers) == (5, [1])
+    values, _ = settings_of(monkeypatch, "add-submodel", *words, "--layers", "all")
+    assert (values[4].seed, values[4].submodel.layers) == (2, None)
+    values, _ = settings_of(monkeypatch, "add-submodel", *words, "--layers", "0-2,4")
+    assert values[4].submodel.layers == [0, 1, 2, 4]
+
+
+def test_masks_and_budgets_are_read_from_their_short_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, _ = settings_of(monkeypatch, "prune", "--from", "exp/a", *FILES, "--sparsity", "0.67", "--block", "8x1")
+    assert (values[3].mask.sparsity, values[3].mask.block, values[3].mask.keep) == (0.67, (8, 1), None)
+    values, _ = settings_of(monkeypatch, "prune", "--from", "exp/a", *FILES, "--sparsity", "2:4")
+    assert (values[3].mask.sparsity, values[3].mask.keep, values[3].mask.group) == (None, 2, 4)
+    values, _ = settings_of(monkeypatch, "qat", "--from", "exp/a", *FILES, "--budget", "20%", "--act-bits", "8")
+    assert values[3].budget == 0.2 and values[3].quantization.activations.bits == 8
+
+
+@pytest.mark.parametrize(("path", "function"), list(commands()), ids=lambda value: str(value))
+def test_the_help_has_an_example_and_panels(path: list[str], function: Any) -> None:
+    assert f"asrkit {' '.join(path)}" in function.__doc__, "show how the command is called"
+    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"}).output
+    panels = [line.strip("╭─╮ ") for line in shown.splitlines() if line.startswith("╭")]
+    assert panels[-1] == "Help" and "Options" not in panels, "every option has a panel"
+    if "overrides" in inspect.signature(function).parameters:
+        assert panels[0] == "Input and output" and panels[-2] == "Settings"

@@ -1,0 +1,35 @@
+"""Settings of a new model and of its loss reach what they are for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from asrkit.config import resolve
+from asrkit.data.batch import Batch
+from asrkit.models import AsrModel
+from asrkit.stages.train_backbone import TrainBackboneConfig
+from asrkit.training.asr_loss import LossConfig, asr_loss
+from asrkit.training.start import model_spec
+
+SMALL = ["model.size=tiny", "model.dim=16", "model.num_layers=2", "model.feedforward_dim=16", "model.kernel_size=3"]
+
+
+def test_attention_of_a_new_model_has_the_shape_asked_for() -> None:
+    asked = ["attention_dropout.probability=0.5", "attention_dim=8", "attention_heads=2", "attention_position=parallel"]
+    settings = resolve(TrainBackboneConfig, None, [*SMALL, *(f"model.{setting}" for setting in asked)])
+    joint = model_spec(settings.model, 10).submodels["joint"]
+    assert (joint.dim, joint.heads, joint.position, joint.layers) == (8, 2, "parallel", [0, 1])
+
+
+def test_the_simple_loss_counts_as_its_scale_says() -> None:
+    torch.manual_seed(0)
+    model = AsrModel(model_spec(resolve(TrainBackboneConfig, None, SMALL).model, 10)).eval()
+    symbols, lens = torch.tensor([[1, 2, 3]]), torch.tensor([3])
+    batch = Batch(torch.randn(1, 60, 80), torch.tensor([60]), ["cut"], ["text"], [""], [0.6], symbols, lens)
+    losses = [
+        asr_loss(model, batch, 0, LossConfig(simple_scale=scale, warm_up_steps=0, ctc_scale=0.0, backend="torch"))
+        for scale in (0.0, 0.5)
+    ]
+    grown = losses[1].loss.sum() - losses[0].loss.sum()
+    assert float(grown) == pytest.approx(0.5 * float(losses[0].parts["simple"]), rel=1e-4)
