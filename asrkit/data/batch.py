@@ -27,6 +27,7 @@ class Batch:
     symbols: (B, U) int64 padded with 0, symbol_lens: (B,); empty when no tokenizer was given.
     clean: (B, T, 80), the features without what changed their sound and not their timing; empty when not asked for.
     durations: seconds of audio, as perturbed. segments: what ``TrainBatches.annotate`` made, by name.
+    num_encoder_frames: of all utterances, a plain number, so that nothing waits for the device to know it.
     """
 
     features: Tensor
@@ -39,6 +40,12 @@ class Batch:
     symbol_lens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     clean: Tensor = field(default_factory=lambda: torch.zeros(0))
     segments: dict[str, Segments] = field(default_factory=dict)
+    num_encoder_frames: int = -1
+
+    def __post_init__(self) -> None:
+        if self.num_encoder_frames < 0:
+            frames = torch.div(self.feature_lens - 3, 4, rounding_mode="floor").clamp(min=0)
+            object.__setattr__(self, "num_encoder_frames", int(frames.sum()))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""

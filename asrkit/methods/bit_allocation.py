@@ -14,7 +14,7 @@ from asrkit.config import from_dict, to_dict
 from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.nn.compression import WeightQuantization, weight_codes
-from asrkit.training.asr_loss import LossOutput
+from asrkit.training.step import LossOutput
 
 BITS = (8, 4, 2)
 
@@ -32,23 +32,23 @@ def measure(
     The model is as before afterwards, and in evaluation mode.
     """
     model.eval()
-    material = list(batches)
+    sample = list(batches)
 
     def mean_loss() -> float:
-        outputs = [loss(model, batch, 0) for batch in material]
-        return float(sum(output.loss.sum() for output in outputs)) / sum(output.count for output in outputs)
+        outputs = [loss(model, batch, 0) for batch in sample]
+        return float(sum(output.losses.sum() for output in outputs)) / sum(output.count for output in outputs)
 
     start = mean_loss()
-    found: dict[str, dict[int, float]] = {}
+    costs: dict[str, dict[int, float]] = {}
     for path, layer in layers.items():
-        kept = layer.weight.detach().clone()
-        found[path] = {}
+        weight = layer.weight.detach().clone()
+        costs[path] = {}
         for bits in BITS:
             settings = from_dict(WeightQuantization, {**to_dict(how), "bits": bits, "symmetric": True}, "weights")
-            layer.weight.copy_(weight_codes(kept, settings).weights())
-            found[path][bits] = mean_loss() - start
-        layer.weight.copy_(kept)
-    return found
+            layer.weight.copy_(weight_codes(weight, settings).weights())
+            costs[path][bits] = mean_loss() - start
+        layer.weight.copy_(weight)
+    return costs
 
 
 def choose_bits(

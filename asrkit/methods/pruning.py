@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from asrkit.config import Advanced, config, from_dict, to_dict
-from asrkit.models.compression import compressed_layers
+from asrkit.models.compression import compressed_layers, masked_layers
 from asrkit.nn.compression import CompressedLinear, Mask, find_mask
 
 Score = Literal["magnitude", "activation"]
@@ -79,13 +79,6 @@ def sparsity_due(schedule: MaskSchedule, mask: Mask, step: int) -> tuple[bool, f
     return due, times[number] if due else None
 
 
-def masked_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLinear, Mask]]:
-    """The layers that have a mask, with their paths and what shape it has."""
-    for path, layer in compressed_layers(model).items():
-        if layer.how.mask is not None:
-            yield path, layer, layer.how.mask
-
-
 def update_masks(
     model: nn.Module, step: int, schedule: MaskSchedule, inputs: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -121,13 +114,6 @@ def pruned_decay(model: nn.Module, schedule: MaskSchedule) -> Tensor | None:
 
 def _at(mask: Mask, sparsity: float | None) -> Mask:
     return mask if sparsity is None else from_dict(Mask, {**to_dict(mask), "sparsity": sparsity}, "mask")
-
-
-@torch.no_grad()
-def keep_pruned(model: nn.Module, step: int) -> None:
-    """Zero the latent weights that are pruned, whatever momentum or decay made of them."""
-    for _, layer, _ in masked_layers(model):
-        layer.weight.mul_(layer.mask)
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+import torch
 from torch import nn
 
 from asrkit.config import Advanced, config, from_dict, to_dict
@@ -80,6 +81,20 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
     """The layers that are masked or quantized, by path."""
     return {path: module for path, module in linear_layers(model).items() if isinstance(module, CompressedLinear)}
+
+
+def masked_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLinear, Mask]]:
+    """The layers that have a mask, with their paths and what shape it has."""
+    for path, layer in compressed_layers(model).items():
+        if layer.how.mask is not None:
+            yield path, layer, layer.how.mask
+
+
+@torch.no_grad()
+def keep_pruned(model: nn.Module, step: int = 0) -> None:
+    """Zero the latent weights that are pruned, whatever momentum or decay made of them."""
+    for _, layer, _ in masked_layers(model):
+        layer.weight.mul_(layer.mask)
 
 
 def choose_layers(model: nn.Module, choice: LayerChoice, active: Sequence[str] | None = None) -> dict[str, nn.Linear]:

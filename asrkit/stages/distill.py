@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,34 +21,34 @@ from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.decoding.search import Method
 from asrkit.errors import UserError
 from asrkit.methods.distillation.cache import PosteriorCache
-from asrkit.methods.distillation.config import DistillationConfig, check_distillation
-from asrkit.methods.distillation.loss import add_encoder_maps, build_loss
-from asrkit.methods.distillation.pseudo_labels import label
+from asrkit.methods.distillation.config import DistillationConfig
+from asrkit.methods.distillation.loss import Distillation, build_loss
+from asrkit.methods.distillation.pseudo_labels import pseudo_label
 from asrkit.methods.distillation.teachers import (
     ANY,
     Teachers,
+    check_texts,
     each,
     match_tokenizer,
     open_teachers,
     shared_tokenizer,
 )
-from asrkit.methods.pruning import keep_pruned
 from asrkit.run_dir import WEIGHTS, sha256_of
 from asrkit.training.asr_loss import check_contexts
 from asrkit.training.datasets import Datasets, read_datasets
-from asrkit.training.distributed import join_world
 from asrkit.training.run_writer import RunWriter
-from asrkit.training.session import FineTuneConfig, Prepared, inputs_of, train_stage
+from asrkit.training.session import FineTuneConfig, input_files, open_training, run_recipe
 from asrkit.training.start import (
     StartConfig,
     TokenizerConfig,
     check_languages_present,
     check_start,
+    config_entry,
     first_model,
+    make_tokenizer,
     open_parent,
-    run_tokenizer,
-    told,
 )
+from asrkit.training.step import TrainTask
 
 
 @config
@@ -105,65 +106,97 @@ def distill(
     check_contexts(settings.contexts, settings.loss)
     _check(teachers, settings, parent, tokenizer, cache)
     opened = open_teachers(teachers)
-    check_distillation(opened, settings.teacher, settings.loss, settings.training.steps)
+    distillation = Distillation(opened, settings.teacher)
+    distillation.check(settings.loss, settings.training.steps)
     origin = None if parent is None else open_parent(parent, settings)
-    weights = {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(opened)}
-    content = {
+    entry = {
         "teachers": {
-            language: {str(path): sha256_of(path / WEIGHTS) for path in several}
-            for language, several in teachers.items()
+            language: {str(path): sha256_of(path / WEIGHTS) for path in paths} for language, paths in teachers.items()
         },
         **({} if cache is None else {"cache": str(cache)}),
-        **told(settings, origin),
+        **config_entry(settings, origin),
     }
-    files = {**inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer), **weights}
-    with (
-        join_world(device) as world,
-        RunWriter.open(out, "distill", content, files, command, world, parent=parent) as run,
-    ):
+    files = {**input_files(settings, manifest=manifest, dev=dev, tokenizer=tokenizer), **distillation.weights}
+    with open_training("distill", out, entry, files, parent=parent, device=device, command=command) as run:
         if run.finished:
             return out
-        data = settings.data
         languages = settings.model.languages if origin is None else origin.spec.languages
         if settings.labels == "teacher":
-            seconds, policy = data.max_duration, settings.bad_cuts
-            every = label([manifest, *data.also], opened, settings.labels_method, seconds, policy, run, languages)
-            manifest, data = every[0], replace(data, also=tuple(every[1:]))
-        material = read_datasets(manifest, dev, data, settings.bad_cuts, run, languages, opened)
-        check_languages_present(settings, origin, material.every)
+            manifest, settings = _labeled(manifest, settings, opened, run, languages)
+        datasets = read_datasets(
+            manifest, dev, settings.data, settings.bad_cuts, run, languages, distillation.check_cuts
+        )
+        check_languages_present(settings, origin, datasets.training)
         given = tokenizer if origin is None else origin.run.tokenizer_path
         if given is None and settings.tokenizer is None:
             given = _teachers_tokenizer(opened)
-        pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
-        matched = _match(opened, pieces, material, settings)
-        kept = None if cache is None else PosteriorCache(cache, matched, pieces)
-
-        def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
-            _say(run, opened, material)
-            if kept is not None:
-                for heard in kept.fill(matched, batches.table, pieces, run.world, settings.data.max_duration):
-                    run.note(f"{cache}: {heard} utterances heard")
-            model, variant = first_model(settings, origin, run, batches)
-            add_encoder_maps(model, matched, settings.teacher)
-            return Prepared(
-                model=model,
-                loss=build_loss(
-                    model.spec,
-                    settings.loss,
-                    settings.contexts,
-                    matched if kept is None else kept,
-                    settings.teacher,
-                    steps=settings.training.steps,
-                    variant=variant,
-                    attention_dropout=settings.model.attention_dropout if origin is None else None,
-                ),
-                after_step=keep_pruned,
-                variant=variant,
-                clean=kept is None and settings.teacher.input == "clean",
-            )
-
-        train_stage(run, settings, material, pieces, prepare)
+        pieces = make_tokenizer(run, given, datasets.training, settings.tokenizer or TokenizerConfig())
+        _check_tokenizers(opened, pieces, settings, datasets)
+        _report(run, opened, datasets)
+        build = partial(build_task, settings, teachers, parent, cache, out)
+        prepare = None if cache is None else partial(fill_cache, settings, teachers, cache)
+        run_recipe(run, build, manifest, settings, datasets.dev, prepare)
     return out
+
+
+def build_task(
+    settings: DistillConfig,
+    teachers: Mapping[str, Sequence[Path]],
+    parent: Path | None,
+    cache: Path | None,
+    out: Path,
+    batches: TrainBatches,
+) -> TrainTask:
+    """The student of the run ``out`` and its loss; see ``TaskRecipe``."""
+    matched = match_tokenizer(open_teachers(teachers), batches.tokenizer)
+    posteriors = None if cache is None else PosteriorCache(cache, matched, batches.tokenizer)
+    if posteriors is not None:
+        posteriors.open(batches.table)
+    distillation = Distillation(matched, settings.teacher, posteriors)
+    model, variant = first_model(settings, parent, out, batches)
+    distillation.attach(model)
+    batches.clean = distillation.needs_clean
+    loss = build_loss(
+        model.spec,
+        settings.loss,
+        settings.contexts,
+        distillation,
+        steps=settings.training.steps,
+        variant=variant,
+        attention_dropout=settings.model.attention_dropout if parent is None else None,
+    )
+    return TrainTask(model, loss, batches, variant=variant)
+
+
+def fill_cache(
+    settings: DistillConfig,
+    teachers: Mapping[str, Sequence[Path]],
+    cache: Path,
+    run: RunWriter,
+    batches: TrainBatches,
+) -> None:
+    """Let the teachers hear what is not in the cache yet, every process its share."""
+    matched = match_tokenizer(open_teachers(teachers), batches.tokenizer)
+    posteriors = PosteriorCache(cache, matched, batches.tokenizer)
+    for done in posteriors.fill(matched, batches.table, batches.tokenizer, run.world, settings.data.max_duration):
+        run.note(f"{cache}: posteriors of {done} utterances stored")
+
+
+def _labeled(
+    manifest: Path, settings: DistillConfig, teachers: Teachers, run: RunWriter, languages: Sequence[str]
+) -> tuple[Path, DistillConfig]:
+    """The manifest, and the settings with those of ``data.also``, in which every cut has a text, a teacher's where there is none."""
+    data = settings.data
+    first, *others = pseudo_label(
+        [manifest, *data.also],
+        teachers,
+        settings.labels_method,
+        data.max_duration,
+        settings.bad_cuts,
+        run,
+        languages,
+    )
+    return first, replace(settings, data=replace(data, also=tuple(others)))
 
 
 def _check(
@@ -208,35 +241,34 @@ def _check(
 
 
 def _teachers_tokenizer(teachers: Teachers) -> Path:
-    found = shared_tokenizer(teachers)
-    if found is None:
+    tokenizer = shared_tokenizer(teachers)
+    if tokenizer is None:
         raise UserError(
-            "the teachers have different tokenizers, so the student's must be said: give --tokenizer FILE, "
+            "the teachers have different tokenizers; choose the student's: --tokenizer FILE, "
             "or --set tokenizer.kind=char to train one from the manifest"
         )
-    return found
+    return tokenizer
 
 
-def _match(teachers: Teachers, tokenizer: Tokenizer, material: Datasets, settings: DistillConfig) -> Teachers:
-    """The teachers as teachers of this tokenizer's symbols."""
+def _check_tokenizers(teachers: Teachers, tokenizer: Tokenizer, settings: DistillConfig, datasets: Datasets) -> None:
+    """Refuse what teachers with another tokenizer than the student's cannot teach."""
     own = sha256_of(tokenizer.path)
     others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]
-    teaching, findings = settings.teacher, []
-    if others:
-        who = f"teachers with another tokenizer than the student's ({', '.join(others)})"
-        if teaching.classes == "all":
-            findings.append(f"{who}: their whole vocabulary means something else; set teacher.classes=three")
-        if teaching.ctc_scale > 0 and settings.loss.ctc_scale > 0:
-            findings.append(f"{who}: their CTC posteriors mean something else; set teacher.ctc_scale=0")
-        if settings.data.bpe_dropout > 0:
-            findings.append(f"{who}: they must part every text alike; set data.bpe_dropout=0")
-    if findings:
+    if not others:
+        return
+    who, findings = f"teachers with another tokenizer than the student's ({', '.join(others)})", []
+    if settings.teacher.classes == "all":
+        findings.append(f"{who}: their whole vocabulary means something else; set teacher.classes=three")
+    if settings.teacher.ctc_scale > 0 and settings.loss.ctc_scale > 0:
+        findings.append(f"{who}: their CTC posteriors mean something else; set teacher.ctc_scale=0")
+    if settings.data.bpe_dropout > 0:
+        findings.append(f"{who}: they must segment every text alike; set data.bpe_dropout=0")
+    if findings := findings or check_texts(teachers, tokenizer, datasets.training):
         raise UserError.of(findings)
-    return match_tokenizer(teachers, tokenizer, material.every)
 
 
-def _say(run: RunWriter, teachers: Teachers, material: Datasets) -> None:
-    counts = Counter(language if language in teachers else ANY for language in map(language_of, material.every))
-    for language, several in teachers.items():
-        names = ", ".join(str(teacher.run.path) for teacher in several)
+def _report(run: RunWriter, teachers: Teachers, datasets: Datasets) -> None:
+    counts = Counter(language if language in teachers else ANY for language in map(language_of, datasets.training))
+    for language, group in teachers.items():
+        names = ", ".join(str(teacher.run.path) for teacher in group)
         run.note(f"{run.path}: {names} teaches {counts[language]} utterances" + f" of {language}" * (language != ANY))

@@ -7,6 +7,7 @@ In every forward pass the mask comes first; once final, it never changes, and th
 from __future__ import annotations
 
 from dataclasses import field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,17 @@ from asrkit.config import config
 from asrkit.data.batch import Batch
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
-from asrkit.methods.distillation.config import check_distillation
-from asrkit.methods.distillation.loss import add_encoder_maps, build_loss
-from asrkit.methods.distillation.teachers import ANY, load_teacher
-from asrkit.methods.pruning import (
-    MaskSchedule,
-    keep_pruned,
-    last_update,
-    pruned_decay,
-    sparsity_due,
-    update_masks,
-    watch_inputs,
-)
+from asrkit.methods.compression import CompressConfig, compression_task, fine_tune_compressed, open_teacher
+from asrkit.methods.pruning import MaskSchedule, last_update, pruned_decay, sparsity_due, update_masks, watch_inputs
 from asrkit.models import load_model
-from asrkit.models.compression import LayerChoice, compressed_layers, pruned_spec
-from asrkit.models.surgery import rebuilt, reinitialize, with_variant
+from asrkit.models.compression import LayerChoice, compressed_layers, keep_pruned, pruned_spec
+from asrkit.models.surgery import with_variant
 from asrkit.nn.compression import Mask
 from asrkit.run_dir import open_run
-from asrkit.training.asr_loss import LossOutput
-from asrkit.training.distributed import World, all_sum
-from asrkit.training.run_writer import RunWriter
-from asrkit.training.session import CompressConfig, Prepared, fine_tune
+from asrkit.training.distributed import all_sum
+from asrkit.training.step import LossOutput, TrainTask
+
+DEFAULT_MASK = Mask(keep=2, group=4)
 
 
 @config
@@ -75,84 +66,87 @@ def prune(
     """
     source = open_run(parent)
     origin = load_model(source)
-    mask = settings.mask or Mask(keep=2, group=4)
-    final = last_update(settings.schedule, mask.sparsity)
-    if final >= settings.training.steps:
-        raise UserError(
-            f"the masks would be final before step {final}, but training.steps is {settings.training.steps}; "
-            "train longer, or shorten schedule.start, interval and shots"
-        )
-    if mask.group and settings.schedule.kind != "shots":
-        raise UserError(f"schedule.kind={settings.schedule.kind} grows a share; N:M masks are found whole (kind=shots)")
-    active = origin.submodels_of(settings.variant)
-    if settings.schedule.kind == "iterative" and settings.schedule.shots > 1:
-        raise UserError(
-            "schedule.kind=iterative goes on until the sparsity is reached; schedule.shots says nothing to it"
-        )
-    if settings.schedule.straight_through != "none" and final == settings.schedule.start:
-        raise UserError(
-            f"schedule.straight_through={settings.schedule.straight_through} works until the masks are final, which one-shot masks "
-            "are at once; raise schedule.shots"
-        )
-    spec = with_variant(pruned_spec(origin, mask, settings.layers, active), settings.variant, settings.contexts.train)
-    guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
-    guides = None if guide is None else {ANY: [guide]}
-    if guides is not None:
-        check_distillation(guides, settings.teacher, settings.loss, settings.training.steps)
-    plain = build_loss(spec, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps)
-
-    found_at = -1
-
-    def loss(model: Any, batch: Batch, step: int, world: World) -> LossOutput:
-        nonlocal found_at
-        if step > found_at:  # once a step, before its first part
-            found_at = step
-            inputs = None
-            if settings.schedule.score == "activation" and sparsity_due(settings.schedule, mask, step)[0]:
-                with watch_inputs(model) as inputs, torch.no_grad():
-                    plain(model, batch, step)
-                torch.clear_autocast_cache()  # it holds weights cast in this pass, which lead to no gradient
-                for path in sorted(inputs):  # every process must find the same masks
-                    all_sum(world, inputs[path])
-            update_masks(model, step, settings.schedule, inputs)
-        output = plain(model, batch, step)
-        decay = pruned_decay(model, settings.schedule)
-        if decay is None:
-            return output
-        # The step's sum is divided by its frames, so that each part brings its share of one such term.
-        return replace(output, loss=output.loss + decay * (output.count / len(output.loss)))
-
-    def after_step(model: nn.Module, step: int) -> None:
-        if step >= final:
-            keep_pruned(model, step)
-
-    def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
-        model = rebuilt(spec, origin)
-        if settings.from_scratch:
-            reinitialize(model, origin, active)
-        if guides is not None:
-            add_encoder_maps(model, guides, settings.teacher)
-        layers = compressed_layers(model)
-        weights = sum(layer.weight.numel() for layer in layers.values())
-        run.note(f"{run.path}: {len(layers)} layers of {weights} weights; masks are final before step {final}")
-        return Prepared(
-            model=model,
-            loss=lambda model, batch, step: loss(model, batch, step, run.world),
-            after_step=after_step,
-            not_before=final + 1,
-            extra={"masks_final_before_step": final},
-            clean=guides is not None and settings.teacher.input == "clean",
-        )
-
-    return fine_tune(
+    mask = settings.mask or DEFAULT_MASK
+    _check_schedule(settings, mask)
+    pruned_spec(origin, mask, settings.layers, origin.submodels_of(settings.variant))  # refuses what cannot be
+    return fine_tune_compressed(
         "prune",
         source,
         manifest,
         out,
         settings,
-        prepare,
-        teacher=guide,
+        partial(build_task, settings, parent, teacher),
+        open_teacher(teacher, settings, source),
         dev=dev,
         device=device,
         command=command,
     )
+
+
+def build_task(settings: PruneConfig, parent: Path, teacher: Path | None, batches: TrainBatches) -> TrainTask:
+    """The masked model, its loss, and when its masks are found; see ``TaskRecipe``."""
+    source = open_run(parent)
+    origin = load_model(source)
+    schedule, mask = settings.schedule, settings.mask or DEFAULT_MASK
+    final = last_update(schedule, mask.sparsity)
+    spec = pruned_spec(origin, mask, settings.layers, origin.submodels_of(settings.variant))
+    spec = with_variant(spec, settings.variant, settings.contexts.train)
+    task = compression_task(settings, spec, origin, open_teacher(teacher, settings, source), batches, [])
+    plain = task.loss
+
+    def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> None:
+        inputs = None
+        if schedule.score == "activation" and sparsity_due(schedule, mask, step)[0]:
+            with watch_inputs(model) as inputs, torch.no_grad():
+                plain(model, batch, step)
+            torch.clear_autocast_cache()  # it holds weights cast in this pass, which lead to no gradient
+            for path in sorted(inputs):  # every process must find the same masks
+                all_sum(inputs[path])
+        update_masks(model, step, schedule, inputs)
+
+    def loss(model: Any, batch: Batch, step: int) -> LossOutput:
+        return replace(plain(model, batch, step), regularizer=pruned_decay(model, schedule))
+
+    def after_step(model: nn.Module, step: int) -> None:
+        if step >= final:
+            keep_pruned(model)
+
+    layers = compressed_layers(task.model)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    return replace(
+        task,
+        loss=loss,
+        before_step=before_step,
+        after_step=after_step,
+        not_before=final + 1,
+        facts={"masks_final_before_step": final},
+        notes=[f"{len(layers)} layers of {weights} weights; masks are final before step {final}"],
+    )
+
+
+def _check_schedule(settings: PruneConfig, mask: Mask) -> None:
+    """Refuse a schedule that contradicts itself or the length of the training."""
+    schedule = settings.schedule
+    final = last_update(schedule, mask.sparsity)
+    findings = []
+    if final >= settings.training.steps:
+        findings.append(
+            f"the masks would be final before step {final}, but training.steps is {settings.training.steps}; "
+            "train longer, or shorten schedule.start, interval and shots"
+        )
+    if mask.group and schedule.kind != "shots":
+        findings.append(
+            f"schedule.kind={schedule.kind} raises the pruned share step by step, but an N:M mask is found whole; "
+            "use schedule.kind=shots"
+        )
+    if schedule.kind == "iterative" and schedule.shots > 1:
+        findings.append(
+            "schedule.kind=iterative goes on until the sparsity is reached and ignores schedule.shots; leave it out"
+        )
+    if schedule.straight_through != "none" and final == schedule.start:
+        findings.append(
+            f"schedule.straight_through={schedule.straight_through} works until the masks are final, which one-shot masks "
+            "are at once; raise schedule.shots"
+        )
+    if findings:
+        raise UserError.of(findings)

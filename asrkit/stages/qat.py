@@ -8,32 +8,30 @@ stay, and prune comes before quantize (arXiv 2312.08553, US20250078815A1).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from asrkit.config import config, from_dict, to_dict
-from asrkit.data.batch import Batch
+from asrkit.config import config
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.bit_allocation import BITS, choose_bits, measure
-from asrkit.methods.distillation.config import check_distillation
-from asrkit.methods.distillation.loss import add_encoder_maps, build_loss
-from asrkit.methods.distillation.teachers import ANY, load_teacher
-from asrkit.methods.pruning import keep_pruned
-from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.methods.compression import CompressConfig, compression_task, fine_tune_compressed, open_teacher
+from asrkit.methods.distillation.loss import build_loss
+from asrkit.models import load_model
 from asrkit.models.compression import QuantizationConfig, choose_layers, quantized_spec
 from asrkit.models.sizes import layer_sizes
-from asrkit.models.surgery import rebuilt, reinitialize, with_variant
-from asrkit.run_dir import MODEL, open_run, read_yaml
+from asrkit.models.surgery import with_variant
+from asrkit.run_dir import open_run, read_yaml, write_yaml
 from asrkit.training.contexts import ContextsConfig
 from asrkit.training.distributed import broadcast_object
 from asrkit.training.run_writer import RunWriter
-from asrkit.training.session import CompressConfig, Prepared, fine_tune
+from asrkit.training.step import TrainTask
 
+CHOSEN_BITS = "bits.yaml"  # in the run directory: what --budget chose, layer by layer
 SAMPLE = 4  # training batches that sensitivity is measured on
 
 
@@ -75,80 +73,62 @@ def qat(
         )
     source = open_run(parent)
     origin = load_model(source)
-    active = origin.submodels_of(settings.variant)
-    spec = quantized_spec(origin, settings.quantization, active)
-    guide = None if teacher is None else load_teacher(teacher, source.tokenizer_path)
-    guides = None if guide is None else {ANY: [guide]}
-    if guides is not None:
-        check_distillation(guides, settings.teacher, settings.loss, settings.training.steps)
-
-    def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
-        chosen = spec
-        if settings.budget is not None and run.fresh:
-            chosen = _within_budget(origin, active, settings, run, [batches[place] for place in range(SAMPLE)])
-        elif settings.budget is not None:  # what was chosen when the run began
-            chosen = from_dict(ModelSpec, read_yaml(out / MODEL), str(out / MODEL))
-        chosen = with_variant(chosen, settings.variant, settings.contexts.train)
-        model = rebuilt(chosen, origin)
-        if settings.from_scratch:
-            reinitialize(model, origin, active)
-        if guides is not None:
-            add_encoder_maps(model, guides, settings.teacher)
-        counts = Counter(how.weights.bits for how in chosen.compression.values() if how.weights is not None)
-        said = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
-        run.note(f"{run.path}: {said}")
-        return Prepared(
-            model=model,
-            loss=build_loss(
-                chosen, settings.loss, settings.contexts, guides, settings.teacher, steps=settings.training.steps
-            ),
-            after_step=keep_pruned,
-            clean=guides is not None and settings.teacher.input == "clean",
-        )
-
-    return fine_tune(
+    quantized_spec(origin, settings.quantization, origin.submodels_of(settings.variant))  # refuses what cannot be
+    return fine_tune_compressed(
         "qat",
         source,
         manifest,
         out,
         settings,
-        prepare,
-        teacher=guide,
+        partial(build_task, settings, parent, teacher, out),
+        open_teacher(teacher, settings, source),
+        prepare=None if settings.budget is None else partial(choose_budget, settings, parent),
         dev=dev,
         device=device,
         command=command,
     )
 
 
-def _within_budget(
-    origin: AsrModel, active: Sequence[str], settings: QatConfig, run: RunWriter, sample: list[Batch]
-) -> ModelSpec:
-    """The spec with bits chosen layer by layer, so that the whole is at most ``budget`` of its float size."""
+def build_task(settings: QatConfig, parent: Path, teacher: Path | None, out: Path, batches: TrainBatches) -> TrainTask:
+    """The quantized model of the run ``out`` and its loss; see ``TaskRecipe``."""
+    source = open_run(parent)
+    origin = load_model(source)
+    quantization = settings.quantization
+    if settings.budget is not None:
+        quantization = replace(quantization, bits=read_yaml(out / CHOSEN_BITS))
+    spec = quantized_spec(origin, quantization, origin.submodels_of(settings.variant))
+    spec = with_variant(spec, settings.variant, settings.contexts.train)
+    counts = Counter(how.weights.bits for how in spec.compression.values() if how.weights is not None)
+    note = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
+    distillation = open_teacher(teacher, settings, source)
+    return compression_task(settings, spec, origin, distillation, batches, [note])
+
+
+def choose_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:
+    """Choose bits layer by layer, so that the whole is at most ``budget`` of its float size, and write them to the run."""
+    path = run.path / CHOSEN_BITS
+    if run.world.is_main and not path.is_file():  # one process measures, so that all have the same bits
+        write_yaml(path, _bits_within_budget(settings, parent, run, batches))
+    broadcast_object(run.world, None)  # the others read it only once it is there
+
+
+def _bits_within_budget(
+    settings: QatConfig, parent: Path, run: RunWriter, batches: TrainBatches
+) -> dict[str, int]:
     assert settings.budget is not None
-    sizes, rest, plain = layer_sizes(origin, settings.quantization, active)
-    layers = {
-        path: layer
-        for path, layer in choose_layers(origin, settings.quantization.layers, active).items()
-        if sizes[path]
-    }
-    allowed = settings.budget * plain - rest
+    origin, quantization = load_model(open_run(parent)), settings.quantization
+    active = origin.submodels_of(settings.variant)
+    sizes, rest, float_bytes = layer_sizes(origin, quantization, active)
+    layers = {path: layer for path, layer in choose_layers(origin, quantization.layers, active).items() if sizes[path]}
     own = with_variant(origin.spec, settings.variant)
-    costs: dict[str, dict[int, float]] = {}
-    if run.world.is_main:  # one process measures, so that all have the same bits
-        costs = measure(
-            origin.to(run.world.device),
-            layers,
-            settings.quantization.weights,
-            build_loss(own, settings.loss, ContextsConfig(train=own.variants[own.variant].contexts[:1])),
-            [batch.to(run.world.device) for batch in sample],
-        )
-        origin.cpu()
-    costs = broadcast_object(run.world, costs)  # type: ignore[assignment]
-    bits = choose_bits(costs, {path: sizes[path] for path in layers}, allowed)
+    loss = build_loss(own, settings.loss, ContextsConfig(train=own.variants[own.variant].contexts[:1]))
+    device = run.world.device
+    sample = [batches[number].to(device) for number in range(SAMPLE)]
+    costs = measure(origin.to(device), layers, quantization.weights, loss, sample)
+    bits = choose_bits(costs, {path: sizes[path] for path in layers}, settings.budget * float_bytes - rest)
     for path, chosen in bits.items():
-        loss = ", ".join(f"{b} bits {costs[path][b]:+.4f}" for b in BITS)
-        run.note(f"{path}: {chosen} bits (loss by itself: {loss})")
+        alone = ", ".join(f"{b} bits {costs[path][b]:+.4f}" for b in BITS)
+        run.note(f"{path}: {chosen} bits (loss by itself: {alone})")
     total = rest + sum(sizes[path][chosen] for path, chosen in bits.items())
-    run.note(f"{run.path}: {total:,.0f} of {plain:,.0f} float bytes, {100 * total / plain:.1f} %")
-    mixed = from_dict(QuantizationConfig, {**to_dict(settings.quantization), "bits": bits}, "quantization")
-    return quantized_spec(origin, mixed, active)
+    run.note(f"{run.path}: {total:,.0f} of {float_bytes:,.0f} float bytes, {100 * total / float_bytes:.1f} %")
+    return bits

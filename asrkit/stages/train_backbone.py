@@ -7,28 +7,27 @@ been trained before is trained on, whatever its parts: fine-tuning.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from asrkit.config import config
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.distillation.loss import build_loss
-from asrkit.methods.pruning import keep_pruned
 from asrkit.training.asr_loss import check_contexts
 from asrkit.training.datasets import read_datasets
-from asrkit.training.distributed import join_world
-from asrkit.training.run_writer import RunWriter
-from asrkit.training.session import FineTuneConfig, Prepared, StageConfig, inputs_of, train_stage
+from asrkit.training.session import FineTuneConfig, StageConfig, input_files, open_training, run_recipe
 from asrkit.training.start import (
     StartConfig,
     TokenizerConfig,
     check_languages_present,
     check_start,
+    config_entry,
     first_model,
+    make_tokenizer,
     open_parent,
-    run_tokenizer,
-    told,
 )
+from asrkit.training.step import TrainTask
 
 
 @config
@@ -68,35 +67,30 @@ def train_backbone(
     if findings := check_start(settings, parent, tokenizer):
         raise UserError.of(findings)
     origin = None if parent is None else open_parent(parent, settings)
-
-    def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
-        model, variant = first_model(settings, origin, run, batches)
-        return Prepared(
-            model=model,
-            loss=build_loss(
-                model.spec,
-                settings.loss,
-                settings.contexts,
-                variant=variant,
-                attention_dropout=settings.model.attention_dropout if origin is None else None,
-            ),
-            after_step=keep_pruned,
-            variant=variant,
-        )
-
     if origin is None and tokenizer is None and settings.tokenizer is None:
         settings = replace(settings, tokenizer=TokenizerConfig())
-    inputs = inputs_of(settings, manifest=manifest, dev=dev, tokenizer=tokenizer)
-    with (
-        join_world(device) as world,
-        RunWriter.open(out, "train-backbone", told(settings, origin), inputs, command, world, parent=parent) as run,
-    ):
+    entry = config_entry(settings, origin)
+    files = input_files(settings, manifest=manifest, dev=dev, tokenizer=tokenizer)
+    with open_training("train-backbone", out, entry, files, parent=parent, device=device, command=command) as run:
         if run.finished:
             return out
         languages = settings.model.languages if origin is None else origin.spec.languages
-        material = read_datasets(manifest, dev, settings.data, settings.bad_cuts, run, languages, {})
-        check_languages_present(settings, origin, material.every)
+        datasets = read_datasets(manifest, dev, settings.data, settings.bad_cuts, run, languages)
+        check_languages_present(settings, origin, datasets.training)
         given = tokenizer if origin is None else origin.run.tokenizer_path
-        pieces = run_tokenizer(world, out, given, material.every, settings.tokenizer or TokenizerConfig())
-        train_stage(run, settings, material, pieces, prepare)
+        make_tokenizer(run, given, datasets.training, settings.tokenizer or TokenizerConfig())
+        run_recipe(run, partial(build_task, settings, parent, out), manifest, settings, datasets.dev)
     return out
+
+
+def build_task(settings: TrainBackboneConfig, parent: Path | None, out: Path, batches: TrainBatches) -> TrainTask:
+    """The model of the run ``out`` and its loss; see ``TaskRecipe``."""
+    model, variant = first_model(settings, parent, out, batches)
+    loss = build_loss(
+        model.spec,
+        settings.loss,
+        settings.contexts,
+        variant=variant,
+        attention_dropout=settings.model.attention_dropout if parent is None else None,
+    )
+    return TrainTask(model, loss, batches, variant=variant)

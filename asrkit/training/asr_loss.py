@@ -27,7 +27,8 @@ from asrkit.losses.transducer import (
 )
 from asrkit.models.asr import AsrModel
 from asrkit.nn.context import FULL, Context
-from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, draw_gates, drawn
+from asrkit.training.step import LossOutput, Metric
+from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, drawn, drawn_gates
 
 
 @config
@@ -71,26 +72,18 @@ def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:
 
 
 @dataclass(frozen=True)
-class LossOutput:
-    """``loss`` (B,) differentiable, one value for each utterance; ``count`` encoder frames, by which the sum over
-    the whole step is divided; ``parts`` sums to log, likewise divided."""
-
-    loss: Tensor
-    count: float
-    parts: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class ForwardPass:
-    """One way through the model: its loss (B,), and what distillation reads of it.
+    """One way through the model: its losses, and what distillation reads of it.
 
-    ``possible`` (B,): whether the transducer has room for the symbols, whose number in ``symbol_lens`` is cut to fit.
-    ``pruned`` (B,): the pruned transducer's share of the loss. ``joiner_in``: the joiner's two projected inputs,
-    (B, T', J) and (B, U + 1, J).
+    losses (B,): the weighted sum of all losses. metrics: see ``LossOutput``.
+    encoder_out (B, T', D), encoder_out_lens (B,).
+    symbol_lens (B,): the number of symbols, cut to fit where the transducer has no room for them; ``possible`` (B,) says where it has.
+    transducer: the loss's parts, None where it is off. pruned (B,): the pruned transducer's share of ``losses``.
+    joiner_in: the joiner's two projected inputs, (B, T', J) and (B, U + 1, J).
     """
 
-    loss: Tensor
-    parts: dict[str, Tensor]
+    losses: Tensor
+    metrics: dict[str, Metric]
     encoder_out: Tensor
     encoder_out_lens: Tensor
     symbol_lens: Tensor
@@ -116,23 +109,23 @@ def asr_loss(
     drawn by torch's generator on the CPU. Joint contexts log full context under the plain names.
     """
     contexts = contexts or ContextsConfig()
-    gates = None
-    if attention_dropout is not None and model.training:
-        gates = draw_gates(attention_dropout, len(model.encoder.blocks), len(batch.cut_ids))
+    gates = drawn_gates(model, attention_dropout, batch)
+    frames = float(batch.num_encoder_frames)
     choices = contexts.choices
     if contexts.sampling == "random":
         only = forward_losses(model, batch, step, settings, variant, drawn(choices), gates)
-        return LossOutput(only.loss, float(only.encoder_out_lens.sum()), only.parts)
-    chosen = drawn([context for context in choices if context.streaming])
+        return LossOutput(only.losses, frames, only.metrics)
+    streaming_context = drawn([context for context in choices if context.streaming])
     full = forward_losses(model, batch, step, settings, variant, FULL, gates)
-    streaming = forward_losses(model, batch, step, settings, variant, chosen, gates)
-    loss = full.loss + streaming.loss
-    parts = full.parts | {f"streaming_{name}": value for name, value in streaming.parts.items() if name != "left_out"}
+    streaming = forward_losses(model, batch, step, settings, variant, streaming_context, gates)
+    losses = full.losses + streaming.losses
+    metrics = dict(full.metrics)
+    metrics |= {f"streaming_{name}": metric for name, metric in streaming.metrics.items() if name != "left_out"}
     if contexts.distillation_scale > 0:
         divergence = _divergence(model, batch, full, streaming, contexts)
-        loss = loss + contexts.distillation_scale * divergence
-        parts["distillation"] = divergence.detach().sum()
-    return LossOutput(loss, float(full.encoder_out_lens.sum()), parts)
+        losses = losses + contexts.distillation_scale * divergence
+        metrics["distillation"] = Metric(divergence.detach().sum(), frames)
+    return LossOutput(losses, frames, metrics)
 
 
 def forward_losses(
@@ -144,28 +137,26 @@ def forward_losses(
     context: Context,
     gates: Tensor | None,
 ) -> ForwardPass:
+    """Once through the encoder in one context, and the losses of what it gives.
+
+    Args:
+        gates: (layers, B or 1), factors of attention; None is all of it.
+    """
     languages = model.language_ids(batch.languages)
-    encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens, variant, context, gates, languages)
-    loss = encoder_out.new_zeros(len(batch.cut_ids), dtype=torch.float32)
-    parts: dict[str, Tensor] = {}
+    encoder_out, encoder_out_lens = model.encode(
+        batch.features, batch.feature_lens, variant, context, gates, languages
+    )
+    losses = encoder_out.new_zeros(len(batch.cut_ids), dtype=torch.float32)
+    metrics: dict[str, Metric] = {}
+    frames = float(batch.num_encoder_frames)
     if settings.ctc_scale > 0:
-        repeats = (batch.symbols[:, 1:] == batch.symbols[:, :-1]) & (batch.symbols[:, 1:] != model.blank)
-        possible = encoder_out_lens >= batch.symbol_lens + repeats.sum(1)
-        log_probs = model.ctc_log_probs(encoder_out)
-        ctc = F.ctc_loss(
-            log_probs.transpose(0, 1),
-            batch.symbols,
-            encoder_out_lens,
-            batch.symbol_lens,
-            reduction="none",
-            zero_infinity=True,
-        )
-        loss = loss + settings.ctc_scale * ctc
-        parts |= {"ctc": ctc.detach().sum(), "left_out": (~possible).sum()}
+        ctc, possible = _ctc_losses(model, batch, encoder_out, encoder_out_lens)
+        losses = losses + settings.ctc_scale * ctc
+        metrics |= {"ctc": Metric(ctc.detach().sum(), frames), "left_out": Metric((~possible).sum(), None)}
     possible = fits(settings.topology, encoder_out_lens, batch.symbol_lens)
     # Shortened, so that an impossible utterance has a finite loss to be masked.
     symbol_lens = torch.where(possible, batch.symbol_lens, torch.minimum(batch.symbol_lens, encoder_out_lens))
-    transducer, joiner_in, weighed = None, None, torch.zeros_like(loss)
+    transducer, joiner_in, weighted = None, None, torch.zeros_like(losses)
     if settings.transducer_scale > 0:
         predicted = model.predictor(model.predictor.contexts_of(batch.symbols))
         joiner_in = (model.joiner.project_encoder(encoder_out), model.joiner.project_predictor(predicted))
@@ -187,21 +178,41 @@ def forward_losses(
             torch.where(possible, part, torch.zeros_like(part)) for part in (transducer.simple, transducer.pruned)
         )
         simple_scale, pruned_scale = warm_up_scales(step, settings.warm_up_steps, settings.simple_scale)
-        weighed = settings.transducer_scale * pruned_scale * pruned
-        loss = loss + settings.transducer_scale * (simple_scale * simple + pruned_scale * pruned)
-        parts |= {"simple": simple.detach().sum(), "pruned": pruned.detach().sum()}
-        parts.setdefault("left_out", (~possible).sum())
+        weighted = settings.transducer_scale * pruned_scale * pruned
+        losses = losses + settings.transducer_scale * (simple_scale * simple + pruned_scale * pruned)
+        metrics |= {
+            "simple": Metric(simple.detach().sum(), frames),
+            "pruned": Metric(pruned.detach().sum(), frames),
+        }
+        metrics.setdefault("left_out", Metric((~possible).sum(), None))
     return ForwardPass(
-        loss,
-        parts,
+        losses,
+        metrics,
         encoder_out,
         encoder_out_lens,
         symbol_lens,
         possible,
         transducer,
-        weighed,
+        weighted,
         joiner_in,
     )
+
+
+def _ctc_losses(
+    model: AsrModel, batch: Batch, encoder_out: Tensor, encoder_out_lens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """CTC loss of each utterance, (B,), 0 where it has no alignment; and where it has one, (B,) bool."""
+    repeats = (batch.symbols[:, 1:] == batch.symbols[:, :-1]) & (batch.symbols[:, 1:] != model.blank)
+    possible = encoder_out_lens >= batch.symbol_lens + repeats.sum(1)
+    losses = F.ctc_loss(
+        model.ctc_log_probs(encoder_out).transpose(0, 1),
+        batch.symbols,
+        encoder_out_lens,
+        batch.symbol_lens,
+        reduction="none",
+        zero_infinity=True,
+    )
+    return losses, possible
 
 
 def _divergence(

@@ -21,13 +21,13 @@ STATE_FILE = "latest.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands. ``sums`` are the metrics gathered since the last logged step."""
+    """Where a run stands. ``metrics`` are the sums, and what they are divided by, since the last logged step."""
 
     step: int = 0
     slices: int = 1
     best: dict[str, float] = field(default_factory=dict)
     last_dev: dict[str, float] = field(default_factory=dict)
-    sums: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, tuple[float, float | None]] = field(default_factory=dict)
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +45,18 @@ def save_state(
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_write(run / STATE / STATE_FILE) as temporary:
         _save(plain, temporary, {"progress": json.dumps(asdict(progress))})
+
+
+def saved_slices(run: Path) -> int | None:
+    """The number of batches in a step of the run as it was saved; None where nothing was."""
+    path = run / STATE / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(json.loads(file.metadata()["progress"])["slices"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None  # damaged: what resumes from it says so
 
 
 def load_state(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:

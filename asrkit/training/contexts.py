@@ -11,6 +11,8 @@ from torch import Tensor
 from asrkit.config import Advanced, NonNegative, config
 from asrkit.losses.distillation import Classes
 from asrkit.models.spec import ContextText
+from asrkit.models.asr import AsrModel
+from asrkit.data.batch import Batch
 from asrkit.nn.context import FULL, Context, parse_context
 
 
@@ -80,3 +82,10 @@ def draw_gates(settings: AttentionDropoutConfig, num_layers: int, batch: int) ->
     if settings.rescale and settings.probability < 1:
         gates /= 1 - settings.probability
     return gates.expand(num_layers, -1)
+
+
+def drawn_gates(model: AsrModel, settings: AttentionDropoutConfig | None, batch: Batch) -> Tensor | None:
+    """The gates of a batch in training; None in evaluation, and where no attention is dropped."""
+    if settings is None or not model.training:
+        return None
+    return draw_gates(settings, len(model.encoder.blocks), len(batch.cut_ids))

@@ -8,7 +8,7 @@ processes the same bit by bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,32 +54,50 @@ def join_world(device: str) -> Iterator[World]:
         torch.distributed.destroy_process_group()
 
 
-def all_sum(world: World, values: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place."""
-    if world.size > 1:
+def all_sum(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes that train together, in place."""
+    if torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values
 
 
-def sum_gradients(world: World, parameters: Sequence[Tensor]) -> None:
-    """Replace each ``grad`` by its sum over all processes; a missing one counts as zeros, and stays missing where no
+def sum_gradients(
+    world: World, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of ``parameters`` summed over all processes; a missing one counts as zeros, and stays missing where no
     process has one, so that an optimizer does not touch that parameter."""
     if world.size == 1:
-        return
+        return list(gradients)
     owned = all_sum(
-        world, torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=world.device)
-    )
-    used = [parameter for parameter, count in zip(parameters, owned.tolist(), strict=True) if count]
+        torch.tensor([gradient is not None for gradient in gradients], dtype=torch.int32, device=world.device)
+    ).tolist()
+    filled = [
+        (torch.zeros_like(parameter) if gradient is None else gradient) if count else None
+        for gradient, parameter, count in zip(gradients, parameters, owned, strict=True)
+    ]
+    used = [gradient for gradient in filled if gradient is not None]
     if not used:
-        return
-    for parameter in used:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    grads = [p.grad for p in used if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
+        return filled
+    flat = torch.cat([gradient.flatten() for gradient in used])
     torch.distributed.all_reduce(flat)
-    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(summed.view_as(grad))
+    for gradient, summed in zip(used, flat.split([gradient.numel() for gradient in used]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+    return filled
+
+
+def sum_over_processes(
+    world: World, sums: Mapping[str, tuple[float, float | None]]
+) -> dict[str, tuple[float, float | None]]:
+    """Totals and counts by name, added up; every process has the same names. Sorted by name."""
+    names = sorted(sums)
+    if world.size == 1 or not names:
+        return {name: sums[name] for name in names}
+    pairs = [(sums[name][0], sums[name][1] or 0.0) for name in names]
+    added = all_sum(torch.tensor(pairs, dtype=torch.float64, device=world.device)).tolist()
+    return {
+        name: (total, None if sums[name][1] is None else count)
+        for name, (total, count) in zip(names, added, strict=True)
+    }
 
 
 def gather_lists(world: World, mine: list[str]) -> list[str]:

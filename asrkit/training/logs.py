@@ -32,7 +32,7 @@ class RunLog:
         self._console = Console(stderr=True)
         self._writer: Any = None
         self._display: Display | None = None
-        self._clock, self._waited, self._audio = time.monotonic(), 0.0, 0.0
+        self._clock, self._waited, self._audio, self._steps = time.monotonic(), 0.0, 0.0, 0
         self._start = start
         if active and self._path.exists():
             with atomic_write(self._path) as temporary:
@@ -77,33 +77,28 @@ class RunLog:
         if self._active:
             self._console.print(text, highlight=False, soft_wrap=True)
 
-    def count(self, progress: Progress, sums: dict[str, float], totals: Tensor, norm: float, waited: float) -> None:
-        """Add one step to the running sums."""
-        count, audio = (float(value) for value in totals)
-        if sums:
-            gathered = {**sums, "count": count, "steps": 1.0, "gradient_norm": norm, "audio": audio}
-            for name, value in gathered.items():
-                progress.sums[name] = progress.sums.get(name, 0.0) + value
+    def count(self, step: int, audio: float, waited: float) -> None:
+        """Note the seconds of audio of one more step, and those that training waited for it."""
         self._waited += waited
         self._audio += audio
+        self._steps += 1
         if self._display is not None:
-            self._display.update(self._bar, completed=progress.step)
+            self._display.update(self._bar, completed=step)
 
-    def step(self, progress: Progress, lr: float) -> None:
+    def step(self, progress: Progress, means: dict[str, float], lr: float) -> None:
         """Write the means since the last call; losses are per encoder frame."""
-        sums, progress.sums = progress.sums, {}
-        count, steps = sums.pop("count", 0.0), sums.pop("steps", 0.0)
-        norm, audio = sums.pop("gradient_norm", 0.0), sums.pop("audio", 0.0)
-        left_out = sums.pop("left_out", 0.0)
+        others = {name: means.get(name, 0.0) for name in ("audio_seconds", "left_out")}
+        norm = means.get("gradient_norm")
         elapsed = max(1e-9, time.monotonic() - self._clock)
+        steps, self._steps = self._steps, 0
+        audio = others["audio_seconds"]
         row: dict[str, Any] = {
             "step": progress.step,
             "epoch": round(progress.step / self._steps_per_epoch, 3),
-            **{name: value / count for name, value in sorted(sums.items()) if count},
+            **{name: mean for name, mean in means.items() if name not in (*others, "gradient_norm")},
             "lr": lr,
-            "gradient_norm": norm / steps if steps else None,
-            "audio_seconds": audio,
-            "left_out": left_out,
+            "gradient_norm": norm,
+            **others,
             "timing": {
                 "audio_per_second": round(self._audio / elapsed, 2),
                 "data_wait": round(self._waited / elapsed, 4),
@@ -117,7 +112,7 @@ class RunLog:
         if self._display is not None:
             self._display.update(self._bar, text=text)
         else:
-            left = (self._settings.steps - progress.step) * elapsed / max(1.0, steps)
+            left = (self._settings.steps - progress.step) * elapsed / max(1, steps)
             self.note(
                 f"step {progress.step}/{self._settings.steps}  epoch {row['epoch']:.1f}  {text}  left {left / 60:.1f} min"
             )

@@ -40,8 +40,6 @@ from asrkit.training.checkpoint import STATE_FILE, save_weights
 from asrkit.training.distributed import World, broadcast_object
 
 DONE, LEFT_OUT = "done", "left_out.yaml"
-
-
 LABELED = "labeled-*.jsonl.gz"  # manifests whose missing texts are a teacher's
 
 
@@ -58,7 +56,7 @@ class RunWriter:
     began: bool = False
     lineage: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)  # what the stage adds to its entry in the lineage
+    facts: dict[str, Any] = field(default_factory=dict)  # what the stage adds to its entry in the lineage
     _began: float = field(default_factory=time.monotonic)
     _console: Console = field(default_factory=lambda: Console(stderr=True))
 
@@ -125,33 +123,20 @@ class RunWriter:
         self.note(f"left out: cut {cut_id}: {reason}")
         self.left_out[cut_id] = reason
 
-    def describe(self, spec: dict[str, Any], data: str, world: World) -> None:
-        """Write model.yaml and say what is going to be trained on what ``data``; from here on the directory is kept."""
-        self.began = True
-        if world.is_main:
-            write_yaml(self.path / MODEL, spec)
-            if self.fresh and self.left_out:
-                write_yaml(self.path / LEFT_OUT, self.left_out)
-            self.note(
-                f"{self.path}: {data}, vocabulary {spec['vocab_size']}, {world.size} process(es) on {world.device}"
-            )
+    def save_left_out(self) -> None:
+        """Write down which cuts are left out, so that every process and every later start leaves out the same."""
+        if self.world.is_main and self.fresh and self.left_out:
+            write_yaml(self.path / LEFT_OUT, self.left_out)
+        broadcast_object(self.world, None)  # the others read it only once it is there
 
-    def batches(
-        self,
-        table: CutTable,
-        data: DataConfig,
-        tokenizer: Tokenizer,
-        noise: CutTable | None,
-        accumulate: int,
-        seed: int,
-        world: World,
-    ) -> TrainBatches:
-        """The stage's training batches, every step shared by all processes and accumulated parts."""
-        slices = world.size * accumulate
-        # What the slowest perturbation makes of a batch still fits; joins count as they come on average.
-        longest = (1 + data.augment.speed) * (1 + data.augment.tempo) * (1 + data.augment.join)
-        plan = BucketPlan(table.durations, data.max_duration * slices / longest, data.num_buckets, slices, seed)
-        return TrainBatches(table, plan, slices, data, tokenizer, noise, seed)
+    def describe(self, spec: dict[str, Any], data: str, vocab_size: int) -> None:
+        """Write model.yaml and say what is trained on what ``data``; from here on the directory is kept."""
+        self.began = True
+        if self.world.is_main:
+            write_yaml(self.path / MODEL, spec)
+            self.note(
+                f"{self.path}: {data}, vocabulary {vocab_size}, {self.world.size} process(es) on {self.world.device}"
+            )
 
     def publish(self, model: nn.Module, step: int, metrics: dict[str, float]) -> None:
         """Replace the run's weights.
@@ -165,7 +150,7 @@ class RunWriter:
         save_weights(staged, model)
         entry = {
             **self.lineage[-1],
-            **self.extra,
+            **self.facts,
             "step": step,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "seconds": round(time.monotonic() - self._began, 1),
@@ -230,10 +215,59 @@ def _existing(path: Path, stage: str, content: dict[str, Any]) -> dict[str, Any]
 
 def _clear(path: Path) -> None:
     """Leave no trace of a run that was refused before it began."""
-    for file in (*(path / name for name in (CONFIG, TOKENIZER, TOKENS, ".lock")), *path.glob(LABELED)):
+    for file in (*(path / name for name in (CONFIG, TOKENIZER, TOKENS, LEFT_OUT, ".lock")), *path.glob(LABELED)):
         file.unlink(missing_ok=True)
     if not any(path.iterdir()):
         path.rmdir()
+
+
+def write_untrained_run(
+    out: Path,
+    parent: RunDir,
+    stage: str,
+    settings: Mapping[str, Any],
+    model: AsrModel,
+    *,
+    inputs: Mapping[str, Path] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    command: str = "",
+) -> Path:
+    """Write ``model`` as a complete run directory that continues the lineage of ``parent``; returns ``out``.
+
+    Everything is written beside ``out`` and renamed at the end, so that ``out`` is whole or not there.
+
+    Args:
+        settings: what the stage was told; config.yaml and the config digest are of these, the inputs and the parent.
+        inputs: files other than the parent that went in, by the name of their option; the lineage holds their digests.
+        extra: what else the lineage should say.
+
+    Raises:
+        UserError: ``out`` is taken or cannot be written.
+    """
+    began = time.monotonic()
+    files: dict[str, Path | None] = dict(inputs or {})
+    content = {
+        "stage": stage,
+        "from": str(parent.path),
+        "from_weights_sha256": sha256_of(parent.path / WEIGHTS),
+        **settings,
+        "inputs": {name: str(file) for name, file in files.items()},
+    }
+    with atomic_directory(out) as folder:
+        write_yaml(folder / CONFIG, content)
+        write_yaml(folder / MODEL, to_dict(model.spec))
+        Tokenizer(parent.tokenizer_path).copy_to(folder / TOKENIZER)
+        save_weights(folder / WEIGHTS, model)
+        entry = {
+            **stage_entry(stage, digest(content), files, command),
+            **(extra or {}),
+            "metrics": {},
+            "seconds": round(time.monotonic() - began, 1),
+            **{key: sha256_of(folder / name) for key, name in DIGESTS.items()},
+        }
+        write_yaml(folder / LINEAGE, [*parent.lineage, entry])
+        (folder / DONE).write_text("")
+    return out
 
 
 def stage_entry(stage: str, config_sha256: str, inputs: dict[str, Path | None], command: str) -> dict[str, Any]:

@@ -1,36 +1,44 @@
-"""What training stages share around the loop: their settings, the way from manifests to a finished run, a trained parent."""
+"""What training stages share around the loop: their settings, and the way from manifests to a finished run.
+
+A stage opens the run directory (``open_training``), reads and checks its cuts (``datasets.py``), says how its task is made
+(``TaskRecipe``), and trains it (``run_recipe``). A stage that starts from a trained model does all of this by ``fine_tune``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from lhotse import CutSet
+from lhotse.cut import Cut
 from pydantic import Field
 from torch import nn
 
 from asrkit.config import Positive, config, to_dict
-from asrkit.data.batch import Batch
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
-from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
-from asrkit.methods.distillation.teachers import ANY, Teacher
+from asrkit.errors import UserError
 from asrkit.models import AsrModel
 from asrkit.models.asr import spec_of
+from asrkit.models.compression import keep_pruned
 from asrkit.models.digests import submodels_left_behind
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
-from asrkit.training.asr_loss import LossConfig, LossOutput, check_contexts
+from asrkit.training.asr_loss import LossConfig, check_contexts
+from asrkit.training.checkpoint import saved_slices
+from asrkit.training.config import TrainingConfig
 from asrkit.training.contexts import ContextsConfig
-from asrkit.training.datasets import Datasets, read_datasets, training_table
+from asrkit.training.datasets import check_training_cuts, read_datasets, training_batches
 from asrkit.training.dev_eval import dev_measure
-from asrkit.training.distributed import broadcast_object, join_world
-from asrkit.training.loop import Task, TrainingConfig, train
+from asrkit.training.distributed import World, broadcast_object, join_world
+from asrkit.training.loop import train
 from asrkit.training.optim import OptimizerConfig
 from asrkit.training.run_writer import RunWriter
+from asrkit.training.step import TrainTask
 
 
 @config
@@ -66,133 +74,165 @@ class FineTuneConfig(StageConfig):
     )
 
 
-Compressing = TypeVar("Compressing", bound="CompressConfig")
-
-
-@config
-class CompressConfig(FineTuneConfig):
-    """Settings that prune and qat share."""
-
-    variant: str | None = None
-    """Variant to train; null trains the parent's default."""
-    from_scratch: bool = False
-    """Start from new weights instead of the parent's; its shape, feature statistics and tokenizer are taken over."""
-    teacher: DistillationConfig = field(
-        default_factory=lambda: DistillationConfig(
-            scale=1.0,
-            ctc_scale=0.3,
-            classes="all",
-            input="shared",
-            context="same",
-            weight=WeightConfig(kind="constant"),
-        )
-    )
-    """How the model given by --teacher teaches. By default it compares all tokens, on the student's own input."""
-
-
-def from_scratch_defaults(kind: type[Compressing]) -> Compressing:
-    """The defaults of a run with new weights: those of train-backbone, where a later stage's differ."""
-    return kind(from_scratch=True, loss=LossConfig(), training=TrainingConfig())
-
-
 @dataclass(frozen=True)
-class Prepared:
-    """A stage's model, ready to train.
+class TaskRecipe:
+    """All that any process needs to make a task again: it pickles, and reads nothing but files.
 
-    loss: (model, batch on the device, step) -> LossOutput.
-    frozen: parts that stay in evaluation mode.
-    after_step: (model, step) after the weights moved, to put right what must hold of them.
-    not_before: the first step after which the model is what the stage promises.
-    extra: what the stage adds to its entry in the lineage.
-    check: looks at the finished run's weights; raises when what the stage promises does not hold.
-    measure: (averaged model, dev cuts) -> what to measure besides error rates.
-    variant: the one that trains, None for the model's default.
-    clean: whether the loss needs the clean features of its batches.
+    build: (training batches) -> TrainTask; a module-level function of the stage with its settings and paths filled in
+        (``functools.partial``). torch's generator is seeded before.
+    out: the run directory, which has the tokenizer and the list of cuts that are left out.
+    slices: batches in a step, of all processes together.
     """
 
-    model: AsrModel
-    loss: Callable[[Any, Batch, int], LossOutput]
-    frozen: Sequence[nn.Module] = ()
-    after_step: Callable[[Any, int], None] | None = None
-    not_before: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[Mapping[str, torch.Tensor]], None] | None = None
-    clean: bool = False
-    variant: str | None = None
-    measure: Callable[[Any, CutSet], dict[str, float]] | None = None
+    build: Callable[[TrainBatches], TrainTask]
+    out: Path
+    manifest: Path
+    settings: StageConfig
+    slices: int
+
+    def batches(self) -> TrainBatches:
+        """The batches it trains on."""
+        return training_batches(self.manifest, self.settings.data, self.out, self.slices, self.settings.seed)
+
+    def rebuild(self) -> TrainTask:
+        """The task: the same model, loss and batches in whatever process, bit for bit."""
+        batches = self.batches()
+        torch.manual_seed(self.settings.seed)
+        task = self.build(batches)
+        # Whatever trains a pruned model leaves it pruned; a stage that finds masks says itself when they are final.
+        return task if task.after_step is not None else replace(task, after_step=keep_pruned)
 
 
-def train_stage(
-    run: RunWriter,
-    settings: StageConfig,
-    material: Datasets,
-    tokenizer: Tokenizer,
-    prepare: Callable[[RunWriter, TrainBatches], Prepared],
-) -> None:
-    """Train what ``prepare`` makes, in a claimed run directory, to its end.
+@contextmanager
+def open_training(
+    stage: str,
+    out: Path,
+    entry: Mapping[str, Any],
+    files: Mapping[str, Path | None],
+    *,
+    parent: Path | None = None,
+    device: str = "auto",
+    command: str = "",
+) -> Iterator[RunWriter]:
+    """Join the processes that train together and claim the run directory ``out``.
 
     Args:
-        prepare: makes the model, and may look at the training batches; torch's generator is seeded before. The model's
-            default variant is measured, in the first context it is trained in.
+        entry: for config.yaml: the stage's settings and what it starts from.
+        files: what the run depends on, by the name of the option that gave it.
+
+    Raises:
+        UserError: files that are not there, a directory that is taken, or another run's.
+    """
+    with (
+        join_world(device) as world,
+        RunWriter.open(out, stage, dict(entry), dict(files), command, world, parent=parent) as run,
+    ):
+        yield run
+
+
+def input_files(settings: StageConfig, **files: Path | None) -> dict[str, Path | None]:
+    """The files a run depends on, by the name of their option: those given and the manifests of ``data.also``."""
+    return {**files, **{f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}}
+
+
+def copy_tokenizer(source: Path, run: RunWriter) -> Tokenizer:
+    """The run's tokenizer, a copy of ``source`` unless it is there already."""
+    path = run.path / TOKENIZER
+    if run.world.is_main and not path.is_file():
+        Tokenizer(source).copy_to(path)
+    broadcast_object(run.world, None)  # the others read it only once it is there
+    return Tokenizer(path)
+
+
+def slices_of(out: Path, settings: TrainingConfig, world: World) -> int:
+    """Batches in a step: those the run was begun with, which any number of processes that divides them goes on with.
+
+    Raises:
+        UserError: these processes cannot share them.
+    """
+    slices = saved_slices(out) or world.size * settings.accumulate
+    if slices % world.size:
+        raise UserError(
+            f"{out}: was started with {slices} batches a step, which {world.size} processes cannot share evenly; "
+            f"use a number of processes that divides {slices}, or another --out"
+        )
+    return slices
+
+
+def run_recipe(
+    run: RunWriter,
+    build: Callable[[TrainBatches], TrainTask],
+    manifest: Path,
+    settings: StageConfig,
+    dev: CutSet | None,
+    prepare: Callable[[RunWriter, TrainBatches], None] | None = None,
+) -> None:
+    """Train what ``build`` makes, in a claimed run directory, to its end.
+
+    Args:
+        build, manifest: see ``TaskRecipe``.
+        dev: to measure the model's default variant on, in the first context it is trained in.
+        prepare: makes, in all processes together, the files that ``build`` reads; is called before it.
 
     Raises:
         UserError: cuts that cannot be trained on, and what training finds.
         Interrupted: stopped by a signal, state saved.
     """
-    world = run.world
-    table, noise = training_table(material, settings.data, tokenizer, settings.bad_cuts, run)
-    batches = run.batches(table, settings.data, tokenizer, noise, settings.training.accumulate, settings.seed, world)
-    torch.manual_seed(settings.seed)
-    prepared = prepare(run, batches)
-    scales = {"transducer": settings.loss.transducer_scale, "ctc": settings.loss.ctc_scale}
-    run.extra = {**prepared.extra, "losses": [name for name, scale in scales.items() if scale > 0]}
-    if prepared.model.spec.submodels:
-        idle = submodels_left_behind(prepared.model, prepared.variant)
-        active = prepared.model.submodels_of(prepared.variant)
-        run.extra |= {"trained_submodels": list(active), "idle_submodels": idle}
-        if idle:
-            run.note(
-                f"{run.path}: the backbone is trained without {', '.join(idle)}, which stay as they were on the one before"
-            )
-    batches.clean = prepared.clean
-    spec = prepared.model.spec
-    run.describe(to_dict(spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", world)
-    measure = None
-    if material.dev is not None:
-        measure_wer = measure = dev_measure(
-            material.dev,
-            tokenizer,
-            settings.data.max_duration,
-            settings.dev_max_cuts,
-            "greedy" if settings.loss.transducer_scale > 0 else "ctc",
-            spec.variant,
-            parse_context(spec.variants[spec.variant].contexts[0]),
-        )
-        if (besides := prepared.measure) is not None:
-            dev = material.dev
-
-            def measure(model: nn.Module) -> dict[str, float]:
-                return {**measure_wer(model), **besides(model, dev)}
-
-    task = Task(
-        model=prepared.model,
-        loss=prepared.loss,
-        batches=batches,
-        measure=measure,
-        publish=run.publish,
-        frozen=prepared.frozen,
-        after_step=prepared.after_step,
-        not_before=prepared.not_before,
-    )
-    train(task, run.path, settings.training, settings.data.num_workers, settings.seed, world)
-    if world.is_main and prepared.check is not None:
-        prepared.check(open_run(run.path).weights())
+    world, tokenizer = run.world, Tokenizer(run.path / TOKENIZER)
+    check_training_cuts(manifest, settings.data, tokenizer, settings.bad_cuts, run)
+    run.save_left_out()
+    recipe = TaskRecipe(build, run.path, manifest, settings, slices_of(run.path, settings.training, world))
+    if prepare is not None:
+        prepare(run, recipe.batches())
+    task = recipe.rebuild()
+    model, table = task.model, task.batches.table  # type: ignore[attr-defined]
+    assert isinstance(model, AsrModel)
+    for note in task.notes:
+        run.note(f"{run.path}: {note}")
+    run.facts = {**task.facts, **_facts(run, model, task.variant, settings.loss)}
+    run.describe(to_dict(model.spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", model.vocab_size)
+    if dev is not None:
+        task = replace(task, measure=_measure(task, model, tokenizer, settings, dev))
+    train(task, run.path, settings.training, settings.data.num_workers, settings.seed, world, run.publish)
+    if world.is_main and task.check is not None:
+        task.check(open_run(run.path).weights())
     run.finish()
 
 
-def inputs_of(settings: StageConfig, **files: Path | None) -> dict[str, Path | None]:
-    """The files a run depends on, by the name of their option: those given and the manifests of ``data.also``."""
-    return {**files, **{f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}}
+def _facts(run: RunWriter, model: AsrModel, variant: str | None, loss: LossConfig) -> dict[str, Any]:
+    """For the lineage: the losses that train, and which sub-models do."""
+    scales = {"transducer": loss.transducer_scale, "ctc": loss.ctc_scale}
+    facts: dict[str, Any] = {"losses": [name for name, scale in scales.items() if scale > 0]}
+    if model.spec.submodels:
+        idle = submodels_left_behind(model, variant)
+        facts |= {"trained_submodels": list(model.submodels_of(variant)), "idle_submodels": idle}
+        if idle:
+            run.note(
+                f"{run.path}: {', '.join(idle)}: not in the variant being trained, so these weights stay, but the backbone "
+                "under them changes: expect them to get worse"
+            )
+    return facts
+
+
+def _measure(
+    task: TrainTask, model: AsrModel, tokenizer: Tokenizer, settings: StageConfig, dev: CutSet
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function from a model to its dev error rates, and what else the task measures on the dev cuts."""
+    spec = model.spec
+    measure_wer = dev_measure(
+        dev,
+        tokenizer,
+        settings.data.max_duration,
+        settings.dev_max_cuts,
+        "greedy" if settings.loss.transducer_scale > 0 else "ctc",
+        spec.variant,
+        parse_context(spec.variants[spec.variant].contexts[0]),
+    )
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return {**measure_wer(model), **({} if task.dev_metrics is None else task.dev_metrics(model, dev))}
+
+    return measure
 
 
 def fine_tune(
@@ -201,10 +241,12 @@ def fine_tune(
     manifest: Path,
     out: Path,
     settings: FineTuneConfig,
-    prepare: Callable[[RunWriter, TrainBatches], Prepared],
+    build: Callable[[TrainBatches], TrainTask],
     *,
-    content: Mapping[str, Any] | None = None,
-    teacher: Teacher | None = None,
+    entry: Mapping[str, Any] | None = None,
+    files: Mapping[str, Path | None] | None = None,
+    check_cuts: Callable[[Iterable[Cut]], list[str]] | None = None,
+    prepare: Callable[[RunWriter, TrainBatches], None] | None = None,
     dev: Path | None = None,
     device: str = "auto",
     command: str = "",
@@ -212,35 +254,31 @@ def fine_tune(
     """Run a stage on the model of ``parent``, or go on with a run that was interrupted; returns ``out``.
 
     Args:
-        prepare: see ``train_stage``.
-        content: what the stage was told besides ``settings``, for config.yaml.
-        teacher: takes part; its weights are held against those of the run's beginning.
+        build: see ``TaskRecipe``.
+        entry: what the stage was told beside ``settings``, for config.yaml.
+        files: what it depends on beside the manifests, such as a teacher's weights, by option.
+        check_cuts: why the stage cannot use some cuts; [] where it can use all.
+        prepare: see ``run_recipe``.
 
     Raises:
         UserError: unusable manifests or output directory, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
-    weights = None if teacher is None else teacher.run.path / WEIGHTS
-    told = {
+    content = {
         "from": str(parent.path),
         "from_weights_sha256": sha256_of(parent.path / WEIGHTS),
-        **({} if weights is None else {"teacher_weights_sha256": sha256_of(weights)}),
-        **(content or {}),
+        **(entry or {}),
         **to_dict(settings),
     }
-    files = inputs_of(settings, manifest=manifest, dev=dev, teacher=weights)
-    with (
-        join_world(device) as world,
-        RunWriter.open(out, stage, told, files, command, world, parent=parent.path) as run,
-    ):
+    inputs = {**input_files(settings, manifest=manifest, dev=dev), **(files or {})}
+    with open_training(
+        stage, out, content, inputs, parent=parent.path, device=device, command=command
+    ) as run:
         if run.finished:
             return out
-        if world.is_main and not (out / TOKENIZER).is_file():
-            Tokenizer(parent.tokenizer_path).copy_to(out / TOKENIZER)
-        broadcast_object(world, None)  # the others read it only once it is there
-        teachers = {} if teacher is None else {ANY: [teacher]}
+        copy_tokenizer(parent.tokenizer_path, run)
         languages = spec_of(parent).languages
-        material = read_datasets(manifest, dev, settings.data, settings.bad_cuts, run, languages, teachers)
-        train_stage(run, settings, material, Tokenizer(out / TOKENIZER), prepare)
+        datasets = read_datasets(manifest, dev, settings.data, settings.bad_cuts, run, languages, check_cuts)
+        run_recipe(run, build, manifest, settings, datasets.dev, prepare)
     return out

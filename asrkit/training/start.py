@@ -22,9 +22,10 @@ from asrkit.models.surgery import rebuilt, with_variant
 from asrkit.nn.context import FULL
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig
-from asrkit.training.distributed import World, broadcast_object
+from asrkit.training.distributed import broadcast_object
+from asrkit.training.checkpoint import saved_slices
 from asrkit.training.run_writer import RunWriter
-from asrkit.training.session import StageConfig
+from asrkit.training.session import StageConfig, copy_tokenizer
 
 JOINT = "joint"  # the sub-model that trains together with the backbone
 
@@ -108,7 +109,7 @@ class Parent:
     spec: ModelSpec
 
 
-def told(settings: StartConfig, parent: Parent | None) -> dict[str, Any]:
+def config_entry(settings: StartConfig, parent: Parent | None) -> dict[str, Any]:
     """For config.yaml: the settings that say something of this model, and what it began with."""
     content = to_dict(settings)
     if parent is None:
@@ -145,13 +146,19 @@ def open_parent(path: Path, settings: StartConfig) -> Parent:
     return Parent(run, model, with_variant(model.spec, settings.variant, settings.contexts.train))
 
 
-def first_model(
-    settings: StartConfig, parent: Parent | None, run: RunWriter, batches: TrainBatches
-) -> tuple[AsrModel, str]:
-    """The model as training begins, and the variant it trains in."""
+def first_model(settings: StartConfig, parent: Path | None, out: Path, batches: TrainBatches) -> tuple[AsrModel, str]:
+    """The model as training begins, and the variant it trains in.
+
+    Args:
+        parent: run directory of a model to train on; None makes a new one.
+        out: the run directory; where it holds a state, its weights will replace those of the model.
+    """
     if parent is not None:
-        return rebuilt(parent.spec, parent.model), parent.spec.variant
-    return new_model(settings.model, settings.contexts, run, batches), trained_variant(settings.model)
+        origin = open_parent(parent, settings)
+        return rebuilt(origin.spec, origin.model), origin.spec.variant
+    resumed = saved_slices(out) is not None
+    model = new_model(settings.model, settings.contexts, batches, with_statistics=not resumed)
+    return model, trained_variant(settings.model)
 
 
 def check_languages_present(settings: StartConfig, parent: Parent | None, cuts: Iterable[Cut]) -> None:
@@ -212,12 +219,14 @@ def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConf
     )
 
 
-def new_model(settings: BackboneConfig, contexts: ContextsConfig, run: RunWriter, batches: TrainBatches) -> AsrModel:
-    """An untrained model: attention adds nothing yet, the features' statistics are those of the training cuts."""
+def new_model(
+    settings: BackboneConfig, contexts: ContextsConfig, batches: TrainBatches, *, with_statistics: bool
+) -> AsrModel:
+    """An untrained model: attention adds nothing yet; the features' statistics are those of the training cuts, if asked for."""
     model = AsrModel(model_spec(settings, batches.tokenizer.vocab_size, contexts))
     for attention in model.encoder.submodels.values():
         attention.silence()  # type: ignore[operator]
-    if run.fresh:
+    if with_statistics:
         mean, std = feature_statistics(batches.table)
         model.encoder.normalize.mean.copy_(mean)
         model.encoder.normalize.std.copy_(std)
@@ -229,15 +238,12 @@ def trained_variant(settings: BackboneConfig) -> str:
     return JOINT if settings.attention_dropout.probability < 1 else BACKBONE
 
 
-def run_tokenizer(
-    world: World, out: Path, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig
-) -> Tokenizer:
+def make_tokenizer(run: RunWriter, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig) -> Tokenizer:
     """The run's tokenizer: what is there already, else a copy of the given one, else one trained on the texts."""
-    path = out / TOKENIZER
-    if world.is_main and not path.is_file():
-        if given is not None:
-            Tokenizer(given).copy_to(path)
-        else:
-            train_tokenizer((text_of(cut) for cut in cuts), settings.kind, settings.vocab_size, path)
-    broadcast_object(world, None)  # the others read it only once it is there
+    if given is not None:
+        return copy_tokenizer(given, run)
+    path = run.path / TOKENIZER
+    if run.world.is_main and not path.is_file():
+        train_tokenizer((text_of(cut) for cut in cuts), settings.kind, settings.vocab_size, path)
+    broadcast_object(run.world, None)  # the others read it only once it is there
     return Tokenizer(path)

@@ -65,15 +65,15 @@ class PosteriorCache:
         elif path.is_dir() and any(path.iterdir()):
             raise UserError(f"--cache {path}: holds other files and no posteriors; choose another directory")
         self._about = about
-        self._places: dict[str, Any] = {}  # by key, the open file
+        self._files: dict[str, Any] = {}  # by key, the open file
         self._keys: dict[str, str] = {}  # by cut id
 
     def fill(
         self, teachers: Teachers, table: CutTable, tokenizer: Tokenizer, world: World, max_duration: float
     ) -> Iterator[int]:
-        """Let the teachers hear every cut of ``table`` whose posteriors are not there; yields how many have been heard.
+        """Let the teachers hear every cut of ``table`` whose posteriors are not there; yields how many are done.
 
-        Every process does its share, and has all of them at the end.
+        Every process does its share.
 
         Raises:
             UserError: cuts that differ and have one id; a damaged file.
@@ -81,42 +81,58 @@ class PosteriorCache:
         if world.is_main and not (self.path / ABOUT).is_file():
             write_yaml(self.path / ABOUT, self._about)
         broadcast_object(world, None)
-        self._open()
+        missing = self._missing(table)
+        # Longest first, so that the shares are about equal.
+        ordered = sorted(missing.values(), key=lambda cut: (-cut.duration, cut.id))
+        share = ordered[world.rank :: world.size]
+        for first in range(0, len(share), SHARD):
+            cuts = share[first : first + SHARD]
+            tensors: dict[str, Tensor] = {}
+            for batch in evaluation_batches(cuts, max_duration):
+                arcs = heard_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
+                tensors |= {self._keys[cut_id]: arc for cut_id, arc in zip(batch.cut_ids, arcs, strict=True)}
+            name = f"{digest(sorted(tensors))[:16]}.safetensors"
+            save_tensors(self.path / name, tensors)
+            yield first + len(cuts)
+        broadcast_object(world, None)
+
+    def open(self, table: CutTable) -> None:
+        """Find the posteriors of every cut of ``table``.
+
+        Raises:
+            UserError: some are not there; cuts that differ and have one id; a damaged file.
+        """
+        if missing := self._missing(table):
+            raise UserError(
+                f"--cache {self.path}: the posteriors of {len(missing)} cuts are gone, such as {next(iter(missing))}; "
+                "run the command again"
+            )
+
+    def _missing(self, table: CutTable) -> dict[str, Cut]:
+        """The cuts that have no posteriors yet, by id; the others are found."""
+        self._find_files()
         missing: dict[str, Cut] = {}
         for index in range(len(table)):
             cut = table[index]
             key = _key(cut)
             if self._keys.setdefault(cut.id, key) != key:
                 raise UserError(f"cut {cut.id}: two manifests have it, and not alike; --cache needs ids that differ")
-            if key not in self._places:
+            if key not in self._files:
                 missing[cut.id] = cut
-        # Longest first, so that the shares are about equal.
-        ordered = sorted(missing.values(), key=lambda cut: (-cut.duration, cut.id))
-        mine = ordered[world.rank :: world.size]
-        for first in range(0, len(mine), SHARD):
-            chosen = mine[first : first + SHARD]
-            tensors: dict[str, Tensor] = {}
-            for batch in evaluation_batches(chosen, max_duration):
-                arcs = heard_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
-                tensors |= {self._keys[cut_id]: mine for cut_id, mine in zip(batch.cut_ids, arcs, strict=True)}
-            name = f"{digest(sorted(tensors))[:16]}.safetensors"
-            save_tensors(self.path / name, tensors)
-            yield first + len(chosen)
-        broadcast_object(world, None)
-        self._open()
+        return missing
 
-    def lesson(self, batch: Batch, encoder_out_lens: Tensor, symbol_lens: Tensor, delay: int) -> CachedOutputs:
+    def outputs(self, batch: Batch, encoder_out_lens: Tensor, symbol_lens: Tensor, delay: int) -> CachedOutputs:
         """What is stored of a batch's cuts."""
         keys = [self._keys[cut_id] for cut_id in batch.cut_ids]
-        arcs = [self._places[key].get_tensor(key) for key in keys]
+        arcs = [self._files[key].get_tensor(key) for key in keys]
         return CachedOutputs(arcs, symbol_lens, encoder_out_lens, delay)
 
-    def _open(self) -> None:
-        """Find what there is; a key is the same tensor in whatever file."""
+    def _find_files(self) -> None:
+        """Note in which file each key is; it is the same tensor in whatever file."""
         for file in sorted(self.path.glob("*.safetensors")):
             try:
                 opened = safe_open(file, framework="pt")
-                self._places.update(dict.fromkeys(opened.keys(), opened))
+                self._files.update(dict.fromkeys(opened.keys(), opened))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read ({error}); delete it, and it is made again") from error
 
@@ -125,7 +141,7 @@ def heard_arcs(teachers: Teachers, batch: Batch) -> list[Tensor]:
     """What the teachers say of each utterance of a plain batch: (2, T', U + 1) float16, on the CPU."""
     lens = subsampled_lens(batch.feature_lens)
     symbol_lens = torch.minimum(batch.symbol_lens, lens)
-    lesson = TeacherOutputs(
+    outputs = TeacherOutputs(
         teachers, batch.languages, batch.features, batch.feature_lens, batch.symbols, symbol_lens, lens
     )
     num_frames, rows = int(lens.max()), torch.arange(batch.symbols.shape[1] + 1, device=lens.device)
@@ -133,7 +149,7 @@ def heard_arcs(teachers: Teachers, batch: Batch) -> list[Tensor]:
     for first in range(0, num_frames, CHUNK):
         frames = slice(first, min(first + CHUNK, num_frames))
         ranges = rows.expand(len(lens), frames.stop - first, -1)
-        parts.append(lesson.node_log_probs(frames, ranges)[..., :2].half().cpu())
+        parts.append(outputs.node_log_probs(frames, ranges)[..., :2].half().cpu())
     sizes = zip(lens.tolist(), (batch.symbol_lens + 1).tolist(), strict=True)
     arcs = torch.cat(parts, dim=1).permute(0, 3, 1, 2)
     whole = torch.contiguous_format

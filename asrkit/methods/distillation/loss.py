@@ -6,10 +6,13 @@ the transducer's lattice (arXiv 2011.06110), weighted for each utterance (self-a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from lhotse.cut import Cut
 from torch import Tensor, nn
 
 from asrkit.config import from_dict, to_dict
@@ -23,150 +26,195 @@ from asrkit.losses.distillation import (
     node_log_probs,
 )
 from asrkit.methods.distillation.cache import CachedOutputs, PosteriorCache
-from asrkit.methods.distillation.config import DistillationConfig
+from asrkit.methods.distillation.config import DistillationConfig, check_distillation
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
-from asrkit.methods.distillation.teachers import Teachers, each
+from asrkit.methods.distillation.teachers import ANY, Teachers, check_languages, each, load_teacher
 from asrkit.methods.distillation.weights import weights_of
 from asrkit.models import AsrModel
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.context import Context
-from asrkit.training.asr_loss import ForwardPass, LossConfig, LossOutput, asr_loss, forward_losses
-from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, draw_gates, drawn
+from asrkit.run_dir import WEIGHTS
+from asrkit.training.asr_loss import ForwardPass, LossConfig, asr_loss, forward_losses
+from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, drawn, drawn_gates
+from asrkit.training.step import LossOutput, Metric
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Teachers, and how they teach: what every stage that can have teachers uses.
+
+    teachers: by language. cache: their posteriors on disk, read in place of asking them.
+    """
+
+    teachers: Teachers
+    settings: DistillationConfig
+    cache: PosteriorCache | None = None
+
+    @classmethod
+    def of_one(cls, teacher: Path, settings: DistillationConfig, tokenizer: Path) -> Distillation:
+        """One run directory that teaches all languages, with the student's own ``tokenizer``.
+
+        Raises:
+            UserError: it cannot be used, or has another tokenizer.
+        """
+        return cls({ANY: [load_teacher(teacher, tokenizer)]}, settings)
+
+    def check(self, loss: LossConfig, steps: int) -> None:
+        """Refuse what cannot teach this student, before any work.
+
+        Raises:
+            UserError: teachers last trained without a head that is to teach; a weight that never begins to decay in ``steps``.
+        """
+        check_distillation(self.teachers, self.settings, loss, steps)
+
+    def check_cuts(self, cuts: Iterable[Cut]) -> list[str]:
+        """Why the cuts cannot all be taught by these teachers; [] if they can."""
+        return check_languages(self.teachers, cuts)
+
+    def attach(self, model: AsrModel) -> None:
+        """Give the student a linear map to the encoder of each teacher of another width, where encoders are compared."""
+        if self.settings.encoder_scale > 0:
+            dim = model.spec.encoder.dim
+            widths = {teacher.name: teacher.model.spec.encoder.dim for teacher in each(self.teachers)}
+            maps = {name: nn.Linear(dim, width) for name, width in widths.items() if width != dim}
+            model.teacher_maps.update(maps)
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether batches must hold the clean features, for the teachers to hear."""
+        return self.cache is None and self.settings.input == "clean"
+
+    @property
+    def weights(self) -> dict[str, Path]:
+        """The teachers' weights, by option: files that the run depends on."""
+        return {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(self.teachers)}
+
+    def outputs(self, batch: Batch, own: ForwardPass, context: Context) -> TeacherOutputs | CachedOutputs:
+        """What the teachers say of a batch that the student heard in ``context``."""
+        how = self.settings
+        if self.cache is not None:
+            return self.cache.outputs(batch, own.encoder_out_lens, own.symbol_lens, how.delay)
+        return TeacherOutputs(
+            self.teachers,
+            batch.languages,
+            batch.clean if how.input == "clean" else batch.features,
+            batch.feature_lens,
+            batch.symbols,
+            own.symbol_lens,
+            own.encoder_out_lens,
+            classes=how.classes,
+            temperature=how.temperature,
+            delay=how.delay,
+            context=context if how.context == "same" else None,
+        )
 
 
 def distillation_loss(
     model: AsrModel,
-    teachers: Teachers | PosteriorCache,
+    distillation: Distillation,
     batch: Batch,
     step: int,
     settings: LossConfig,
-    teaching: DistillationConfig,
     context: Context,
     steps: int,
     variant: str | None = None,
     gates: Tensor | None = None,
 ) -> LossOutput:
     """``asr_loss`` in one context, and what the teachers, each in its default variant, add to it."""
+    how = distillation.settings
     own = forward_losses(model, batch, step, settings, variant, context, gates)
-    loss, parts = own.loss, dict(own.parts)
-    count = float(own.encoder_out_lens.sum())
-    at_nodes = teaching.scale > 0 and own.transducer is not None
-    at_frames = teaching.ctc_scale > 0 and settings.ctc_scale > 0
-    if not (at_nodes or at_frames or teaching.encoder_scale > 0):
-        return LossOutput(loss, count, parts)
-    lesson: TeacherOutputs | CachedOutputs
-    if isinstance(teachers, PosteriorCache):
-        lesson = teachers.lesson(batch, own.encoder_out_lens, own.symbol_lens, teaching.delay)
-    else:
-        lesson = TeacherOutputs(
-            teachers,
-            batch.languages,
-            batch.clean if teaching.input == "clean" else batch.features,
-            batch.feature_lens,
-            batch.symbols,
-            own.symbol_lens,
-            own.encoder_out_lens,
-            classes=teaching.classes,
-            temperature=teaching.temperature,
-            delay=teaching.delay,
-            context=context if teaching.context == "same" else None,
-        )
-    student_loss = torch.zeros_like(loss) if own.transducer is None else own.transducer.pruned
-    teacher_loss = torch.zeros_like(loss)
-    if teaching.weight.needs_teacher_loss:
-        teacher_loss = lesson.transducer_losses(settings)
-        parts["kd_teacher_loss"] = _where(own.possible, teacher_loss).sum()
-    weights = weights_of(
-        teaching.weight, step, steps, student_loss, teacher_loss, own.symbol_lens, own.encoder_out_lens
-    )
+    losses, metrics, frames = own.losses, dict(own.metrics), float(batch.num_encoder_frames)
+    compares_nodes = how.scale > 0 and own.transducer is not None
+    compares_ctc = how.ctc_scale > 0 and settings.ctc_scale > 0
+    if not (compares_nodes or compares_ctc or how.encoder_scale > 0):
+        return LossOutput(losses, frames, metrics)
+
+    def log(name: str, values: Tensor) -> None:
+        metrics[f"kd_{name}"] = Metric(values.detach().sum(), frames)
+
+    outputs = distillation.outputs(batch, own, context)
+    student_loss = torch.zeros_like(losses) if own.transducer is None else own.transducer.pruned
+    teacher_loss = torch.zeros_like(losses)
+    if how.weight.needs_teacher_loss:
+        teacher_loss = outputs.transducer_losses(settings)
+        log("teacher_loss", _where(own.possible, teacher_loss))
+    weights = weights_of(how.weight, step, steps, student_loss, teacher_loss, own.symbol_lens, own.encoder_out_lens)
     # Nothing is taught where there is no alignment, whose loss would be infinite.
     weights = _where(own.possible, weights)
-    parts["kd_weight"] = (weights.detach() * own.encoder_out_lens).sum()  # logged, like all, as the mean over frames
-    if at_nodes:
-        taught = _where(own.possible, _on_the_lattice(model, batch, own, lesson, teaching))
-        parts["kd_lattice"] = taught.detach().sum()
-        if teaching.combination == "convex":
-            loss = loss - teaching.scale * own.pruned
-        loss = loss + teaching.scale * (weights * taught)
-    if at_frames:
-        assert isinstance(lesson, TeacherOutputs)  # a cache has the nodes alone
-        found = model.ctc_log_probs(own.encoder_out)
-        heard = teaching.temperature**2 * frame_divergence(
-            found, lesson.ctc_log_probs(), own.encoder_out_lens, teaching.direction, teaching.temperature
-        )
-        heard = _where(own.possible, heard)
-        parts["kd_ctc"] = heard.detach().sum()
-        loss = loss + teaching.ctc_scale * (weights * heard)
-    if teaching.encoder_scale > 0:
-        assert isinstance(lesson, TeacherOutputs)
-        far = _where(
-            own.possible, lesson.encoder_distances(own.encoder_out, model.teacher_maps, teaching.encoder_distance)
-        )
-        parts["kd_encoder"] = far.detach().sum()
-        loss = loss + teaching.encoder_scale * (weights * far)
-    return LossOutput(loss, count, parts)
+    log("weight", weights * own.encoder_out_lens)
+    if compares_nodes:
+        on_lattice = _where(own.possible, _on_the_lattice(model, batch, own, outputs, how))
+        log("lattice", on_lattice)
+        if how.combination == "convex":
+            losses = losses - how.scale * own.pruned
+        losses = losses + how.scale * (weights * on_lattice)
+    if compares_ctc:
+        assert isinstance(outputs, TeacherOutputs)  # a cache has the nodes alone
+        student, teacher = model.ctc_log_probs(own.encoder_out), outputs.ctc_log_probs()
+        by_frame = frame_divergence(student, teacher, own.encoder_out_lens, how.direction, how.temperature)
+        ctc = _where(own.possible, how.temperature**2 * by_frame)
+        log("ctc", ctc)
+        losses = losses + how.ctc_scale * (weights * ctc)
+    if how.encoder_scale > 0:
+        assert isinstance(outputs, TeacherOutputs)
+        distances = outputs.encoder_distances(own.encoder_out, model.teacher_maps, how.encoder_distance)
+        encoder = _where(own.possible, distances)
+        log("encoder", encoder)
+        losses = losses + how.encoder_scale * (weights * encoder)
+    return LossOutput(losses, frames, metrics)
 
 
 def _on_the_lattice(
     model: AsrModel,
     batch: Batch,
     own: ForwardPass,
-    lesson: TeacherOutputs | CachedOutputs,
-    teaching: DistillationConfig,
+    outputs: TeacherOutputs | CachedOutputs,
+    how: DistillationConfig,
 ) -> Tensor:
-    """The divergence of each utterance, (B,), as ``teaching`` measures it; times the temperature's square, as the
+    """The divergence of each utterance, (B,), as ``how`` measures it; times the temperature's square, as the
     gradient falls with it."""
     assert own.transducer is not None and own.joiner_in is not None
     lens = (own.encoder_out_lens, own.symbol_lens)
-    if teaching.lattice == "full":
+    if how.lattice == "full":
         encoded, predicted = own.joiner_in
         total = full_lattice_divergence(
             encoded,
             predicted,
             model.joiner,
-            lesson.node_log_probs,
+            outputs.node_log_probs,
             batch.symbols,
             *lens,
-            classes=teaching.classes,
-            temperature=teaching.temperature,
-            direction=teaching.direction,
-            last_row=teaching.last_row,
-            chunk=teaching.chunk,
+            classes=how.classes,
+            temperature=how.temperature,
+            direction=how.direction,
+            last_row=how.last_row,
+            chunk=how.chunk,
         )
         ranges = torch.arange(predicted.shape[1], device=encoded.device).expand(*encoded.shape[:2], -1)
-        nodes = counted_nodes(ranges, *lens, teaching.last_row)
+        nodes = counted_nodes(ranges, *lens, how.last_row)
     else:
         ranges = own.transducer.ranges
-        nodes = counted_nodes(ranges, *lens, teaching.last_row)
-        expected = lesson.node_log_probs(slice(None), ranges)
+        nodes = counted_nodes(ranges, *lens, how.last_row)
+        expected = outputs.node_log_probs(slice(None), ranges)
         with torch.autocast(expected.device.type, enabled=False):
             found = node_log_probs(
-                own.transducer.logits, batch.symbols, ranges, lens[1], teaching.classes, teaching.temperature
+                own.transducer.logits, batch.symbols, ranges, lens[1], how.classes, how.temperature
             )
-            total = divergence(found, expected, nodes, teaching.direction)
-    if teaching.reduction == "mean":
+            total = divergence(found, expected, nodes, how.direction)
+    if how.reduction == "mean":
         total = total / nodes.sum(dim=(1, 2)).clamp(min=1)
-    return total if teaching.temperature == 1.0 else total * teaching.temperature**2
+    return total if how.temperature == 1.0 else total * how.temperature**2
 
 
 def _where(possible: Tensor, values: Tensor) -> Tensor:
     return torch.where(possible, values, torch.zeros_like(values))
 
 
-def add_encoder_maps(model: AsrModel, teachers: Teachers, teaching: DistillationConfig) -> None:
-    """Give the student a linear map to the encoder of each teacher of another width, where these are to be met."""
-    if teaching.encoder_scale > 0:
-        mine = model.spec.encoder.dim
-        widths = {teacher.name: teacher.model.spec.encoder.dim for teacher in each(teachers)}
-        model.teacher_maps.update({name: nn.Linear(mine, width) for name, width in widths.items() if width != mine})
-
-
 def build_loss(
     spec: ModelSpec,
     settings: LossConfig,
     contexts: ContextsConfig,
-    teachers: Teachers | PosteriorCache | None = None,
-    teaching: DistillationConfig | None = None,
+    distillation: Distillation | None = None,
     *,
     steps: int = 1,
     variant: str | None = None,
@@ -179,36 +227,23 @@ def build_loss(
         variant: the one to train where it is not the default.
 
     Raises:
-        UserError: teachers, and contexts to train jointly, or a weight of losses that there are not.
+        UserError: teachers and joint contexts, or a weight by losses that there are not.
     """
     train = contexts.train or spec.variants[spec.variant].contexts
-    mine = from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
-    if teachers is None:
-        return lambda model, batch, step: asr_loss(model, batch, step, settings, mine, variant, attention_dropout)
-    teaching = teaching or DistillationConfig()
-    if mine.sampling == "joint":
+    resolved = from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
+    if distillation is None:
+        return lambda model, batch, step: asr_loss(model, batch, step, settings, resolved, variant, attention_dropout)
+    if resolved.sampling == "joint":
         raise UserError("a teacher teaches one context a batch; use contexts.sampling=random")
-    if teaching.weight.needs_teacher_loss and settings.transducer_scale == 0:
+    if distillation.settings.weight.needs_teacher_loss and settings.transducer_scale == 0:
         raise UserError(
-            f"teacher.weight.kind={teaching.weight.kind} compares transducers, but loss.transducer_scale is 0; "
+            f"teacher.weight.kind={distillation.settings.weight.kind} compares transducers, but loss.transducer_scale is 0; "
             "set teacher.weight.kind=constant"
         )
 
-    def taught(model: AsrModel, batch: Batch, step: int) -> LossOutput:
-        gates = None
-        if attention_dropout is not None and model.training:
-            gates = draw_gates(attention_dropout, len(model.encoder.blocks), len(batch.cut_ids))
-        return distillation_loss(
-            model,
-            teachers,
-            batch,
-            step,
-            settings,
-            teaching,
-            drawn(mine.choices),
-            steps,
-            variant,
-            gates,
-        )
+    def loss(model: AsrModel, batch: Batch, step: int) -> LossOutput:
+        gates = drawn_gates(model, attention_dropout, batch)
+        context = drawn(resolved.choices)
+        return distillation_loss(model, distillation, batch, step, settings, context, steps, variant, gates)
 
-    return taught
+    return loss

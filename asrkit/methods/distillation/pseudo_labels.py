@@ -24,7 +24,7 @@ from asrkit.training.distributed import broadcast_object, gather_lists
 from asrkit.training.run_writer import LABELED, RunWriter
 
 
-def label(
+def pseudo_label(
     manifests: Sequence[Path],
     teachers: Teachers,
     method: Method,
@@ -38,7 +38,7 @@ def label(
     They are written to the run directory, and read from it when the run goes on. A cut in which nothing is heard is left out.
 
     Args:
-        languages: those the student is told apart, if any.
+        languages: those the student takes as an input, if any.
 
     Raises:
         UserError: cuts that cannot be used, or have no teacher.

@@ -99,8 +99,8 @@ def route(teachers: Teachers, languages: Sequence[str]) -> list[tuple[list[int],
     """The rows of a batch that share their teachers, and these."""
     groups: dict[tuple[int, ...], tuple[list[int], Sequence[Teacher]]] = {}
     for row, language in enumerate(languages):
-        mine = teachers[language] if language in teachers else teachers[ANY]
-        groups.setdefault(tuple(id(teacher) for teacher in mine), ([], mine))[0].append(row)
+        taught_by = teachers[language] if language in teachers else teachers[ANY]
+        groups.setdefault(tuple(id(teacher) for teacher in taught_by), ([], taught_by))[0].append(row)
     return list(groups.values())
 
 
@@ -111,17 +111,18 @@ def check_languages(teachers: Teachers, cuts: Iterable[Cut]) -> list[str]:
     unknown: dict[str, list[str]] = {}
     for cut in cuts:
         language = language_of(cut)
-        mine = teachers.get(language, teachers.get(ANY, ()))
-        if not mine and language:
+        taught_by = teachers.get(language, teachers.get(ANY, ()))
+        if not taught_by and language:
             untaught[language] += 1
-        elif not mine:
+        elif not taught_by:
             unnamed.append(cut.id)
-        for teacher in mine:
+        for teacher in taught_by:
             if teacher.model.spec.languages and language not in teacher.model.spec.languages:
-                said = f"--teacher {teacher.run.path}: is told the language, one of {', '.join(teacher.model.spec.languages)}"
-                unknown.setdefault(said, []).append(f"{cut.id} ({language or 'none'})")
+                takes = f"--teacher {teacher.run.path}: takes the language as an input, one of {', '.join(teacher.model.spec.languages)}"
+                unknown.setdefault(takes, []).append(f"{cut.id} ({language or 'none'})")
     findings = [
-        f"{said}, which {len(named)} cuts have not: {', '.join(named[:LISTED])}" for said, named in unknown.items()
+        f"{takes}; {len(cut_ids)} cuts have another or none: {', '.join(cut_ids[:LISTED])}"
+        for takes, cut_ids in unknown.items()
     ]
     if untaught:
         counts = ", ".join(f"{language} ({count} cuts)" for language, count in sorted(untaught.items()))
@@ -134,36 +135,36 @@ def check_languages(teachers: Teachers, cuts: Iterable[Cut]) -> list[str]:
     return findings
 
 
-def match_tokenizer(teachers: Teachers, tokenizer: Tokenizer, cuts: Iterable[Cut]) -> dict[str, list[Teacher]]:
-    """The teachers as this tokenizer's: one with another is taught in by the pieces that are the same.
-
-    Raises:
-        UserError: a text that a teacher parts into other pieces, or has not all characters of, so that symbol u of the
-            lattice is not the same; lists the cuts.
-    """
+def check_texts(teachers: Teachers, tokenizer: Tokenizer, cuts: Iterable[Cut]) -> list[str]:
+    """Why teachers with another tokenizer cannot teach these cuts' texts: a text must be segmented into the same pieces, so that
+    symbol u of the lattice is the same, and have no character unknown to the teacher; [] if all can."""
     own = sha256_of(tokenizer.path)
-    others = [t for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]
-    matched = {id(t): t for t in each(teachers)}
-    tokenizers = {id(t): Tokenizer(t.run.tokenizer_path) for t in others}
-    differing: dict[int, list[str]] = {id(t): [] for t in others}
+    others = {id(t): t for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own}
+    tokenizers = {key: Tokenizer(t.run.tokenizer_path) for key, t in others.items()}
+    differing: dict[int, list[str]] = {key: [] for key in others}
     for cut in cuts if others else ():
         for teacher in teachers.get(language_of(cut), teachers.get(ANY, ())):
-            if id(teacher) in tokenizers:
-                text = text_of(cut)
-                theirs = tokenizers[id(teacher)]
+            if id(teacher) in others:
+                text, other = text_of(cut), tokenizers[id(teacher)]
                 # A character that is unknown to the teacher is spelled in its pieces all the same.
-                if tokenizer.pieces(text) != theirs.pieces(text) or theirs.missing_characters(text):
+                if tokenizer.pieces(text) != other.pieces(text) or other.missing_characters(text):
                     differing[id(teacher)].append(cut.id)
-    findings = []
-    for teacher in others:
-        cut_ids, theirs = differing[id(teacher)], tokenizers[id(teacher)]
-        if cut_ids:
-            findings.append(
-                f"--teacher {teacher.run.path}: its tokenizer parts {len(cut_ids)} texts otherwise than the student's, or lacks "
-                f"characters of them, cuts {', '.join(cut_ids[:LISTED])}; train it with the student's (train-backbone --tokenizer)"
-            )
-        tokens = [theirs.piece_to_id(tokenizer.id_to_piece(i)) for i in range(tokenizer.vocab_size)]
-        matched[id(teacher)] = replace(teacher, tokens=torch.tensor(tokens))
-    if findings:
-        raise UserError.of(findings)
-    return {language: [matched[id(t)] for t in several] for language, several in teachers.items()}
+    return [
+        f"--teacher {others[key].run.path}: its tokenizer segments {len(cut_ids)} texts differently from the student's, or "
+        f"lacks characters of them: cuts {', '.join(cut_ids[:LISTED])}; train it with the student's tokenizer "
+        "(train-backbone --tokenizer)"
+        for key, cut_ids in differing.items()
+        if cut_ids
+    ]
+
+
+def match_tokenizer(teachers: Teachers, tokenizer: Tokenizer) -> dict[str, list[Teacher]]:
+    """The teachers as this tokenizer's: those with another teach by the pieces that are the same."""
+    own = sha256_of(tokenizer.path)
+    matched = {id(t): t for t in each(teachers)}
+    for key, teacher in matched.items():
+        if sha256_of(teacher.run.tokenizer_path) != own:
+            other = Tokenizer(teacher.run.tokenizer_path)
+            tokens = [other.piece_to_id(tokenizer.id_to_piece(i)) for i in range(tokenizer.vocab_size)]
+            matched[key] = replace(teacher, tokens=torch.tensor(tokens))
+    return {language: [matched[id(t)] for t in group] for language, group in teachers.items()}

@@ -1,0 +1,115 @@
+"""What the stages that make a model smaller, qat and prune, have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import TypeVar
+
+from asrkit.config import config
+from asrkit.data.train_batches import TrainBatches
+from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
+from asrkit.methods.distillation.loss import Distillation, build_loss
+from asrkit.models import AsrModel, ModelSpec
+from asrkit.models.surgery import rebuilt, reinitialize
+from asrkit.run_dir import RunDir, sha256_of
+from asrkit.training.asr_loss import LossConfig
+from asrkit.training.config import TrainingConfig
+from asrkit.training.run_writer import RunWriter
+from asrkit.training.session import FineTuneConfig, fine_tune
+from asrkit.training.step import TrainTask
+
+
+@config
+class CompressConfig(FineTuneConfig):
+    """Settings that prune and qat share."""
+
+    variant: str | None = None
+    """Variant to train; null trains the parent's default."""
+    from_scratch: bool = False
+    """Start from new weights instead of the parent's; its shape, feature statistics and tokenizer are taken over."""
+    teacher: DistillationConfig = field(
+        default_factory=lambda: DistillationConfig(
+            scale=1.0,
+            ctc_scale=0.3,
+            classes="all",
+            input="shared",
+            context="same",
+            weight=WeightConfig(kind="constant"),
+        )
+    )
+    """How the model given by --teacher teaches. By default it compares all tokens, on the student's own input."""
+
+
+Compressing = TypeVar("Compressing", bound=CompressConfig)
+
+
+def from_scratch_defaults(kind: type[Compressing]) -> Compressing:
+    """The defaults of a run with new weights: those of train-backbone, where a later stage's differ."""
+    return kind(from_scratch=True, loss=LossConfig(), training=TrainingConfig())
+
+
+def open_teacher(teacher: Path | None, settings: CompressConfig, student: RunDir) -> Distillation | None:
+    """The model given as --teacher, checked; None where there is none.
+
+    Raises:
+        UserError: it cannot teach this student.
+    """
+    if teacher is None:
+        return None
+    distillation = Distillation.of_one(teacher, settings.teacher, student.tokenizer_path)
+    distillation.check(settings.loss, settings.training.steps)
+    return distillation
+
+
+def compression_task(
+    settings: CompressConfig,
+    spec: ModelSpec,
+    origin: AsrModel,
+    distillation: Distillation | None,
+    batches: TrainBatches,
+    notes: Sequence[str],
+) -> TrainTask:
+    """The model of ``spec``, with the weights of ``origin`` or new ones, and its loss, with what a teacher adds to it."""
+    model = rebuilt(spec, origin)
+    if settings.from_scratch:
+        reinitialize(model, origin, origin.submodels_of(settings.variant))
+    if distillation is not None:
+        distillation.attach(model)
+        batches.clean = distillation.needs_clean
+    loss = build_loss(spec, settings.loss, settings.contexts, distillation, steps=settings.training.steps)
+    return TrainTask(model, loss, batches, notes=notes)
+
+
+def fine_tune_compressed(
+    stage: str,
+    parent: RunDir,
+    manifest: Path,
+    out: Path,
+    settings: CompressConfig,
+    build: Callable[[TrainBatches], TrainTask],
+    distillation: Distillation | None,
+    *,
+    prepare: Callable[[RunWriter, TrainBatches], None] | None = None,
+    dev: Path | None = None,
+    device: str = "auto",
+    command: str = "",
+) -> Path:
+    """``fine_tune`` with a teacher's part in it."""
+    weights = {} if distillation is None else distillation.weights
+    return fine_tune(
+        stage,
+        parent,
+        manifest,
+        out,
+        settings,
+        build,
+        entry={"teacher_weights_sha256": sha256_of(path) for path in weights.values()},
+        files=weights,
+        check_cuts=None if distillation is None else distillation.check_cuts,
+        prepare=prepare,
+        dev=dev,
+        device=device,
+        command=command,
+    )

@@ -1,0 +1,280 @@
+"""The first half of a training step: the gradients of some batches. It knows no optimizer; ``update.py`` is the other half."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asrkit.data.bucketing import BucketPlan
+from asrkit.data.train_batches import loader
+from asrkit.errors import UserError
+from asrkit.training.config import autocast
+
+
+class Metric(NamedTuple):
+    """Logged as ``total / count`` over the steps since the last line; without a count, as the total."""
+
+    total: Tensor
+    count: float | None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a loss says of a batch.
+
+    losses: (B,) differentiable, one for each utterance.
+    count: by how much the sum over all of a step's batches is divided: encoder frames, or symbols of text. A plain number, so
+        that nothing waits for the device.
+    metrics: what to log, by name.
+    regularizer: a differentiable scalar of the batch as a whole, added to the step's mean.
+    """
+
+    losses: Tensor
+    count: float
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    regularizer: Tensor | None = None
+
+
+class TrainingBatch(Protocol):
+    """What the loop asks of a batch, of audio or of text; ``durations`` are seconds of audio, none of text."""
+
+    @property
+    def cut_ids(self) -> list[str]: ...
+
+    @property
+    def durations(self) -> list[float]: ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+class TrainingBatches(Protocol):
+    """``batches[number]`` with number = step * slices + slice: a pure function, whoever asks and whenever."""
+
+    @property
+    def slices(self) -> int: ...
+
+    @property
+    def plan(self) -> BucketPlan: ...
+
+    def __getitem__(self, number: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What a stage gives the loop.
+
+    model: what trains; parameters that must not have ``requires_grad`` off.
+    loss: (model, batch on the device, step) -> LossOutput.
+    frozen: parts of the model that stay in evaluation mode (no dropout) while the rest trains.
+    before_step: (model, optimizer, step, first batch of the step on the device), before its gradients are computed.
+    after_step: (model, step), when the weights have moved, for the model and for its average.
+    measure: the averaged model -> dev metrics, the lowest first one being the best; None when there is nothing to measure on.
+    dev_metrics: (averaged model, dev cuts) -> what to measure beside the error rates.
+    not_before: the first step after which the model is what the stage promises; nothing is published earlier.
+    variant: the one that trains, None for the model's default or for a model without.
+    facts: what the stage adds to its entry in the lineage.
+    notes: what the user should know of the model that is about to be trained.
+    check: looks at the finished run's weights; raises when what the stage promises does not hold.
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Any, int], LossOutput]
+    batches: TrainingBatches
+    frozen: Sequence[nn.Module] = ()
+    before_step: Callable[[Any, torch.optim.Optimizer, int, Any], None] | None = None
+    after_step: Callable[[Any, int], None] | None = None
+    measure: Callable[[nn.Module], dict[str, float]] | None = None
+    dev_metrics: Callable[[Any, Any], dict[str, float]] | None = None
+    not_before: int = 0
+    variant: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    check: Callable[[Mapping[str, Tensor]], None] | None = None
+
+
+@dataclass
+class StepResult:
+    """What some batches of one step add up to.
+
+    gradients: of the sum of their losses, for each trained parameter in order; None where none came.
+    count: see ``LossOutput``. audio: seconds. waited: seconds spent waiting for data.
+    finite: for each batch its cut ids and whether each one's loss is finite, (B,) on the device.
+    """
+
+    gradients: list[Tensor | None]
+    count: float = 0.0
+    audio: float = 0.0
+    waited: float = 0.0
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    finite: list[tuple[list[str], Tensor]] = field(default_factory=list)
+
+    @property
+    def cut_ids(self) -> list[str]:
+        return [cut_id for cut_ids, _ in self.finite for cut_id in cut_ids]
+
+    def bad_cut_ids(self) -> list[str]:
+        """The utterances whose loss is not finite; reads the device."""
+        return [
+            cut_id
+            for cut_ids, finite in self.finite
+            for cut_id, fine in zip(cut_ids, finite.tolist(), strict=True)
+            if not fine
+        ]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where and how precisely a step is computed; ``scale`` is what losses are multiplied by before the backward pass, (),
+    where gradients of float16 would otherwise vanish."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    scale: Callable[[Tensor], Tensor] | None = None
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn, in the order that gradients are given in."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def seed_for(seed: int, number: int, slices: int) -> int:
+    """The seed of everything drawn for the batch ``number``, on whatever process it is computed."""
+    step, part = divmod(number, slices)
+    return int(np.random.SeedSequence((seed, part, step)).generate_state(1, np.uint64)[0]) >> 1
+
+
+def compute_gradients(
+    task: TrainTask, model: nn.Module, batches: Fetched, numbers: Sequence[int], seed: int, arithmetic: Arithmetic
+) -> StepResult:
+    """The gradients of the batches ``numbers``, all of one step, summed.
+
+    A pure function of the model's weights and its other arguments: torch's generator is seeded anew for each batch.
+
+    Args:
+        batches: gives batch and waiting time by number, on the device.
+
+    Raises:
+        UserError: memory runs out; names the batch.
+    """
+    slices = task.batches.slices
+    set_training(task, model)
+    parameters = trained_parameters(model)
+    for parameter in parameters:
+        parameter.grad = None
+    result = StepResult([])
+    for number in numbers:
+        torch.manual_seed(seed_for(seed, number, slices))
+        batch, waited = batches[number]
+        step = number // slices
+        with out_of_memory_named(batch, step):
+            with autocast(arithmetic.device, arithmetic.dtype):
+                output = task.loss(model, batch, step)
+            total = output.losses.sum()
+            metrics = {"loss": Metric(total.detach(), output.count), **output.metrics}
+            if output.regularizer is not None:
+                # The step's sum is divided by its count, so that each batch brings its share of one such term.
+                total = total + output.regularizer * output.count
+            (total if arithmetic.scale is None else arithmetic.scale(total)).backward()
+        result.finite.append((batch.cut_ids, output.losses.detach().isfinite()))
+        result.count += output.count
+        result.audio += sum(batch.durations)
+        result.waited += waited
+        metrics["audio_seconds"] = Metric(torch.tensor(sum(batch.durations), device=total.device), None)
+        add_metrics(result.metrics, metrics)
+    result.gradients = [parameter.grad for parameter in parameters]
+    return result
+
+
+def set_training(task: TrainTask, model: nn.Module) -> None:
+    """Training mode, but for what is frozen."""
+    model.train()
+    for part in task.frozen:
+        part.eval()
+
+
+def add_metrics(sums: dict[str, Metric], metrics: Mapping[str, Metric]) -> None:
+    """Add ``metrics`` to ``sums``, in double precision and on their device, so that nothing waits for it."""
+    for name, (total, count) in metrics.items():
+        total = total.detach().double()
+        if name in sums:
+            total = sums[name].total + total
+            count = None if count is None else (sums[name].count or 0.0) + count
+        sums[name] = Metric(total, count)
+
+
+def metric_sums(metrics: Mapping[str, Metric]) -> dict[str, tuple[float, float | None]]:
+    """Metrics as plain numbers, by one read of the device."""
+    if not metrics:
+        return {}
+    totals = torch.stack([metric.total for metric in metrics.values()]).tolist()
+    counts = [metric.count for metric in metrics.values()]
+    return dict(zip(metrics, zip(totals, counts, strict=True), strict=True))
+
+
+class Fetched(Protocol):
+    """Batches on the device by number, each with the seconds it was waited for."""
+
+    def __getitem__(self, number: int) -> tuple[Any, float]: ...
+
+
+class BatchStream:
+    """Batches made ahead, in loader processes, in the order in which training asks for them.
+
+    Args:
+        numbers: every number that will be asked for, in order.
+    """
+
+    def __init__(
+        self, batches: TrainingBatches, numbers: Sequence[int], num_workers: int, device: torch.device
+    ) -> None:
+        self._numbers = iter(numbers)
+        self._source = iter(loader(batches, numbers, num_workers))
+        self._device = device
+        self._ahead: tuple[int, Any, float] | None = None
+
+    def __getitem__(self, number: int) -> tuple[Any, float]:
+        batch, waited = self.peek(number)
+        self._ahead = None
+        return batch, waited
+
+    def peek(self, number: int) -> tuple[Any, float]:
+        """The batch that is asked for next, which stays there to be asked for."""
+        if self._ahead is None:
+            began = time.monotonic()
+            try:
+                batch = next(self._source)
+            except UserError as error:  # from a loader process it comes wrapped in that process's traceback
+                raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+            self._ahead = next(self._numbers), batch.to(self._device), time.monotonic() - began
+        expected, batch, waited = self._ahead
+        if number != expected:
+            raise RuntimeError(f"batch {number} was asked for where {expected} comes next")
+        return batch, waited
+
+
+@contextmanager
+def out_of_memory_named(batch: TrainingBatch, step: int) -> Iterator[None]:
+    """Say which batch was too large where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs alone
+        message = str(error)
+        words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of torch, of its CPU, of CUDA's libraries
+        if not isinstance(error, MemoryError) and not any(word in message for word in words):
+            raise
+        size, remedy = "", "max_symbols"
+        if batch.durations:
+            longest = max(range(len(batch.durations)), key=batch.durations.__getitem__)
+            size = f", the longest {batch.cut_ids[longest]} of {batch.durations[longest]:.1f} s"
+            remedy = "data.max_duration (and raise training.accumulate), or leave the longest out"
+        raise UserError(
+            f"step {step + 1}: out of memory with {len(batch.cut_ids)} utterances{size}; "
+            f"start a new run with a lower {remedy}"
+        ) from error

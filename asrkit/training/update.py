@@ -1,0 +1,180 @@
+"""The second half of a training step: what becomes of its gradients. Optimizer, clipping, averaging, skipping, progress,
+measuring, saving and publishing; ``step.py`` is the first half.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from asrkit.errors import UserError
+from asrkit.training.checkpoint import Progress, load_state, save_state
+from asrkit.training.config import TrainingConfig, resolve_precision
+from asrkit.training.distributed import World, broadcast_object, gather_lists, sum_over_processes
+from asrkit.training.ema import MovingAverage, average_decay
+from asrkit.training.logs import RunLog
+from asrkit.training.optim import learning_rate, make_optimizer
+from asrkit.training.step import (
+    Arithmetic,
+    Metric,
+    StepResult,
+    TrainTask,
+    add_metrics,
+    metric_sums,
+    trained_parameters,
+)
+
+Publish = Callable[[nn.Module, int, dict[str, float]], None]
+
+
+class Updater:
+    """Owns everything of a run that changes with its steps, resumed from ``run`` where that holds a state.
+
+    Args:
+        publish: (averaged model, step, metrics): writes the run's weights and lineage; called in the main process alone.
+        slices: batches in a step, of all processes together.
+
+    Raises:
+        UserError: an unusable state.
+    """
+
+    def __init__(
+        self, task: TrainTask, run: Path, settings: TrainingConfig, slices: int, world: World, publish: Publish
+    ) -> None:
+        dtype = resolve_precision(settings, world.device)
+        self.task, self.run, self.settings, self.world, self._publish = task, run, settings, world, publish
+        self.model = task.model.to(world.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self._average = MovingAverage(self.model, self.average)
+        self._trained = trained_parameters(self.model)
+        self.optimizer = make_optimizer(self._trained, settings.optimizer)
+        self._scaler: Any = torch.cuda.amp.GradScaler() if dtype == torch.float16 else None
+        self.progress = load_state(run, self.model, self.average, self.optimizer) or Progress(slices=slices)
+        if self._scaler is not None and self.progress.scaler:
+            self._scaler.load_state_dict(self.progress.scaler)
+        self.arithmetic = Arithmetic(world.device, dtype, None if self._scaler is None else self._scaler.scale)
+        self.log = RunLog(run, settings, self.step, task.batches.plan.steps_per_epoch, world.is_main)
+        self._metrics = {
+            name: Metric(torch.tensor(total, dtype=torch.float64, device=world.device), count)
+            for name, (total, count) in self.progress.metrics.items()
+        }
+        self._rate = 0.0
+        self._began = time.monotonic() - self.progress.seconds
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.progress.step
+
+    def set_rate(self) -> None:
+        """Give the optimizer the learning rate of the step that comes."""
+        self._rate = learning_rate(self.step, self.settings.steps, self.settings.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
+
+    def apply(self, result: StepResult) -> None:
+        """Move the weights by a step's gradients, already summed over all processes; if these are not finite, leave the weights
+        alone.
+
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        for parameter, gradient in zip(self._trained, result.gradients, strict=True):
+            parameter.grad = gradient
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        if gradients := [gradient for gradient in result.gradients if gradient is not None]:
+            torch._foreach_div_(gradients, result.count)
+        norm = float(nn.utils.clip_grad_norm_(self._trained, self.settings.optimizer.max_gradient_norm))
+        finite = math.isfinite(norm)
+        if self._scaler is not None:  # an overflow is how the scaler finds its scale: it skips by itself
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        elif finite:
+            self.optimizer.step()
+        if finite or (self._scaler is not None and not result.bad_cut_ids()):
+            self._follow()
+            gradient_norm = torch.tensor(norm, device=self.world.device)
+            add_metrics(self._metrics, {**result.metrics, "gradient_norm": Metric(gradient_norm, 1.0)})
+        else:
+            self._skip(result)
+        self.progress.step += 1
+        self.log.count(self.step, result.audio, result.waited)
+
+    def finish_step(self, stop: int) -> None:
+        """Log, measure, save and publish what is due after the step; ``stop``, an exit code, asks for a saved state."""
+        settings, task = self.settings, self.task
+        last = self.step == settings.steps
+        if last or self.step % settings.log_every == 0:
+            self._log_step()
+        if task.measure is not None and (last or self.step % settings.evaluate_every == 0):
+            self._measure()
+            self.save()
+        elif last or self.step % settings.save_every == 0 or stop:
+            unmeasured = task.measure is None or settings.keep == "last" or not self.progress.best
+            if self.world.is_main and unmeasured and self.step >= task.not_before:
+                self._publish(self.average, self.step, self.progress.last_dev)
+            self.save()
+
+    def save(self) -> None:
+        """Write all that resuming needs."""
+        progress = self.progress
+        progress.seconds = time.monotonic() - self._began
+        progress.scaler = self._scaler.state_dict() if self._scaler is not None else {}
+        progress.metrics = metric_sums(self._metrics)
+        if self.world.is_main:
+            save_state(self.run, progress, self.model, self.average, self.optimizer)
+
+    def _follow(self) -> None:
+        """The average follows the weights, and what must hold of either is put right."""
+        self.progress.skipped_in_a_row = 0
+        after_step = self.task.after_step
+        if after_step is not None:
+            after_step(self.model, self.step)
+        self._average.follow(average_decay(self.step, self.settings.average_decay))
+        if after_step is not None:
+            after_step(self.average, self.step)
+
+    def _skip(self, result: StepResult) -> None:
+        progress = self.progress
+        progress.skipped_in_a_row += 1
+        # Each process knows its own part of the batch only.
+        culprits = gather_lists(self.world, result.bad_cut_ids()) or gather_lists(self.world, result.cut_ids)
+        self.log.skipped(self.step + 1, culprits)
+        if progress.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
+            raise UserError(
+                f"the loss was not finite for {progress.skipped_in_a_row} steps in a row, last for cuts "
+                f"{', '.join(culprits[:10])}; run `asrkit data check` on the manifest, or lower "
+                "training.optimizer.learning_rate"
+            )
+
+    def _log_step(self) -> None:
+        metrics, self._metrics = self._metrics, {}
+        sums = sum_over_processes(self.world, metric_sums(metrics))
+        means = {name: total if count is None else total / count for name, (total, count) in sums.items() if count != 0}
+        self.log.step(self.progress, means, self._rate)
+
+    def _measure(self) -> None:
+        """Measure the average on the dev manifest, in the main process; the best is published."""
+        task, progress = self.task, self.progress
+        measured: dict[str, float] = {}
+        if self.world.is_main and task.measure is not None:
+            began = time.monotonic()
+            measured = task.measure(self.average)
+            ready = self.step >= task.not_before
+            first = next(iter(measured))
+            better = ready and (not progress.best or measured[first] <= progress.best[first])
+            if better:
+                progress.best = {**measured, "step": self.step}
+            progress.last_dev = measured
+            if better or (ready and self.settings.keep == "last"):
+                self._publish(self.average, self.step, measured)
+            self.log.dev(progress, measured, time.monotonic() - began)
+        progress.last_dev, progress.best = broadcast_object(self.world, (progress.last_dev, progress.best))  # type: ignore[misc]
