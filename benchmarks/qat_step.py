@@ -23,7 +23,7 @@ from asrkit.models.compression import LayerChoice, choose_layers, compressed_lay
 from asrkit.models.surgery import rebuilt
 from asrkit.nn.compression import Compression, find_mask
 from asrkit.training.asr_loss import LossConfig, asr_loss
-from asrkit.training.loop import TrainingConfig, resolve_precision
+from asrkit.training.config import TrainingConfig, resolve_precision
 from asrkit.training.optim import OptimizerConfig, make_optimizer
 
 TWO_OF_FOUR = {"keep": 2, "group": 4}
@@ -91,7 +91,7 @@ def main(
             began = clock()
             with nullcontext() if dtype == torch.float32 else torch.autocast(place.type, dtype=dtype):
                 output = asr_loss(model, batch, 10_000, settings)
-            (output.loss.sum() / output.count).backward()
+            (output.losses.sum() / output.count).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

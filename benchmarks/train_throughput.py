@@ -24,7 +24,7 @@ from asrkit.data.features import fbank
 from asrkit.frames import SAMPLE_RATE
 from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.training.asr_loss import LossConfig, asr_loss
-from asrkit.training.loop import TrainingConfig, resolve_precision
+from asrkit.training.config import TrainingConfig, resolve_precision
 from asrkit.training.optim import OptimizerConfig, make_optimizer
 
 
@@ -66,7 +66,7 @@ def main(
         given = batch() if features else ready
         with nullcontext() if dtype == torch.float32 else torch.autocast(place.type, dtype=dtype):
             output = asr_loss(model, given, 10_000, loss_settings)
-        (output.loss.sum() / output.count).backward()
+        (output.losses.sum() / output.count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         step_taker.step()
         step_taker.zero_grad(set_to_none=True)

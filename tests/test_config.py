@@ -82,8 +82,8 @@ def test_a_key_of_a_group_that_is_off_turns_it_on() -> None:
 
 
 def test_a_stages_own_defaults_hold_for_the_keys_nobody_sets(tmp_path: Path) -> None:
+    from asrkit.methods.compression import from_scratch_defaults
     from asrkit.stages.qat import QatConfig
-    from asrkit.training.session import from_scratch_defaults
 
     (tmp_path / "some.yaml").write_text("training: {steps: 7, optimizer: {warm_up_steps: 3}}")
     settings = resolve(QatConfig, tmp_path / "some.yaml", ["training.log_every=2"])

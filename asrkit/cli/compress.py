@@ -92,7 +92,7 @@ def prune(
     from asrkit.config import resolve
     from asrkit.stages.prune import PruneConfig
     from asrkit.stages.prune import prune as run
-    from asrkit.training.session import from_scratch_defaults
+    from asrkit.methods.compression import from_scratch_defaults
 
     options = given(
         {
@@ -174,7 +174,7 @@ def qat(
     from asrkit.errors import UserError
     from asrkit.stages.qat import QatConfig
     from asrkit.stages.qat import qat as run
-    from asrkit.training.session import from_scratch_defaults
+    from asrkit.methods.compression import from_scratch_defaults
 
     if budget is not None and bits is not None:
         raise UserError("--bits and --budget: the budget chooses the bits; use one of them")

@@ -171,7 +171,7 @@ def distill_lm(
     The heads that the language models teach are dropped by whatever reads the run directory next.
     """
     from asrkit.config import resolve
-    from asrkit.stages.distill_lm import DistillLmConfig
+    from asrkit.methods.lm_distillation.config import DistillLmConfig
     from asrkit.stages.distill_lm import distill_lm as run
 
     options = given(

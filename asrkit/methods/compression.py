@@ -59,7 +59,7 @@ def open_teacher(teacher: Path | None, settings: CompressConfig, student: RunDir
     if teacher is None:
         return None
     distillation = Distillation.of_one(teacher, settings.teacher, student.tokenizer_path)
-    distillation.check(settings.loss, settings.training.steps)
+    distillation.check(settings)
     return distillation
 
 
@@ -105,7 +105,7 @@ def fine_tune_compressed(
         out,
         settings,
         build,
-        entry={"teacher_weights_sha256": sha256_of(path) for path in weights.values()},
+        entry={"teachers_sha256": {option: sha256_of(path) for option, path in weights.items()}} if weights else None,
         files=weights,
         check_cuts=None if distillation is None else distillation.check_cuts,
         prepare=prepare,

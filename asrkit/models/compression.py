@@ -7,8 +7,8 @@ from dataclasses import field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from asrkit.config import Advanced, config, from_dict, to_dict

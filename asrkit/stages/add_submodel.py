@@ -7,7 +7,8 @@ the sub-model's are in the optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,17 +19,17 @@ from asrkit.config import Advanced, Positive, Probability, config, from_dict, to
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.models.asr import spec_of
 from asrkit.models.digests import backbone_digest
 from asrkit.models.encoder import SubModel
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import open_run
 from asrkit.training.asr_loss import asr_loss
-from asrkit.training.contexts import ContextsConfig
-from asrkit.training.loop import TrainingConfig
+from asrkit.training.config import TrainingConfig
 from asrkit.training.optim import OptimizerConfig
-from asrkit.training.run_writer import RunWriter
-from asrkit.training.session import FineTuneConfig, Prepared, fine_tune
+from asrkit.training.session import FineTuneConfig, fine_tune
+from asrkit.training.step import TrainTask
 
 NOOP, RANDOM = "noop", "random"
 PARTS = {
@@ -156,47 +157,47 @@ def add_submodel(
         Interrupted: stopped by a signal, state saved.
     """
     source = open_run(parent)
-    origin = load_model(source)
-    spec = extended_spec(origin.spec, name, settings, str(parent))
-    contexts = _with(settings.contexts, trained_contexts(settings))
-    digest = backbone_digest(origin.state_dict())
-
-    def prepare(run: RunWriter, batches: TrainBatches) -> Prepared:
-        model = AsrModel(spec)
-        missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
-        if unexpected or any(not key.startswith(f"encoder.submodels.{name}.") for key in missing):
-            raise RuntimeError(f"the parent's weights do not fit the extended model: {missing} {unexpected}")
-        _start(model, name, settings.submodel.init)
-        frozen = _freeze(model, [model.encoder.submodels[name], *_parts(model, settings.also_train)])
-        _say(run, model, name, origin.spec)
-        return Prepared(
-            model=model,
-            loss=lambda model, batch, step: asr_loss(model, batch, step, settings.loss, contexts, name),
-            frozen=() if settings.frozen_dropout else frozen,
-            extra={"submodel": name, "backbone_sha256": digest},
-            check=check,
-        )
-
-    def check(weights: Mapping[str, Tensor]) -> None:
-        if (found := backbone_digest(weights)) != digest:
-            raise RuntimeError(f"the frozen backbone has changed: {digest} became {found}")
-
+    extended_spec(spec_of(source), name, settings, str(parent))  # refuses what cannot be
     return fine_tune(
         "add-submodel",
         source,
         manifest,
         out,
         settings,
-        prepare,
-        content={"name": name},
+        partial(build_task, settings, parent, name),
+        entry={"name": name},
         dev=dev,
         device=device,
         command=command,
     )
 
 
-def _with(contexts: ContextsConfig, train: list[str]) -> ContextsConfig:
-    return from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
+def build_task(settings: AddSubModelConfig, parent: Path, name: str, batches: TrainBatches) -> TrainTask:
+    """The parent's model, frozen, with the new sub-model, and its loss; see ``TaskRecipe``."""
+    origin = load_model(open_run(parent))
+    spec = extended_spec(origin.spec, name, settings, str(parent))
+    contexts = replace(settings.contexts, train=trained_contexts(settings))
+    digest = backbone_digest(origin.state_dict())
+    model = AsrModel(spec)
+    missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
+    if unexpected or any(not key.startswith(f"encoder.submodels.{name}.") for key in missing):
+        raise RuntimeError(f"the parent's weights do not fit the extended model: {missing} {unexpected}")
+    _start(model, name, settings.submodel.init)
+    frozen = _freeze(model, [model.encoder.submodels[name], *_parts(model, settings.also_train)])
+
+    def check(weights: Mapping[str, Tensor]) -> None:
+        if (now := backbone_digest(weights)) != digest:
+            raise RuntimeError(f"the frozen backbone has changed: {digest} became {now}")
+
+    return TrainTask(
+        model,
+        lambda model, batch, step: asr_loss(model, batch, step, settings.loss, contexts, name),
+        batches,
+        frozen=() if settings.frozen_dropout else frozen,
+        facts={"submodel": name, "backbone_sha256": digest},
+        notes=_notes(model, name, origin.spec),
+        check=check,
+    )
 
 
 def _start(model: AsrModel, name: str, init: str) -> None:
@@ -237,15 +238,16 @@ def _freeze(model: AsrModel, learning: list[nn.Module]) -> list[nn.Module]:
     return frozen(model)
 
 
-def _say(run: RunWriter, model: AsrModel, name: str, before: ModelSpec) -> None:
+def _notes(model: AsrModel, name: str, before: ModelSpec) -> list[str]:
     """How much is new, and whether the frozen part was ever trained in the contexts it will run in."""
     new = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
-    run.note(f"{run.path}: sub-model {name}: {new} of {every} parameters learn, the rest is frozen")
+    notes = [f"sub-model {name}: {new} of {every} parameters learn, the rest is frozen"]
     known = {text for variant in before.variants.values() for text in variant.contexts}
     wanted = model.spec.variants[name].contexts
     if any(parse_context(text).streaming for text in wanted) and not any(parse_context(x).streaming for x in known):
-        run.note(
+        notes.append(
             "warning: the frozen model was never trained for streaming, so its convolutions are not used to being "
             "causal; train it with --set 'contexts.train=[full,\"chunk=16,left=64\"]'"
         )
+    return notes

@@ -107,7 +107,7 @@ def distill(
     _check(teachers, settings, parent, tokenizer, cache)
     opened = open_teachers(teachers)
     distillation = Distillation(opened, settings.teacher)
-    distillation.check(settings.loss, settings.training.steps)
+    distillation.check(settings)
     origin = None if parent is None else open_parent(parent, settings)
     entry = {
         "teachers": {

@@ -112,9 +112,7 @@ def choose_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: Tr
     broadcast_object(run.world, None)  # the others read it only once it is there
 
 
-def _bits_within_budget(
-    settings: QatConfig, parent: Path, run: RunWriter, batches: TrainBatches
-) -> dict[str, int]:
+def _bits_within_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> dict[str, int]:
     assert settings.budget is not None
     origin, quantization = load_model(open_run(parent)), settings.quantization
     active = origin.submodels_of(settings.variant)

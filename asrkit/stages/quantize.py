@@ -10,7 +10,7 @@ from asrkit.models import load_model
 from asrkit.models.compression import QuantizationConfig, quantized_spec
 from asrkit.models.surgery import rebuilt
 from asrkit.run_dir import occupied, open_run
-from asrkit.training.derived import write_untrained_run
+from asrkit.training.run_writer import write_untrained_run
 
 
 def quantize(parent: Path, out: Path, settings: QuantizationConfig, *, command: str = "") -> Path:

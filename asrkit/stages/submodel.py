@@ -21,7 +21,7 @@ from asrkit.models.digests import ENCODER, SUBMODELS, backbone_digest, tensors_d
 from asrkit.models.spec import BACKBONE, NAME, SubModelSpec, VariantSpec
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, RunDir, atomic_write, occupied, open_run
-from asrkit.training.derived import write_untrained_run
+from asrkit.training.run_writer import write_untrained_run
 
 # What the header of an extracted sub-model says it is; another layout will be another number.
 KIND = "asrkit sub-model 1"

@@ -33,11 +33,12 @@ from asrkit.errors import UserError
 from asrkit.losses.language_model import sequence_nll
 from asrkit.models.lm import LanguageModel, LmShape, LmSpec
 from asrkit.run_dir import TOKENIZER
-from asrkit.training.asr_loss import LossOutput
-from asrkit.training.distributed import broadcast_object, join_world
-from asrkit.training.loop import Task, TrainingConfig, train
+from asrkit.training.config import TrainingConfig
+from asrkit.training.distributed import broadcast_object
+from asrkit.training.loop import train
 from asrkit.training.optim import OptimizerConfig
-from asrkit.training.run_writer import RunWriter
+from asrkit.training.session import open_training, slices_of
+from asrkit.training.step import LossOutput, TrainTask
 
 MAX_FINDINGS = 20  # shown of the lines that cannot be used
 
@@ -97,12 +98,10 @@ def train_lm(
     _check_options(unit, settings.language, source, dev, tokenizer, senones)
     kind = "manifest" if is_manifest(source) else "text"
     inputs = {kind: source, "dev": dev, "tokenizer": tokenizer, "senones": senones}
-    with (
-        join_world(device) as world,
-        RunWriter.open(out, "train-lm", to_dict(settings), inputs, command, world) as run,
-    ):
+    with open_training("train-lm", out, to_dict(settings), inputs, device=device, command=command) as run:
         if run.finished:
             return out
+        world = run.world
         path = out / TOKENIZER
         if unit == "bpe":
             if world.is_main and not path.is_file():
@@ -124,21 +123,16 @@ def train_lm(
         for table in tables:
             table.number_by(inventory)
         table, held_out = tables
-        slices = world.size * settings.training.accumulate
+        slices = slices_of(out, settings.training, world)
         plan = BucketPlan(table.lens + 1, settings.max_symbols * slices, settings.num_buckets, slices, settings.seed)
         torch.manual_seed(settings.seed)
         spec = LmSpec(unit=unit, vocab_size=inventory.size, shape=settings.model)
-        run.describe(to_dict(spec), f"{len(table)} sentences, {table.lens.sum()} {unit} units", world)
+        run.describe(to_dict(spec), f"{len(table)} sentences, {table.lens.sum()} {unit} units", spec.vocab_size)
         if not len(held_out):
             run.note(f"{out}: no sentence is held out, so no perplexity is measured; give --dev or a higher held_out")
-        task = Task(
-            model=LanguageModel(spec),
-            loss=lm_loss,
-            batches=SequenceBatches(table, plan, slices),
-            measure=perplexity_of(held_out, settings.max_symbols) if len(held_out) else None,
-            publish=run.publish,
-        )
-        train(task, out, settings.training, 0, settings.seed, world)
+        measure = perplexity_of(held_out, settings.max_symbols) if len(held_out) else None
+        task = TrainTask(LanguageModel(spec), lm_loss, SequenceBatches(table, plan, slices), measure=measure)
+        train(task, out, settings.training, 0, settings.seed, world, run.publish)
         run.finish()
     return out
 
@@ -146,7 +140,7 @@ def train_lm(
 def lm_loss(model: LanguageModel, batch: SequenceBatch, step: int) -> LossOutput:
     """-log P of each sequence; the count is of symbols and ends."""
     loss = sequence_nll(model(batch.symbols), batch.symbols, batch.symbol_lens)
-    return LossOutput(loss, float((batch.symbol_lens + 1).sum()), {})
+    return LossOutput(loss, float(batch.num_symbols))
 
 
 def perplexity_of(held_out: SequenceTable, max_symbols: int) -> Callable[[nn.Module], dict[str, float]]:
@@ -159,7 +153,7 @@ def perplexity_of(held_out: SequenceTable, max_symbols: int) -> Callable[[nn.Mod
         total, count = 0.0, 0.0
         for batch in held_out.batches(max_symbols):
             output = lm_loss(model, batch.to(place), 0)
-            total, count = total + float(output.loss.double().sum()), count + output.count
+            total, count = total + float(output.losses.double().sum()), count + output.count
         return {"perplexity": math.exp(min(total / count, 700.0))}
 
     return measure

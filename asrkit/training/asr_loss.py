@@ -27,8 +27,8 @@ from asrkit.losses.transducer import (
 )
 from asrkit.models.asr import AsrModel
 from asrkit.nn.context import FULL, Context
-from asrkit.training.step import LossOutput, Metric
 from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, drawn, drawn_gates
+from asrkit.training.step import LossOutput, Metric
 
 
 @config
@@ -143,9 +143,7 @@ def forward_losses(
         gates: (layers, B or 1), factors of attention; None is all of it.
     """
     languages = model.language_ids(batch.languages)
-    encoder_out, encoder_out_lens = model.encode(
-        batch.features, batch.feature_lens, variant, context, gates, languages
-    )
+    encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens, variant, context, gates, languages)
     losses = encoder_out.new_zeros(len(batch.cut_ids), dtype=torch.float32)
     metrics: dict[str, Metric] = {}
     frames = float(batch.num_encoder_frames)
@@ -198,9 +196,7 @@ def forward_losses(
     )
 
 
-def _ctc_losses(
-    model: AsrModel, batch: Batch, encoder_out: Tensor, encoder_out_lens: Tensor
-) -> tuple[Tensor, Tensor]:
+def _ctc_losses(model: AsrModel, batch: Batch, encoder_out: Tensor, encoder_out_lens: Tensor) -> tuple[Tensor, Tensor]:
     """CTC loss of each utterance, (B,), 0 where it has no alignment; and where it has one, (B,) bool."""
     repeats = (batch.symbols[:, 1:] == batch.symbols[:, :-1]) & (batch.symbols[:, 1:] != model.blank)
     possible = encoder_out_lens >= batch.symbol_lens + repeats.sum(1)

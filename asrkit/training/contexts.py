@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from asrkit.config import Advanced, NonNegative, config
-from asrkit.losses.distillation import Classes
-from asrkit.models.spec import ContextText
-from asrkit.models.asr import AsrModel
 from asrkit.data.batch import Batch
+from asrkit.losses.distillation import Classes
+from asrkit.models.asr import AsrModel
+from asrkit.models.spec import ContextText
 from asrkit.nn.context import FULL, Context, parse_context
 
 

@@ -67,9 +67,7 @@ def read_datasets(
     return datasets
 
 
-def check_training_cuts(
-    manifest: Path, data: DataConfig, tokenizer: Tokenizer, policy: str, run: RunWriter
-) -> None:
+def check_training_cuts(manifest: Path, data: DataConfig, tokenizer: Tokenizer, policy: str, run: RunWriter) -> None:
     """Leave out, or refuse, the cuts that cannot be trained on: their audio is read, and their texts are tokenized.
 
     Raises:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lhotse import CutSet
+from lhotse.cut import Cut
 from torch import nn
 
 from asrkit.data.batch import evaluation_batches
@@ -14,6 +15,14 @@ from asrkit.decoding.evaluation import measure_wer
 from asrkit.decoding.search import Method
 from asrkit.models.asr import AsrModel
 from asrkit.nn.context import Context
+
+
+def even_subset(cuts: Iterable[Cut], most: int) -> list[Cut]:
+    """``most`` of the cuts, evenly spread over them, or all where there are no more; always the same ones."""
+    every = list(cuts)
+    if len(every) <= most:
+        return every
+    return [every[index * len(every) // most] for index in range(most)]
 
 
 def dev_measure(
@@ -27,14 +36,13 @@ def dev_measure(
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A function from a model to its dev WER and CER in one variant and context, on ``max_cuts`` cuts by a fixed,
     even choice."""
-    every = list(cuts)
-    chosen = every[:: -(-len(every) // max_cuts)]
+    subset = even_subset(cuts, max_cuts)
 
     def measure(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, AsrModel)
         words, characters, _ = measure_wer(
             TorchAcousticModel(model, variant, context),
-            evaluation_batches(chosen, max_duration),  # type: ignore[arg-type]
+            evaluation_batches(subset, max_duration),
             tokenizer,
             method=method,
         )

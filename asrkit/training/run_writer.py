@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +17,21 @@ from rich.console import Console
 from torch import nn
 
 from asrkit import __version__
-from asrkit.config import differences, digest
-from asrkit.data.bucketing import BucketPlan
-from asrkit.data.cut_table import CutTable
+from asrkit.config import differences, digest, to_dict
 from asrkit.data.shar import shards_of
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.errors import UserError
+from asrkit.models.asr import AsrModel
 from asrkit.run_dir import (
     CONFIG,
+    DIGESTS,
     LINEAGE,
     MODEL,
     TOKENIZER,
     TOKENS,
     WEIGHTS,
+    RunDir,
+    atomic_directory,
     open_run,
     read_yaml,
     sha256_of,

@@ -190,7 +190,9 @@ def run_recipe(
     for note in task.notes:
         run.note(f"{run.path}: {note}")
     run.facts = {**task.facts, **_facts(run, model, task.variant, settings.loss)}
-    run.describe(to_dict(model.spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", model.vocab_size)
+    run.describe(
+        to_dict(model.spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", model.vocab_size
+    )
     if dev is not None:
         task = replace(task, measure=_measure(task, model, tokenizer, settings, dev))
     train(task, run.path, settings.training, settings.data.num_workers, settings.seed, world, run.publish)
@@ -272,9 +274,7 @@ def fine_tune(
         **to_dict(settings),
     }
     inputs = {**input_files(settings, manifest=manifest, dev=dev), **(files or {})}
-    with open_training(
-        stage, out, content, inputs, parent=parent.path, device=device, command=command
-    ) as run:
+    with open_training(stage, out, content, inputs, parent=parent.path, device=device, command=command) as run:
         if run.finished:
             return out
         copy_tokenizer(parent.tokenizer_path, run)

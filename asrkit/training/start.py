@@ -21,9 +21,9 @@ from asrkit.models.spec import BACKBONE, Languages, Size, VariantSpec
 from asrkit.models.surgery import rebuilt, with_variant
 from asrkit.nn.context import FULL
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
+from asrkit.training.checkpoint import saved_slices
 from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig
 from asrkit.training.distributed import broadcast_object
-from asrkit.training.checkpoint import saved_slices
 from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import StageConfig, copy_tokenizer
 

@@ -19,10 +19,10 @@ from asrkit.training.config import autocast
 
 
 class Metric(NamedTuple):
-    """Logged as ``total / count`` over the steps since the last line; without a count, as the total."""
+    """Logged as the sum of totals over the sum of divisors since the last line; without a divisor, as the total."""
 
     total: Tensor
-    count: float | None
+    divisor: float | None
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,12 @@ def set_training(task: TrainTask, model: nn.Module) -> None:
 
 def add_metrics(sums: dict[str, Metric], metrics: Mapping[str, Metric]) -> None:
     """Add ``metrics`` to ``sums``, in double precision and on their device, so that nothing waits for it."""
-    for name, (total, count) in metrics.items():
+    for name, (total, divisor) in metrics.items():
         total = total.detach().double()
         if name in sums:
             total = sums[name].total + total
-            count = None if count is None else (sums[name].count or 0.0) + count
-        sums[name] = Metric(total, count)
+            divisor = None if divisor is None else (sums[name].divisor or 0.0) + divisor
+        sums[name] = Metric(total, divisor)
 
 
 def metric_sums(metrics: Mapping[str, Metric]) -> dict[str, tuple[float, float | None]]:
@@ -214,8 +214,8 @@ def metric_sums(metrics: Mapping[str, Metric]) -> dict[str, tuple[float, float |
     if not metrics:
         return {}
     totals = torch.stack([metric.total for metric in metrics.values()]).tolist()
-    counts = [metric.count for metric in metrics.values()]
-    return dict(zip(metrics, zip(totals, counts, strict=True), strict=True))
+    divisors = [metric.divisor for metric in metrics.values()]
+    return dict(zip(metrics, zip(totals, divisors, strict=True), strict=True))
 
 
 class Fetched(Protocol):

@@ -18,8 +18,8 @@ from asrkit.errors import UserError
 from asrkit.losses.distillation import counted_nodes, node_divergence
 from asrkit.losses.transducer import gather_pruned, transducer_loss
 from asrkit.methods.distillation.cache import CachedOutputs, heard_arcs
-from asrkit.methods.distillation.config import DistillationConfig, WeightConfig, check_distillation
-from asrkit.methods.distillation.loss import add_encoder_maps, build_loss, distillation_loss
+from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
+from asrkit.methods.distillation.loss import Distillation, build_loss, distillation_loss
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
 from asrkit.methods.distillation.teachers import ANY, Teacher, Teachers, open_teachers, route
 from asrkit.methods.distillation.weights import scheduled_weight, weights_of
@@ -27,7 +27,9 @@ from asrkit.models import AsrModel, ModelSpec
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import read_yaml, write_yaml
 from asrkit.training.asr_loss import LossConfig, LossOutput, asr_loss, forward_losses
+from asrkit.training.config import TrainingConfig
 from asrkit.training.contexts import ContextsConfig
+from asrkit.training.session import StageConfig
 from helpers.small_runs import SUBMODELS, write_run
 
 LOSS = LossConfig(backend="torch", warm_up_steps=0)
@@ -95,7 +97,8 @@ def taught(
 ) -> LossOutput:
     teaching = from_dict(DistillationConfig, {**to_dict(DistillationConfig()), **options}, "teacher")
     torch.manual_seed(3)
-    return distillation_loss(student, teachers, batch, step, LOSS, teaching, parse_context(context), steps)
+    distillation = Distillation(teachers, teaching)
+    return distillation_loss(student, distillation, batch, step, LOSS, parse_context(context), steps)
 
 
 def plain(student: AsrModel, batch: Batch) -> LossOutput:
@@ -126,8 +129,8 @@ def test_a_mixed_batch_is_the_sum_of_its_languages(
     whole = taught(student, teachers, batch(), **options)
     for rows in ([0, 2], [1], [3]):
         part = taught(student, teachers, rows_of(batch(), rows), **options)
-        torch.testing.assert_close(part.loss, whole.loss[rows], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(whole.loss, plain(student, batch()).loss)
+        torch.testing.assert_close(part.losses, whole.losses[rows], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole.losses, plain(student, batch()).losses)
 
 
 def test_the_constant_weight_is_that_of_the_paper_bit_for_bit(teachers: Teachers, student: AsrModel) -> None:
@@ -145,7 +148,7 @@ def test_the_constant_weight_is_that_of_the_paper_bit_for_bit(teachers: Teachers
     kl = node_divergence(
         own.transducer.logits, logits, b.symbols, own.transducer.ranges, own.encoder_out_lens, own.symbol_lens
     )
-    assert torch.equal(found.loss, own.loss + 0.3 * kl)
+    assert torch.equal(found.losses, own.losses + 0.3 * kl)
 
 
 def test_the_temperature_is_that_of_ctc_too(teachers: Teachers, student: AsrModel) -> None:
@@ -168,14 +171,14 @@ def test_the_temperature_is_that_of_ctc_too(teachers: Teachers, student: AsrMode
         )
     kl = (p * (p / q).log()).sum(-1)
     sums = torch.stack([row[:length].sum() for row, length in zip(kl, both[0][1].tolist(), strict=True)])
-    torch.testing.assert_close(found.loss, plain(student, batch()).loss + 0.5 * 9 * sums, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.losses, plain(student, batch()).losses + 0.5 * 9 * sums, rtol=1e-5, atol=1e-4)
 
 
 def test_weight_nothing_is_plain_training_bit_for_bit(teachers: Teachers, student: AsrModel) -> None:
-    expected = plain(student, batch()).loss
-    assert torch.equal(taught(student, teachers, batch(), scale=0.0, ctc_scale=0.0).loss, expected)
+    expected = plain(student, batch()).losses
+    assert torch.equal(taught(student, teachers, batch(), scale=0.0, ctc_scale=0.0).losses, expected)
     nothing = {"kind": "piecewise", "points": [[0, 0.0]]}
-    assert torch.equal(taught(student, teachers, batch(), weight=nothing).loss, expected)
+    assert torch.equal(taught(student, teachers, batch(), weight=nothing).losses, expected)
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(teachers: Teachers) -> None:
@@ -186,32 +189,32 @@ def test_a_teacher_that_is_the_student_teaches_nothing(teachers: Teachers) -> No
     for lattice in ("pruned", "full"):
         for classes in ("three", "all"):
             found = taught(student, alone(guide), batch(), input="shared", lattice=lattice, classes=classes, scale=5.0)
-            assert float(found.parts["kd_lattice"]) == pytest.approx(0.0, abs=1e-3)
-            torch.testing.assert_close(found.loss, plain(student, batch()).loss, rtol=1e-4, atol=1e-3)
+            assert float(found.metrics["kd_lattice"].total) == pytest.approx(0.0, abs=1e-3)
+            torch.testing.assert_close(found.losses, plain(student, batch()).losses, rtol=1e-4, atol=1e-3)
 
 
 def test_teachers_get_no_gradient_and_do_not_drop_out(teachers: Teachers, student: AsrModel) -> None:
     found = taught(student, teachers, batch())
-    found.loss.sum().backward()
+    found.losses.sum().backward()
     for several in teachers.values():
         for teacher in several:
             assert not teacher.model.training
             assert all(parameter.grad is None for parameter in teacher.model.parameters())
     assert student.joiner.out.weight.grad is not None
-    assert {"kd_lattice", "kd_weight", "kd_teacher_loss", "kd_ctc"} <= set(found.parts)
+    assert {"kd_lattice", "kd_weight", "kd_teacher_loss", "kd_ctc"} <= set(found.metrics)
 
 
 def test_several_teachers_teach_their_mean(teachers: Teachers, student: AsrModel) -> None:
     student.eval()
     one, other = teachers["fr"]
     common: dict[str, Any] = {"weight": CONSTANT, "ctc_scale": 0.0, "classes": "all", "scale": 1.0}
-    parts = [float(taught(student, {ANY: several}, batch(), **common).parts["kd_lattice"]) for several in ([one], [other], [one, other])]  # fmt: skip
+    parts = [float(taught(student, {ANY: several}, batch(), **common).metrics["kd_lattice"].total) for several in ([one], [other], [one, other])]  # fmt: skip
     # KL is convex in the teacher, so the mean is nearer than they are on the average.
     assert parts[2] < (parts[0] + parts[1]) / 2
     twice = taught(student, {ANY: [one, one]}, batch(), **common)
-    assert float(twice.parts["kd_lattice"]) == pytest.approx(parts[0], rel=1e-4)
+    assert float(twice.metrics["kd_lattice"].total) == pytest.approx(parts[0], rel=1e-4)
     # The loss that weighs is the mean of theirs.
-    losses = [taught(student, {ANY: several}, batch()).parts["kd_teacher_loss"] for several in ([one], [other], [one, other])]  # fmt: skip
+    losses = [taught(student, {ANY: several}, batch()).metrics["kd_teacher_loss"].total for several in ([one], [other], [one, other])]  # fmt: skip
     torch.testing.assert_close(losses[2], (losses[0] + losses[1]) / 2)
 
 
@@ -233,7 +236,7 @@ def test_the_teachers_loss_is_its_own(teachers: Teachers, student: AsrModel) -> 
             backend="torch",
             topology="modified",
         ).pruned
-    found = taught(student, alone(guide), b, input="shared").parts["kd_teacher_loss"]
+    found = taught(student, alone(guide), b, input="shared").metrics["kd_teacher_loss"].total
     torch.testing.assert_close(found, expected.sum())
 
 
@@ -244,15 +247,17 @@ def test_which_input_and_which_context_the_teacher_has(teachers: Teachers, stude
         float(
             distillation_loss(
                 student,
-                alone(guide),
+                Distillation(
+                    alone(guide),
+                    DistillationConfig(input=given, context=context, weight=WeightConfig(kind="constant")),
+                ),
                 batch(),
                 0,
                 LOSS,
-                DistillationConfig(input=given, context=context, weight=WeightConfig(kind="constant")),
                 parse_context("chunk=2,left=2"),
                 10,
             )
-            .loss.detach()
+            .losses.detach()
             .sum()
         )
         for given in get_args(Literal["clean", "shared"])
@@ -267,7 +272,7 @@ def test_convex_gives_up_its_share_of_the_pruned_loss(teachers: Teachers, studen
     added = taught(student, teachers, batch(), **common)
     convex = taught(student, teachers, batch(), combination="convex", **common)
     own = forward_losses(student, batch(), 0, LOSS, None, FULL, None)
-    torch.testing.assert_close(added.loss - convex.loss, 0.25 * own.pruned)
+    torch.testing.assert_close(added.losses - convex.losses, 0.25 * own.pruned)
     with pytest.raises(UserError, match="share of 1"):
         taught(student, teachers, batch(), combination="convex", scale=2.0)
 
@@ -279,14 +284,16 @@ def test_mean_and_temperature(teachers: Teachers, student: AsrModel) -> None:
     whole, mean = (
         taught(student, alone(guide), batch(), reduction=reduction, **common) for reduction in ("sum", "mean")
     )
-    base = plain(student, batch()).loss
+    base = plain(student, batch()).losses
     lens = torch.div(batch().feature_lens - 3, 4, rounding_mode="floor")
     torch.testing.assert_close(
-        (mean.loss - base) * lens * (batch().symbol_lens + 1), whole.loss - base, rtol=1e-3, atol=1e-2
+        (mean.losses - base) * lens * (batch().symbol_lens + 1), whole.losses - base, rtol=1e-3, atol=1e-2
     )
     # Hot posteriors are all alike: T^2 KL tends to a constant, and does not vanish.
     hot, hotter = (
-        float(taught(student, alone(guide), batch(), classes="all", temperature=t, **common).parts["kd_lattice"])
+        float(
+            taught(student, alone(guide), batch(), classes="all", temperature=t, **common).metrics["kd_lattice"].total
+        )
         for t in (50.0, 200.0)
     )
     assert hot == pytest.approx(hotter, rel=0.1) and hot > 0.1
@@ -332,13 +339,13 @@ def test_through_the_weight_flows_what_the_formula_says(teachers: Teachers, stud
     for detach in (True, False):
         student.zero_grad()
         found = taught(student, alone(guide), one, weight={"kind": "student-teacher", "per": "sum", "detach": detach}, **common)  # fmt: skip
-        found.loss.sum().backward()
+        found.losses.sum().backward()
         grads.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in student.parameters()])
     student.zero_grad()
     own = forward_losses(student, one, 0, LOSS, None, FULL, None)
     assert own.transducer is not None
     own.transducer.pruned.sum().backward()
-    factor = found.parts["kd_lattice"] / (1 + found.parts["kd_teacher_loss"])
+    factor = found.metrics["kd_lattice"].total / (1 + found.metrics["kd_teacher_loss"].total)
     for with_detach, without, parameter in zip(*grads, student.parameters(), strict=True):
         expected = torch.zeros_like(parameter) if parameter.grad is None else factor * parameter.grad
         torch.testing.assert_close(without - with_detach, expected, rtol=1e-3, atol=1e-3)
@@ -397,7 +404,9 @@ def test_teachers_without_the_head_that_teaches_are_refused(tmp_path: Path) -> N
         write_yaml(path / "lineage.yaml", [*trained, {"stage": "quantize", **digests}])
         teaching = from_dict(DistillationConfig, {**to_dict(DistillationConfig()), **options}, "teacher")
         try:
-            check_distillation(open_teachers({"en": [path]}), teaching, LOSS, steps=10)
+            Distillation(open_teachers({"en": [path]}), teaching).check(
+                StageConfig(loss=LOSS, training=TrainingConfig(steps=10))
+            )
         except UserError as error:
             return error.lines
         return ()
@@ -414,10 +423,10 @@ def test_teachers_without_the_head_that_teaches_are_refused(tmp_path: Path) -> N
 def test_a_weight_of_losses_needs_a_transducer(teachers: Teachers, student: AsrModel) -> None:
     ctc_only = LossConfig(transducer_scale=0.0)
     with pytest.raises(UserError, match="compares transducers"):
-        build_loss(student.spec, ctc_only, ContextsConfig(), teachers, DistillationConfig())
+        build_loss(student.spec, ctc_only, ContextsConfig(), Distillation(teachers, DistillationConfig()))
     teaching = DistillationConfig(weight=WeightConfig(kind="constant"), ctc_scale=0.5)
-    found = build_loss(student.spec, ctc_only, ContextsConfig(), teachers, teaching)(student, batch(), 0)
-    assert "kd_ctc" in found.parts and "kd_lattice" not in found.parts
+    found = build_loss(student.spec, ctc_only, ContextsConfig(), Distillation(teachers, teaching))(student, batch(), 0)
+    assert "kd_ctc" in found.metrics and "kd_lattice" not in found.metrics
 
 
 def _eighths(run: Any) -> AsrModel:
@@ -458,17 +467,17 @@ def test_encoders_are_met_in_the_teachers_space(teachers: Teachers, student: Asr
     same = AsrModel(guide.model.spec)
     same.load_state_dict(guide.model.state_dict())
     same.eval()
-    assert float(taught(same, alone(guide), batch(), input="shared", **common).parts["kd_encoder"]) < 1e-6
+    assert float(taught(same, alone(guide), batch(), input="shared", **common).metrics["kd_encoder"].total) < 1e-6
     spec = to_dict(student.spec)
     spec["encoder"]["dim"] = 24
     wider = AsrModel(from_dict(ModelSpec, spec, "test")).eval()
-    add_encoder_maps(wider, teachers, from_dict(DistillationConfig, {"encoder_scale": 1.0}, "teacher"))
+    Distillation(teachers, DistillationConfig(encoder_scale=1.0)).attach(wider)
     names = {teacher.name for several in teachers.values() for teacher in several}
     assert set(wider.teacher_maps) == names and len(names) == 4
     found = taught(wider, teachers, batch(), **common)
-    found.loss.sum().backward()
+    found.losses.sum().backward()
     for teacher_map in wider.teacher_maps.values():
         (gradient, _) = (parameter.grad for parameter in teacher_map.parameters())
         assert gradient is not None and float(gradient.abs().sum()) > 0
-    add_encoder_maps(student, teachers, DistillationConfig(encoder_scale=1.0))
+    Distillation(teachers, DistillationConfig(encoder_scale=1.0)).attach(student)
     assert not len(student.teacher_maps)  # as wide as every teacher

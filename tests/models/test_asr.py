@@ -79,8 +79,8 @@ def test_every_parameter_learns() -> None:
         torch.tensor([3, 2]),
     )
     output = asr_loss(model, batch, 5, LossConfig(backend="torch"))
-    assert output.loss.shape == (2,) and output.count == 19 + 14
-    output.loss.sum().backward()
+    assert output.losses.shape == (2,) and output.count == 19 + 14
+    output.losses.sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
@@ -101,14 +101,14 @@ def test_an_impossible_alignment_leaves_finite_gradients() -> None:
         torch.tensor([5, 1]),
     )
     output = asr_loss(model, batch, 5, LossConfig(backend="torch"))
-    output.loss.sum().backward()
-    assert int(output.parts["left_out"]) == 1
+    output.losses.sum().backward()
+    assert int(output.metrics["left_out"].total) == 1
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     # Four frames hold five symbols where one frame may hold several.
     for topology, left_out in (("modified", 1), ("regular", 0)):
         alone = asr_loss(model, batch, 5, LossConfig(backend="torch", ctc_scale=0.0, topology=topology))  # type: ignore[arg-type]
-        assert int(alone.parts["left_out"]) == left_out
-        assert (alone.loss > 0).tolist() == [not left_out, True] and bool(alone.loss.isfinite().all())
+        assert int(alone.metrics["left_out"].total) == left_out
+        assert (alone.losses > 0).tolist() == [not left_out, True] and bool(alone.losses.isfinite().all())
 
 
 @pytest.mark.parametrize(("size", "millions"), [("tiny", 1.5), ("small", 4.9), ("medium", 24.8), ("large", 103.6)])

@@ -28,7 +28,7 @@ from asrkit.decoding.search import decode
 from asrkit.models import AsrModel, load_model
 from asrkit.models.compression import compressed_layers
 from asrkit.run_dir import open_run, sha256_of
-from asrkit.training.derived import write_untrained_run
+from asrkit.training.run_writer import write_untrained_run
 from helpers.stage_runs import TWO, killed
 from helpers.tones import make_corpus
 

@@ -22,21 +22,19 @@ from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.methods.distillation.loss import build_loss
-from asrkit.models import AsrModel, load_model
-from asrkit.models.lm import LanguageModel
-from asrkit.nn.context import FULL
-from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
-from asrkit.stages.distill_lm import (
-    SUPERVISED,
-    DistillLmConfig,
-    _load_teacher,
-    check_alignments,
+from asrkit.methods.lm_distillation.config import DistillLmConfig
+from asrkit.methods.lm_distillation.loss import (
     counted_frames,
     frame_labels,
     frame_posteriors,
     lm_distillation_loss,
     with_heads,
 )
+from asrkit.methods.lm_distillation.teachers import SUPERVISED, check_alignments, load_lm_teacher
+from asrkit.models import AsrModel, load_model
+from asrkit.models.lm import LanguageModel
+from asrkit.nn.context import FULL
+from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.training.asr_loss import LossConfig
 from asrkit.training.contexts import ContextsConfig
 from helpers.lm_runs import asrkit, make_aligned_corpus, quick, sets
@@ -80,11 +78,11 @@ class Setup:
     ) -> None:
         self.settings = from_dict(DistillLmConfig, settings, "test")
         run = open_run(corpus / "parent")
-        teachers = {unit: _load_teacher(corpus / f"lm-{unit}") for unit in units}
+        teachers = {unit: load_lm_teacher(corpus / f"lm-{unit}") for unit in units}
         self.lms: dict[str, LanguageModel] = {unit: teacher.model for unit, teacher in teachers.items()}
         inventories = {unit: teacher.inventory for unit, teacher in teachers.items()}
         if self.settings.supervised is not None:
-            inventories[SUPERVISED] = _load_teacher(corpus / f"lm-{self.settings.supervised}").inventory
+            inventories[SUPERVISED] = load_lm_teacher(corpus / f"lm-{self.settings.supervised}").inventory
         origin = load_model(run)
         heads = inventories if self.settings.mode == "mtl" else {SUPERVISED: inventories[SUPERVISED]}
         torch.manual_seed(1)
@@ -99,8 +97,8 @@ class Setup:
 
     def loss(self) -> torch.Tensor:
         output = lm_distillation_loss(self.model, self.lms, self.batch, 0, self.settings, self.objective)
-        assert output.loss.shape == (len(self.batch.cut_ids),) and output.loss.isfinite().all()
-        return output.loss.sum()
+        assert output.losses.shape == (len(self.batch.cut_ids),) and output.losses.isfinite().all()
+        return output.losses.sum()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         self.model.zero_grad(set_to_none=True)
@@ -140,7 +138,7 @@ def test_all_to_the_labels_or_none(corpus: Path) -> None:
     setup = Setup(corpus, UNITS, supervised="phone", labels=1.0, supervised_scale=0.0)
     found = setup.gradients()
     setup.model.zero_grad(set_to_none=True)
-    setup.objective(setup.model, setup.batch, 0).loss.sum().backward()
+    setup.objective(setup.model, setup.batch, 0).losses.sum().backward()
     for name, parameter in setup.model.named_parameters():
         if name.startswith("heads."):
             assert bool((found[name] == 0).all()), name
@@ -179,7 +177,7 @@ def test_the_loss_frame_by_frame(corpus: Path) -> None:
         setup = Setup(corpus, ("phone",), supervised="phone", labels=0.3, mode=mode, temperature=2.0, silence="own")
         taps = setup.model.encode(setup.batch.features, setup.batch.feature_lens, None, FULL)[0]
         segments, lm = setup.batch.segments["phone"], setup.lms["phone"]
-        own = setup.objective(setup.model, setup.batch, 0).loss
+        own = setup.objective(setup.model, setup.batch, 0).losses
         expected = []
         with torch.no_grad():
             logits = {name: head(taps).log_softmax(-1) for name, head in setup.model.heads.items()}
@@ -334,7 +332,7 @@ def test_a_supervised_head_of_a_unit_without_a_language_model(corpus: Path, tmp_
     distill(corpus, tmp_path / "kd", *lm_options(corpus, "bpe"), "--supervised", "phone")
     heads = open_run(tmp_path / "kd").model_spec["heads"]
     assert (heads["bpe"]["unit"], heads[SUPERVISED]["unit"]) == ("bpe", "phone")
-    assert heads[SUPERVISED]["classes"] == _load_teacher(corpus / "lm-phone").inventory.size
+    assert heads[SUPERVISED]["classes"] == load_lm_teacher(corpus / "lm-phone").inventory.size
 
 
 INTERRUPTED = """
@@ -378,7 +376,7 @@ def test_cuts_without_alignment(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "kd").exists()
     said = distill(corpus, tmp_path / "kd", *more, "--set", "unaligned=allow", "--supervised", "phone")
     assert f"2 cuts ({cuts[0].id}, {cuts[1].id}) have no phone alignment and train the recognizer alone" in said
-    inventories = {"phone": _load_teacher(corpus / "lm-phone").inventory}
+    inventories = {"phone": load_lm_teacher(corpus / "lm-phone").inventory}
     check_alignments(CutTable(cuts), inventories, {}, "allow")
     annotated = Annotator(inventories)([[Heard(cuts[0], 83)]])["phone"]
     assert bool((annotated.frames == -2).all()) and not bool(counted_frames(annotated, "own").any())
@@ -399,7 +397,7 @@ def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
     files = ["--manifest", corpus / "aligned.jsonl.gz", "--unit", "bpe", "--out", many]
     asrkit("train-lm", *files, *SMALL_LM, *sets("vocab_size=40"))
     cuts = list(open_cuts(corpus / "aligned.jsonl.gz"))
-    inventory = _load_teacher(many).inventory
+    inventory = load_lm_teacher(many).inventory
     assert all(symbol in inventory for cut in cuts for symbol in symbols_of(cut, "bpe") or ())
     said = distill(corpus, tmp_path / "kd", "--lm", f"bpe={many}", code=1)
     assert (

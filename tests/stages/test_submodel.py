@@ -52,8 +52,7 @@ from asrkit.stages.submodel import (
     remove_submodel,
 )
 from asrkit.training.checkpoint import save_weights
-from asrkit.training.derived import write_untrained_run
-from asrkit.training.run_writer import DONE
+from asrkit.training.run_writer import DONE, write_untrained_run
 
 Run = Callable[..., tuple[int, str, str]]
 SUBMODELS = {
@@ -487,7 +486,7 @@ def test_a_failure_leaves_nothing(near: Path, tmp_path: Path, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("asrkit.training.derived.save_weights", full)
+    monkeypatch.setattr("asrkit.training.run_writer.save_weights", full)
     with pytest.raises(UserError, match=r"x: cannot write \(No space left on device\)"):
         remove_submodel(near, "near", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

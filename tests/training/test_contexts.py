@@ -50,7 +50,7 @@ def batch() -> Batch:
 
 
 def loss_of(model: AsrModel, **options: Any) -> torch.Tensor:
-    return asr_loss(model, batch(), 5, LOSS, **options).loss
+    return asr_loss(model, batch(), 5, LOSS, **options).losses
 
 
 @settings(deadline=None, max_examples=25)
@@ -106,11 +106,13 @@ def test_joint_training_adds_both_contexts_and_the_distillation() -> None:
     torch.testing.assert_close(loss_of(model, contexts=both, variant="joint"), full + streaming)
     distilled = ContextsConfig(train=["full", STREAMING], sampling="joint", distillation_scale=0.5)
     output = asr_loss(model, batch(), 5, LOSS, distilled, "joint")
-    torch.testing.assert_close(output.loss.sum(), (full + streaming).sum() + 0.5 * output.parts["distillation"])
-    assert float(output.parts["distillation"]) > 0
-    assert {"pruned", "streaming_pruned", "distillation"} <= set(output.parts)
+    torch.testing.assert_close(
+        output.losses.sum(), (full + streaming).sum() + 0.5 * output.metrics["distillation"].total
+    )
+    assert float(output.metrics["distillation"].total) > 0
+    assert {"pruned", "streaming_pruned", "distillation"} <= set(output.metrics)
     later = ContextsConfig(train=["full", STREAMING], sampling="joint", distillation_scale=0.5, distillation_delay=1)
-    assert not torch.allclose(output.loss, loss_of(model, contexts=later, variant="joint"))
+    assert not torch.allclose(output.losses, loss_of(model, contexts=later, variant="joint"))
 
 
 def test_distillation_teaches_the_streaming_pass_alone() -> None:
@@ -129,7 +131,7 @@ def test_distillation_teaches_the_streaming_pass_alone() -> None:
     spec = {**small_spec_of(model), "encoder": {**small_spec_of(model)["encoder"], "kernel_size": 1}}
     same = AsrModel(from_dict(ModelSpec, spec, "test")).train()
     alike = ContextsConfig(train=["full", "chunk=100,left=0"], sampling="joint", distillation_scale=1.0)
-    assert float(asr_loss(same, batch(), 5, LOSS, alike, "joint").parts["distillation"]) < 1e-4
+    assert float(asr_loss(same, batch(), 5, LOSS, alike, "joint").metrics["distillation"].total) < 1e-4
 
 
 def small_spec_of(model: AsrModel) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.run_dir import LINEAGE, MODEL, open_run, sha256_of, write_yaml
-from asrkit.training.loop import _Shadow
+from asrkit.training.ema import MovingAverage
 from helpers.stage_runs import TWO
 from helpers.tones import make_corpus
 
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_the_previous_state(corpus: Path, tmp_path: Path) -> 
 def test_the_saved_weights_are_the_running_average() -> None:
     model, average = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     before = average.weight.detach().clone()
-    _Shadow(model, average).follow(0.75)
+    MovingAverage(model, average).follow(0.75)
     torch.testing.assert_close(average.weight.detach(), 0.75 * before + 0.25 * model.weight.detach())
 
 
@@ -276,7 +276,7 @@ def test_an_average_of_nothing_is_the_last_step() -> None:
     """To the last bit, as the integers of the last step are promised; and weights that do not move stay with any decay."""
     torch.manual_seed(0)
     model, average = torch.nn.Linear(300, 300), torch.nn.Linear(300, 300)
-    shadow = _Shadow(model, average)
+    shadow = MovingAverage(model, average)
     shadow.follow(0.0)
     assert torch.equal(average.weight, model.weight)
     shadow.follow(0.37)
@@ -286,12 +286,15 @@ def test_an_average_of_nothing_is_the_last_step() -> None:
 def test_memory_that_runs_out_names_the_batch() -> None:
     """A real allocation that fails, in the place where a step's would."""
     from asrkit.data.batch import Batch
-    from asrkit.training.loop import _room_for
+    from asrkit.training.step import out_of_memory_named
 
     batch = Batch(torch.zeros(2, 9, 80), torch.tensor([9, 5]), ["short", "long"], ["a", "b"], ["", ""], [1.0, 30.0])
-    with pytest.raises(UserError, match="step 8: out of memory .*, the longest long of 30.0 s"), _room_for(batch, 7):
+    with (
+        pytest.raises(UserError, match="step 8: out of memory .*, the longest long of 30.0 s"),
+        out_of_memory_named(batch, 7),
+    ):
         torch.zeros(1 << 50)
-    with pytest.raises(RuntimeError, match="shapes"), _room_for(batch, 7):
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_named(batch, 7):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
@@ -302,8 +305,8 @@ class _Broken(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_loader_processes_stay_one_line(workers: int) -> None:
-    from asrkit.training.loop import _fetch
+    from asrkit.training.step import BatchStream
 
     with pytest.raises(UserError) as caught:
-        next(_fetch(_Broken(), [0], workers, torch.device("cpu")))  # type: ignore[arg-type]
+        BatchStream(_Broken(), [0], workers, torch.device("cpu"))[0]  # type: ignore[arg-type]
     assert caught.value.lines == ("cut x: gone",)

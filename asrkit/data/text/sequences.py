@@ -92,12 +92,20 @@ def speller(
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """symbols (B, N) int64 padded with 0, symbol_lens (B,); ``cut_ids`` say where each comes from. No audio."""
+    """symbols (B, N) int64 padded with 0, symbol_lens (B,); ``cut_ids`` say where each comes from. No audio.
+
+    num_symbols: of all sequences, their ends included, a plain number.
+    """
 
     symbols: Tensor
     symbol_lens: Tensor
     cut_ids: list[str]
     durations: list[float] = field(default_factory=list)
+    num_symbols: int = -1
+
+    def __post_init__(self) -> None:
+        if self.num_symbols < 0:
+            object.__setattr__(self, "num_symbols", int((self.symbol_lens + 1).sum()))
 
     def to(self, device: torch.device) -> SequenceBatch:
         """The same batch with its tensors on ``device``."""

@@ -17,7 +17,7 @@ from asrkit.losses.distillation import (
     LastRow,
 )
 from asrkit.methods.distillation.teachers import Teachers, each
-from asrkit.training.asr_loss import LossConfig
+from asrkit.training.session import StageConfig
 
 Step = Annotated[int, Field(ge=0)]
 
@@ -124,32 +124,36 @@ class DistillationConfig:
         return self
 
 
-def check_distillation(teachers: Teachers, teaching: DistillationConfig, settings: LossConfig, steps: int) -> None:
-    """Refuse teachers that were last trained without a head that is to teach, and a weight that never begins to decay in
-    ``steps``, the length of the training.
+def check_distillation(teachers: Teachers, how: DistillationConfig, stage: StageConfig) -> None:
+    """Refuse teachers that cannot teach a student that trains as ``stage`` says.
 
     Raises:
-        UserError: all of them.
+        UserError: all that speaks against it; see ``Distillation.check``.
     """
-    findings = []
-    weight = teaching.weight
-    if weight.kind in ("linear", "exponential") and weight.from_step >= steps:
+    findings, weight, loss = [], how.weight, stage.loss
+    if weight.kind in ("linear", "exponential") and weight.from_step >= stage.training.steps:
         findings.append(
-            f"teacher.weight.from_step={weight.from_step}: the decay would begin after training.steps={steps}; lower it, or set "
-            "teacher.weight.kind=constant"
+            f"teacher.weight.from_step={weight.from_step}: the decay would begin after "
+            f"training.steps={stage.training.steps}; lower it, or set teacher.weight.kind=constant"
         )
     for teacher in each(teachers):
+        option = f"--teacher {teacher.run.path}"
+        if stage.data.augment.join > 0 and teacher.model.spec.languages:
+            findings.append(
+                f"{option}: takes the language of an utterance as an input, and data.augment.join joins utterances of any "
+                "language; set it to 0"
+            )
         # Stages without training, such as quantize, say nothing of losses.
         losses = next((entry["losses"] for entry in reversed(teacher.run.lineage) if "losses" in entry), None)
         if losses is None:
             continue
-        at_nodes = teaching.scale > 0 and settings.transducer_scale > 0
-        if (at_nodes or weight.needs_teacher_loss) and "transducer" not in losses:
+        compares_nodes = how.scale > 0 and loss.transducer_scale > 0
+        if (compares_nodes or weight.needs_teacher_loss) and "transducer" not in losses:
             findings.append(
-                f"--teacher {teacher.run.path}: was trained without a transducer; choose another, or teach by CTC: "
+                f"{option}: was trained without a transducer; choose another, or teach by CTC: "
                 "teacher.scale=0 and teacher.weight.kind=constant"
             )
-        if teaching.ctc_scale > 0 and settings.ctc_scale > 0 and "ctc" not in losses:
-            findings.append(f"--teacher {teacher.run.path}: was trained without CTC; set teacher.ctc_scale=0")
+        if how.ctc_scale > 0 and loss.ctc_scale > 0 and "ctc" not in losses:
+            findings.append(f"{option}: was trained without CTC; set teacher.ctc_scale=0")
     if findings:
         raise UserError.of(findings)

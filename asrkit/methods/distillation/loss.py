@@ -36,6 +36,7 @@ from asrkit.nn.context import Context
 from asrkit.run_dir import WEIGHTS
 from asrkit.training.asr_loss import ForwardPass, LossConfig, asr_loss, forward_losses
 from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, drawn, drawn_gates
+from asrkit.training.session import StageConfig
 from asrkit.training.step import LossOutput, Metric
 
 
@@ -59,13 +60,14 @@ class Distillation:
         """
         return cls({ANY: [load_teacher(teacher, tokenizer)]}, settings)
 
-    def check(self, loss: LossConfig, steps: int) -> None:
-        """Refuse what cannot teach this student, before any work.
+    def check(self, stage: StageConfig) -> None:
+        """Refuse what cannot teach a student that trains as ``stage`` says, before any work.
 
         Raises:
-            UserError: teachers last trained without a head that is to teach; a weight that never begins to decay in ``steps``.
+            UserError: teachers last trained without a head that is to teach; a weight that never begins to decay; joined
+                utterances for teachers that take a language as an input.
         """
-        check_distillation(self.teachers, self.settings, loss, steps)
+        check_distillation(self.teachers, self.settings, stage)
 
     def check_cuts(self, cuts: Iterable[Cut]) -> list[str]:
         """Why the cuts cannot all be taught by these teachers; [] if they can."""
@@ -197,9 +199,7 @@ def _on_the_lattice(
         nodes = counted_nodes(ranges, *lens, how.last_row)
         expected = outputs.node_log_probs(slice(None), ranges)
         with torch.autocast(expected.device.type, enabled=False):
-            found = node_log_probs(
-                own.transducer.logits, batch.symbols, ranges, lens[1], how.classes, how.temperature
-            )
+            found = node_log_probs(own.transducer.logits, batch.symbols, ranges, lens[1], how.classes, how.temperature)
             total = divergence(found, expected, nodes, how.direction)
     if how.reduction == "mean":
         total = total / nodes.sum(dim=(1, 2)).clamp(min=1)
