@@ -230,7 +230,8 @@ def load_model(run: RunDir) -> AsrModel:
     Raises:
         UserError: the run is of another kind, or the weights do not fit the spec.
     """
-    model = AsrModel(replace(spec_of(run), heads={}))
+    with torch.random.fork_rng(devices=[]):  # reading a model draws nothing from the generator
+        model = AsrModel(replace(spec_of(run), heads={}))
     weights = {name: tensor for name, tensor in run.weights().items() if not name.startswith("heads.")}
     try:
         model.load_state_dict(weights, strict=True)

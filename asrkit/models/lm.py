@@ -115,7 +115,8 @@ def load_lm(run: RunDir) -> LanguageModel:
     """
     if not is_language_model(run):
         raise UserError(f"{run.path}: holds no language model, but a recognizer; train one with asrkit train-lm")
-    model = LanguageModel(from_dict(LmSpec, run.model_spec, str(run.path / MODEL)))
+    with torch.random.fork_rng(devices=[]):  # reading a model draws nothing from the generator
+        model = LanguageModel(from_dict(LmSpec, run.model_spec, str(run.path / MODEL)))
     try:
         model.load_state_dict(run.weights(), strict=True)
     except RuntimeError as error:

@@ -186,7 +186,8 @@ def compute_gradients(
         result.count += output.count
         result.audio += sum(batch.durations)
         result.waited += waited
-        metrics["audio_seconds"] = Metric(torch.tensor(sum(batch.durations), device=total.device), None)
+        audio = torch.tensor(sum(batch.durations), dtype=torch.float64, device=total.device)
+        metrics["audio_seconds"] = Metric(audio, None)
         add_metrics(result.metrics, metrics)
     result.gradients = [parameter.grad for parameter in parameters]
     return result
