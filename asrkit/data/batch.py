@@ -17,6 +17,7 @@ from asrkit.data.augment import (
 from asrkit.data.cut_audio import cut_features
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.frames import count_encoder_frames
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.num_encoder_frames < 0:
-            frames = torch.div(self.feature_lens - 3, 4, rounding_mode="floor").clamp(min=0)
-            object.__setattr__(self, "num_encoder_frames", int(frames.sum()))
+            frames = sum(count_encoder_frames(length) for length in self.feature_lens.tolist())
+            object.__setattr__(self, "num_encoder_frames", frames)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""

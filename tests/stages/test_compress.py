@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(corpus: Path, parent: Path
 
 def test_bits_within_a_budget(corpus: Path, parent: Path, tmp_path: Path) -> None:
     run = tmp_path / "mixed"
-    parts = [word for part in ("encoder", "submodels", "joiner", "heads") for word in ("--only", part)]
+    parts = [word for part in ("encoder", "submodels", "joiner", "ctc_head") for word in ("--only", part)]
     words = ["qat", "--from", parent, "--budget", "25%", *parts, *data(corpus), "--out", run, *sets()]
     said = asrkit(*words)
     model = model_of(run)
