@@ -177,10 +177,12 @@ def compute_gradients(
             with autocast(arithmetic.device, arithmetic.dtype):
                 output = task.loss(model, batch, step)
             total = output.losses.sum()
-            metrics = {"loss": Metric(total.detach(), output.count), **output.metrics}
+            metrics = dict(output.metrics)
             if output.regularizer is not None:
                 # The step's sum is divided by its count, so that each batch brings its share of one such term.
                 total = total + output.regularizer * output.count
+                metrics["regularizer"] = Metric(output.regularizer.detach(), 1.0)
+            metrics["loss"] = Metric(total.detach(), output.count)
             (total if arithmetic.scale is None else arithmetic.scale(total)).backward()
         result.finite.append((batch.cut_ids, output.losses.detach().isfinite()))
         result.count += output.count
