@@ -90,9 +90,9 @@ def prune(
     Masks are computed from the trained weights, once or a few times, and then never change.
     """
     from asrkit.config import resolve
+    from asrkit.methods.compression import from_scratch_defaults
     from asrkit.stages.prune import PruneConfig
     from asrkit.stages.prune import prune as run
-    from asrkit.methods.compression import from_scratch_defaults
 
     options = given(
         {
@@ -172,9 +172,9 @@ def qat(
     """
     from asrkit.config import resolve
     from asrkit.errors import UserError
+    from asrkit.methods.compression import from_scratch_defaults
     from asrkit.stages.qat import QatConfig
     from asrkit.stages.qat import qat as run
-    from asrkit.methods.compression import from_scratch_defaults
 
     if budget is not None and bits is not None:
         raise UserError("--bits and --budget: the budget chooses the bits; use one of them")
