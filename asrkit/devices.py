@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 def choose_device(name: str) -> torch.device:
     """``auto`` (a GPU where torch can use one), ``cpu``, ``cuda`` or ``cuda:N`` as a torch device.
 
+    A GPU always has its number, 0 where none is given: ``torch.cuda.set_device`` refuses a device without one, and
+    tensors name theirs, so that ``tensor.device == device`` holds.
+
     Raises:
         UserError: another name, or a GPU that torch does not have here.
     """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
     # torch keeps the index in 8 bits; ASCII digits only, as others would be counted as numbers too.
@@ -32,7 +35,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: torch {torch.__version__} ({built_for}) finds no GPU here; use auto or cpu, or run asrkit doctor"
         )
-    index, count = match[1], torch.cuda.device_count()
-    if index is not None and int(index) >= count:
+    index, count = int(match[1] or 0), torch.cuda.device_count()
+    if index >= count:
         raise UserError(f"--device {name}: torch finds {count} GPU(s), cuda:0 to cuda:{count - 1}; use one of these")
-    return torch.device("cuda" if index is None else f"cuda:{int(index)}")
+    return torch.device(f"cuda:{index}")

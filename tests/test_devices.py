@@ -14,7 +14,7 @@ def _with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
-@pytest.mark.parametrize("count, expected", [(0, "cpu"), (1, "cuda")])
+@pytest.mark.parametrize("count, expected", [(0, "cpu"), (1, "cuda:0")])
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, count: int, expected: str) -> None:
     _with_gpus(monkeypatch, count)
     assert choose_device("auto") == torch.device(expected)
@@ -23,7 +23,7 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, co
 
 def test_a_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     _with_gpus(monkeypatch, 2)
-    assert choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cuda") == torch.device("cuda:0")
     assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match=r"--device cuda:2: torch finds 2 GPU\(s\), cuda:0 to cuda:1"):
         choose_device("cuda:2")

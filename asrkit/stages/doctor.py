@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import os
 import platform
 import re
 import shutil
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from asrkit.reporting.machine import processor
+from asrkit import mkl
+from asrkit.reporting.machine import num_cores, processor
 
 Status = Literal["ok", "absent", "broken"]
 
@@ -124,6 +126,18 @@ def machine() -> Iterator[Check]:
     )
     yield Check("machine", "system", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
     yield Check("machine", "processor", "ok", processor())
+    yield Check("machine", "threads", "ok", threads(os.environ.get("OMP_NUM_THREADS"), num_cores()))
+    yield Check("machine", "matrix products", "ok", mkl.described())
+
+
+def threads(asked: str | None, cores: int) -> str:
+    """How many threads a process computes with on the CPU: ``OMP_NUM_THREADS`` where it is set."""
+    if asked:
+        return f"{asked} a process (OMP_NUM_THREADS)"
+    return (
+        f"{cores} for one process; torchrun gives each of several processes 1, unless OMP_NUM_THREADS says more "
+        f"(export OMP_NUM_THREADS={max(1, cores // 2)} for two)"
+    )
 
 
 def packages(needed: list[Requirement]) -> Iterator[Check]:

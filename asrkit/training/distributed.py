@@ -17,6 +17,7 @@ import torch.distributed
 from torch import Tensor
 
 from asrkit.devices import choose_device
+from asrkit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,40 @@ class World:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Join the processes torchrun started (nccl on GPUs, gloo on CPUs), or be the only one.
+    """Join the processes torchrun started, or be the only one.
+
+    On GPUs ``auto`` and ``cuda`` give each process of a machine its own, and they talk by nccl; ``cuda:N`` is one GPU
+    that all of them share, by gloo, as nccl refuses two processes on a GPU. On CPUs they talk by gloo.
 
     Raises:
-        UserError: a device that torch does not have here.
+        UserError: a device that torch does not have here, or fewer GPUs than processes.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    torch_device = choose_device(device)
-    if torch_device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-        torch_device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    torch_device, backend = choose_device(device), "gloo"
     if torch_device.type == "cuda":
+        if device in ("auto", "cuda"):
+            torch_device, backend = _own_gpu(), "nccl"
         torch.cuda.set_device(torch_device)
     if size == 1:
         yield World(0, 1, torch_device)
         return
-    torch.distributed.init_process_group("nccl" if torch_device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group(backend)
     try:
         yield World(rank, size, torch_device)
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _own_gpu() -> torch.device:
+    """This process's GPU among those of its machine, by the number torchrun gave it there."""
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', 'more')} processes on a machine with {count} GPU(s); "
+            f"start one for each (--nproc_per_node {count}), or let them share one by --device cuda:0"
+        )
+    return torch.device(f"cuda:{index}")
 
 
 def all_sum(values: Tensor) -> Tensor:
@@ -114,5 +129,5 @@ def broadcast_object(world: World, value: object) -> object:
     if world.size == 1:
         return value
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0, device=world.device)
+    torch.distributed.broadcast_object_list(box, src=0)
     return box[0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asrkit.stages.doctor import has_kernels, requirements, version_tuple
+from asrkit.stages.doctor import has_kernels, requirements, threads, version_tuple
 
 
 def doctor(stubs: Path, arguments: tuple[str, ...] = ("--json",)) -> subprocess.CompletedProcess[str]:
@@ -41,6 +41,13 @@ def test_a_sound_environment_can_train(tmp_path: Path) -> None:
     assert json.loads(outcome.stdout)["can_train"]
     assert checks["torch"]["status"] == "ok"
     assert "cores" in checks["processor"]["found"]
+    assert checks["threads"]["found"] == "1 a process (OMP_NUM_THREADS)"
+    assert "MKL" in checks["matrix products"]["found"]
+
+
+def test_threads_that_nobody_chose() -> None:
+    assert threads("3", 8) == "3 a process (OMP_NUM_THREADS)"
+    assert "8 for one process" in threads(None, 8) and "OMP_NUM_THREADS=4 for two" in threads(None, 8)
 
 
 def test_the_text_ends_with_a_verdict_and_commands(tmp_path: Path) -> None:

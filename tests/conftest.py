@@ -1,0 +1,3 @@
+"""Before any test imports torch."""
+
+import asrkit  # noqa: F401  it may set what torch reads once

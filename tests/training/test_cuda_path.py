@@ -1,0 +1,253 @@
+"""What a stage does on a GPU, tried where there is none: on a device that computes on the CPU and is as strict as CUDA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from asrkit.data.manifests import open_cuts, write_cuts
+from asrkit.errors import UserError
+from asrkit.run_dir import METRICS, WEIGHTS
+from asrkit.training import checkpoint, distributed, update
+from helpers.lm_runs import SHAPE, asrkit, quick, sets
+from helpers.pretend_gpu import GPU, Counts, pretend_gpu
+from helpers.tones import make_corpus
+
+# A state is loaded into parameters that torch takes for ones without numbers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
+
+COMMANDS = ("asrkit.training.distributed", "asrkit.decoding.recognizer", "asrkit.stages.align")
+
+
+@contextmanager
+def a_gpu() -> Iterator[Counts]:
+    """``--device cuda`` is the pretended GPU."""
+    with pytest.MonkeyPatch.context() as patch, pretend_gpu() as counts:
+        for module in COMMANDS:
+            patch.setattr(f"{module}.choose_device", lambda name: torch.device("cpu") if name == "cpu" else GPU)
+        yield counts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two manifests, a parent with attention in a sub-model, and a language model."""
+    folder = tmp_path_factory.mktemp("gpu")
+    make_corpus(folder, 8, language="en")
+    make_corpus(folder, 3, seed=1, name="dev", language="en")
+    asrkit("train-backbone", *data(folder), "--out", folder / "parent", *quick(*SHAPE))
+    return folder
+
+
+def data(folder: Path) -> list[object]:
+    return ["--manifest", folder / "train.jsonl.gz", "--dev", folder / "dev.jsonl.gz", "--max-duration", 20]
+
+
+def short(*settings: str) -> list[str]:
+    return quick(*settings, "training.steps=2")
+
+
+def on_both(folder: Path, tmp_path: Path, *words: object) -> Counts:
+    """Run a stage on the CPU and on the GPU; weights and metrics must be the same."""
+    asrkit(*words, "--device", "cpu", "--out", tmp_path / "cpu")
+    with a_gpu() as counts:
+        asrkit(*words, "--device", "cuda", "--out", tmp_path / "gpu")
+    same_run(tmp_path / "cpu", tmp_path / "gpu")
+    return counts
+
+
+def same_run(expected: Path, found: Path) -> None:
+    weights, others = load_file(expected / WEIGHTS), load_file(found / WEIGHTS)
+    torch.testing.assert_close(others, weights, rtol=1e-4, atol=1e-6)  # attention takes another way there
+    logs = [[json.loads(line) for line in (run / METRICS).read_text().splitlines()] for run in (expected, found)]
+    for row, same in zip(*logs, strict=True):
+        assert row.pop("timing") and same.pop("timing") and same == pytest.approx(row, rel=1e-4)
+
+
+JOINT = ["model.attention_dropout.probability=0.5", "model.attention_heads=2", "model.attention_dropout.per=utterance"]
+STAGES: dict[str, list[object]] = {
+    "train-backbone": ["train-backbone", *short(*SHAPE)],
+    "adamw, accumulated, attention dropped": [
+        "train-backbone", *short(*SHAPE, *JOINT, "training.optimizer.name=adamw", "training.accumulate=2"),
+    ],
+    "joint contexts": [
+        "train-backbone",
+        *short(*SHAPE, "contexts.train=[full,'chunk=4,left=8']", "contexts.sampling=joint",
+               "contexts.distillation_scale=0.1", "contexts.distillation_delay=1", "loss.am_scale=0.1", "loss.topology=regular"),
+    ],
+    "add-submodel": ["add-submodel", "--from", "parent", "--name", "near", "--context", "chunk=4,left=8", *short("submodel.heads=2")],
+    "prune": ["prune", "--from", "parent", "--sparsity", "2:4", "--shots", 2, *short("schedule.score=activation")],
+    "qat": ["qat", "--from", "parent", "--bits", 4, "--act-bits", 8, "--teacher", "parent", *short("quantization.weights.clip=search")],
+    "qat, bits by layer": ["qat", "--from", "parent", "--budget", 0.99, "--only", "joiner", *short()],
+    "distill": [
+        "distill", "--teacher", "parent", "--weight", "student-teacher",
+        *short(*SHAPE, "model.dim=24", "teacher.ctc_scale=0.3", "teacher.encoder_scale=0.1", "teacher.classes=all", "teacher.input=clean"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_the_same_on_a_gpu(folder: Path, tmp_path: Path, stage: str) -> None:
+    words = [folder / word if word == "parent" else word for word in STAGES[stage]]
+    on_both(folder, tmp_path, *words, *data(folder))
+
+
+def test_a_resumed_run_is_the_same_on_a_gpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train-backbone", *quick(*SHAPE, "training.optimizer.warm_up_steps=1"), *data(folder)]
+    asrkit(*words, "--device", "cpu", "--out", tmp_path / "cpu")
+    with a_gpu():
+        stopped: list[object] = []
+
+        def once(*state: Any) -> None:
+            checkpoint.save_state(*state)
+            if not stopped:
+                stopped.append(state)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(update, "save_state", once)
+        with pytest.raises((KeyboardInterrupt, AssertionError)):
+            asrkit(*words, "--device", "cuda", "--out", tmp_path / "gpu")
+        asrkit(*words, "--device", "cuda", "--out", tmp_path / "gpu")
+    assert stopped
+    same_run(tmp_path / "cpu", tmp_path / "gpu")
+
+
+@pytest.mark.parametrize("shape", ["lstm", "transformer"])
+def test_language_models(folder: Path, tmp_path: Path, shape: str) -> None:
+    (tmp_path / "text").write_text("alpha bravo\ncarol delta alpha\nbravo bravo\n" * 20)
+    small = ["model.dim=16", "model.num_layers=1", "vocab_size=20", "training.tensorboard=false", "training.steps=2"]
+    settings = sets(*small, f"model.architecture={shape}", "training.precision=float32")
+    on_both(folder, tmp_path, "train-lm", "--text", tmp_path / "text", *settings)
+
+
+def test_pseudo_labels_and_posteriors_on_disk(folder: Path, tmp_path: Path) -> None:
+    cached = ["--teacher", folder / "parent", "--cache", tmp_path / "cache", *short(*SHAPE, "teacher.ctc_scale=0")]
+    on_both(folder, tmp_path / "cached", "distill", *cached, *still(), *data(folder))
+    cuts = [cut for cut in open_cuts(folder / "train.jsonl.gz")]
+    for cut in cuts[::2]:
+        cut.supervisions = [replace(cut.supervisions[0], text="")]
+    write_cuts(tmp_path / "half.jsonl.gz", cuts)
+    half = ["--manifest", tmp_path / "half.jsonl.gz", "--max-duration", 20, "--labels", "teacher"]
+    half += ["--tokenizer", folder / "parent" / "tokenizer.model"]
+    on_both(
+        folder,
+        tmp_path / "labels",
+        "distill",
+        "--teacher",
+        folder / "parent",
+        *half,
+        *short(*SHAPE, "teacher.ctc_scale=0"),
+    )
+
+
+def still() -> list[str]:
+    return sets("data.augment.speed=0", "data.augment.volume_db=0")
+
+
+@pytest.mark.parametrize(
+    "how", [["--method", "greedy", "--method", "beam", "--method", "ctc"], ["--chunk", 4, "--left", 8]]
+)
+def test_decoding(folder: Path, tmp_path: Path, how: list[object]) -> None:
+    results = {}
+    for device in ("cpu", "cuda"):
+        words = ["evaluate", "--from", folder / "parent", "--manifest", folder / "dev.jsonl.gz", *how, "--json"]
+        with a_gpu():
+            asrkit(*words, "--device", device, "--out", tmp_path / device)
+        files = sorted(path for path in (tmp_path / device).rglob("utterances.jsonl"))
+        results[device] = [path.read_text() for path in files]
+    assert results["cpu"] and results["cpu"] == results["cuda"]
+
+
+def test_a_live_stream_and_alignments(folder: Path, tmp_path: Path) -> None:
+    audio = folder / "dev" / "0.wav"
+    aligned = ["align", "--from", folder / "parent", "--manifest", folder / "dev.jsonl.gz", *sets("bad_cuts=skip")]
+    texts = {}
+    for device in ("cpu", "cuda"):
+        with a_gpu():
+            said = asrkit("transcribe", audio, "--from", folder / "parent", "--stream", "--fast", "--device", device)
+            asrkit(*aligned, "--device", device, "--out", tmp_path / f"{device}.jsonl.gz")
+        texts[device] = said, [cut.to_dict() for cut in open_cuts(tmp_path / f"{device}.jsonl.gz")]
+    assert texts["cpu"] == texts["cuda"]
+
+
+def test_the_pretended_device_is_strict() -> None:
+    with pretend_gpu() as counts:
+        there = torch.ones(3, device=GPU)
+        with pytest.raises(RuntimeError, match="same device"):
+            there + torch.ones(3)
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.arange(3) * there
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.ones(3)[there.long()]
+        with pytest.raises(TypeError):
+            there.numpy()
+        assert (there + torch.tensor(1.0)).device == GPU and there[torch.tensor([0, 2])].shape == (2,)
+        counts.waits.clear()
+        assert float(there.sum()) == 3.0 and there.cpu().tolist() == [1.0, 1.0, 1.0]
+        assert sum(counts.waits.values()) == 2
+        torch.ones(3).to(GPU, non_blocking=True)
+        assert sum(counts.waits.values()) == 2
+
+
+class _Cuda:
+    """torch.cuda as far as it is asked for a device, as strict as the real one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        self.current: int | None = None
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", self.set_device)
+
+    def set_device(self, device: torch.device | int) -> None:
+        index = device if isinstance(device, int) else device.index
+        if index is None:
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+        self.current = index
+
+
+@pytest.mark.parametrize("name, expected", [("auto", 0), ("cuda", 0), ("cuda:1", 1), ("cpu", None)])
+def test_one_process_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, name: str, expected: int | None) -> None:
+    cuda = _Cuda(monkeypatch, 2)
+    with distributed.join_world(name) as world:
+        assert cuda.current == expected
+        assert world.device == torch.device("cpu" if expected is None else f"cuda:{expected}")
+
+
+@pytest.mark.parametrize(
+    "name, expected, backend",
+    [("auto", "cuda:1", "nccl"), ("cuda", "cuda:1", "nccl"), ("cuda:0", "cuda:0", "gloo"), ("cpu", "cpu", "gloo")],
+)
+def test_the_second_of_two_processes(monkeypatch: pytest.MonkeyPatch, name: str, expected: str, backend: str) -> None:
+    _Cuda(monkeypatch, 2)
+    asked = _two_processes(monkeypatch)
+    with distributed.join_world(name) as world:
+        assert (world.rank, world.size, world.device) == (1, 2, torch.device(expected))
+    assert asked == [backend]
+
+
+def test_fewer_gpus_than_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Cuda(monkeypatch, 1)
+    _two_processes(monkeypatch)
+    with (
+        pytest.raises(UserError, match=r"2 processes on a machine with 1 GPU\(s\); .*--device cuda:0"),
+        distributed.join_world("auto"),
+    ):
+        pass
+
+
+def _two_processes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """This is the second; returns the list of the backends asked for."""
+    asked: list[str] = []
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.distributed, "init_process_group", asked.append)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    return asked
