@@ -20,7 +20,7 @@ from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.decoding.search import Method
 from asrkit.errors import UserError
-from asrkit.methods.distillation.cache import PosteriorCache
+from asrkit.methods.distillation.cache import PosteriorCache, needed_settings
 from asrkit.methods.distillation.config import DistillationConfig
 from asrkit.methods.distillation.loss import Distillation, build_loss
 from asrkit.methods.distillation.pseudo_labels import pseudo_label
@@ -217,25 +217,7 @@ def _check(
             "data.augment.join joins utterances of any language, and each teacher knows its own; set it to 0"
         )
     if cache is not None:
-        augment, teaching = settings.data.augment, settings.teacher
-        changes = {
-            "data.augment.speed": (augment.speed, 0.0),
-            "data.augment.tempo": (augment.tempo, 0.0),
-            "data.augment.silence": (augment.silence, 0.0),
-            "data.augment.join": (augment.join, 0.0),
-            "data.bpe_dropout": (settings.data.bpe_dropout, 0.0),
-            "teacher.classes": (teaching.classes, "three"),
-            "teacher.temperature": (teaching.temperature, 1.0),
-            "teacher.input": (teaching.input, "clean"),
-            "teacher.context": (teaching.context, "own"),
-            "teacher.ctc_scale": (teaching.ctc_scale, 0.0),
-            "teacher.encoder_scale": (teaching.encoder_scale, 0.0),
-        }
-        findings += [
-            f"--cache {cache}: holds next symbol and blank of unchanged audio; set {key}={needed}, not {value}"
-            for key, (value, needed) in changes.items()
-            if value != needed
-        ]
+        findings += [f"--cache {cache}: {line}" for line in needed_settings(settings.data, settings.teacher)]
     if findings:
         raise UserError.of(findings)
 

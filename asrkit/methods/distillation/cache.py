@@ -20,9 +20,11 @@ from asrkit.config import differences, digest
 from asrkit.data.batch import Batch, evaluation_batches, with_symbols
 from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.data.train_batches import DataConfig
 from asrkit.errors import UserError
 from asrkit.losses.distillation import delayed, three_classes
 from asrkit.losses.transducer import arc_loss
+from asrkit.methods.distillation.config import DistillationConfig
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
 from asrkit.methods.distillation.teachers import Teachers
 from asrkit.nn.conformer import subsampled_lens
@@ -135,6 +137,28 @@ class PosteriorCache:
                 self._files.update(dict.fromkeys(opened.keys(), opened))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read ({error}); delete it, and it is made again") from error
+
+
+def needed_settings(data: DataConfig, how: DistillationConfig) -> list[str]:
+    """Which settings contradict posteriors on disk, which are of unchanged audio and of the lattice alone; [] if none does."""
+    needed = {
+        "data.augment.speed": (data.augment.speed, 0.0),
+        "data.augment.tempo": (data.augment.tempo, 0.0),
+        "data.augment.silence": (data.augment.silence, 0.0),
+        "data.augment.join": (data.augment.join, 0.0),
+        "data.bpe_dropout": (data.bpe_dropout, 0.0),
+        "teacher.classes": (how.classes, "three"),
+        "teacher.temperature": (how.temperature, 1.0),
+        "teacher.input": (how.input, "clean"),
+        "teacher.context": (how.context, "own"),
+        "teacher.ctc_scale": (how.ctc_scale, 0.0),
+        "teacher.encoder_scale": (how.encoder_scale, 0.0),
+    }
+    return [
+        f"holds next symbol and blank of unchanged audio; set {key}={value}, not {given}"
+        for key, (given, value) in needed.items()
+        if given != value
+    ]
 
 
 def heard_arcs(teachers: Teachers, batch: Batch) -> list[Tensor]:
