@@ -129,7 +129,7 @@ def distill(
         check_languages_present(settings, origin, datasets.training)
         given = tokenizer if origin is None else origin.run.tokenizer_path
         if given is None and settings.tokenizer is None:
-            given = _teachers_tokenizer(opened)
+            given = shared_tokenizer(opened)
         pieces = make_tokenizer(run, given, datasets.training, settings.tokenizer or TokenizerConfig())
         _check_tokenizers(opened, pieces, settings, datasets)
         _report(run, opened, datasets)
@@ -220,16 +220,6 @@ def _check(
         findings += [f"--cache {cache}: {line}" for line in needed_settings(settings.data, settings.teacher)]
     if findings:
         raise UserError.of(findings)
-
-
-def _teachers_tokenizer(teachers: Teachers) -> Path:
-    tokenizer = shared_tokenizer(teachers)
-    if tokenizer is None:
-        raise UserError(
-            "the teachers have different tokenizers; choose the student's: --tokenizer FILE, "
-            "or --set tokenizer.kind=char to train one from the manifest"
-        )
-    return tokenizer
 
 
 def _check_tokenizers(teachers: Teachers, tokenizer: Tokenizer, settings: DistillConfig, datasets: Datasets) -> None:

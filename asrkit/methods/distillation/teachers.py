@@ -89,10 +89,19 @@ def each(teachers: Teachers) -> list[Teacher]:
     return list({id(teacher): teacher for several in teachers.values() for teacher in several}.values())
 
 
-def shared_tokenizer(teachers: Teachers) -> Path | None:
-    """The tokenizer all teachers have; None when there are several."""
+def shared_tokenizer(teachers: Teachers) -> Path:
+    """The tokenizer that all teachers have.
+
+    Raises:
+        UserError: they have several.
+    """
     files = {sha256_of(teacher.run.tokenizer_path): teacher.run.tokenizer_path for teacher in each(teachers)}
-    return next(iter(files.values())) if len(files) == 1 else None
+    if len(files) > 1:
+        raise UserError(
+            "the teachers have different tokenizers; choose the student's: --tokenizer FILE, "
+            "or --set tokenizer.kind=char to train one from the manifest"
+        )
+    return next(iter(files.values()))
 
 
 def route(teachers: Teachers, languages: Sequence[str]) -> list[tuple[list[int], Sequence[Teacher]]]:
