@@ -29,6 +29,8 @@ def measure_wer(
     """Word errors, character errors, and (cut id, reference, hypothesis) of every utterance."""
     scored: list[Scored] = []
     for batch in batches:
-        found = decode(model, batch.features, batch.feature_lens, method, beam, batch.languages)
-        scored += score(batch, found, tokenizer)
+        hypotheses = decode(
+            model, batch.features, batch.feature_lens, method, beam, batch.languages, tokenizer.special_ids
+        )
+        scored += score(batch, hypotheses, tokenizer)
     return total_words(scored), total_chars(scored), [(s.cut_id, s.ref, s.hyp) for s in scored]

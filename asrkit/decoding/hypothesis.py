@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +29,11 @@ def collect(emitted: Tensor, scores: Tensor, blank: int, slots_per_frame: int = 
         slots = (row != blank).nonzero().squeeze(1)
         hypotheses.append(Hypothesis(row[slots].tolist(), (slots // slots_per_frame).tolist(), score))
     return hypotheses
+
+
+def without(scores: Tensor, special_ids: Collection[int], blank: int) -> Tensor:
+    """``scores`` (..., V) with -inf for the special tokens, which stand for no text, but for the blank."""
+    columns = sorted(set(special_ids) - {blank})
+    if not columns:
+        return scores
+    return scores.index_fill(-1, torch.tensor(columns, device=scores.device), -torch.inf)

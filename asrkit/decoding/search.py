@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -17,20 +17,29 @@ Method = Literal["greedy", "beam", "ctc"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
-def search(model: AcousticModel, encoded: EncoderOutput, method: Method = "greedy", beam: int = 4) -> list[Hypothesis]:
+def search(
+    model: AcousticModel,
+    encoded: EncoderOutput,
+    method: Method = "greedy",
+    beam: int = 4,
+    special_ids: Collection[int] = (),
+) -> list[Hypothesis]:
     """Hypotheses of already encoded utterances, in their order.
+
+    Args:
+        special_ids: tokens that stand for no text, as the tokenizer lists them; none of them is emitted.
 
     Raises:
         UserError: ``ctc`` is asked of a model without a CTC head.
     """
     if method == "greedy":
-        return greedy_search(model, encoded.joiner_in, encoded.lens)
+        return greedy_search(model, encoded.joiner_in, encoded.lens, special_ids=special_ids)
     if method == "beam":
-        return beam_search(model, encoded.joiner_in, encoded.lens, beam)
+        return beam_search(model, encoded.joiner_in, encoded.lens, beam, special_ids)
     if method == "ctc":
         if encoded.ctc_log_probs is None:
             raise UserError("this model has no CTC head; decode with --method greedy or --method beam")
-        return ctc_greedy_search(encoded.ctc_log_probs, encoded.lens, model.blank)
+        return ctc_greedy_search(encoded.ctc_log_probs, encoded.lens, model.blank, special_ids)
     raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
 
 
@@ -41,6 +50,7 @@ def decode(
     method: Method = "greedy",
     beam: int = 4,
     languages: Sequence[str] | None = None,
+    special_ids: Collection[int] = (),
 ) -> list[Hypothesis]:
-    """Recognize a batch: features (B, T, 80), padded, with lengths (B,) and, for a model that is told them, languages."""
-    return search(model, model.encode(features, feature_lens, languages), method, beam)
+    """Recognize a batch: features (B, T, 80), padded, with lengths (B,) and, for a model with a language input, languages."""
+    return search(model, model.encode(features, feature_lens, languages), method, beam, special_ids)

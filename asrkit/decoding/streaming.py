@@ -175,7 +175,7 @@ class StreamingRecognizer:
         ctc = [part.ctc_log_probs for part in self._utterance if part.ctc_log_probs is not None]
         lens = torch.tensor([joiner_in.shape[1]], device=joiner_in.device)
         encoded = EncoderOutput(joiner_in, lens, torch.cat(ctc, dim=1) if ctc else None)
-        return search(self.model, encoded, self.method, self.beam)[0]
+        return search(self.model, encoded, self.method, self.beam, self.tokenizer.special_ids)[0]
 
     def _heard(self, hypothesis: Hypothesis, final: bool, time: float) -> Heard:
         start = self._start * ENCODER_SHIFT

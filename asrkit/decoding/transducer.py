@@ -1,7 +1,7 @@
 """Greedy and modified beam search for a transducer with a stateless predictor, batched by tensor operations.
 
-Both follow the rules of the runtime the models are exported to (sherpa-onnx): at most one symbol a frame, and
-``<unk>`` counts as blank, so it is never emitted.
+Both follow the rule of the runtime the models are exported to (sherpa-onnx): at most one symbol a frame. Special tokens, which
+stand for no text, are never emitted: their logits count as -inf, as in the exported files.
 
 Shapes: B utterances, T' encoder frames, K hypotheses an utterance, C context size, J joiner dimension,
 V vocabulary.
@@ -9,13 +9,14 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from asrkit.decoding.acoustic import AcousticModel
-from asrkit.decoding.hypothesis import Hypothesis, collect
+from asrkit.decoding.hypothesis import Hypothesis, collect, without
 
-UNK = 1
 _ODD_CONSTANT = 0x1E3779B97F4A7C15  # spreads a hash's bits (the golden ratio, as in Fibonacci hashing)
 
 
@@ -38,8 +39,15 @@ def _extend(model: AcousticModel, contexts: Tensor, predicted: Tensor, tokens: T
 
 
 @torch.no_grad()
-def greedy_search(model: AcousticModel, joiner_in: Tensor, lens: Tensor, max_symbols: int = 1) -> list[Hypothesis]:
-    """The best symbol at each frame of ``joiner_in`` (B, T', J), at most ``max_symbols`` of them a frame."""
+def greedy_search(
+    model: AcousticModel,
+    joiner_in: Tensor,
+    lens: Tensor,
+    max_symbols: int = 1,
+    special_ids: Collection[int] = (),
+) -> list[Hypothesis]:
+    """The best symbol at each frame of ``joiner_in`` (B, T', J), at most ``max_symbols`` of them a frame, never one of
+    ``special_ids``."""
     batch, num_frames, _ = joiner_in.shape
     contexts = _start_context(model, joiner_in.device).repeat(batch, 1)
     predicted = model.predict(contexts)
@@ -49,9 +57,10 @@ def greedy_search(model: AcousticModel, joiner_in: Tensor, lens: Tensor, max_sym
     for t in range(num_frames):
         active = t < lens
         for slot in range(max_symbols):
-            best, tokens = model.join(joiner_in[:, t], predicted).log_softmax(dim=-1).max(dim=-1)
+            logits = without(model.join(joiner_in[:, t], predicted), special_ids, model.blank)
+            best, tokens = logits.log_softmax(dim=-1).max(dim=-1)
             scores = torch.where(active, scores + best, scores)
-            tokens = torch.where(active & (tokens != UNK), tokens, blank)
+            tokens = torch.where(active, tokens, blank)
             contexts, predicted = _extend(model, contexts, predicted, tokens)
             emitted[t, slot] = tokens
             active = tokens != blank
@@ -77,8 +86,10 @@ def _append(prefixes: Tensor, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def beam_search(model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int = 4) -> list[Hypothesis]:
-    """Modified beam search over ``joiner_in`` (B, T', J) with ``beam`` hypotheses an utterance.
+def beam_search(
+    model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int = 4, special_ids: Collection[int] = ()
+) -> list[Hypothesis]:
+    """Modified beam search over ``joiner_in`` (B, T', J) with ``beam`` hypotheses an utterance, without ``special_ids``.
 
     At each frame the ``beam`` best of all (hypothesis, symbol) pairs survive, then those with equal tokens
     are merged by adding their probabilities. The final choice is by log-probability over length, where the
@@ -100,11 +111,11 @@ def beam_search(model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int
     parents, emitted = [], []
     for t in range(num_frames):
         frame = joiner_in[:, t].repeat_interleave(beam, dim=0)
-        log_probs = model.join(frame, predicted).log_softmax(dim=-1).view(batch, beam, vocab)
+        logits = without(model.join(frame, predicted), special_ids, model.blank)
+        log_probs = logits.log_softmax(dim=-1).view(batch, beam, vocab)
         log_probs = torch.where((t < lens)[:, None, None], log_probs, ended)
         scores, pairs = (scores.unsqueeze(2) + log_probs).flatten(1).topk(beam, dim=1)
         parent, tokens = torch.div(pairs, vocab, rounding_mode="floor"), pairs % vocab
-        tokens = torch.where(tokens == UNK, blank, tokens)
         emits = tokens != blank
         prefixes, sizes = prefixes.gather(1, parent), sizes.gather(1, parent) + emits
         prefixes = torch.where(emits, _append(prefixes, tokens), prefixes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
 
 from asrkit.export.directory import PartRecord
 from asrkit.export.graphs import CTC
@@ -12,6 +14,8 @@ from asrkit.models.compression import LayerChoice, QuantizationConfig, choose_la
 from asrkit.models.sizes import part_of, sizes
 from asrkit.models.surgery import rebuilt
 from asrkit.nn.compression import ActivationQuantization, CompressedLinear, WeightQuantization
+
+SILENT = -1e4  # a logit whose probability is 0 in float32
 
 # Our choice of one setting for each value of --quantize; `asrkit quantize` has all others.
 _SKIP_INDIVISIBLE = LayerChoice(indivisible="skip")
@@ -54,6 +58,17 @@ def active_layers(model: AsrModel, submodels: Sequence[str]) -> dict[str, Compre
         for path, layer in compressed_layers(model).items()
         if not part_of(path).startswith("submodel ") or part_of(path).removeprefix("submodel ") in submodels
     }
+
+
+def silence(model: AsrModel, special_ids: Collection[int]) -> None:
+    """Make every search over ``model`` pass over ``special_ids``, the client's too: their logits get a bias of -1e4, in place.
+
+    The blank stays as it is.
+    """
+    columns = sorted(set(special_ids) - {model.blank})
+    with torch.no_grad():
+        for layer in (model.joiner.out, model.ctc_head):
+            layer.bias[columns] = SILENT
 
 
 def multiplies_two_bits(layer: CompressedLinear) -> bool:

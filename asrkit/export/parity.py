@@ -6,7 +6,7 @@ Shapes: N utterances or streams, T feature frames, T' encoder frames, c encoder 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ TOLERANCE = 1e-4
 # layer must agree by itself to the last bit, and the whole model on average, to this share of a step (which is 1/127 at 8 bits).
 SHARE_OF_STEP = 0.64
 EXACT, LAYERS = "integer products, layer by layer", "other compressed layers, one by one"
+VOCABULARY = (f"{CTC}: log_probs", f"{JOINER}: logit")  # outputs with a column for each token
 MAX_CHUNKS = 200
 
 
@@ -40,10 +41,12 @@ MAX_CHUNKS = 200
 class Differences:
     """Absolute differences gathered by output, as ``file: output``.
 
-    ``input_bits``: of the coarsest inputs that layers round to, None where all are float.
+    ``input_bits``: of the coarsest inputs that layers round to, None where all are float. ``ignored``: columns of logits and
+    log-probabilities that are not compared.
     """
 
     input_bits: int | None = None
+    ignored: Collection[int] = ()
     _parts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, output: str, expected: Tensor, found: Tensor) -> None:
@@ -56,6 +59,9 @@ class Differences:
             raise UserError(
                 f"{output}: shape {tuple(found.shape)} in the exported file but {tuple(expected.shape)} in torch; {_REPORT}"
             )
+        if output in VOCABULARY and self.ignored:
+            columns = [column for column in range(expected.shape[-1]) if column not in self.ignored]
+            expected, found = expected[..., columns], found[..., columns]
         self._parts[output].append((expected.double(), found.double()))
 
     def records(self) -> dict[str, DifferenceRecord]:

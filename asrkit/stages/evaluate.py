@@ -169,7 +169,7 @@ def _decode(
             shared = time.perf_counter() - began
             for method, total in decoded.items():
                 began = time.perf_counter()
-                hypotheses = search(recognizer.model, encoded, method, beam)
+                hypotheses = search(recognizer.model, encoded, method, beam, recognizer.tokenizer.special_ids)
                 total.seconds += shared + time.perf_counter() - began
                 total.scored += score(batch, hypotheses, recognizer.tokenizer)
                 if total.latencies is not None:

@@ -19,7 +19,7 @@ from asrkit.decoding.exported import ExportedAcousticModel
 from asrkit.errors import UserError
 from asrkit.export.directory import Exported, Format, finished_without_pack, pack_directory
 from asrkit.export.graphs import StateLayout
-from asrkit.export.layers import active_layers, quantized
+from asrkit.export.layers import active_layers, quantized, silence
 from asrkit.export.runtime import ExportedModel
 from asrkit.export.writer import ExportOptions, ExportPlan, write_card, write_files, write_record
 from asrkit.extras import require
@@ -129,6 +129,7 @@ def _plan(
     context = export_context(trained, attends, choice, f"{run.path}: variant {name}", warn)
     if options.quantize is not None:
         model = quantized(model, options.quantize, submodels, warn)
+    silence(model, Tokenizer.load(run.tokenizer_path).special_ids)
     layers = active_layers(model, submodels)
     if options.dense and any(layer.how.activations is not None for layer in layers.values()):
         raise UserError(
@@ -156,11 +157,12 @@ def _write(plan: ExportPlan, cuts: list[Cut] | None, directory: Path, warn: Call
         original.vocab_size,
         original.context_size,
     )
-    parity = check_export(original, files, recordings_of(plan.run, warn), plan.layers, plan.written)
+    tokenizer = Tokenizer.load(plan.run.tokenizer_path)
+    recordings = recordings_of(plan.run, warn)
+    parity = check_export(original, files, recordings, plan.layers, plan.written, tokenizer.special_ids)
     exported = write_record(plan, directory, tensors, parity)
     measured = None
     if cuts is not None:
-        tokenizer = Tokenizer.load(plan.run.tokenizer_path)
         measured = {"manifest": plan.options.report, **measure_export(directory, original, files, tokenizer, cuts)}
     write_card(directory, exported, measured)
     return exported

@@ -187,11 +187,12 @@ def _num_samples(part: _Part) -> int:
 
 def _decode(recognizer: Recognizer, batch: list[_Part], method: Method, beam: int) -> Iterator[_Part]:
     pieces = [part.piece for part in batch if part.piece is not None]
-    found: list[Hypothesis] = []
+    decoded: list[Hypothesis] = []
     if pieces:
         features, lens = pad([fbank(piece.samples) for piece in pieces])
-        found = decode(recognizer.model, features, lens, method, beam)
-    hypotheses = iter(found)
+        special_ids = recognizer.tokenizer.special_ids
+        decoded = decode(recognizer.model, features, lens, method, beam, special_ids=special_ids)
+    hypotheses = iter(decoded)
     for part in batch:
         if part.piece is None:
             yield part

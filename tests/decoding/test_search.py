@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
 from asrkit.decoding.search import METHODS, Method, decode, search
-from asrkit.decoding.transducer import UNK, _append, beam_search, greedy_search
+from asrkit.decoding.transducer import _append, beam_search, greedy_search
 from asrkit.errors import UserError
 
 BLANK = 0
+SPECIAL = (BLANK, 1, 3)  # as a tokenizer lists them, the blank too
 
 
 class SmallModel(nn.Module):
@@ -64,7 +65,12 @@ def random_batch(lens: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
 def frame_log_probs(model: AcousticModel, frame: Tensor, prefix: tuple[int, ...]) -> list[float]:
     context = (-1, BLANK, *prefix)[-2:]
     predicted = model.predict(torch.tensor([context]))
-    return model.join(frame.unsqueeze(0), predicted).log_softmax(-1)[0].tolist()
+    logits = model.join(frame.unsqueeze(0), predicted)[0]
+    ordinary = [token for token in range(model.vocab_size) if token == BLANK or token not in SPECIAL]
+    log_probs = [-math.inf] * model.vocab_size
+    for token, log_prob in zip(ordinary, logits[ordinary].log_softmax(-1).tolist(), strict=True):
+        log_probs[token] = log_prob
+    return log_probs
 
 
 def reference_greedy(model: AcousticModel, frames: Tensor, max_symbols: int) -> tuple[list[int], list[int], float]:
@@ -76,7 +82,7 @@ def reference_greedy(model: AcousticModel, frames: Tensor, max_symbols: int) -> 
             log_probs = frame_log_probs(model, frame, tuple(tokens))
             token = max(range(len(log_probs)), key=log_probs.__getitem__)
             score += log_probs[token]
-            if token in (BLANK, UNK):
+            if token == BLANK:
                 break
             tokens.append(token)
             at.append(t)
@@ -89,7 +95,7 @@ def reference_beam(model: AcousticModel, frames: Tensor, beam: int) -> tuple[lis
         grown = []
         for prefix, (score, at) in kept.items():
             for token, log_prob in enumerate(frame_log_probs(model, frame, prefix)):
-                emits = token not in (BLANK, UNK)
+                emits = token != BLANK
                 grown.append((score + log_prob, (*prefix, token) if emits else prefix, [*at, t] if emits else at))
         kept = {}
         for score, prefix, at in sorted(grown, key=lambda entry: -entry[0])[:beam]:
@@ -111,7 +117,7 @@ lengths = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 @given(lens=lengths, seed=st.integers(0, 1000), max_symbols=st.integers(1, 3))
 def test_greedy_equals_one_utterance_at_a_time(lens: list[int], seed: int, max_symbols: int) -> None:
     model, (frames, frame_lens) = SmallModel(seed=seed), random_batch(lens, seed)
-    for row, found in enumerate(greedy_search(model, frames, frame_lens, max_symbols)):
+    for row, found in enumerate(greedy_search(model, frames, frame_lens, max_symbols, SPECIAL)):
         tokens, at, score = reference_greedy(model, frames[row, : lens[row]], max_symbols)
         assert (found.tokens, found.frames) == (tokens, at)
         assert found.score == pytest.approx(score)
@@ -121,7 +127,7 @@ def test_greedy_equals_one_utterance_at_a_time(lens: list[int], seed: int, max_s
 @given(lens=lengths, seed=st.integers(0, 1000), beam=st.integers(1, 6))
 def test_beam_equals_the_dictionary_of_hypotheses(lens: list[int], seed: int, beam: int) -> None:
     model, (frames, frame_lens) = SmallModel(seed=seed), random_batch(lens, seed)
-    for row, found in enumerate(beam_search(model, frames, frame_lens, beam)):
+    for row, found in enumerate(beam_search(model, frames, frame_lens, beam, SPECIAL)):
         tokens, at, score = reference_beam(model, frames[row, : lens[row]], beam)
         assert (found.tokens, found.frames) == (tokens, at)
         assert found.score == pytest.approx(score)
@@ -130,19 +136,19 @@ def test_beam_equals_the_dictionary_of_hypotheses(lens: list[int], seed: int, be
 @pytest.mark.parametrize("seed", range(5))
 def test_a_beam_that_holds_everything_sums_every_path(seed: int) -> None:
     """All V ** T' paths: the winner's score is the log of the sum over the paths with its tokens."""
-    steps, model = 4, SmallModel(vocab_size=4, seed=seed, sharpness=1.0)
+    steps, model = 4, SmallModel(vocab_size=5, seed=seed, sharpness=1.0)
     frames, frame_lens = random_batch([steps], seed)
     totals: dict[tuple[int, ...], float] = defaultdict(float)
-    for path in itertools.product(range(model.vocab_size), repeat=steps):
+    for path in itertools.product((BLANK, 2, 4), repeat=steps):
         prefix: tuple[int, ...] = ()
         log_prob = 0.0
         for frame, token in zip(frames[0], path, strict=True):
             log_prob += frame_log_probs(model, frame, prefix)[token]
-            prefix = prefix if token in (BLANK, UNK) else (*prefix, token)
+            prefix = prefix if token == BLANK else (*prefix, token)
         totals[prefix] += math.exp(log_prob)
     assert sum(totals.values()) == pytest.approx(1.0)
     tokens, total = max(totals.items(), key=lambda entry: math.log(entry[1]) / (len(entry[0]) + 2))
-    (found,) = beam_search(model, frames, frame_lens, beam=4 * 31)
+    (found,) = beam_search(model, frames, frame_lens, beam=4 * 31, special_ids=SPECIAL)
     assert tuple(found.tokens) == tokens
     assert found.score == pytest.approx(math.log(total))
 
@@ -167,15 +173,21 @@ def test_padding_and_company_change_nothing(method: Method) -> None:
     assert together[3].tokens == [] and together[3].score == 0.0
 
 
-def test_unk_is_never_emitted_by_the_transducer() -> None:
-    model, (frames, lens) = SmallModel(seed=1), random_batch([30, 20], 1)
+@pytest.mark.parametrize("method", METHODS)
+def test_special_tokens_are_never_emitted(method: Method) -> None:
+    """Wherever they are in a vocabulary, however likely a model finds them; what else it finds is emitted."""
+    model, features = SmallModel(seed=1), torch.randn(2, 120, 80)
     with torch.no_grad():
-        model.output.bias[UNK] += 0.5
-    assert any(
-        int(model.join(frames[:1, t], model.predict(torch.tensor([[-1, 0]]))).argmax()) == UNK for t in range(30)
-    )
-    for found in greedy_search(model, frames, lens) + beam_search(model, frames, lens):
-        assert UNK not in found.tokens
+        for layer in (model.output, model.ctc):
+            layer.bias[[1, 3]] += 3.0
+    lens = torch.tensor([120, 80])
+    freely = {token for found in decode(model, features, lens, method) for token in found.tokens}
+    assert freely & {1, 3}
+    for special_ids in (SPECIAL, [3], {6, 1, 2}):
+        found = decode(model, features, lens, method, special_ids=special_ids)
+        emitted = {token for hypothesis in found for token in hypothesis.tokens}
+        assert emitted and not emitted & set(special_ids)
+        assert all(math.isfinite(hypothesis.score) for hypothesis in found)
 
 
 def test_the_predictor_runs_only_for_new_tokens() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import soundfile
 import torch
 import yaml
@@ -27,7 +28,7 @@ from asrkit.cli import main
 from asrkit.config import from_dict
 from asrkit.data.features import fbank
 from asrkit.data.manifests import make_cut, open_cuts, write_cuts
-from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.data.text.tokenizer import UNK_ID, Tokenizer
 from asrkit.decoding.acoustic import EncoderOutput, TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.hypothesis import Hypothesis
@@ -57,6 +58,7 @@ from onnx import numpy_helper
 from asrkit.export import writer
 from asrkit.export.directory import SUFFIXES, Exported, open_exported, save_exported
 from asrkit.export.graphs import CTC, DECODER, ENCODER, FILES, JOINER, StateLayout
+from asrkit.export.layers import SILENT
 from asrkit.export.parity import random_log_mel
 from asrkit.export.readme import tail_seconds
 from asrkit.stages.export import export
@@ -88,6 +90,7 @@ SPEC: dict[str, Any] = {
 SECONDS = (2.3, 0.7, 3.1)
 STREAM = Context(4, 9)
 TAIL = tail_seconds(4)
+SPECIAL = (0, UNK_ID)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +199,9 @@ def test_the_files_hold_the_active_weights_and_no_others(
     found = {file: initializers(path / f"{file}.onnx") for file in FILES}
     for file, tensors in found.items():
         for name, tensor in tensors.items():
-            expected = weights[name]  # every stored tensor is one of the model's, by name
+            expected = weights[name].clone()  # every stored tensor is one of the model's, by name
+            if name in ("joiner.out.bias", "ctc_head.bias"):
+                expected[UNK_ID] = SILENT
             same = tensor.shape == expected.shape and torch.equal(tensor, expected)
             assert same or torch.equal(tensor, expected.T), f"{file}: {name}"
     everything = {name for tensors in found.values() for name in tensors}
@@ -307,7 +312,7 @@ def seconds_of(hypothesis: Hypothesis) -> list[float]:
 @pytest.mark.parametrize("method", METHODS)
 def test_sherpa_offline_finds_our_tokens(run: Path, offline: Path, audio: list[Path], method: Method) -> None:
     model = TorchAcousticModel(load_model(open_run(run)), "all")
-    expected = search(model, model.encode(*features_of(audio)), method)
+    expected = search(model, model.encode(*features_of(audio)), method, special_ids=SPECIAL)
     found = client(offline, audio, method)
     assert all(len(hypothesis.tokens) > 3 for hypothesis in expected)
     assert [tokens for tokens, _ in found] == [hypothesis.tokens for hypothesis in expected]
@@ -327,7 +332,7 @@ def test_sherpa_streaming_finds_our_tokens(run: Path, streaming: Path, audio: li
             parts.append(encoded)
             begin += 4 * STREAM.chunk
         assert begin >= len(fbank(samples_of(path))) - 3, "the tail padding does not push the last words out"
-        expected += search(model, together(parts), method)
+        expected += search(model, together(parts), method, special_ids=SPECIAL)
     found = client(streaming, audio, method)
     assert all(len(hypothesis.tokens) > 3 for hypothesis in expected)
     assert [tokens for tokens, _ in found] == [hypothesis.tokens for hypothesis in expected]
@@ -339,6 +344,43 @@ def together(parts: list[EncoderOutput]) -> EncoderOutput:
     log_probs = torch.cat([part.ctc_log_probs for part in parts if part.ctc_log_probs is not None], dim=1)
     joiner_in = torch.cat([part.joiner_in for part in parts], dim=1)
     return EncoderOutput(joiner_in, torch.tensor([joiner_in.shape[1]]), log_probs)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["offline", "streaming"])
+def test_special_pieces_of_a_foreign_tokenizer_are_never_heard(
+    run: Path, audio: list[Path], tmp_path: Path, streams: bool
+) -> None:
+    """icefall has <sos/eos> at 1 and <unk> at 2. A model that finds both likely emits neither, in torch and in the client."""
+    copy, out = tmp_path / "run", tmp_path / "onnx"
+    shutil.copytree(run, copy)
+    with open(copy / TOKENIZER, "wb") as file:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(TEXTS), model_writer=file, model_type="char", vocab_size=Tokenizer.load(run / TOKENIZER).vocab_size,
+            user_defined_symbols=["<blk>", "<sos/eos>"], unk_id=2, bos_id=-1, eos_id=-1, minloglevel=2,
+        )  # fmt: skip
+    tokenizer, model = Tokenizer.load(copy / TOKENIZER), load_model(open_run(run))
+    assert tokenizer.special_ids == {0, 1, 2} and tokenizer.vocab_size == model.vocab_size
+    with torch.no_grad():
+        for layer in (model.joiner.out, model.ctc_head):
+            layer.bias[[1, 2]] += 15.0
+    save_weights(copy / WEIGHTS, model)
+    entry = read_yaml(copy / LINEAGE)[-1]
+    entry |= {"weights_sha256": sha256_of(copy / WEIGHTS), "tokenizer_sha256": sha256_of(copy / TOKENIZER)}
+    write_yaml(copy / LINEAGE, [entry])
+    export(copy, out, variant="all", streaming=streams)
+    context = STREAM if streams else Context()
+    recognizer = load_recognizer(copy, variant="all", context=context)
+    for method in METHODS:
+        features, lens = features_of(audio)
+        encoded = recognizer.model.encode(features, lens)
+        freely = search(recognizer.model, encoded, method)
+        assert {1, 2} & {token for hypothesis in freely for token in hypothesis.tokens}
+        expected = search(recognizer.model, encoded, method, special_ids=tokenizer.special_ids)
+        assert not {0, 1, 2} & {token for hypothesis in expected for token in hypothesis.tokens}
+        found = [tokens for tokens, _ in client(out, audio, method)]
+        assert not {0, 1, 2} & {token for tokens in found for token in tokens} and all(found)
+        if not streams:
+            assert found == [hypothesis.tokens for hypothesis in expected]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,17 @@ class Tokenizer:
             )
         self.path = Path(path)
         self.vocab_size: int = self._model.GetPieceSize()
+        self.unk_id: int = self._model.unk_id()
+        # Pieces that stand for no text: the blank, <unk>, <sos/eos> and the like. No search may emit them.
+        self.special_ids = frozenset(number for number in range(self.vocab_size) if self._is_special(number))
+
+    def _is_special(self, number: int) -> bool:
+        model = self._model
+        if number in (BLANK_ID, self.unk_id) or model.IsControl(number) or model.IsUnused(number):
+            return True
+        # Pieces that the user defined, as icefall does with <sos/eos>, have no probability of their own.
+        defined = model.GetScore(number) == 0.0 and not model.IsByte(number)
+        return defined and re.fullmatch("<[^<>]+>", model.IdToPiece(number)) is not None
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:

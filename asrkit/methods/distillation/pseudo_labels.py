@@ -77,8 +77,15 @@ def _transcribe(
             model = TorchAcousticModel(teacher.model.to(world.device), None, context)
             tokenizer = Tokenizer(teacher.run.tokenizer_path)
             told = [batch.languages[row] for row in rows]
-            found = decode(model, batch.features[rows], batch.feature_lens[rows], method, languages=told)
-            for row, hypothesis in zip(rows, found, strict=True):
+            hypotheses = decode(
+                model,
+                batch.features[rows],
+                batch.feature_lens[rows],
+                method,
+                languages=told,
+                special_ids=tokenizer.special_ids,
+            )
+            for row, hypothesis in zip(rows, hypotheses, strict=True):
                 heard.append(json.dumps([batch.cut_ids[row], tokenizer.decode(hypothesis.tokens)]))
     return dict(json.loads(line) for line in gather_lists(world, heard))
 
