@@ -1,4 +1,4 @@
-"""What this machine has, what each stage can use of it, and the exact command that would fix what is missing.
+"""doctor: what this machine has, what each stage can use of it, and the exact command that installs what is missing.
 
 Every check is a small function that returns ``Check`` values and survives the absence of what it looks for.
 """
@@ -12,28 +12,29 @@ import importlib.util
 import io
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from asrkit import mkl
-from asrkit.reporting.machine import num_cores, processor
+from asrkit.reporting.machine import has_kernels, num_cores, processor, threads
+from asrkit.reporting.packages import (
+    Requirement,
+    import_error,
+    installed_version,
+    k2_built_for,
+    k2_command,
+    pip_install,
+    requirements,
+    version_tuple,
+)
 
 Status = Literal["ok", "absent", "broken"]
 
-# What `pip install` calls a package, where the module has another name.
-MODULES = {"PyYAML": "yaml"}
-K2_WHEEL = "k2==1.23.4 --hash=sha256:5b5f709b12b9cd092b583984d0b7d940c9f898101259c998d68d1f4adefa48d4"
-K2_WHEEL_TORCH = "1.13.1"
-# (torch's CUDA or not) -> the page k2's own wheels are linked from.
-K2_PAGES = {True: "https://k2-fsa.github.io/k2/cuda.html", False: "https://k2-fsa.github.io/k2/cpu.html"}
 # The oldest torch built for numpy 2.
 NUMPY_2_TORCH = (2, 3)
 
@@ -45,26 +46,9 @@ class Check:
     group: Literal["machine", "packages", "stages"]
     name: str
     status: Status
-    found: str
+    detail: str
     fix: str = ""
     required: bool = False
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """A dependency of asrkit: ``extra`` is empty when asrkit always needs it."""
-
-    name: str
-    minimum: str
-    extra: str
-
-    @property
-    def module(self) -> str:
-        return MODULES.get(self.name, self.name.replace("-", "_"))
-
-    @property
-    def install(self) -> str:
-        return pip_install(f"'{self.name}>={self.minimum}'" if self.minimum else self.name)
 
 
 def examine() -> list[Check]:
@@ -78,39 +62,6 @@ def examine() -> list[Check]:
 def can_train(checks: list[Check]) -> bool:
     """Whether everything required is there and works."""
     return all(check.status == "ok" for check in checks if check.required)
-
-
-def pip_install(what: str) -> str:
-    """The command that installs ``what`` into the Python that runs now."""
-    return f"{sys.executable} -m pip install {what}"
-
-
-def version_tuple(version: str) -> tuple[int, ...]:
-    """``2.13.0+cpu`` -> ``(2, 13, 0)``: the leading numbers, which is all that lower bounds compare."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match.group().split(".")) if match else ()
-
-
-def requirements() -> list[Requirement]:
-    """asrkit's own dependencies, from pyproject.toml beside a checkout or else from the installed package.
-
-    A checkout moves on under an editable installation, whose metadata stays as it was.
-    """
-    pyproject = Path(__file__).parents[2] / "pyproject.toml"
-    project = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("project", {}) if pyproject.is_file() else {}
-    if project.get("name") == "asrkit":  # in site-packages it would be a file some other package left there
-        lines = list(project["dependencies"])
-        for extra, names in project["optional-dependencies"].items():
-            lines += [f'{name}; extra == "{extra}"' for name in names]
-    else:
-        lines = importlib.metadata.requires("asrkit") or []
-    found = []
-    for line in lines:
-        match = re.match(r"([\w.-]+)(?:\s*>=\s*([\d.]+))?", line)
-        extra_of = re.search(r"""extra == ['"]([\w-]+)['"]""", line)
-        if match:
-            found.append(Requirement(match[1], match[2] or "", extra_of[1] if extra_of else ""))
-    return found
 
 
 def machine() -> Iterator[Check]:
@@ -130,16 +81,6 @@ def machine() -> Iterator[Check]:
     yield Check("machine", "matrix products", "ok", mkl.described())
 
 
-def threads(asked: str | None, cores: int) -> str:
-    """How many threads a process computes with on the CPU: ``OMP_NUM_THREADS`` where it is set."""
-    if asked:
-        return f"{asked} a process (OMP_NUM_THREADS)"
-    return (
-        f"{cores} for one process; torchrun gives each of several processes 1, unless OMP_NUM_THREADS says more "
-        f"(export OMP_NUM_THREADS={max(1, cores // 2)} for two)"
-    )
-
-
 def packages(needed: list[Requirement]) -> Iterator[Check]:
     """Every package asrkit always needs, imported for real; then torch's GPU."""
     for requirement in needed:
@@ -150,24 +91,24 @@ def packages(needed: list[Requirement]) -> Iterator[Check]:
 
 def package(requirement: Requirement) -> Check:
     """One required package: is it there, does it import, and is it new enough?"""
-    version = _version(requirement.name)
+    version = installed_version(requirement.name)
     error = import_error(requirement.module)
     status: Status = "broken"
-    found, fix = version or "unknown version", requirement.install
+    detail, fix = version or "unknown version", requirement.install
     if error is None:
         if not version or version_tuple(version) >= version_tuple(requirement.minimum):
             status, fix = "ok", ""
         else:
-            found += f", older than {requirement.minimum}"
+            detail += f", older than {requirement.minimum}"
     elif not isinstance(error, ModuleNotFoundError):
-        found += f" does not import: {_line(error)}"
+        detail += f" does not import: {_line(error)}"
         fix = pip_install(f"--force-reinstall --no-deps '{requirement.name}>={requirement.minimum}'")
     elif error.name == requirement.module:
-        status, found = "absent", "not installed"
+        status, detail = "absent", "not installed"
     else:  # a dependency the package does not declare
-        found += f" does not import: {_line(error)}"
+        detail += f" does not import: {_line(error)}"
         fix = pip_install((error.name or requirement.name).partition(".")[0])
-    return Check("packages", requirement.name, status, found, fix, required=True)
+    return Check("packages", requirement.name, status, detail, fix, required=True)
 
 
 def numpy_bridge() -> Check:
@@ -183,8 +124,8 @@ def numpy_bridge() -> Check:
     except Exception as error:
         old = version_tuple(torch.__version__)[:2] < NUMPY_2_TORCH
         fix = pip_install("'numpy<2'" if old else "--force-reinstall numpy torch")
-        found = f"torch {torch.__version__} cannot use numpy {numpy.__version__}: {_line(error)}"
-        return Check("packages", name, "broken", found, fix, required=True)
+        detail = f"torch {torch.__version__} cannot use numpy {numpy.__version__}: {_line(error)}"
+        return Check("packages", name, "broken", detail, fix, required=True)
     return Check("packages", name, "ok", "share memory", required=True)
 
 
@@ -200,32 +141,16 @@ def gpu() -> Check:
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     major, minor = torch.cuda.get_device_capability()
     built_for = torch.cuda.get_arch_list()
-    found = f"{', '.join(names)} (sm_{major}{minor}), CUDA {torch.version.cuda}"
+    detail = f"{', '.join(names)} (sm_{major}{minor}), CUDA {torch.version.cuda}"
     if not has_kernels((major, minor), built_for):
-        found += f"; this torch has kernels for {' '.join(built_for)} only"
-        return Check("machine", "gpu", "broken", found, "make setup ENV=modern, or install a newer torch")
-    return Check("machine", "gpu", "ok", found)
-
-
-def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Whether a GPU runs code built for these architectures.
-
-    Machine code (``sm_80``) runs on its major version from its minor on; PTX (``compute_80``)
-    on all newer GPUs.
-    """
-    for arch in built_for:
-        match = re.match(r"(sm|compute)_(\d+)(\d)", arch)
-        if match:
-            major, minor = int(match[2]), int(match[3])
-            same_major = major == capability[0] and minor <= capability[1]
-            if same_major or (match[1] == "compute" and (major, minor) <= capability):
-                return True
-    return False
+        detail += f"; this torch has kernels for {' '.join(built_for)} only"
+        return Check("machine", "gpu", "broken", detail, "make setup ENV=modern, or install a newer torch")
+    return Check("machine", "gpu", "ok", detail)
 
 
 def k2() -> Check:
     """k2, and the torch it was built for. Absent is fine: the loss then runs on torch alone."""
-    version = _version("k2")
+    version = installed_version("k2")
     if importlib.util.find_spec("k2") is None:
         return Check("packages", "k2", "absent", "not installed; the loss runs on torch alone", k2_command())
     wants = k2_built_for()
@@ -236,50 +161,23 @@ def k2() -> Check:
         return Check("packages", "k2", "ok", described, required=True)
     lines = outcome.stderr.strip().splitlines() or [f"the process ended with {outcome.returncode}"]
     reason = next((line for line in lines if "rror:" in line), lines[-1])
-    torch_version = _version("torch")
+    torch_version = installed_version("torch")
     if wants and torch_version and wants != torch_version.partition("+")[0]:
         reason = f"but torch is {torch_version}"
     fix = f"{k2_command()}; or do without: {sys.executable} -m pip uninstall -y k2"
     return Check("packages", "k2", "broken", f"{described}: {reason.strip()}", fix, required=True)
 
 
-def k2_built_for() -> str:
-    """The torch version an installed k2 was built for, read without importing it; empty when unknown."""
-    spec = importlib.util.find_spec("k2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder) / "torch_version.py"
-        match = re.search(r'^k2_torch_version = "([\d.]+)', file.read_text(), re.M) if file.is_file() else None
-        if match:
-            return match[1]
-    match = re.search(r"torch(\d+\.\d+\.\d+)", _version("k2"))  # 1.24.4.dev20250715+cpu.torch2.7.1
-    return match[1] if match else ""
-
-
-def k2_command() -> str:
-    """How to get the k2 that matches the installed torch."""
-    torch_version = _version("torch").partition("+")[0]
-    if torch_version == K2_WHEEL_TORCH and sys.version_info[:2] == (3, 11):
-        tools = pip_install("'pip<24' graphviz")
-        wheel = pip_install("--no-deps --require-hashes -r /dev/stdin")
-        return f"{tools} && echo '{K2_WHEEL}' | {wheel}"
-    if not torch_version:
-        return "make setup ENV=k2"
-    cuda = import_error("torch") is None and importlib.import_module("torch").version.cuda is not None
-    page = K2_PAGES[cuda]
-    install = f"{pip_install(f'--no-deps k2==VERSION -f {page}')} && {pip_install('graphviz')}"
-    return f"make setup ENV=k2; or find the VERSION for torch {torch_version} on {page}, then {install}"
-
-
 def stages(checks: list[Check], needed: list[Requirement]) -> Iterator[Check]:
-    """What each stage can use of what was found."""
+    """What each stage can use of what is here."""
     status = {check.name: check.status for check in checks}
     backend = "k2 (torch on request)" if status["k2"] == "ok" else "torch"
     device = "cuda" if status["gpu"] == "ok" else "cpu"
     blockers = [check.name for check in checks if check.required and check.status != "ok"]
-    train_found = f"loss backend {backend}, device {device}"
+    training = f"loss backend {backend}, device {device}"
     if blockers:
-        train_found = f"cannot run: {', '.join(blockers)}"
-    yield Check("stages", "train-backbone", "broken" if blockers else "ok", train_found)
+        training = f"cannot run: {', '.join(blockers)}"
+    yield Check("stages", "train-backbone", "broken" if blockers else "ok", training)
     apt = shutil.which("apt-get")
     yield Check(
         "stages",
@@ -305,19 +203,8 @@ def optional(stage: str, module: str, use: str, needed: list[Requirement]) -> Ch
         return Check("stages", stage, "ok", use)
     names = " ".join(f"'{item.name}>={item.minimum}'" for item in needed)
     absent = isinstance(error, ModuleNotFoundError)
-    found = f"without {use}: {_line(error)}"
-    return Check("stages", stage, "absent" if absent else "broken", found, pip_install(names))
-
-
-def import_error(module: str) -> BaseException | None:
-    """Import a module; what it raised, whatever that was, or None."""
-    try:
-        importlib.import_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a package's import may raise anything, SystemExit included
-        return error
-    return None
+    detail = f"without {use}: {_line(error)}"
+    return Check("stages", stage, "absent" if absent else "broken", detail, pip_install(names))
 
 
 def describe(checks: list[Check]) -> list[str]:
@@ -326,13 +213,17 @@ def describe(checks: list[Check]) -> list[str]:
     lines = []
     for group in ("machine", "packages", "stages"):
         lines.append(f"{group}:")
-        lines += [f"  {_mark(check)}  {check.name:<{width}}  {check.found}" for check in checks if check.group == group]
+        lines += [
+            f"  {_mark(check)}  {check.name:<{width}}  {check.detail}" for check in checks if check.group == group
+        ]
     fixes = [check for check in checks if check.fix and check.status != "ok"]
     if fixes:
         lines.append("to get what is missing:")
         for check in fixes:
             lines += [f"  {check.name}{'' if check.required else ' (optional)'}:", f"    {check.fix}"]
-    lines.append("asrkit can train here." if can_train(checks) else "asrkit cannot train here: mend what is marked NO.")
+    lines.append(
+        "asrkit can train here." if can_train(checks) else "asrkit cannot train here: fix the items marked NO."
+    )
     return lines
 
 
@@ -340,13 +231,6 @@ def _mark(check: Check) -> str:
     if check.status == "ok":
         return "ok"
     return "NO" if check.required or check.status == "broken" else "--"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _line(error: BaseException) -> str:

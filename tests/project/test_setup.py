@@ -66,7 +66,7 @@ def test_the_locks_are_the_two_environments() -> None:
 def test_k2_is_locked_by_hash_and_no_dependency() -> None:
     wheel = (ROOT / "requirements" / "k2-wheel.txt").read_text()
     assert re.search(r"^k2==1\.23\.4 --hash=sha256:[0-9a-f]{64}$", wheel, re.M)
-    from asrkit.stages.doctor import K2_WHEEL
+    from asrkit.reporting.packages import K2_WHEEL
 
     assert K2_WHEEL in wheel
     names = {canonicalize_name(Requirement(line).name) for line in project()["dependencies"]}

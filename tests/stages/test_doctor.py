@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from asrkit.stages.doctor import has_kernels, requirements, threads, version_tuple
+from asrkit.reporting.machine import has_kernels, threads
+from asrkit.reporting.packages import requirements, version_tuple
 
 
 def doctor(stubs: Path, arguments: tuple[str, ...] = ("--json",)) -> subprocess.CompletedProcess[str]:
@@ -40,9 +41,9 @@ def test_a_sound_environment_can_train(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.stdout
     assert json.loads(outcome.stdout)["can_train"]
     assert checks["torch"]["status"] == "ok"
-    assert "cores" in checks["processor"]["found"]
-    assert checks["threads"]["found"] == "1 a process (OMP_NUM_THREADS)"
-    assert "MKL" in checks["matrix products"]["found"]
+    assert "cores" in checks["processor"]["detail"]
+    assert checks["threads"]["detail"] == "1 a process (OMP_NUM_THREADS)"
+    assert "MKL" in checks["matrix products"]["detail"]
 
 
 def test_threads_that_nobody_chose() -> None:
@@ -77,7 +78,7 @@ def test_lhotse_without_the_package_it_does_not_declare(tmp_path: Path) -> None:
     checks = checks_of(outcome)
     assert outcome.returncode == 1
     assert "pip install 'urllib3>=" in checks["urllib3"]["fix"]
-    assert "urllib3" in checks["lhotse"]["found"]
+    assert "urllib3" in checks["lhotse"]["detail"]
     assert checks["lhotse"]["fix"].endswith("pip install urllib3")
 
 
@@ -93,7 +94,7 @@ def test_numpy_2_beside_an_old_torch(tmp_path: Path) -> None:
     outcome = doctor(tmp_path)
     bridge = checks_of(outcome)["torch with numpy"]
     assert outcome.returncode == 1
-    assert "Numpy is not available" in bridge["found"]
+    assert "Numpy is not available" in bridge["detail"]
     assert bridge["fix"].endswith("pip install 'numpy<2'")
 
 
@@ -111,7 +112,7 @@ def test_k2_that_does_not_load(tmp_path: Path, body: str, says: str) -> None:
     check = checks_of(outcome)["k2"]
     assert outcome.returncode == 1
     assert check["status"] == "broken"
-    assert says in check["found"]
+    assert says in check["detail"]
     assert "pip uninstall -y k2" in check["fix"]
 
 
@@ -120,8 +121,8 @@ def test_k2_for_another_torch_names_both_versions(tmp_path: Path) -> None:
     (tmp_path / "k2" / "torch_version.py").write_text('k2_torch_version = "1.9.0+cu102"\n')
     (tmp_path / "k2" / "__init__.py").write_text("raise ImportError('k2 was built using PyTorch 1.9.0')\n")
     check = checks_of(doctor(tmp_path))["k2"]
-    assert "built for torch 1.9.0" in check["found"]
-    assert "but torch is" in check["found"]
+    assert "built for torch 1.9.0" in check["detail"]
+    assert "but torch is" in check["detail"]
 
 
 def test_an_extra_that_is_not_installed_is_optional(tmp_path: Path) -> None:
@@ -139,11 +140,11 @@ def test_an_extra_that_is_not_installed_is_optional(tmp_path: Path) -> None:
 
 
 def test_requirements_come_from_the_project_itself() -> None:
-    found = {requirement.name: requirement for requirement in requirements()}
-    assert found["torch"].minimum == "1.13.1"
-    assert found["PyYAML"].module == "yaml"
-    assert found["matplotlib"].extra == "plots"
-    assert "k2" not in found
+    by_name = {requirement.name: requirement for requirement in requirements()}
+    assert by_name["torch"].minimum == "1.13.1"
+    assert by_name["PyYAML"].module == "yaml"
+    assert by_name["matplotlib"].extra == "plots"
+    assert "k2" not in by_name
 
 
 def test_versions_compare_by_their_leading_numbers() -> None:
