@@ -39,7 +39,7 @@ class AcousticModel(Protocol):
     blank: int
 
     def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
-        """Features (B, T, 80), their lengths (B,) and, for a model that is told them, languages, to encoder frames."""
+        """Features (B, T, 80), their lengths (B,) and, for a model with a language input, languages, to encoder frames."""
 
     def predict(self, contexts: Tensor) -> Tensor:
         """The last ``context_size`` tokens (N, context_size), -1 for none, to predictor vectors (N, J)."""
@@ -55,7 +55,7 @@ class TorchAcousticModel:
         variant: the active sub-models; None is what the model was last trained in.
         context: full context in one pass, or a streaming one, which is run chunk by chunk, as on a device.
 
-    A model with languages is told them in ``encode``; ``step`` is for one that is ``in_language``.
+    A model with a language input takes the languages in ``encode``; ``step`` needs one that is ``in_language``.
     """
 
     def __init__(self, model: AsrModel, variant: str | None = None, context: Context = FULL) -> None:
@@ -73,11 +73,13 @@ class TorchAcousticModel:
     @torch.no_grad()
     def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
         features, feature_lens = features.to(self.device), feature_lens.to(self.device)
-        told = self.model.language_ids(languages)
+        language_ids = self.model.language_ids(languages)
         if self.context.streaming:
-            encoder_out, lens = encode_by_chunks(self.model, features, feature_lens, self.variant, self.context, told)
+            encoder_out, lens = encode_by_chunks(
+                self.model, features, feature_lens, self.variant, self.context, language_ids
+            )
         else:
-            encoder_out, lens = self.model.encode(features, feature_lens, self.variant, languages=told)
+            encoder_out, lens = self.model.encode(features, feature_lens, self.variant, languages=language_ids)
         return self._output(encoder_out, lens)
 
     def start(self, batch: int = 1) -> Caches:

@@ -34,7 +34,7 @@ def viterbi(emissions: Tensor, frame_lens: Tensor, state_lens: Tensor, optional:
     alpha[:, 0] = emissions[:, 0, 0]
     if num_states > 1:
         alpha[:, 1] = emissions[:, 0, 1].masked_fill(~optional[:, 0], -torch.inf)
-    barred = ~F.pad(optional, (1, 0))[:, :-1]  # into these no way leads past the state before
+    barred = ~F.pad(optional, (1, 0))[:, :-1]  # states that cannot be entered by skipping the one before
     steps = []
     for frame in range(1, num_frames):
         ways = [alpha, F.pad(alpha, (1, 0), value=-torch.inf)[:, :-1]]
@@ -69,10 +69,10 @@ def ctc_align(
         symbols: (B, U) int64 without blanks, padded with 0.
 
     Returns:
-        (B, T) int64 the place in ``symbols`` of what a frame emits, -1 for blank, padding, and where no path fits;
+        (B, T) int64 the index in ``symbols`` of what a frame emits, -1 for blank, padding, and where no path fits;
         (B,) the path's log-probability, -inf where none fits.
 
-    Source: Graves et al. 2006, with the maximum in place of the sum.
+    Source: Graves et al. 2006, with the maximum instead of the sum.
     """
     states = F.pad(symbols, (0, 1)).repeat_interleave(2, dim=1)[:, :-1]  # each symbol twice, and a blank
     labels = states.clone()
@@ -88,14 +88,14 @@ def ctc_align(
 def spans_of(path: Tensor, num_symbols: int, num_frames: int, extension: int) -> Tensor:
     """The frames of each symbol, (U, 2) first and one past the last, of one utterance's path (T,).
 
-    A CTC model says most symbols in a single frame and nothing in those around it. Each symbol is made longer at both ends by up
-    to ``extension`` frames that say nothing; where fewer than twice as many lie between two, they are shared half and half.
+    A CTC model emits most symbols in a single frame, with blanks around it. Each symbol is extended at both ends by up to
+    ``extension`` blank frames; where fewer than twice as many lie between two symbols, each gets half of them.
     """
     frames = torch.nonzero(path[:num_frames] >= 0).squeeze(1)
-    said = path[frames]
-    everyone = torch.arange(num_symbols, device=path.device)
-    first = frames[torch.searchsorted(said, everyone)]
-    last = frames[torch.searchsorted(said, everyone, right=True) - 1] + 1
+    emitted = path[frames]
+    indices = torch.arange(num_symbols, device=path.device)
+    first = frames[torch.searchsorted(emitted, indices)]
+    last = frames[torch.searchsorted(emitted, indices, right=True) - 1] + 1
     ends = torch.tensor([num_frames], device=path.device)
     gap = torch.cat([first, ends]) - torch.cat([ends * 0, last])  # before each symbol, and after the last one
     shared = gap[1:-1]
@@ -125,9 +125,9 @@ def fit_gaussians(utterances: Iterable[tuple[Sequence[AlignmentItem], np.ndarray
     for items, log_mel in utterances:
         cepstra = cepstra_of(log_mel)
         for item in items:
-            mine = cepstra[round(item.start / FRAME_SHIFT) : round(item.end / FRAME_SHIFT)]
-            frames.append(mine)
-            owners.append(np.full(len(mine), numbers.setdefault(item.symbol, len(numbers))))
+            phone_frames = cepstra[round(item.start / FRAME_SHIFT) : round(item.end / FRAME_SHIFT)]
+            frames.append(phone_frames)
+            owners.append(np.full(len(phone_frames), numbers.setdefault(item.symbol, len(numbers))))
     x, owner = torch.from_numpy(np.concatenate(frames)), torch.from_numpy(np.concatenate(owners))
     count = torch.bincount(owner, minlength=len(numbers)).clamp(min=1).unsqueeze(1)
     mean, square = (
@@ -156,22 +156,24 @@ def forced_parts(
     """
     ends = [(round(word.start / FRAME_SHIFT), min(round(word.end / FRAME_SHIFT), len(log_mel))) for word in words]
     frame_lens = torch.tensor([last - first for first, last in ends])
-    state_lens = torch.tensor([len(mine) for mine in phones])
+    state_lens = torch.tensor([len(word_phones) for word_phones in phones])
     fits = frame_lens >= state_lens
     scores = gaussians.log_likelihoods(log_mel)
     emissions = scores.new_zeros(len(words), max(1, int(frame_lens.max())), int(state_lens.max()))
-    for row, ((first, last), mine) in enumerate(zip(ends, phones, strict=True)):
-        emissions[row, : last - first, : len(mine)] = scores[first:last, [gaussians.numbers[phone] for phone in mine]]
+    for row, ((first, last), word_phones) in enumerate(zip(ends, phones, strict=True)):
+        emissions[row, : last - first, : len(word_phones)] = scores[
+            first:last, [gaussians.numbers[phone] for phone in word_phones]
+        ]
     never = torch.zeros(len(words), emissions.shape[2], dtype=torch.bool)
     states, _ = viterbi(emissions, frame_lens.clamp(min=1), state_lens, never)
     items = []
-    for row, (word, mine) in enumerate(zip(words, phones, strict=True)):
+    for row, (word, word_phones) in enumerate(zip(words, phones, strict=True)):
         if not fits[row]:
-            items += even_parts(word, mine)
+            items += even_parts(word, word_phones)
             continue
-        counts = torch.bincount(states[row, : int(frame_lens[row])], minlength=len(mine)).tolist()
+        counts = torch.bincount(states[row, : int(frame_lens[row])], minlength=len(word_phones)).tolist()
         start = ends[row][0]
-        for phone, count in zip(mine, counts, strict=True):
+        for phone, count in zip(word_phones, counts, strict=True):
             items.append(AlignmentItem(phone, round(start * FRAME_SHIFT, 4), round(count * FRAME_SHIFT, 4)))
             start += count
     return items

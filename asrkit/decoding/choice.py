@@ -25,25 +25,25 @@ class ContextChoice:
     streaming: bool = False
 
     def contradictions(self) -> list[str]:
-        """What cannot be meant, whatever the model."""
-        found = []
+        """What contradicts itself, whatever the model."""
+        findings = []
         if self.full and self.chunk is not None:
-            found.append(f"--mode full and --chunk {self.chunk} exclude each other; give one of them")
+            findings.append(f"--mode full and --chunk {self.chunk} contradict each other; drop one")
         if self.full and self.streaming:
-            found.append("--stream and --mode full exclude each other; name the chunk with --chunk, or leave both out")
+            findings.append("--stream and --mode full contradict each other; give --chunk instead, or neither")
         if self.left is not None and self.chunk is None:
-            found.append(f"--left {self.left} is the number of frames before a chunk; give --chunk too")
+            findings.append(f"--left {self.left} is the number of frames before a chunk; give --chunk too")
         if self.chunk is not None and self.chunk < 1:
-            found.append(f"--chunk {self.chunk}: must be at least 1 (frames of 40 ms)")
+            findings.append(f"--chunk {self.chunk}: must be at least 1 (frames of 40 ms)")
         if self.left is not None and self.left < 0:
-            found.append(f"--left {self.left}: must be at least 0 (frames of 40 ms)")
-        return found
+            findings.append(f"--left {self.left}: must be at least 0 (frames of 40 ms)")
+        return findings
 
     def among(self, trained: Sequence[Context], attends: bool, where: str) -> Context:
-        """The context chosen.
+        """The context to decode in.
 
         ``--chunk`` without ``--left`` takes the left context trained with that chunk. Without attention (``attends``
-        False) there is no left context to speak of, and one that was never trained is 0.
+        False) the left context has no effect, and one that was never trained is 0.
 
         Raises:
             UserError: the options contradict each other, or the left context cannot be known.
@@ -64,7 +64,7 @@ class ContextChoice:
             return Context(self.chunk, 0)
         raise UserError(
             f"{where} was trained in {listed(trained)}, not in chunks of {self.chunk}; "
-            "choose one of these, or say with --left how many frames before the chunk attention sees"
+            "choose one of these, or give with --left the number of frames before the chunk that attention sees"
         )
 
 
@@ -97,5 +97,5 @@ def export_context(
         )
     context = choice.among(trained, attends, where)
     if not was_trained(context, trained, attends):
-        warn(f"{where} was trained in {listed(trained)}, never in context {context}; expect more errors")
+        warn(f"{where} was never trained in context {context}, only in {listed(trained)}; expect more errors")
     return context

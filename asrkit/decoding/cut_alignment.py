@@ -1,4 +1,4 @@
-"""When each word, word piece and phone of a cut is said, from the CTC path of its text, and how a cut notes it.
+"""When each word, word piece and phone of a cut is spoken, from the CTC path of its text, and how a cut stores it.
 
 An *alignment* is a list of lhotse's items, in seconds from the beginning of the cut.
 """

@@ -26,8 +26,8 @@ States = dict[str, Tensor]  # by file
 class ExportedAcousticModel:
     """The files of an exported directory as an ``AcousticModel``, in the context they are fixed to.
 
-    The transducer's encoder and CTC are files of their own, each with the whole encoder; what no search asks for is not
-    computed: ``joiner_in`` is then (B, T', 0), or ``ctc_log_probs`` None. Those that are loaded are asked for.
+    The transducer's encoder and CTC are files of their own, each with the whole encoder; what is not loaded
+    is not computed: ``joiner_in`` is then (B, T', 0), or ``ctc_log_probs`` (B, 0, V).
     """
 
     blank = 0
@@ -38,13 +38,13 @@ class ExportedAcousticModel:
         self.encoders = [file for file in (ENCODER, CTC) if file in onnx.programs]
 
     def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
-        """See ``AcousticModel``; ``languages`` are not used, as the files hold one."""
+        """See ``AcousticModel``; ``languages`` are not used: the files are for one."""
         if self.context.chunk is not None:
             return self._encode_by_chunks(features, feature_lens, self.context.chunk)
-        found = {file: self.onnx.encode(file, features, feature_lens) for file in self.encoders}
+        outputs = {file: self.onnx.encode(file, features, feature_lens) for file in self.encoders}
         lens = subsampled_lens(feature_lens)
         num_frames = int(lens.max())
-        return self._output({file: out[:, :num_frames] for file, (out, _) in found.items()}, lens, num_frames)
+        return self._output({file: out[:, :num_frames] for file, (out, _) in outputs.items()}, lens, num_frames)
 
     def start(self, batch: int = 1) -> States:
         """What ``batch`` streams remember before their first chunk."""
@@ -58,9 +58,9 @@ class ExportedAcousticModel:
         assert self.context.chunk is not None
         size = self.context.chunk
         lens = torch.full((len(features),), size) if frame_lens is None else frame_lens
-        found = {file: self.onnx.step(file, features, caches[file], size - lens) for file in self.encoders}
-        encoded = self._output({file: out for file, (out, _) in found.items()}, lens, size)
-        return encoded, {file: state for file, (_, state) in found.items()}
+        outputs = {file: self.onnx.step(file, features, caches[file], size - lens) for file in self.encoders}
+        encoded = self._output({file: out for file, (out, _) in outputs.items()}, lens, size)
+        return encoded, {file: state for file, (_, state) in outputs.items()}
 
     def predict(self, contexts: Tensor) -> Tensor:
         return self.onnx.predict(contexts)
@@ -85,7 +85,7 @@ class ExportedAcousticModel:
         whole = {file: torch.cat(chunks, dim=1)[:, :num_frames] for file, chunks in joined.items() if chunks}
         return self._output(whole, lens, num_frames)
 
-    def _output(self, found: dict[str, Tensor], lens: Tensor, num_frames: int) -> EncoderOutput:
+    def _output(self, outputs: dict[str, Tensor], lens: Tensor, num_frames: int) -> EncoderOutput:
         nothing = torch.zeros(len(lens), num_frames, 0)
         log_probs = torch.zeros(len(lens), 0, self.vocab_size) if CTC in self.encoders else None
-        return EncoderOutput(found.get(ENCODER, nothing), lens, found.get(CTC, log_probs))
+        return EncoderOutput(outputs.get(ENCODER, nothing), lens, outputs.get(CTC, log_probs))

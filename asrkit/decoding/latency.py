@@ -1,4 +1,4 @@
-"""How long after a word has been said a streaming recognizer has it."""
+"""How long after the end of a word a streaming recognizer knows it."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def emission_latencies(
 
     Words are paired as the errors are counted, but regardless of case, as aligners often change it.
     """
-    heard = word_frames(hypothesis, tokenizer)
-    pairs = align([word.casefold() for word, _ in ends], [word.text.casefold() for word in heard])
-    found, said, known = [], 0, 0
+    words = word_frames(hypothesis, tokenizer)
+    pairs = align([word.casefold() for word, _ in ends], [word.text.casefold() for word in words])
+    latencies, ref_index, hyp_index = [], 0, 0
     for ref, hyp in pairs:
         if ref == hyp:
-            found.append(emission_ms(heard[known].last, context) - 1000 * ends[said][1])
-        said += bool(ref)
-        known += bool(hyp)
-    return found
+            latencies.append(emission_ms(words[hyp_index].last, context) - 1000 * ends[ref_index][1])
+        ref_index += bool(ref)
+        hyp_index += bool(hyp)
+    return latencies
 
 
 def summarize_latencies(latencies: Sequence[float]) -> dict[str, Any]:

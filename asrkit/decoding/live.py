@@ -31,16 +31,16 @@ def file_blocks(path: Path, paced: bool, stopped: Callable[[], bool] = lambda: F
     Blocks are read as they are asked for, so memory does not grow with the file.
 
     Args:
-        stopped: asked before each block; the sound ends when it says so.
+        stopped: called before each block; the sound ends when it returns True.
 
     Raises:
         UserError: missing, unreadable or empty file, or samples that are not numbers.
     """
-    began, heard = time.monotonic(), 0
+    began, num_samples = time.monotonic(), 0
     for block in filter(len, _resampled(mono_blocks(path, BLOCK_SECONDS))):
-        heard += len(block)
+        num_samples += len(block)
         if paced:
-            time.sleep(max(0.0, began + heard / SAMPLE_RATE - time.monotonic()))
+            time.sleep(max(0.0, began + num_samples / SAMPLE_RATE - time.monotonic()))
         if stopped():
             return
         yield block
@@ -61,7 +61,7 @@ def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> 
 
     Args:
         descriptor: an open file's number; 0 is standard input.
-        stopped: asked at least every 0.1 s; the sound ends when it says so. Half a sample at the end is dropped.
+        stopped: called at least every 0.1 s; the sound ends when it returns True. Half a sample at the end is dropped.
 
     Raises:
         UserError: there is no sample, or it is a file with a header.
@@ -74,8 +74,8 @@ def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> 
         head += received[: 4 - len(head)]
         if head in HEADERS:
             raise UserError(
-                f"-: begins with {head.decode()}, so it is a file with a header and not raw samples; give the file's name, or "
-                "pipe it through ffmpeg -i - -f s16le -ar 16000 -ac 1 -"
+                f"-: begins with {head.decode()}, so it is a file with a header, not raw samples; give the file's name, or pipe it "
+                "through ffmpeg -i - -f s16le -ar 16000 -ac 1 -"
             )
         if not received:
             if len(head) < 2:
@@ -90,7 +90,7 @@ def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> 
 
 @contextmanager
 def until_interrupted() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed, so that what was heard so far can be finished.
+    """Yield a function that returns whether Ctrl-C was pressed, so that the sound so far can be decoded to its end.
 
     A second Ctrl-C interrupts at once.
     """

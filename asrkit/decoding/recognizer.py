@@ -31,7 +31,7 @@ class Recognizer:
     """A model ready to decode with its tokenizer, and the digest that says which weights these are.
 
     ``variant`` and ``context`` are those it runs in; ``warnings`` say where that is not what it was trained for.
-    ``languages``: those ``encode`` is told apart, if any. ``language``: the one it hears, where it is for one alone.
+    ``languages``: those ``encode`` takes as an input, if any. ``language``: the one it recognizes, where it is for one alone.
     """
 
     model: StreamingModel
@@ -57,9 +57,9 @@ def load_recognizer(
 
     Args:
         variant: None is the one the last stage trained.
-        context: itself, or what the user said of it; None is the first the variant was trained in.
+        context: itself, or the user's choice; None is the first the variant was trained in.
         methods: the searches there will be; an exported model computes nothing for others.
-        language: all that will be heard; None: ``encode`` is told, if the model has languages.
+        language: of everything that will be decoded; None: ``encode`` takes it, if the model has a language input.
 
     Raises:
         UserError: the directory is incomplete or damaged, its parts do not fit each other, or it has no such
@@ -83,7 +83,7 @@ def load_recognizer(
     warnings = []
     if not was_trained(context, trained, attends):
         warnings.append(
-            f"{path}: variant {name} was never trained in context {context}, but in {listed(trained)} "
+            f"{path}: variant {name} was never trained in context {context}, only in {listed(trained)} "
             f"(frames of {ENCODER_SHIFT_MS:.0f} ms); expect more errors"
         )
     acoustic = TorchAcousticModel(model.to(torch_device), name, context)
@@ -117,14 +117,14 @@ def _load_exported(
     exported = open_exported(path)
     only, again = exported.parsed_context, "export the run again for another"
     if variant not in (None, exported.variant):
-        raise UserError(f"{path}: holds variant {exported.variant} only, not {variant}; {again}")
+        raise UserError(f"{path}: has variant {exported.variant} only, not {variant}; {again}")
     if language not in (None, exported.language):
-        hears = "is told no language" if exported.language is None else f"hears {exported.language} only"
-        raise UserError(f"--language {language}: {path} {hears}; leave it out, or {again}")
+        takes = "has no language input" if exported.language is None else f"recognizes {exported.language} only"
+        raise UserError(f"--language {language}: {path} {takes}; drop --language, or {again}")
     if not isinstance(context, Context):
         choice = context or ContextChoice()
         if choice.streaming and not only.streaming:
-            raise UserError(f"{path}: is for whole recordings; leave --stream out, or export the run with --streaming")
+            raise UserError(f"{path}: is for whole recordings; drop --stream, or export the run with --streaming")
         context = choice.among([only], True, f"{path}: the exported model")
     if context != only:
         raise UserError(f"{path}: was exported in context {only}, not {context}; {again}")

@@ -1,6 +1,6 @@
 """How fast a model on disk recognizes and what memory that takes, in a process of its own with its own number of threads.
 
-Made-up sound: the time of a transducer's greedy search depends little on what is said.
+Made-up sound: the time of a transducer's greedy search depends little on what it recognizes.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def measure_speed(path: Path, variant: str | None, context: Context, seconds: fl
     Raises:
         UserError: the process failed, for the reason it gives.
     """
-    told = {"path": str(path), "variant": variant, "context": str(context), "seconds": seconds}
-    command = [sys.executable, "-m", "asrkit.decoding.speed", json.dumps({**told, "threads": threads})]
+    options = {"path": str(path), "variant": variant, "context": str(context), "seconds": seconds}
+    command = [sys.executable, "-m", "asrkit.decoding.speed", json.dumps({**options, "threads": threads})]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -55,13 +55,13 @@ def measure_speed(path: Path, variant: str | None, context: Context, seconds: fl
 def _measure(path: str, variant: str | None, context: str, seconds: float, threads: int) -> Speed:
     torch.set_num_threads(threads)
     before = _peak_mb(reset=True)
-    found = load_recognizer(Path(path), "cpu", variant, parse_context(context), ["greedy"])
-    model, chunk = found.model, found.context.chunk
+    recognizer = load_recognizer(Path(path), "cpu", variant, parse_context(context), ["greedy"])
+    model, chunk = recognizer.model, recognizer.context.chunk
     length = UTTERANCE if chunk is None else count_window(chunk)
     random = torch.Generator().manual_seed(1)
     caches = None if chunk is None else model.start(1)
     pieces: list[float] = []
-    heard = 0.0
+    audio_seconds = 0.0
     for number in range(WARM_UP + max(1, round(seconds / (FRAME_SHIFT * (length - LOOK_AHEAD))))):
         features = 3.0 * torch.randn(1, length, 80, generator=random) - 8.0
         began = time.perf_counter()
@@ -73,8 +73,8 @@ def _measure(path: str, variant: str | None, context: str, seconds: float, threa
         search(model, encoded, "greedy")
         if number >= WARM_UP:
             pieces.append(time.perf_counter() - began)
-            heard += FRAME_SHIFT * (length - LOOK_AHEAD)
-    return Speed(sum(pieces) / heard, pieces, _peak_mb() - before)
+            audio_seconds += FRAME_SHIFT * (length - LOOK_AHEAD)
+    return Speed(sum(pieces) / audio_seconds, pieces, _peak_mb() - before)
 
 
 def _peak_mb(reset: bool = False) -> float:

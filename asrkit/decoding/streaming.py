@@ -62,10 +62,10 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class Heard:
+class Partial:
     """What is known of an utterance at ``time``: its whole text so far, which may still change unless it is ``final``.
 
-    time: seconds of sound that had to be heard for it. start: seconds at which the utterance began.
+    time: seconds of sound that it needed. start: seconds at which the utterance began.
     words: of a final text, each with the time its first piece was emitted.
     """
 
@@ -137,37 +137,37 @@ class StreamingRecognizer:
         self._start = 0  # the one the current utterance began at
         self._shown = ""
 
-    def accept(self, samples: Tensor) -> Iterator[Heard]:
+    def accept(self, samples: Tensor) -> Iterator[Partial]:
         """(num_samples,) float32 at 16 kHz to what they change: a text that grew, or one that is final."""
         self._samples += len(samples)
         for encoded in self._encoder.accept(self._features.accept(samples)):
-            yield from self._hear(encoded)
+            yield from self._advance(encoded)
 
-    def finish(self) -> Iterator[Heard]:
+    def finish(self) -> Iterator[Partial]:
         """The end of the sound: what its last moments change, and the final text."""
         for encoded in chain(self._encoder.accept(self._features.finish()), self._encoder.finish()):
-            yield from self._hear(encoded)
+            yield from self._advance(encoded)
         if self._shown:
-            yield self._heard(self._search(), final=True, time=self._samples / SAMPLE_RATE)
+            yield self._partial(self._search(), final=True, time=self._samples / SAMPLE_RATE)
             self._forget()
 
-    def _hear(self, encoded: EncoderOutput) -> Iterator[Heard]:
+    def _advance(self, encoded: EncoderOutput) -> Iterator[Partial]:
         """What one more chunk of encoder frames changes."""
         self._utterance.append(encoded)
         self._frames += encoded.joiner_in.shape[1]
         hypothesis = self._search()
         length = self._frames - self._start
         quiet = length - (hypothesis.frames[-1] + 1 if hypothesis.frames else 0)
-        # A chunk is known when the last sample its frames need has been heard.
+        # A chunk is known when the last sample its frames need has arrived.
         time = min(self._frames * ENCODER_SHIFT + LOOK_AHEAD_MS / 1000, self._samples / SAMPLE_RATE)
         text = self.tokenizer.decode(hypothesis.tokens)
         if quiet * ENCODER_SHIFT >= self.endpoint.pause or length * ENCODER_SHIFT >= self.endpoint.longest:
             if text or self._shown:
-                yield self._heard(hypothesis, final=True, time=time)
+                yield self._partial(hypothesis, final=True, time=time)
             self._forget()
         elif text != self._shown:
             self._shown = text
-            yield self._heard(hypothesis, final=False, time=time)
+            yield self._partial(hypothesis, final=False, time=time)
 
     def _search(self) -> Hypothesis:
         """The best hypothesis of the current utterance."""
@@ -177,10 +177,10 @@ class StreamingRecognizer:
         encoded = EncoderOutput(joiner_in, lens, torch.cat(ctc, dim=1) if ctc else None)
         return search(self.model, encoded, self.method, self.beam, self.tokenizer.special_ids)[0]
 
-    def _heard(self, hypothesis: Hypothesis, final: bool, time: float) -> Heard:
+    def _partial(self, hypothesis: Hypothesis, final: bool, time: float) -> Partial:
         start = self._start * ENCODER_SHIFT
         words = timed_words(hypothesis, self.tokenizer, start) if final else []
-        return Heard(self.tokenizer.decode(hypothesis.tokens), final, round(time, 3), round(start, 3), words)
+        return Partial(self.tokenizer.decode(hypothesis.tokens), final, round(time, 3), round(start, 3), words)
 
     def _forget(self) -> None:
         """Begin another utterance with the next frame."""

@@ -217,7 +217,7 @@ def graphs(model: AsrModel, variant: str, context: Context, comment: str) -> lis
 
 def _offline(model: AsrModel, variant: str, about: dict[str, str]) -> list[Graph]:
     example = (torch.zeros(2, 95, model.spec.features.num_mel_bins), torch.tensor([95, 61]))
-    found = []
+    offline = []
     for file, head, name, kind in (
         (ENCODER, model.joiner.project_encoder, "encoder_out", "zipformer2"),
         (CTC, model.ctc_log_probs, "log_probs", "zipformer2_ctc"),
@@ -226,8 +226,8 @@ def _offline(model: AsrModel, variant: str, about: dict[str, str]) -> list[Graph
         dynamic = {**_batched(0, "x_lens", outputs[1]), "x": {0: "N", 1: "T"}, name: {0: "N", 1: "T_out"}}
         module = WholeUtterance(model, variant, head)
         metadata = {"model_type": kind, **about}
-        found.append(Graph(file, module, example, ("x", "x_lens"), outputs, dynamic, metadata))
-    return found
+        offline.append(Graph(file, module, example, ("x", "x_lens"), outputs, dynamic, metadata))
+    return offline
 
 
 def _streaming(model: AsrModel, variant: str, chunk: int, left: int, about: dict[str, str]) -> list[Graph]:

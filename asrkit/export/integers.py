@@ -111,13 +111,13 @@ def write_layers(graph: Any, layers: Mapping[str, CompressedLinear]) -> None:
         weight = f"{path}.weight"
         if weight not in there:  # it is in another file
             continue
-        (place,) = (number for number, node in enumerate(graph.node) if weight in node.input)
-        node, nodes = graph.node[place], Nodes(path)
+        (index,) = (number for number, node in enumerate(graph.node) if weight in node.input)
+        node, nodes = graph.node[index], Nodes(path)
         y = product(nodes, layer, node.input[0])
         if node.op_type == "Gemm":  # a product of matrices with the bias in it
             nodes("Add", y, node.input[2])
         nodes.nodes[-1].output[0] = node.output[0]
-        around = [*graph.node[:place], *nodes.nodes, *graph.node[place + 1 :]]
+        around = [*graph.node[:index], *nodes.nodes, *graph.node[index + 1 :]]
         del graph.node[:]
         graph.node.extend(around)
         graph.initializer.remove(next(tensor for tensor in graph.initializer if tensor.name == weight))
@@ -163,8 +163,8 @@ def layer_alone(path: str, layer: CompressedLinear) -> bytes:
         [numpy_helper.from_array(array, name) for name, array in nodes.tensors.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-    found: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION).SerializeToString()
-    return found
+    content: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION).SerializeToString()
+    return content
 
 
 def product(nodes: Nodes, layer: CompressedLinear, x: str) -> str:
@@ -249,8 +249,8 @@ def _packed(nodes: Nodes, layer: CompressedLinear, unsigned: np.ndarray, bits: i
     """The bytes of masked codes (O, I) of 4 or 2 bits, with a zero for each that is not kept; rows end with a byte."""
     assert layer.how.mask is not None
     (outputs, inputs), per_byte, middle = unsigned.shape, 8 // bits, 2 ** (bits - 1)
-    kept = layer.mask.numpy()
-    keep = int(kept.reshape(-1)[:4].sum())
+    mask_bits = layer.mask.numpy()
+    keep = int(mask_bits.reshape(-1)[:4].sum())
     if keep * bits not in (2, 4, 8) or not _has_groups(layer, 4):
         missing = -inputs % per_byte
         shape = (outputs, inputs) if missing else (outputs * inputs // per_byte, per_byte)
@@ -262,8 +262,8 @@ def _packed(nodes: Nodes, layer: CompressedLinear, unsigned: np.ndarray, bits: i
         places = nodes.table(f"places of {bits} bits", _powers(bits, per_byte).astype(np.uint8)[:, None])
         return nodes("QLinearMatMul", dense, one, none, places, one, none, one, none)
     # A mask's four bits and the codes of what it keeps are together the line of a table where the four weights stand.
-    flags = (kept.reshape(-1, 4) * _powers(1, 4)).sum(1)
-    numbers = (unsigned[kept].reshape(-1, keep) * _powers(bits, keep)).sum(1).astype(np.uint8)
+    flags = (mask_bits.reshape(-1, 4) * _powers(1, 4)).sum(1)
+    numbers = (unsigned[mask_bits].reshape(-1, keep) * _powers(bits, keep)).sum(1).astype(np.uint8)
     columns = (len(flags), 1)
     pairs = nodes(
         "Concat",
@@ -279,8 +279,8 @@ def _group_table(keep: int, bits: int) -> np.ndarray:
     """(2^(4 + keep b), b / 2): the bytes of four codes of which a mask, the lowest bits of the line's number, keeps some."""
     number = np.arange(2 ** (4 + keep * bits))
     flags = (number[:, None] >> np.arange(4)) & 1
-    place = np.minimum(flags.cumsum(1) - flags, keep - 1)  # of a kept weight among those kept
-    codes = (number[:, None] >> (4 + bits * place)) & (2**bits - 1)
+    rank = np.minimum(flags.cumsum(1) - flags, keep - 1)  # of a kept weight among those kept
+    codes = (number[:, None] >> (4 + bits * rank)) & (2**bits - 1)
     return _pack(np.where(flags == 1, codes, 2 ** (bits - 1)), bits).reshape(len(number), -1)
 
 
@@ -342,29 +342,29 @@ def _unfolded(
     mask, shape = layer.how.mask, shape or values.shape
     if mask is None:
         return _unpacked(nodes, name, values, bits, shape)
-    kept = layer.mask.numpy()
+    mask_bits = layer.mask.numpy()
     if _has_groups(layer, 8):  # each byte of the mask says where its weights go, of which there are as many for all
-        lines, count = kept.size // 8, int(kept.reshape(-1)[:8].sum())
+        lines, count = mask_bits.size // 8, int(mask_bits.reshape(-1)[:8].sum())
         first = np.argsort((~np.arange(256)[:, None] >> np.arange(8)) & 1, axis=1, kind="stable")[:, :count]
-        flags = nodes.cast(nodes.tensor("mask", _pack(kept, 1)), np.int32)
+        flags = nodes.cast(nodes.tensor("mask", _pack(mask_bits, 1)), np.int32)
         places = nodes("Gather", nodes.table(f"places of {count} of 8", first.astype(np.int32)), flags)
-        stored = _unpacked(nodes, name, values[kept], bits, (lines, count))
+        stored = _unpacked(nodes, name, values[mask_bits], bits, (lines, count))
         return nodes.reshape(nodes("ScatterElements", nodes.filled(zero, lines, 8), places, stored, axis=1), *shape)
-    stored = _unpacked(nodes, name, np.append(zero, values[kept]).astype(values.dtype), bits, (-1,))
-    flags = nodes.cast(_flags(nodes, kept, mask.block), np.int32)
-    # The k-th kept weight stands at place k; all others read place 0. (What has no size before it is computed, such as the
+    stored = _unpacked(nodes, name, np.append(zero, values[mask_bits]).astype(values.dtype), bits, (-1,))
+    flags = nodes.cast(_flags(nodes, mask_bits, mask.block), np.int32)
+    # The k-th kept weight is at index k; all others read index 0. (What has no size before it is computed, such as the
     # places that are not zero, newer runtimes would compute anew in every run.)
     places = nodes("Mul", nodes("CumSum", flags, nodes.scalar(np.int64, 0)), flags)
     return nodes.reshape(nodes("Gather", stored, places), *shape)
 
 
-def _flags(nodes: Nodes, kept: np.ndarray, block: tuple[int, int]) -> str:
+def _flags(nodes: Nodes, mask_bits: np.ndarray, block: tuple[int, int]) -> str:
     """A mask (O, I), a bit of it stored for each block, unfolded to uint8 (O I,)."""
-    (outputs, inputs), (rows, columns) = kept.shape, block
+    (outputs, inputs), (rows, columns) = mask_bits.shape, block
     if block == (1, 1):
-        return _unpacked(nodes, "mask", kept, 1, (kept.size,))
-    flags = _unpacked(nodes, "mask", kept[::rows, ::columns], 1, (outputs // rows, 1, inputs // columns, 1))
-    return nodes.reshape(nodes.expand(flags, outputs // rows, rows, inputs // columns, columns), kept.size)
+        return _unpacked(nodes, "mask", mask_bits, 1, (mask_bits.size,))
+    flags = _unpacked(nodes, "mask", mask_bits[::rows, ::columns], 1, (outputs // rows, 1, inputs // columns, 1))
+    return nodes.reshape(nodes.expand(flags, outputs // rows, rows, inputs // columns, columns), mask_bits.size)
 
 
 def _unpacked(nodes: Nodes, name: str, values: np.ndarray, bits: int, shape: tuple[int, ...]) -> str:
@@ -373,7 +373,7 @@ def _unpacked(nodes: Nodes, name: str, values: np.ndarray, bits: int, shape: tup
         return nodes.tensor(name, values.reshape(shape))
     per_byte = 8 // bits
     packed = nodes.tensor(name, _pack(values, bits).reshape(-1, 1))
-    shifts = nodes.number(np.uint8, *(bits * place for place in range(per_byte)))
+    shifts = nodes.number(np.uint8, *(bits * index for index in range(per_byte)))
     digits = nodes("Mod", nodes("BitShift", packed, shifts, direction="RIGHT"), nodes.number(np.uint8, 2**bits))
     if values.size % per_byte:
         digits = nodes.reshape(digits, -1)

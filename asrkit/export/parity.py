@@ -49,31 +49,31 @@ class Differences:
     ignored: Collection[int] = ()
     _parts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, output: str, expected: Tensor, found: Tensor) -> None:
-        """Note torch's ``expected`` and what was ``found`` in the exported file.
+    def add(self, output: str, expected: Tensor, computed: Tensor) -> None:
+        """Note torch's ``expected`` and what the exported file ``computed``.
 
         Raises:
             UserError: their shapes differ.
         """
-        if expected.shape != found.shape:
+        if expected.shape != computed.shape:
             raise UserError(
-                f"{output}: shape {tuple(found.shape)} in the exported file but {tuple(expected.shape)} in torch; {_REPORT}"
+                f"{output}: shape {tuple(computed.shape)} in the exported file but {tuple(expected.shape)} in torch; {_REPORT}"
             )
         if output in VOCABULARY and self.ignored:
             columns = [column for column in range(expected.shape[-1]) if column not in self.ignored]
-            expected, found = expected[..., columns], found[..., columns]
-        self._parts[output].append((expected.double(), found.double()))
+            expected, computed = expected[..., columns], computed[..., columns]
+        self._parts[output].append((expected.double(), computed.double()))
 
     def records(self) -> dict[str, DifferenceRecord]:
         """By output: greatest and mean difference, the greatest magnitude of torch's numbers, and what is tolerated."""
-        found = {}
+        records = {}
         for output, parts in self._parts.items():
             gaps = torch.cat([(a - b).abs().flatten() for a, b in parts])
             magnitude = max(float(a.abs().max()) for a, _ in parts)
-            found[output] = DifferenceRecord(
+            records[output] = DifferenceRecord(
                 max=float(gaps.max()), mean=float(gaps.mean()), magnitude=magnitude, **self._tolerated(output)
             )
-        return found
+        return records
 
     def _tolerated(self, output: str) -> dict[str, Any]:
         if output == EXACT or output.endswith(("_lens", "frame counter")):
@@ -104,7 +104,7 @@ _REPORT = "nothing was exported; try another version of the runtime, and report 
 
 
 @torch.no_grad()
-def compare_layers(layers: Mapping[str, CompressedLinear], directory: Path, found: Differences) -> None:
+def compare_layers(layers: Mapping[str, CompressedLinear], directory: Path, differences: Differences) -> None:
     """Each compressed layer by itself, with inputs of all sizes (integer products must agree to the last bit), and its codes,
     scales and masks in the files, number by number.
 
@@ -114,8 +114,8 @@ def compare_layers(layers: Mapping[str, CompressedLinear], directory: Path, foun
     from onnx import load, numpy_helper
 
     stored: dict[str, dict[str, Any]] = {}
-    for found_file in sorted(directory.glob("*.onnx")):
-        stored[found_file.name] = {tensor.name: tensor for tensor in load(found_file).graph.initializer}
+    for onnx_file in sorted(directory.glob("*.onnx")):
+        stored[onnx_file.name] = {tensor.name: tensor for tensor in load(onnx_file).graph.initializer}
     generator = torch.Generator().manual_seed(1)
     findings = []
     for path, layer in layers.items():
@@ -123,7 +123,7 @@ def compare_layers(layers: Mapping[str, CompressedLinear], directory: Path, foun
         x[0, 0] = 0.0
         integers = layer.how.activations is not None and layer.multiplies_integers
         expected, computed = layer(x), run_graph(layer_alone(path, layer), x)
-        found.add(EXACT if integers else LAYERS, expected, computed)
+        differences.add(EXACT if integers else LAYERS, expected, computed)
         if not (expected - computed).abs().max() <= (0.0 if integers else TOLERANCE * expected.abs().max()):
             findings.append(f"{path}: computes something else in onnxruntime than in torch; {_REPORT}")
         constants = layer_constants(path, layer)
@@ -141,7 +141,7 @@ def compare_layers(layers: Mapping[str, CompressedLinear], directory: Path, foun
 
 @torch.no_grad()
 def compare_offline(
-    model: AsrModel, variant: str, onnx: ExportedModel, features: Tensor, feature_lens: Tensor, found: Differences
+    model: AsrModel, variant: str, onnx: ExportedModel, features: Tensor, feature_lens: Tensor, differences: Differences
 ) -> None:
     """Whole utterances (N, T, 80), (N,), together and the last one alone."""
     for rows, length in ((slice(None), features.shape[1]), (slice(-1, None), int(feature_lens[-1]))):
@@ -152,13 +152,13 @@ def compare_offline(
             (CTC, "log_probs", model.ctc_log_probs(encoder_out)),
         ):
             out, out_lens = onnx.encode(file, x, x_lens)
-            found.add(f"{file}: {name}", expected, out)
-            found.add(f"{file}: {name}_lens", lens, out_lens)
+            differences.add(f"{file}: {name}", expected, out)
+            differences.add(f"{file}: {name}_lens", lens, out_lens)
 
 
 @torch.no_grad()
 def compare_streaming(
-    model: AsrModel, variant: str, context: Context, onnx: ExportedModel, features: Tensor, found: Differences
+    model: AsrModel, variant: str, context: Context, onnx: ExportedModel, features: Tensor, differences: Differences
 ) -> None:
     """Chunk by chunk, the torch loop with its caches against the flat states: features (N, T, 80).
 
@@ -186,23 +186,25 @@ def compare_streaming(
             (CTC, "log_probs", "next_key", model.ctc_log_probs(encoder_out)),
         ):
             out, states[file] = onnx.step(file, x, states[file], missing)
-            found.add(f"{file}: {name}", expected, out)
+            differences.add(f"{file}: {name}", expected, out)
             if number in (0, late, count - 1):
                 count_expected, expected = layout.pack(caches).unsqueeze(0).split([1, layout.size - 1], dim=2)
-                count_found, out = states[file].split([1, layout.size - 1], dim=2)
-                found.add(f"{file}: {state_name}, frame counter", count_expected, count_found)
-                found.add(f"{file}: {state_name}", expected, out)
+                count_computed, out = states[file].split([1, layout.size - 1], dim=2)
+                differences.add(f"{file}: {state_name}, frame counter", count_expected, count_computed)
+                differences.add(f"{file}: {state_name}", expected, out)
 
 
 @torch.no_grad()
-def compare_predictor_and_joiner(model: AsrModel, onnx: ExportedModel, joiner_in: Tensor, found: Differences) -> None:
+def compare_predictor_and_joiner(
+    model: AsrModel, onnx: ExportedModel, joiner_in: Tensor, differences: Differences
+) -> None:
     """Every token in a context, the start's -1 too, each joined with a frame of ``joiner_in`` (frames, J)."""
     tokens = torch.arange(-1, model.vocab_size)
-    contexts = torch.stack([tokens.roll(-place) for place in range(model.context_size)], dim=1)
+    contexts = torch.stack([tokens.roll(-shift) for shift in range(model.context_size)], dim=1)
     predicted = model.joiner.project_predictor(model.predictor(contexts))
-    found.add(f"{DECODER}: decoder_out", predicted, onnx.predict(contexts))
+    differences.add(f"{DECODER}: decoder_out", predicted, onnx.predict(contexts))
     frames = joiner_in[torch.arange(len(tokens)) % len(joiner_in)]
-    found.add(f"{JOINER}: logit", model.joiner(frames, predicted), onnx.join(frames, predicted))
+    differences.add(f"{JOINER}: logit", model.joiner(frames, predicted), onnx.join(frames, predicted))
 
 
 def random_log_mel(model: AsrModel, num_frames: int, count: int = 3, seed: int = 1) -> Tensor:

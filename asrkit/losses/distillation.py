@@ -41,10 +41,10 @@ def node_divergence(
     whole vocabulary (equation 3). Nodes beyond the utterance's frames or symbols count nothing; after the last symbol
     only the blank and the rest are told apart.
     """
-    found, expected = (
+    student_log_probs, teacher_log_probs = (
         node_log_probs(logits, symbols, ranges, symbol_lens, classes) for logits in (student, teacher.detach())
     )
-    return divergence(found, expected, counted_nodes(ranges, encoder_out_lens, symbol_lens))
+    return divergence(student_log_probs, teacher_log_probs, counted_nodes(ranges, encoder_out_lens, symbol_lens))
 
 
 def node_log_probs(
@@ -130,14 +130,14 @@ def counted_nodes(ranges: Tensor, encoder_out_lens: Tensor, symbol_lens: Tensor,
     return (frames < encoder_out_lens.view(-1, 1, 1)) & row
 
 
-def divergence(found: Tensor, expected: Tensor, nodes: Tensor, direction: Direction = "forward") -> Tensor:
-    """Sum over the ``nodes`` (B, T, S) of KL(expected || found), (B,), of log-probabilities (B, T, S, C).
+def divergence(student: Tensor, teacher: Tensor, nodes: Tensor, direction: Direction = "forward") -> Tensor:
+    """Sum over the ``nodes`` (B, T, S) of KL(teacher || student), (B,), of log-probabilities (B, T, S, C).
 
-    ``reverse`` is KL(found || expected): it seeks one of the teacher's answers where forward covers them all.
+    ``reverse`` is KL(student || teacher): it seeks one of the teacher's answers where forward covers them all.
     """
     if direction == "reverse":
-        found, expected = expected, found
-    return (expected.exp() * (expected - found)).sum(dim=-1).masked_fill(~nodes, 0.0).sum(dim=(1, 2))
+        student, teacher = teacher, student
+    return (teacher.exp() * (teacher - student)).sum(dim=-1).masked_fill(~nodes, 0.0).sum(dim=(1, 2))
 
 
 def full_lattice_divergence(
@@ -170,11 +170,11 @@ def full_lattice_divergence(
         ranges = rows.expand(len(encoded), size, -1)
         logits = joiner(encoded.unsqueeze(2), predictor.unsqueeze(1))
         with torch.no_grad():
-            taught = expected(slice(first, first + size), ranges)
+            teacher = expected(slice(first, first + size), ranges)
         with torch.autocast(logits.device.type, enabled=False):
-            found = node_log_probs(logits, symbols, ranges, symbol_lens, classes, temperature)
+            student = node_log_probs(logits, symbols, ranges, symbol_lens, classes, temperature)
             nodes = counted_nodes(ranges, encoder_out_lens - first, symbol_lens, last_row)
-            return divergence(found, taught, nodes, direction)
+            return divergence(student, teacher, nodes, direction)
 
     parts = [
         checkpoint(
@@ -186,34 +186,34 @@ def full_lattice_divergence(
 
 
 def frame_divergence(
-    found: Tensor,
-    expected: Tensor,
+    student: Tensor,
+    teacher: Tensor,
     encoder_out_lens: Tensor,
     direction: Direction = "forward",
     temperature: float = 1.0,
 ) -> Tensor:
-    """Sum over an utterance's frames of KL(expected || found), (B,), of CTC log-probabilities (B, T, V).
+    """Sum over an utterance's frames of KL(teacher || student), (B,), of CTC log-probabilities (B, T, V).
 
     Both are those of the logits over ``temperature`` (log-probabilities are logits less a constant).
     """
     if temperature != 1.0:
-        found, expected = ((x / temperature).log_softmax(dim=-1) for x in (found, expected))
-    return divergence(found.unsqueeze(2), expected.unsqueeze(2), _own_frames(found, encoder_out_lens), direction)
+        student, teacher = ((x / temperature).log_softmax(dim=-1) for x in (student, teacher))
+    return divergence(student.unsqueeze(2), teacher.unsqueeze(2), _own_frames(student, encoder_out_lens), direction)
 
 
-def encoder_distance(found: Tensor, expected: Tensor, encoder_out_lens: Tensor, kind: Distance = "mse") -> Tensor:
+def encoder_distance(student: Tensor, teacher: Tensor, encoder_out_lens: Tensor, kind: Distance = "mse") -> Tensor:
     """Sum over an utterance's frames of how far (B, T, D) encoder frames are from the teacher's, (B,).
 
     mse: the mean of the squared differences; l2: their Euclidean length; cosine: one less the cosine.
     """
-    found, expected = _precise(found), _precise(expected.detach())
+    student, teacher = _precise(student), _precise(teacher.detach())
     if kind == "cosine":
-        far = 1 - torch.cosine_similarity(found, expected, dim=-1)
+        far = 1 - torch.cosine_similarity(student, teacher, dim=-1)
     else:
-        squared = (found - expected).square()
+        squared = (student - teacher).square()
         # The root's slope is infinite where the two are equal.
         far = squared.mean(dim=-1) if kind == "mse" else (squared.sum(dim=-1) + 1e-12).sqrt()
-    return far.masked_fill(~_own_frames(found, encoder_out_lens).squeeze(2), 0.0).sum(dim=1)
+    return far.masked_fill(~_own_frames(student, encoder_out_lens).squeeze(2), 0.0).sum(dim=1)
 
 
 def delayed(encoder_out: Tensor, encoder_out_lens: Tensor, delay: int) -> Tensor:

@@ -61,7 +61,7 @@ def interpolated_labels(labels: Tensor, soft: Tensor, weight: float) -> Tensor:
 
 
 def multi_task(main: Tensor, taught: Tensor, shares: Tensor, weight: float) -> Tensor:
-    """lambda * main + (1 - lambda) * sum_j w_j * taught_j (equation 4, and for several heads ours).
+    """lambda * main + (1 - lambda) * sum_j w_j * taught_j (equation 4; the sum over several heads is our choice).
 
     Args:
         main: (B,); taught: (J, B), a head's cross-entropies in each row; shares: (J,) the w_j.

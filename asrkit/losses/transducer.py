@@ -174,9 +174,9 @@ def prune_ranges(
         px_grad = F.pad(px_grad, (0, 1)) if topology == "regular" else px_grad
         return k2.get_rnnt_prune_ranges(px_grad, py_grad, boundary, width)
 
-    kept = py_grad.unfold(1, width, 1).transpose(2, 3).sum(2)  # blank arcs of positions p .. p + S - 1
-    over_counted = F.pad(px_grad, (0, 0, 1, 0))[:, : kept.shape[1]]  # the symbol arc that enters p
-    starts = (kept - over_counted).argmax(1)
+    retained = py_grad.unfold(1, width, 1).transpose(2, 3).sum(2)  # blank arcs of positions p .. p + S - 1
+    over_counted = F.pad(px_grad, (0, 0, 1, 0))[:, : retained.shape[1]]  # the symbol arc that enters p
+    starts = (retained - over_counted).argmax(1)
     frames = torch.arange(num_frames, device=starts.device)
     last = (symbol_lens - width + 1).clamp(min=0).unsqueeze(1)
     starts = torch.where(frames < encoder_out_lens.unsqueeze(1) - 1, starts, last)

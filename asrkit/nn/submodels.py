@@ -2,7 +2,7 @@
 
 Shapes: B batch, T frames, S frames seen (a cache's and the T), D model dim, A attention dim, H heads.
 Sources: attention sub-models on a convolutional backbone (US20240185839A1); the module itself is the Conformer's
-(arXiv 2005.08100) with rotary relative positions (Su et al. 2021, arXiv 2104.09864; ours, the patent leaves the
+(arXiv 2005.08100) with rotary relative positions (Su et al. 2021, arXiv 2104.09864; our choice, as the patent leaves the
 position encoding open); adapters (Houlsby et al. 2019, arXiv 1902.00751; Bapna and Firat 2019, arXiv 1909.08478).
 """
 

@@ -60,13 +60,13 @@ def requirements() -> list[Requirement]:
             lines += [f'{name}; extra == "{extra}"' for name in names]
     else:
         lines = importlib.metadata.requires("asrkit") or []
-    found = []
+    needed = []
     for line in lines:
         match = re.match(r"([\w.-]+)(?:\s*>=\s*([\d.]+))?", line)
         extra_of = re.search(r"""extra == ['"]([\w-]+)['"]""", line)
         if match:
-            found.append(Requirement(match[1], match[2] or "", extra_of[1] if extra_of else ""))
-    return found
+            needed.append(Requirement(match[1], match[2] or "", extra_of[1] if extra_of else ""))
+    return needed
 
 
 def k2_built_for() -> str:

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(title: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-    """Yield a function that is told how much more of ``total`` is done; shows it on standard error."""
+    """Yield a function to call with how much more of ``total`` is done; shows it on standard error."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -22,13 +22,13 @@ def progress(title: str, total: float, unit: str) -> Iterator[Callable[[float], 
             task = bar.add_task(title, total=total)
             yield lambda amount: bar.advance(task, amount)
         return
-    done, told = 0.0, time.monotonic()
+    done, shown = 0.0, time.monotonic()
 
     def advance(amount: float) -> None:
-        nonlocal done, told
+        nonlocal done, shown
         done += amount
-        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
+        if time.monotonic() - shown >= SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
             console.print(f"{title}: {done:.0f} of {total:.0f} {unit}", highlight=False, soft_wrap=True)
 
     yield advance

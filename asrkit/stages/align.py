@@ -1,4 +1,4 @@
-"""align: when each word, word piece, phone or senone of a manifest is said, by the CTC head of a trained model.
+"""align: when each word, word piece, phone or senone of a manifest is spoken, by the CTC head of a trained model.
 
 The paper this serves (arXiv 2110.10429) takes the alignments of a GMM-HMM. CTC in its place is our choice, and so is all that a CTC
 path leaves open: which unit gets the frames where it says blank, and where a word's phones meet.

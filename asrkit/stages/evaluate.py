@@ -183,7 +183,7 @@ def _decode(
 
 
 def _make(directory: Path) -> None:
-    """Create ``directory`` before the work, so that a place that cannot be written is known at once."""
+    """Create ``directory`` before the work, so that a path that cannot be written is reported at once."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

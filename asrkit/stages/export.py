@@ -90,7 +90,7 @@ def export(
     # The directory appears first and its tar last, as finished_without_pack expects.
     with nullcontext() if pack is None else atomic_write(pack) as packed:
         if packed is not None:
-            packed.touch()  # that it cannot be written is found before the work
+            packed.touch()  # a path that cannot be written is reported before the work
         with atomic_directory(out) as directory:
             exported = _write(plan, cuts, directory, warn)
             if pack is not None and packed is not None:

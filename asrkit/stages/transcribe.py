@@ -16,7 +16,7 @@ from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import Method, decode
-from asrkit.decoding.streaming import Endpoint, Heard, StreamingRecognizer
+from asrkit.decoding.streaming import Endpoint, Partial, StreamingRecognizer
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
@@ -28,7 +28,7 @@ STDIN = Path("-")
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was heard in one file, or in ``error`` why nothing could be."""
+    """What was recognized in one file, or in ``error`` why it could not be read."""
 
     path: Path
     seconds: float = 0.0
@@ -71,7 +71,7 @@ def transcribe(
         variant: the active sub-models; None is the one the last stage trained.
         context: None is the first the variant was trained in.
         language: what is spoken, for a model with languages.
-        warn: is told where the model is used in a way it was not trained for.
+        warn: is called with a line where the model is used in a way it was not trained for.
 
     Raises:
         UserError: the run directory cannot be used.
@@ -97,8 +97,8 @@ def transcribe_stream(
     threads: int | None = None,
     warn: Callable[[str], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[Path, Heard | UserError]]:
-    """Yield what is heard in each file in turn, as soon as it is known, or why the file cannot be read.
+) -> Iterator[tuple[Path, Partial | UserError]]:
+    """Yield what is recognized in each file in turn, as soon as it is known, or why the file cannot be read.
 
     Args:
         paths: audio files; ``-`` is raw 16-bit little-endian mono at 16 kHz on standard input.
@@ -106,9 +106,9 @@ def transcribe_stream(
         context: None is the first streaming one the variant was trained in.
         language: what is spoken, for a model with languages.
         endpoint: when an utterance is over.
-        paced: files are heard as fast as they were spoken.
-        warn: is told where the model is used in a way it was not trained for.
-        stopped: asked all the time; when it says so, the sound ends there, and no further file begins.
+        paced: files are read at the pace they were spoken.
+        warn: is called with a line where the model is used in a way it was not trained for.
+        stopped: called again and again; when it returns True, the sound ends there, and no further file begins.
 
     Raises:
         UserError: the run directory cannot be used.
@@ -121,13 +121,13 @@ def transcribe_stream(
         stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, beam, endpoint)
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
-                for heard in stream.accept(block):
-                    yield path, heard
+                for partial in stream.accept(block):
+                    yield path, partial
         except UserError as error:
             yield path, error
             continue
-        for heard in stream.finish():
-            yield path, heard
+        for partial in stream.finish():
+            yield path, partial
 
 
 def _prepare(
@@ -152,7 +152,7 @@ def _prepare(
     recognizer = load_recognizer(run_path, device, variant, choice, [method], language)
     if recognizer.languages:
         known = ", ".join(recognizer.languages)
-        raise UserError(f"{run_path}: is told the language of what it hears; give --language, one of {known}")
+        raise UserError(f"{run_path}: needs the language of the recordings; give --language, one of {known}")
     for line in recognizer.warnings:
         warn(line)
     return recognizer

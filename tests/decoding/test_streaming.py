@@ -32,7 +32,7 @@ from asrkit.decoding.latency import emission_ms
 from asrkit.decoding.live import file_blocks, pcm_blocks
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import METHODS, Method
-from asrkit.decoding.streaming import ChunkEncoder, Endpoint, Heard, StreamingRecognizer
+from asrkit.decoding.streaming import ChunkEncoder, Endpoint, Partial, StreamingRecognizer
 from asrkit.nn.context import Context
 from asrkit.reporting.live import CLEAR_LINE, show_final, show_partial
 from asrkit.run_dir import TOKENIZER
@@ -71,7 +71,7 @@ def blocks(samples: Tensor, sizes: list[int]) -> Iterator[Tensor]:
         number += 1
 
 
-def listen(stream: StreamingRecognizer, samples: Tensor, sizes: list[int] | None = None) -> list[Heard]:
+def listen(stream: StreamingRecognizer, samples: Tensor, sizes: list[int] | None = None) -> list[Partial]:
     heard = [event for block in blocks(samples, sizes or [1600]) for event in stream.accept(block)]
     return heard + list(stream.finish())
 
@@ -162,7 +162,7 @@ def test_blocks_and_the_future_change_nothing(points: Path) -> None:
     random = np.random.default_rng(5)
     start, one, two = (torch.from_numpy(noise(random, length)) for length in (3 * RATE, RATE, RATE))
 
-    def events(samples: Tensor, sizes: list[int]) -> list[Heard]:
+    def events(samples: Tensor, sizes: list[int]) -> list[Partial]:
         return listen(StreamingRecognizer(recognizer.model, recognizer.tokenizer), samples, sizes)
 
     first = events(torch.cat([start, one]), [1600])
@@ -318,7 +318,7 @@ def test_a_stream_of_a_variant_never_trained_for_it(
         code == 0
         and out
         and "warning" in err
-        and "wide was never trained in context chunk=16,left=64, but in full" in err
+        and "wide was never trained in context chunk=16,left=64, only in full" in err
     )
     # `all` was first trained in full context, but in a streaming one too.
     code, out, err = command(monkeypatch, capsys, *words, "--variant", "all")
@@ -328,7 +328,7 @@ def test_a_stream_of_a_variant_never_trained_for_it(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--stream", "--mode", "full", "a.wav"], "--stream and --mode full exclude each other"),
+        (["--stream", "--mode", "full", "a.wav"], "--stream and --mode full contradict each other"),
         (["--stream", "--timestamps", "a.wav"], "--stream and --timestamps do not go together"),
         (["-"], "standard input needs --stream"),
         (["--fast", "a.wav"], "--fast needs --stream"),

@@ -258,7 +258,7 @@ def test_any_chunk_and_left_context(run: Path, tmp_path: Path, variant: str, con
     )  # fmt: skip
     assert exported.parsed_context == context
     assert "encoder: next_h" in exported.parity.outputs and "ctc: next_key" in exported.parity.outputs
-    assert sum("never in context" in line for line in warnings) == (variant != "backbone")
+    assert sum("never trained in context" in line for line in warnings) == (variant != "backbone")
 
 
 @settings(max_examples=60, deadline=None)
@@ -531,7 +531,7 @@ def test_exported_and_original_transcribe_alike(
 
 def test_what_an_export_is_not(offline: Path, streaming: Path, audio: list[Path], tmp_path: Path) -> None:
     for path, choice, says in (
-        (offline, {"variant": "backbone"}, "holds variant all only, not backbone"),
+        (offline, {"variant": "backbone"}, "has variant all only, not backbone"),
         (offline, {"context": Context(4, 9)}, "was exported in context full, not chunk=4,left=9"),
         (streaming, {"context": ContextChoice(full=True)}, "was exported in context chunk=4,left=9, not full"),
         (offline, {"device": "cuda"}, "run on the CPU"),
@@ -539,7 +539,7 @@ def test_what_an_export_is_not(offline: Path, streaming: Path, audio: list[Path]
         with pytest.raises(UserError, match=says):
             load_recognizer(path, **choice)
     with pytest.raises(
-        UserError, match="is for whole recordings; leave --stream out, or export the run with --streaming"
+        UserError, match="is for whole recordings; drop --stream, or export the run with --streaming"
     ):
         list(transcribe_stream(offline, audio))
 

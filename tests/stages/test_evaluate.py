@@ -458,7 +458,7 @@ def test_left_is_asked_for_where_it_cannot_be_known() -> None:
     [
         (["--variant", "far"], ["no variant far; there are backbone, near, wide, all"]),
         (["--left", "8"], ["--left 8 is the number of frames before a chunk; give --chunk too"]),
-        (["--mode", "full", "--chunk", "4"], ["--mode full and --chunk 4 exclude each other"]),
+        (["--mode", "full", "--chunk", "4"], ["--mode full and --chunk 4 contradict each other"]),
         (["--chunk", "5"], ["chunk=4,left=8; chunk=8,left=16, not in chunks of 5", "--left"]),
         (["--variant", "far", "--left", "8"], ["no variant far", "give --chunk too"]),
     ],

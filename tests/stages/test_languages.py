@@ -256,7 +256,7 @@ def test_evaluate_and_transcribe_take_the_language(
     streamed = heard(run, spoken(*mixed), tmp_path)  # `near`, whose first context is a stream
     assert said[0] == streamed["cut-0"] and said[1] != said[0]
     for words, complaint in (
-        ([run], f"error: {run}: is told the language of what it hears; give --language, one of en, fr, it"),
+        ([run], f"error: {run}: needs the language of the recordings; give --language, one of en, fr, it"),
         ([run, "--language", "de"], "error: --language de: this model knows en, fr, it"),
         ([plain, "--language", "en"], "error: --language en: this model is told no language; leave it out"),
     ):
@@ -363,7 +363,7 @@ def test_exported_files_hear_one_language(
     said = lines_of(asrkit("evaluate", "--from", out, "--manifest", spoken("en", "fr", "it", None), code=1))
     assert len(said) == 4 and f"the model knows {language}" in said[0]
     said = lines_of(asrkit("transcribe", "--from", out, "--language", "de", audio[0], code=1))
-    assert len(said) == 1 and f"hears {language} only" in said[0]
+    assert len(said) == 1 and f"recognizes {language} only" in said[0]
 
 
 def _choice(context: Context) -> Any:
