@@ -164,7 +164,7 @@ def test_cuts_that_cannot_be_aligned_are_named(corpus: Path, tmp_path: Path) -> 
     ("words", "complaint"),
     [
         (["--out", "x.json"], "ends in .jsonl.gz"),
-        (["--senones", "nowhere.yaml"], "--senones: is for --unit senone"),
+        (["--senones", "nowhere.yaml"], "--senones: is only used with --unit senone; add that, or drop --senones"),
         (["--unit", "senone", "--senones", "nowhere.yaml"], "no such file of senones"),
         (["--unit", "syllable"], "units"),
         (["--from", "nowhere"], "no such run directory"),

@@ -419,7 +419,12 @@ def test_a_streaming_context_is_decoded_as_the_masked_pass(
     heard: dict[str, str] = {}
     for batch in evaluation_batches(open_cuts(manifest), 100.0):
         encoder_out, lens = model.encode(batch.features, batch.feature_lens, variant, context)
-        found = greedy_search(TorchAcousticModel(model), model.joiner.project_encoder(encoder_out), lens)
+        found = greedy_search(
+            TorchAcousticModel(model),
+            model.joiner.project_encoder(encoder_out),
+            lens,
+            special_ids=tokenizer.special_ids,
+        )
         heard |= {cut: tokenizer.decode(h.tokens) for cut, h in zip(batch.cut_ids, found, strict=True)}
     assert {utterance.cut_id: utterance.hyp for utterance in evaluation.utterances} == heard
     assert any(heard.values())
@@ -523,7 +528,9 @@ def test_emission_latency_of_a_manifest_with_alignments(points: Path, manifest: 
     aligned, expected = [], []
     for batch in evaluation_batches(cuts, 0.1):
         (cut,) = [cut for cut in cuts if cut.id == batch.cut_ids[0]]
-        (hypothesis,) = decode(recognizer.model, batch.features, batch.feature_lens)
+        (hypothesis,) = decode(
+            recognizer.model, batch.features, batch.feature_lens, special_ids=recognizer.tokenizer.special_ids
+        )
         words = word_frames(hypothesis, recognizer.tokenizer)
         if words:
             cut.supervisions[0].text = " ".join(word.text for word in words)
