@@ -538,9 +538,7 @@ def test_what_an_export_is_not(offline: Path, streaming: Path, audio: list[Path]
     ):
         with pytest.raises(UserError, match=says):
             load_recognizer(path, **choice)
-    with pytest.raises(
-        UserError, match="is for whole recordings; drop --stream, or export the run with --streaming"
-    ):
+    with pytest.raises(UserError, match="is for whole recordings; drop --stream, or export the run with --streaming"):
         list(transcribe_stream(offline, audio))
 
 
