@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,20 +106,8 @@ def distill(
     start = defaults(parent is not None, cache is not None)
     settings = resolve(DistillConfig, config, overrides or (), start, options=options)
     teachers = _teachers(teacher)
-    train_or_stop(
-        out,
-        lambda: run(
-            teachers,
-            manifest,
-            out,
-            settings,
-            parent=parent,
-            tokenizer=tokenizer,
-            cache=cache,
-            dev=dev,
-            device=device,
-        ),
-    )
+    files: dict[str, Any] = {"parent": parent, "tokenizer": tokenizer, "cache": cache, "dev": dev}
+    train_or_stop(out, lambda: run(teachers, manifest, out, settings, **files, device=device))
 
 
 def distill_lm(

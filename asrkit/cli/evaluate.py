@@ -164,7 +164,6 @@ def transcribe(
     stream; the text so far is printed, and the exit code is 130.
     """
     from asrkit.decoding.choice import ContextChoice
-    from asrkit.stages.transcribe import transcribe as run_transcription
 
     context = ContextChoice(full=mode is Mode.full, chunk=chunk, left=left)
     shared: dict[str, Any] = {
@@ -181,6 +180,13 @@ def transcribe(
     if stream:
         _stream(run, audio, not fast, pause, longest, as_json, shared)
         return
+    _transcribe(run, audio, timestamps, as_json, shared)
+
+
+def _transcribe(run: Path, audio: list[Path], timestamps: bool, as_json: bool, shared: dict[str, Any]) -> None:
+    """Print the text of each file; exit code 1 where one cannot be read."""
+    from asrkit.stages.transcribe import transcribe as run_transcription
+
     failed = False
     for done in run_transcription(run, audio, **shared):
         if done.error is not None:
@@ -227,7 +233,7 @@ def _stream(
     as_json: bool,
     shared: dict[str, Any],
 ) -> None:
-    """Print what is heard as it comes; exit code 1 where a file cannot be read, 130 after Ctrl-C."""
+    """Print the text as it comes; exit code 1 where a file cannot be read, 130 after Ctrl-C."""
     from asrkit.decoding.live import until_interrupted
     from asrkit.decoding.streaming import Endpoint
     from asrkit.errors import UserError
@@ -237,19 +243,19 @@ def _stream(
     endpoint = Endpoint(**{key: value for key, value in (("pause", pause), ("longest", longest)) if value is not None})
     failed, current = False, None
     with until_interrupted() as stopped:
-        for path, heard in transcribe_stream(run, audio, endpoint=endpoint, paced=paced, stopped=stopped, **shared):
-            if isinstance(heard, UserError):
+        for path, update in transcribe_stream(run, audio, endpoint=endpoint, paced=paced, stopped=stopped, **shared):
+            if isinstance(update, UserError):
                 failed = True
-                typer.echo(f"error: {heard}", err=True)
+                typer.echo(f"error: {update}", err=True)
                 if as_json:
-                    typer.echo(json.dumps({"path": str(path), "error": str(heard)}, ensure_ascii=False))
+                    typer.echo(json.dumps({"path": str(path), "error": str(update)}, ensure_ascii=False))
             elif as_json:
-                typer.echo(json.dumps({"path": str(path), **asdict(heard)}, ensure_ascii=False))
+                typer.echo(json.dumps({"path": str(path), **asdict(update)}, ensure_ascii=False))
             else:
                 if path != current and len(audio) > 1:
                     typer.echo(f"{path}:")
                 current = path
-                (show_final if heard.final else show_partial)(sys.stdout, heard.time, heard.text)
+                (show_final if update.final else show_partial)(sys.stdout, update.time, update.text)
         if stopped():
             raise typer.Exit(130)
     if failed:

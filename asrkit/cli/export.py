@@ -6,11 +6,14 @@ import json
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from asrkit.cli.options import io
+
+if TYPE_CHECKING:
+    from asrkit.export.directory import Exported
 
 # The keys of asrkit.stages.export.QUANTIZED and of asrkit.export.directory.SUFFIXES, which would import torch here.
 Quantize = StrEnum("Quantize", ["int8", "int4", "int2", "dynamic"])
@@ -102,6 +105,13 @@ def export(
         license=license,
         warn=lambda line: typer.echo(f"warning: {line}", err=True),
     )
+    _print(exported, out, None if report is None else json.loads((directory / "report.json").read_text()))
+    if pack is not None:
+        typer.echo(f"packed: {pack}")
+
+
+def _print(exported: Exported, out: Path, report: dict[str, Any] | None) -> None:
+    """What is in the directory, how exact it is, and what ``report`` measured."""
     typer.echo(f"variant {exported.variant}, context {exported.context}; {exported.compression}")
     for name, record in exported.files.items():
         typer.echo(f"{record.bytes:>12,} bytes  {out / name}")
@@ -112,17 +122,14 @@ def export(
             f"torch against {exported.format}: {difference.max:.1e} at most, {difference.mean:.1e} on average  {name}"
         )
     if report is not None:
-        measured = json.loads((directory / "report.json").read_text())
-        for name, found in measured["systems"].items():
+        for name, rates in report["systems"].items():
             typer.echo(
-                f"WER {100 * found['greedy']['wer']:.2f} % greedy, {100 * found['beam']['wer']:.2f} % beam  {name}"
+                f"WER {100 * rates['greedy']['wer']:.2f} % greedy, {100 * rates['beam']['wer']:.2f} % beam  {name}"
             )
-        speed = measured["speed"]
+        speed = report["speed"]
         typer.echo(f"real-time factor {speed['real_time_factor']:.4f}, {speed['peak_memory_mb']:.0f} MB, 1 thread")
     typer.echo(f"heard: {'; '.join(exported.parity.heard)}")
-    for method, heard in exported.parity.tokens.items():
-        same = "all the same" if not heard.differing else f"{heard.differing} differ, tipped by rounded inputs"
-        typer.echo(f"{heard.tokens} tokens by {method}, {same}")
+    for method, search in exported.parity.tokens.items():
+        same = "all the same" if not search.differing else f"{search.differing} differ, tipped by rounded inputs"
+        typer.echo(f"{search.tokens} tokens by {method}, {same}")
     typer.echo(f"commands to run it: {out / 'README.md'}")
-    if pack is not None:
-        typer.echo(f"packed: {pack}")

@@ -46,10 +46,10 @@ def load(name: str) -> tuple[Callable[..., Any], str, type]:
     from asrkit.config import is_config
     from asrkit.reporting.settings import undocumented
 
-    found = list(entry_points(group=GROUP, name=name))
-    if len(found) > 1:
-        raise UserError(f"{name}: is a stage of {' and of '.join(_where(entry) for entry in found)}; uninstall one")
-    (entry,) = found
+    entries = list(entry_points(group=GROUP, name=name))
+    if len(entries) > 1:
+        raise UserError(f"{name}: is a stage of {' and of '.join(_where(entry) for entry in entries)}; uninstall one")
+    (entry,) = entries
     where = _where(entry)
     try:
         stage = entry.load()
