@@ -1,8 +1,26 @@
-"""The one exception for what a user can mend: a line says what, where, and what to do."""
+"""The one exception for what a user can fix: a line says what, where, and what to do."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
+
+MAX_LINE = (
+    4000  # characters of a line: enough for every message of ours, and no terminal drowns in somebody else's text
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # also halves of characters, which no file takes
+
+
+def clip(value: Any, limit: int = 200) -> str:
+    """A value of somebody else's file as it goes into a message: one line of at most ``limit`` characters."""
+    text = str(value)
+    text = " ".join(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text[: 4 * limit]).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _printable(lines: str) -> str:
+    return "\n".join(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", line[:MAX_LINE]) for line in lines.split("\n"))
 
 
 class UserError(Exception):
@@ -12,8 +30,8 @@ class UserError(Exception):
     """
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(map(_printable, lines))
+        super().__init__("\n".join(self.lines))
 
     @classmethod
     def of(cls, lines: Sequence[str]) -> UserError:

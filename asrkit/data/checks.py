@@ -11,27 +11,26 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import soundfile
 from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 
+from asrkit.data.cut_audio import TOLERANCE, CutError, read_samples, stored_features
 from asrkit.data.manifests import language_of, open_cuts, text_of
-from asrkit.data.shar import loaded
 from asrkit.data.text.normalization import sentence_key
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.errors import UserError
+from asrkit.errors import UserError, clip
 from asrkit.frames import FRAME_SHIFT, RECEPTIVE_FIELD, count_encoder_frames, count_features
 
 SILENCE_PEAK = 1e-3  # -60 dBFS
-TOLERANCE = 0.02  # seconds a file may be shorter than its manifest says, as decoders differ
-LIBSNDFILE = (".wav", ".flac", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph")
+SMALL_PART = 0.5  # of a cut: where its supervisions cover less, the check says so
 HISTOGRAM_EDGES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``kind`` is one word of: short, text, range, language, characters, alignment, unreadable, rate, truncated, silent, values."""
+    """``kind`` is one word of: short, text, range, language, characters, alignment, unreadable, rate, truncated, silent, values,
+    features."""
 
     cut_id: str
     kind: str
@@ -54,16 +53,16 @@ def find_bad_cuts(
 
     Args:
         tokenizer: with it, texts are checked against its characters, and their tokens against the encoder's frames.
-        read_audio: decode every recording too: unreadable, truncated, silent, not finite, of another rate than the
-            manifest says. ``threads`` at once, by default a few more than there are cores.
-        languages: those a model is told apart; with them, each cut must have one of them.
+        read_audio: read what training reads of every cut, its audio or its stored features: unreadable, truncated, silent, not
+            finite, of another rate than the manifest says. ``threads`` at once, by default a few more than there are cores.
+        languages: those the model takes as an input; with them, each cut must have one of them.
     """
     listed = list(cuts)
     findings = [finding for cut in listed for finding in _check_manifest(cut, tokenizer, languages)]
     if read_audio:
         with ThreadPoolExecutor(threads) as pool:  # soundfile decodes outside Python's lock
-            for found in pool.map(_check_audio, listed):
-                findings += found
+            for of_cut in pool.map(_check_audio, listed):
+                findings += of_cut
     return findings
 
 
@@ -73,23 +72,27 @@ def alignment_need(tokens: list[int]) -> int:
 
 
 def _check_manifest(cut: Cut, tokenizer: Tokenizer | None, languages: Sequence[str]) -> Iterable[Finding]:
-    text = cut.supervisions[0].text or ""
+    text = text_of(cut)
     if count_features(cut.duration) < RECEPTIVE_FIELD:
-        yield Finding(
-            cut.id,
-            "short",
-            f"{cut.duration:.3f} s, less than the {RECEPTIVE_FIELD * FRAME_SHIFT} s the encoder needs",
-        )
+        detail = f"{cut.duration:.3f} s, less than the {RECEPTIVE_FIELD * FRAME_SHIFT} s the encoder needs"
+        yield Finding(cut.id, "short", detail)
     if cut.has_recording and isinstance(cut, MonoCut) and cut.end > cut.recording.duration + TOLERANCE:
-        detail = f"ends at {cut.end:.2f} s, its recording at {cut.recording.duration:.2f} s; mend the manifest"
+        detail = f"ends at {cut.end:.2f} s, its recording at {cut.recording.duration:.2f} s; fix the manifest"
         yield Finding(cut.id, "range", detail)
+    for supervision in cut.supervisions:
+        if supervision.duration > 0 and (supervision.end <= 0 or supervision.start >= cut.duration):
+            detail = (
+                f"supervision {clip(supervision.id)} is at {supervision.start:.2f}-{supervision.end:.2f} s, outside the "
+                f"cut's {cut.duration:.2f} s, and its text counts; fix or remove the supervision"
+            )
+            yield Finding(cut.id, "range", detail)
     if languages and language_of(cut) not in languages:
         yield Finding(cut.id, "language", f"{language_of(cut) or 'none'}; the model knows {', '.join(languages)}")
     if not text.strip():
         yield Finding(cut.id, "text", "the text is empty")
     elif tokenizer is not None:
-        if missing := tokenizer.missing_characters(text):
-            yield Finding(cut.id, "characters", f"the tokenizer has no {' '.join(sorted(missing))!r} (text: {text!r})")
+        if problem := tokenizer.cannot_spell(text):
+            yield Finding(cut.id, "characters", problem)
         need, have = alignment_need(tokenizer.encode(text)), encoder_frames(cut.duration)
         if need > have:
             yield Finding(
@@ -101,56 +104,44 @@ def _check_manifest(cut: Cut, tokenizer: Tokenizer | None, languages: Sequence[s
 
 
 def _check_audio(cut: Cut) -> list[Finding]:
-    if not cut.has_recording:
-        return [] if cut.has_features else [Finding(cut.id, "unreadable", "neither a recording nor features")]
-    path = _plain_file(cut)
-    if path is not None and not path.is_file():
-        return [Finding(cut.id, "unreadable", f"no file {path}; import again where the audio is")]
+    """What training would hear of this cut, by the code that training reads through."""
     try:
-        samples, findings = _read_plain(cut, path) if path else (loaded(cut, "recording").load_audio(), [])
-    except Exception as error:  # libsndfile's and lhotse's are of many kinds
-        return [Finding(cut.id, "unreadable", " ".join(str(error).split())[:200])]
-    if findings:
-        return findings
-    if samples.size == 0:
-        return [Finding(cut.id, "unreadable", "the audio holds no samples")]
-    if not np.isfinite(samples).all():
-        return [Finding(cut.id, "values", "the audio holds values that are not finite")]
-    if np.abs(samples).max() < SILENCE_PEAK:
-        return [Finding(cut.id, "silent", "the peak lies below -60 dBFS")]
-    return []
+        if cut.has_features:
+            features = stored_features(cut)
+            silent = bool(features.max() - features.min() < 1e-3)
+        else:
+            silent = bool(read_samples(cut).abs().max() < SILENCE_PEAK)
+    except CutError as error:
+        return [Finding(cut.id, error.kind, error.detail)]
+    if not silent:
+        return []
+    if cut.has_features:
+        return [Finding(cut.id, "silent", "the stored features are the same everywhere")]
+    return [Finding(cut.id, "silent", f"the peak lies below -60 dBFS{_other_channels(cut)}")]
 
 
-def _plain_file(cut: Cut) -> Path | None:
-    """The one file libsndfile reads for this cut; None where lhotse has more to do."""
-    if not isinstance(cut, MonoCut) or cut.recording.transforms or len(cut.recording.sources) != 1:
-        return None
-    source = cut.recording.sources[0]
-    path = Path(str(source.source)) if source.type == "file" else None
-    return path if path is not None and path.suffix.lower() in LIBSNDFILE else None
+def _other_channels(cut: Cut) -> str:
+    """A hint, where a cut points to one channel of several."""
+    if not isinstance(cut, MonoCut) or cut.recording.num_channels < 2:
+        return ""
+    return f" in channel {cut.channel}, the one this cut points to, of {cut.recording.num_channels}"
 
 
-def _read_plain(cut: MonoCut, path: Path) -> tuple[np.ndarray, list[Finding]]:
-    """The samples, (num_samples, channels); lhotse's own reading does not notice a shorter file or another rate."""
-    with soundfile.SoundFile(path) as file:
-        if file.samplerate != cut.recording.sampling_rate:
-            detail = f"{path} is at {file.samplerate} Hz, the manifest says {cut.recording.sampling_rate}; import again"
-            return np.zeros(0), [Finding(cut.id, "rate", detail)]
-        first = round(cut.start * file.samplerate)
-        wanted = round(cut.duration * file.samplerate)
-        file.seek(min(first, file.frames))
-        samples = file.read(wanted, dtype="float32", always_2d=True)
-    if 0 < len(samples) < wanted - file.samplerate * TOLERANCE:
-        detail = (
-            f"{path} ends {(wanted - len(samples)) / file.samplerate:.2f} s early; restore the file or import again"
-        )
-        return samples, [Finding(cut.id, "truncated", detail)]
-    return samples, []
+def coverage(cut: Cut) -> float:
+    """The share of a cut that its supervisions cover."""
+    covered, end = 0.0, 0.0
+    for supervision in sorted(cut.supervisions, key=lambda s: s.start):
+        start, stop = max(supervision.start, end), min(supervision.end, cut.duration)
+        covered, end = covered + max(0.0, stop - start), max(end, stop)
+    return covered / cut.duration
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a manifest holds; durations in seconds, ``tightest`` the smallest T' / frames needed, with a tokenizer."""
+    """What a manifest holds; durations in seconds, ``tightest`` the smallest T' / frames needed, with a tokenizer.
+
+    ``sparse``: ids of cuts whose supervisions cover less than half of them; all of such a cut is trained on.
+    """
 
     cuts: int
     seconds: float
@@ -166,6 +157,7 @@ class Survey:
     characters: str
     repeated_texts: int
     tightest: float | None
+    sparse: list[str]
 
 
 @dataclass(frozen=True)
@@ -202,12 +194,13 @@ def survey(cuts: Sequence[Cut], tokenizer: Tokenizer | None = None) -> Survey:
         histogram=dict(zip(names, counts.tolist(), strict=True)),
         sampling_rates=_most_common(cut.sampling_rate for cut in cuts),
         channels=_most_common(_channels(cut) for cut in cuts),
-        languages=_most_common(cut.supervisions[0].language or "-" for cut in cuts),
+        languages=_most_common(language_of(cut) or "-" for cut in cuts),
         speakers=len(_speakers(cuts)),
         words=sum(len(text.split()) for text in texts),
         characters="".join(sorted(set("".join(texts)))),
         repeated_texts=len(texts) - len(set(texts)),
         tightest=round(min(margins), 2) if margins else None,
+        sparse=[cut.id for cut in cuts if coverage(cut) < SMALL_PART],
     )
 
 
@@ -233,7 +226,7 @@ def _channels(cut: Cut) -> int:
 
 
 def _speakers(cuts: Iterable[Cut]) -> set[str]:
-    return {speaker for cut in cuts if (speaker := cut.supervisions[0].speaker)}
+    return {supervision.speaker for cut in cuts for supervision in cut.supervisions if supervision.speaker}
 
 
 def _audio_of(cut: Cut) -> tuple[str, float] | None:
@@ -243,9 +236,12 @@ def _audio_of(cut: Cut) -> tuple[str, float] | None:
     return str(cut.recording.sources[0].source), cut.start
 
 
-def decodable_cuts(manifest: Path, languages: Sequence[str] = ()) -> tuple[CutSet, list[str]]:
+def decodable_cuts(
+    manifest: Path, languages: Sequence[str] = (), tokenizer: Tokenizer | None = None
+) -> tuple[CutSet, list[str]]:
     """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others; a cut with an empty text, or
-    without a supervision, is decoded too, and every word recognized in it counts as an insertion.
+    without a supervision, is decoded too, and every word recognized in it counts as an insertion; a text that the tokenizer
+    cannot spell is scored, and no model with this tokenizer can get it right.
 
     Args:
         languages: those the model takes as an input, if it has one.
@@ -255,18 +251,26 @@ def decodable_cuts(manifest: Path, languages: Sequence[str] = ()) -> tuple[CutSe
     """
     cuts = open_cuts(manifest, need_text=False)
     findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages)
+    empty = [finding.cut_id for finding in findings if finding.kind == "text"]
     lines = {
-        finding: f"{manifest}: cut {finding.cut_id}: {finding.kind}: {finding.detail}"
+        finding: f"{manifest}: cut {clip(finding.cut_id)}: {finding.kind}: {finding.detail}"
         for finding in findings
         if finding.kind != "text"
     }
     fatal = [line for finding, line in lines.items() if finding.kind != "silent"]
     if fatal:
         raise UserError.of([*fatal, f"{manifest}: {len(fatal)} cuts cannot be decoded; fix or remove them"])
-    if empty := [finding.cut_id for finding in findings if finding.kind == "text"]:
-        return cuts, [
-            *lines.values(),
-            f"{manifest}: {len(empty)} cut(s) have an empty reference, the first is {empty[0]}; every word recognized in them "
-            "is an insertion",
-        ]
-    return cuts, list(lines.values())
+    warnings = list(lines.values())
+    if empty:
+        warnings.append(
+            f"{manifest}: {len(empty)} cut(s) have an empty reference, the first is {clip(empty[0])}; every word recognized in "
+            "them is an insertion"
+        )
+    if tokenizer is not None:
+        problems = [(cut.id, problem) for cut in cuts if (problem := tokenizer.cannot_spell(text_of(cut)))]
+        if problems:
+            warnings.append(
+                f"{manifest}: {len(problems)} reference(s) cannot be recognized without an error, the first is that of cut "
+                f"{clip(problems[0][0])}: {problems[0][1]}"
+            )
+    return cuts, warnings

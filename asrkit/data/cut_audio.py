@@ -1,63 +1,225 @@
-"""The samples and the features of a cut: the one way from a manifest to numbers."""
+"""The samples and the features of a cut: the one way from a manifest to numbers, for checks as for training.
+
+Files are read by libsndfile alone. lhotse's own choice of decoders calls a shell for NIST SPHERE and asks ffmpeg for what
+libsndfile does not know.
+"""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
+import soundfile
 import torch
-from lhotse.cut import Cut
+from lhotse import Features, Recording
+from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
+from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
+from lhotse.utils import compute_num_samples
 from torch import Tensor
 
 from asrkit.data.cut_table import CutTable
 from asrkit.data.features import NUM_MEL_BINS, fbank, resample
+from asrkit.data.manifest_schema import check_source
 from asrkit.data.shar import loaded
-from asrkit.errors import UserError
+from asrkit.errors import UserError, clip
+from asrkit.frames import FRAME_SHIFT, SAMPLE_RATE, count_features
+
+TOLERANCE = 0.02  # seconds a file may be shorter than its manifest says, as decoders differ
+FBANKS = ("kaldi-fbank", "kaldifeat-fbank", "fbank")  # what lhotse calls Kaldi's log-mel features
+FRAME_TOLERANCE = 2  # feature frames
+
+set_current_audio_backend(LibsndfileBackend())
+
+
+class CutError(UserError):
+    """A cut that cannot be read; ``kind`` and ``detail`` are those of a finding of `asrkit data check`."""
+
+    def __init__(self, cut_id: str, kind: str, detail: str) -> None:
+        super().__init__(f"cut {clip(cut_id)}: {kind}: {detail}")
+        self.cut_id, self.kind, self.detail = cut_id, kind, detail
+
+    def __reduce__(self) -> tuple[type[CutError], tuple[str, str, str]]:
+        return CutError, (self.cut_id, self.kind, self.detail)  # a loader process hands it on
 
 
 def cut_samples(cut: Cut) -> Tensor:
     """The audio of a cut: (num_samples,) float32, mono, 16 kHz.
 
     Raises:
-        UserError: the audio cannot be read; names the cut.
+        CutError: the audio cannot be read.
     """
+    return resample(read_samples(cut), cut.sampling_rate)
+
+
+def read_samples(cut: Cut) -> Tensor:
+    """The audio of a cut at its own rate: (num_samples,) float32, the mean of the channels it chooses.
+
+    Raises:
+        CutError: ``unreadable``, ``rate`` (the file's is not the manifest's), ``truncated``, ``values`` (not finite).
+    """
+    if not cut.has_recording:
+        raise CutError(cut.id, "unreadable", "it has no recording")
     try:
-        samples = torch.from_numpy(np.ascontiguousarray(loaded(cut, "recording").load_audio())).float()
-    except Exception as error:  # lhotse raises many kinds
-        raise UserError(
-            f"cut {cut.id}: cannot read its audio ({' '.join(str(error).split())[:200]}); run `asrkit data check`"
-        ) from error
-    return resample(samples.mean(dim=0), cut.sampling_rate)
+        whole = loaded(cut, "recording")
+        for recording in _recordings(whole):
+            for source in recording.sources:
+                check_source(source.type, source.source)
+        samples = _read_plain(whole) if _is_plain(whole) else whole.load_audio()
+    except CutError:
+        raise
+    except Exception as error:  # libsndfile's and lhotse's are of many kinds
+        raise CutError(cut.id, "unreadable", _reason(error)) from error
+    if samples is None or samples.size == 0:
+        raise CutError(cut.id, "unreadable", "the audio holds no samples")
+    if not np.isfinite(samples).all():
+        raise CutError(cut.id, "values", "the audio holds values that are not finite")
+    return torch.from_numpy(np.ascontiguousarray(samples)).float().mean(dim=0)
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, without the objects that lhotse prints after it."""
+    first: BaseException | None = error
+    while first is not None:  # lhotse copies libsndfile's error without its number, and cannot print the copy
+        if isinstance(first, soundfile.LibsndfileError) and isinstance(first.code, int):
+            return clip(first)
+        first = first.__context__
+    if "internal Lhotse's error" in str(error) or "Requested more audio" in str(error):
+        return "its length is not what the manifest says; import it again"
+    return clip(str(error).partition("[extra info]")[0]) or type(error).__name__
+
+
+def _recordings(cut: Cut) -> Iterator[Recording]:
+    if isinstance(cut, MixedCut):
+        for track in cut.tracks:
+            yield from _recordings(track.cut)
+    elif getattr(cut, "recording", None) is not None:
+        yield cut.recording
+
+
+def _is_plain(cut: Cut) -> bool:
+    """Whether the cut is a stretch of one file, or of bytes in memory, as it is; lhotse does the rest."""
+    return (
+        isinstance(cut, MonoCut | MultiCut)
+        and not cut.recording.transforms
+        and len(cut.recording.sources) == 1
+        and cut.recording.sources[0].type in ("file", "memory")
+    )
+
+
+def _read_plain(cut: MonoCut | MultiCut) -> np.ndarray:
+    """(channels, num_samples); lhotse's own reading does not notice another rate."""
+    (source,), rate = cut.recording.sources, cut.recording.sampling_rate
+    if source.type == "memory":
+        name, file = "its bytes", io.BytesIO(source.source)
+    else:
+        name, file = clip(source.source), source.source
+        if not Path(source.source).is_file():  # nor is a pipe or a device, which might never end
+            raise CutError(cut.id, "unreadable", f"no file {name}; import again where the audio is")
+    wanted = cut.channel if isinstance(cut.channel, list) else [cut.channel]
+    if missing := [channel for channel in wanted if channel not in source.channels]:
+        raise CutError(cut.id, "unreadable", f"channel {missing[0]} is not among those of its recording")
+    with soundfile.SoundFile(file) as audio:
+        if audio.samplerate != rate:
+            raise CutError(
+                cut.id, "rate", f"{name} is at {audio.samplerate} Hz, the manifest says {rate}; import again"
+            )
+        if audio.channels != len(source.channels):
+            detail = f"{name} has {audio.channels} channels, the manifest says {len(source.channels)}; import again"
+            raise CutError(cut.id, "unreadable", detail)
+        first, length = compute_num_samples(cut.start, rate), compute_num_samples(cut.duration, rate)
+        if first:  # an MP3 decoder that is sent to its beginning makes other samples than one that starts there
+            audio.seek(min(first, audio.frames))
+        samples = audio.read(length, dtype="float32", always_2d=True).T
+    if samples.shape[1] == 0:
+        raise CutError(cut.id, "unreadable", "the audio holds no samples")
+    missing_samples = length - samples.shape[1]
+    if missing_samples > rate * TOLERANCE:
+        detail = f"{name} ends {missing_samples / rate:.2f} s early; restore the file or import again"
+        raise CutError(cut.id, "truncated", detail)
+    if missing_samples > 0:  # as lhotse fills it up
+        samples = np.pad(samples, ((0, 0), (0, missing_samples)), mode="reflect")
+    return samples[[source.channels.index(channel) for channel in wanted]]
 
 
 def cut_features(cut: Cut) -> Tensor:
-    """(T, 80) features of a cut: precomputed when the manifest has them, else from its audio.
+    """(T, 80) features of a cut: stored ones where the manifest has them, else from its audio.
 
     Raises:
-        UserError: unreadable audio, or features of another dimension.
+        CutError: unreadable audio, or features of another kind.
     """
-    return _stored_features(cut) if cut.has_features else fbank(cut_samples(cut))
+    return stored_features(cut) if cut.has_features else fbank(cut_samples(cut))
 
 
-def _stored_features(cut: Cut) -> Tensor:
+def stored_features(cut: Cut) -> Tensor:
+    """(T, 80) features that are stored beside the audio, which are then what a model is trained on.
+
+    Raises:
+        CutError: ``unreadable``, ``features`` (another kind, rate or dimension), ``truncated``, ``values`` (not finite).
+    """
+    for manifest in _features(cut):
+        if problem := _other_kind(manifest):
+            raise CutError(cut.id, "features", f"{problem}; compute them with lhotse's Fbank of 80 bins, or drop them")
+        if (path := _file_of(manifest)) is not None and not path.is_file():
+            raise CutError(cut.id, "unreadable", f"no file {clip(path)} of stored features; restore it, or drop them")
     try:
-        features = torch.from_numpy(loaded(cut, "features").load_features())
+        features = np.asarray(loaded(cut, "features").load_features())
     except Exception as error:  # lhotse raises many kinds
-        raise UserError(f"cut {cut.id}: cannot read its features ({' '.join(str(error).split())[:200]})") from error
-    if features.shape[1] != NUM_MEL_BINS:
-        raise UserError(
-            f"cut {cut.id}: features have {features.shape[1]} bins, not {NUM_MEL_BINS}; compute them with 80 or drop them"
+        raise CutError(cut.id, "unreadable", f"its stored features: {_reason(error)}") from error
+    if features.ndim != 2 or features.shape[1] != NUM_MEL_BINS:
+        shape = " x ".join(map(str, features.shape))
+        raise CutError(
+            cut.id, "features", f"the stored features are {shape}, not T x {NUM_MEL_BINS}; compute them again"
         )
-    return features
+    expected = count_features(cut.duration)
+    if abs(len(features) - expected) > FRAME_TOLERANCE:
+        raise CutError(
+            cut.id,
+            "truncated",
+            f"{len(features)} stored feature frames for {cut.duration:.2f} s, not {expected}; compute them again",
+        )
+    if not np.isfinite(features).all():
+        raise CutError(cut.id, "values", "the stored features hold values that are not finite")
+    return torch.from_numpy(np.array(features, dtype=np.float32))
+
+
+def _features(cut: Cut) -> Iterator[Features]:
+    if isinstance(cut, MixedCut):
+        for track in cut.tracks:
+            yield from _features(track.cut)
+    elif isinstance(getattr(cut, "features", None), Features):
+        yield cut.features
+
+
+def _file_of(manifest: Features) -> Path | None:
+    """The file that stored features are in; None for those in memory or in a Shar directory."""
+    if manifest.storage_type == "shar" or manifest.storage_type.startswith("memory"):
+        return None
+    whole = str(manifest.storage_path)
+    return Path(f"{whole}/{manifest.storage_key}" if manifest.storage_type.endswith("_files") else whole)
+
+
+def _other_kind(manifest: Features) -> str | None:
+    """Why stored features are not those that audio would give."""
+    if manifest.type not in FBANKS:
+        return f"the stored features are {clip(manifest.type, 40)}, not log-mel energies"
+    if manifest.num_features != NUM_MEL_BINS:
+        return f"the stored features have {manifest.num_features} bins, not {NUM_MEL_BINS}"
+    if abs(manifest.frame_shift - FRAME_SHIFT) > 1e-6:
+        return f"the stored features come every {1000 * manifest.frame_shift:g} ms, not every {1000 * FRAME_SHIFT:g}"
+    if manifest.sampling_rate != SAMPLE_RATE:
+        return f"the stored features are of audio at {manifest.sampling_rate} Hz, not {SAMPLE_RATE}"
+    return None
 
 
 def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each mel bin over (at most, evenly chosen) ``max_cuts`` cuts: (80,), (80,)."""
-    chosen = np.unique(np.linspace(0, len(table) - 1, min(max_cuts, len(table))).astype(int))
-    count, total, squares = (
-        0,
-        torch.zeros(NUM_MEL_BINS, dtype=torch.float64),
-        torch.zeros(NUM_MEL_BINS, dtype=torch.float64),
-    )
-    for index in chosen:
+    """Mean and standard deviation of each mel bin over (at most, evenly spread) ``max_cuts`` cuts: (80,), (80,)."""
+    indices = np.unique(np.linspace(0, len(table) - 1, min(max_cuts, len(table))).astype(int))
+    count = 0
+    total = torch.zeros(NUM_MEL_BINS, dtype=torch.float64)
+    squares = torch.zeros(NUM_MEL_BINS, dtype=torch.float64)
+    for index in indices:
         features = cut_features(table[int(index)]).double()
         count += len(features)
         total += features.sum(0)

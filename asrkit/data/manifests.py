@@ -14,21 +14,24 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from asrkit.config import digest
-from asrkit.data.shar import FIELDS, attach, places_in, shards_of, tar_of
-from asrkit.errors import UserError
+from asrkit.data.manifest_schema import MAX_DEPTH, check_cut, deeper_than, has_surrogates, without_nulls
+from asrkit.data.shar import FIELDS, attach, members_of, shards_of, tar_of
+from asrkit.errors import UserError, clip
 from asrkit.run_dir import atomic_write, sha256_of
 
 MAX_FINDINGS = 20  # a file of another format is wrong on every line: the first few say it all
+MAX_LINE = 64 << 20  # characters
 
 
 def open_cuts(path: Path, need_text: bool = True) -> CutSet:
-    """Read and check a manifest: its cuts are in memory, their sound is not.
+    """Read and check a manifest: its cuts are in memory, their audio is not. Nothing is run or fetched.
 
     Args:
         need_text: where it is not needed, a cut without a supervision is given one without words.
 
     Raises:
-        UserError: missing, empty, truncated, broken JSON, a cut without text, an id twice; with line numbers.
+        UserError: missing, empty, truncated, broken JSON, values of the wrong type, sources that are not files, a cut
+            without text, an id twice; all of them, with line numbers.
     """
     path = Path(path)
     if path.is_dir():
@@ -45,11 +48,11 @@ def _open_shar(folder: Path, need_text: bool) -> CutSet:
         raise UserError(
             f"{folder}: not a Shar directory (no cuts.*.jsonl.gz in it); give a manifest file or a Shar directory"
         )
-    places = {cut_id: found for shard in shards for cut_id, found in places_in(shard).items()}
+    members = {cut_id: fields for shard in shards for cut_id, fields in members_of(shard).items()}
     cuts, findings = [], []
     for cut in _read_cuts(shards, need_text):
         try:
-            cuts.append(attach(cut, places.get(cut.id, {})))
+            cuts.append(attach(cut, members.get(cut.id, {})))
         except ValueError as error:
             findings.append(f"{folder}: {error}")
     if findings:
@@ -60,18 +63,20 @@ def _open_shar(folder: Path, need_text: bool) -> CutSet:
 def _read_cuts(paths: list[Path], need_text: bool) -> list[Cut]:
     cuts: list[Cut] = []
     findings: list[str] = []
-    first_place: dict[str, str] = {}
+    first_line: dict[str, str] = {}  # where each id was first seen
     for path in paths:
         for number, line in _numbered_lines(path):
-            place = f"{path}:{number}"
+            where = f"{path}:{number}"
             try:
                 cut = _parse_cut(line, need_text)
             except ValueError as error:
-                findings.append(f"{place}: {error}")
+                findings.append(f"{where}: {error}")
                 continue
-            if cut.id in first_place:
-                findings.append(f"{place}: cut {cut.id} is already at {first_place[cut.id]}; give each cut its own id")
-            first_place.setdefault(cut.id, place)
+            if cut.id in first_line:
+                findings.append(
+                    f"{where}: cut {clip(cut.id)} is already at {first_line[cut.id]}; give each cut its own id"
+                )
+            first_line.setdefault(cut.id, where)
             cuts.append(cut)
     if findings:
         raise UserError.of(_few(findings, paths[0]))
@@ -91,37 +96,61 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as raw:
             compressed = raw.read(2) == b"\x1f\x8b"  # by content, as a browser may have unpacked the file
         with gzip.open(path, "rt", encoding="utf-8") if compressed else open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+            while line := file.readline(MAX_LINE):
+                number += 1
+                if len(line) == MAX_LINE:
+                    raise UserError(
+                        f"{path}:{number}: longer than {MAX_LINE >> 20} million characters, so not a manifest"
+                    )
                 if line.strip():
                     yield number, line
     except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}:{number + 1}: cannot read on ({error}); the file is truncated or damaged, make it again"
+            f"{path}:{number + 1}: cannot read further ({clip(error)}); the file is truncated or damaged, make it again"
         ) from error
 
 
 def _parse_cut(line: str, need_text: bool) -> Cut:
+    """The cut that a line describes.
+
+    Raises:
+        ValueError: everything that is wrong with it.
+    """
     try:
         data: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno}); mend or remove the line") from error
-    name = data.get("id", "without id") if isinstance(data, dict) else "?"
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno}); fix or remove the line") from error
+    except RecursionError as error:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep; remove the line") from error
+    except ValueError as error:  # a number of more digits than Python takes
+        raise ValueError(f"JSON that cannot be read ({clip(error)}); fix or remove the line") from error
+    if r"\ud" in line.lower() and has_surrogates(data):
+        raise ValueError("half a character (a lone surrogate) in a text, which no file takes; fix or remove the line")
+    if not isinstance(data, dict):
+        raise ValueError(f"not a Lhotse cut but {clip(repr(data), 60)}; fix or remove the line")
+    if deeper_than(MAX_DEPTH, data):
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep; remove the line")
+    name = f"cut {clip(data['id'])}" if isinstance(data.get("id"), str) else "a cut without id"
+    kind = data.get("type")
+    if kind not in ("MonoCut", "MultiCut", "MixedCut", "Cut"):
+        made = "Recording" if "sources" in data else "SupervisionSegment" if "text" in data else "something else"
+        if kind is None and made != "something else":
+            raise ValueError(f"a {made}, not a cut; 'lhotse cut simple' joins recordings and supervisions")
+        raise ValueError(f"{name}: not a Lhotse cut (type {clip(repr(kind), 60)}); fix or remove the line")
+    data = without_nulls(data)
+    findings = check_cut(data)
+    if findings:
+        raise ValueError(f"{name}: {'; '.join(findings)}; fix or remove the line")
     try:
         cut = deserialize_item(data)
     except Exception as error:  # whatever a constructor says about fields it did not expect
-        raise ValueError(f"cut {name}: not a Lhotse cut ({error}); mend or remove the line") from error
-    if not isinstance(cut, Cut):
-        raise ValueError(
-            f"{name}: a {type(cut).__name__}, not a cut; 'lhotse cut simple' joins recordings and supervisions"
-        )
+        raise ValueError(f"{name}: not a Lhotse cut ({clip(error)}); fix or remove the line") from error
     if not need_text:
         cut = _with_supervision(cut)
     if not cut.supervisions:
-        raise ValueError(f"cut {name}: no supervision; add one with the text, or remove the line")
+        raise ValueError(f"{name}: no supervision; add one with the text, or remove the line")
     if need_text and not all((supervision.text or "").strip() for supervision in cut.supervisions):
-        raise ValueError(f"cut {name}: the text is empty; add it, or remove the line")
-    if cut.duration <= 0:
-        raise ValueError(f"cut {name}: duration {cut.duration} is not above 0; mend or remove the line")
+        raise ValueError(f"{name}: the text is empty; add it, or remove the line")
     return cut
 
 
@@ -137,7 +166,7 @@ def write_cuts(path: Path, cuts: Iterable[Cut]) -> None:
     """Write cuts as ``.jsonl.gz``, atomically; equal cuts give equal bytes, so that digests mean something.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the file cannot be written.
     """
     # No name and no time in the gzip header: they would differ from run to run.
     with (

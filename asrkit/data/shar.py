@@ -1,12 +1,13 @@
-"""Shar directories: cuts in ``cuts.*.jsonl.gz``, and beside each their sound and features in tar files of the same number.
+"""Shar directories: cuts in ``cuts.*.jsonl.gz``, and beside each their audio and features in tar files of the same number.
 
-The tar files are looked through once, and every cut notes where its bytes are. So cuts of a Shar directory are as small as
+The tar files are indexed once, and every cut notes where its bytes are. So the cuts of a Shar directory are as small as
 those of a manifest, can be read in any order, and can be written to a manifest, which asrkit reads as long as the tar files
 stay where they are.
 """
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Iterator
 from copy import deepcopy
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lhotse.cut import Cut, MixedCut
-from lhotse.serialization import decode_json_line, deserialize_item
+from lhotse.serialization import deserialize_item
 from lhotse.shar.utils import fill_shar_placeholder
 
-from asrkit.errors import UserError
+from asrkit.data.manifest_schema import MAX_DEPTH, check_member, deeper_than, without_nulls
+from asrkit.errors import UserError, clip
 
-PLACES = (
-    "shar_places"  # where, in a cut's custom fields, its bytes are noted: {field: [tar file, offset, size, suffix]}
-)
+# Where, in a cut's custom fields, its bytes are noted: {field: [tar file, offset, size, suffix]}.
+PLACES = "shar_places"
+MAX_MANIFEST = 16 << 20  # bytes of what describes one recording
 Field = Literal["recording", "features"]
 FIELDS: tuple[Field, ...] = ("recording", "features")
 
@@ -36,36 +38,36 @@ def tar_of(shard: Path, field: Field) -> Path:
     return shard.with_name(f"{field}.{shard.name.split('.')[1]}.tar").absolute()
 
 
-def places_in(shard: Path) -> dict[str, dict[str, Any]]:
-    """By cut and field: the Lhotse manifest that the shard's tar files hold of it, and the place of its bytes.
+def members_of(shard: Path) -> dict[str, dict[Field, tuple[Any, list[Any]]]]:
+    """By cut and field: the Lhotse manifest that the shard's tar files hold of it, and where its bytes are.
 
     Raises:
-        UserError: a tar file is damaged or compressed.
+        UserError: a tar file is damaged or compressed, or describes something else than audio or features.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_cut: dict[str, dict[Field, tuple[Any, list[Any]]]] = {}
     for field in FIELDS:
         path = tar_of(shard, field)
         if path.exists():
-            for name, data, manifest in _members(path):
-                place = [str(path), data.offset_data, data.size, Path(data.name).suffix]
-                found.setdefault(name, {})[field] = (manifest, place)
-    return found
+            for name, data, manifest in _members(path, field):
+                location = [str(path), data.offset_data, data.size, Path(data.name).suffix]
+                by_cut.setdefault(name, {})[field] = (manifest, location)
+    return by_cut
 
 
-def attach(cut: Cut, found: dict[str, Any]) -> Cut:
-    """The cut with what ``places_in`` found of it.
+def attach(cut: Cut, members: dict[Field, tuple[Any, list[Any]]]) -> Cut:
+    """The cut with what ``members_of`` has of it.
 
     Raises:
-        ValueError: its sound or its features should be in a tar file and are not.
+        ValueError: its audio or its features should be in a tar file and are not.
     """
     for field in FIELDS:
-        if field in found:
-            manifest, place = found[field]
+        if field in members:
+            manifest, location = members[field]
             setattr(cut, field, manifest)
-            cut.custom = {**(cut.custom or {}), PLACES: {**((cut.custom or {}).get(PLACES) or {}), field: place}}
+            cut.custom = {**(cut.custom or {}), PLACES: {**((cut.custom or {}).get(PLACES) or {}), field: location}}
         elif _is_placeholder(getattr(cut, field, None)):
             raise ValueError(
-                f"cut {cut.id}: its {field} should be in {field}.*.tar and is not; make the directory again"
+                f"cut {clip(cut.id)}: its {field} should be in {field}.*.tar and is not; make the directory again"
             )
     return cut
 
@@ -77,7 +79,7 @@ def _is_placeholder(manifest: Any) -> bool:
     )
 
 
-def _members(path: Path) -> Iterator[tuple[str, tarfile.TarInfo, Any]]:
+def _members(path: Path, field: Field) -> Iterator[tuple[str, tarfile.TarInfo, Any]]:
     """Cut id, member with the bytes, manifest: a member of bytes is followed by one that describes them."""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -87,29 +89,47 @@ def _members(path: Path) -> Iterator[tuple[str, tarfile.TarInfo, Any]]:
                     data = member
                     continue
                 if not member.name.endswith(".nometa"):
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    manifest = deserialize_item(decode_json_line(file.read().decode()))
-                    yield str(Path(data.name).with_suffix("")), data, manifest
+                    yield str(Path(data.name).with_suffix("")), data, _manifest_in(tar, member, field)
                 data = None
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: cannot read it ({error}); write the Shar directory again, tar files uncompressed"
+            f"{path}: cannot read it ({clip(error)}); write the Shar directory again, tar files uncompressed"
         ) from error
 
 
+def _manifest_in(tar: tarfile.TarFile, member: tarfile.TarInfo, field: Field) -> Any:
+    """What a member says of the bytes before it, checked before lhotse sees it.
+
+    Raises:
+        ValueError: it is not JSON, or not that of audio or features.
+    """
+    file = tar.extractfile(member)
+    if file is None or member.size > MAX_MANIFEST:
+        raise ValueError(f"{clip(member.name)} is not a description of {field}")
+    content = json.loads(file.read().decode())
+    if not isinstance(content, dict) or deeper_than(MAX_DEPTH, content):
+        raise ValueError(f"{clip(member.name)} is not a description of {field}")
+    content = without_nulls(content)
+    if findings := check_member(field, content):
+        raise ValueError(f"{clip(member.name)}: {'; '.join(findings)}")
+    try:
+        return deserialize_item(content)
+    except Exception as error:  # whatever a constructor says about fields it did not expect
+        raise ValueError(f"{clip(member.name)}: {clip(error)}") from error
+
+
 def loaded(cut: Cut, field: Field) -> Cut:
-    """The cut, with the sound or the features that lie in a Shar directory read into memory; other cuts as they are."""
+    """The cut, with the audio or the features that lie in a Shar directory read into memory; other cuts as they are."""
     if isinstance(cut, MixedCut):
         whole = deepcopy(cut)
         for track in whole.tracks:
             track.cut = loaded(track.cut, field)
         return whole
-    places = (getattr(cut, "custom", None) or {}).get(PLACES) or {}
-    if field not in places:
+    locations = (getattr(cut, "custom", None) or {}).get(PLACES) or {}
+    if field not in locations:
         return cut
     whole = deepcopy(cut)
-    path, offset, size, suffix = places[field]
+    path, offset, size, suffix = locations[field]
     with open(path, "rb") as file:
         file.seek(offset)
         fill_shar_placeholder(getattr(whole, field), file.read(size), f"{cut.id}{suffix}")

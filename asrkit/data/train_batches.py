@@ -28,7 +28,7 @@ from asrkit.data.augment import (
 )
 from asrkit.data.batch import Batch, _padded_symbols
 from asrkit.data.bucketing import BucketPlan
-from asrkit.data.cut_audio import _stored_features, cut_samples
+from asrkit.data.cut_audio import cut_samples, stored_features
 from asrkit.data.cut_table import CutTable
 from asrkit.data.features import NUM_MEL_BINS, fbank
 from asrkit.data.manifests import language_of, text_of
@@ -140,7 +140,7 @@ def perturbed_features(
     """
     added = (0.0, 0.0)
     if cut.has_features:
-        features = untouched = _stored_features(cut)
+        features = untouched = stored_features(cut)
     else:
         samples = cut_samples(cut)
         hum = None

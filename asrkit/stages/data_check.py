@@ -88,6 +88,11 @@ def describe(report: Report) -> Iterator[str]:
         yield f"  {held.words} words, {held.repeated_texts} texts repeated; characters {held.characters.strip()}"
         yield f"  languages {_counts(held.languages)}; {held.speakers or 'no'} speakers named"
         yield f"  sampling rates {_counts(held.sampling_rates)}; channels {_counts(held.channels)}"
+        if held.sparse:
+            yield (
+                f"  supervisions cover less than half of the audio, all of which is trained on, in {len(held.sparse)} of "
+                f"{held.cuts} cuts{_examples(held.sparse)}"
+            )
         if held.tightest is not None:
             yield f"  the tightest cut has {held.tightest:.2f} times the encoder frames its tokens need"
     for (train, held_out), overlap in report.overlaps.items():

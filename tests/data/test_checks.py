@@ -7,10 +7,14 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import torch
+from lhotse import Fbank, FbankConfig, NumpyFilesWriter, SupervisionSegment
+from lhotse.cut import MultiCut
 from typer.testing import CliRunner
 
 from asrkit.cli import app
-from asrkit.data.checks import alignment_need, encoder_frames, find_bad_cuts, find_overlap, survey
+from asrkit.data.checks import alignment_need, coverage, encoder_frames, find_bad_cuts, find_overlap, survey
+from asrkit.data.cut_audio import CutError, cut_features, read_samples
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.tokenizer import train_tokenizer
 
@@ -142,3 +146,104 @@ def test_a_recording_on_both_sides_is_an_error(tmp_path):
     result = CliRunner().invoke(app, ["data", "check", paths[0], "--test", paths[1]])
     assert result.exit_code == 1
     assert "recordings in both: 1 of 1 cuts: renamed" in result.output
+
+
+def features_of(cut, folder, **changes):
+    """The cut with stored features, computed by lhotse, and other facts about them if wanted."""
+    fbank = Fbank(FbankConfig(num_filters=80, sampling_rate=RATE))
+    stored = cut.compute_and_store_features(fbank, NumpyFilesWriter(folder / "features"))
+    for name, value in changes.items():
+        setattr(stored.features, name, value)
+    return stored
+
+
+def test_stored_features_are_checked_as_training_reads_them(tmp_path):
+    """The recordings of all of these are whole, and nobody would hear them."""
+
+    def stored(name, **changes):
+        return features_of(cut(tmp_path, name, noise()), tmp_path, **changes)
+
+    gone, wide, short, broken, silent = (stored(name) for name in ("gone", "wide", "short", "broken", "silent"))
+    for one, content in ((wide, np.zeros((100, 40))), (short, np.ones((50, 80))), (silent, np.full((100, 80), -15.9))):
+        np.save(tmp_path / "features" / one.features.storage_key, content.astype(np.float32))
+    for name, one in (("gone", gone), ("broken", broken)):
+        file = tmp_path / "features" / one.features.storage_key
+        file.unlink() if name == "gone" else file.write_bytes(b"\x93NUMPY" + bytes(100))
+    values = stored("values")
+    np.save(tmp_path / "features" / values.features.storage_key, np.full((100, 80), np.nan, dtype=np.float32))
+    cuts = [
+        stored("good"), gone, wide, short, broken, silent, values,
+        stored("mfcc", type="kaldi-mfcc"), stored("bins", num_features=40), stored("shift", frame_shift=0.0125),
+        stored("rate", sampling_rate=8000),
+    ]  # fmt: skip
+    assert kinds(cuts) == []
+    assert kinds(cuts, read_audio=True) == [
+        ("gone", "unreadable"), ("wide", "features"), ("short", "truncated"), ("broken", "unreadable"),
+        ("silent", "silent"), ("values", "values"), ("mfcc", "features"), ("bins", "features"), ("shift", "features"),
+        ("rate", "features"),
+    ]  # fmt: skip
+    for one in cuts[1:]:
+        if one.id != "silent":
+            with pytest.raises(CutError):  # what the check says is what training would meet
+                cut_features(one)
+
+
+def test_the_channel_that_a_cut_points_to_is_the_one_that_is_checked(tmp_path):
+    soundfile.write(tmp_path / "two.wav", np.stack([noise() * 0, noise()], axis=1), RATE)
+    left = make_cut("left", tmp_path / "two.wav", sampling_rate=RATE, num_samples=RATE, channels=2, text="a word")
+    right = left.with_id("right")
+    right.channel = 1
+    both = MultiCut("both", 0, 1.0, [0, 1], left.supervisions, recording=left.recording)
+    (finding,) = find_bad_cuts([left, right, both], read_audio=True)
+    assert (finding.cut_id, finding.kind) == ("left", "silent")
+    assert finding.detail.endswith("in channel 0, the one this cut points to, of 2")
+    right.channel = 2
+    assert kinds([right], read_audio=True) == [("right", "unreadable")]
+
+
+def test_every_supervision_of_a_cut_is_checked(tmp_path, letters):
+    one = cut(tmp_path, "talk", noise(), text="abc")
+    one.supervisions[0].duration = 0.5
+    one.supervisions.append(SupervisionSegment("second", "talk", 0.5, 0.5, text="zzz" + "abcd" * 10))
+    assert kinds([one], letters) == [("talk", "characters"), ("talk", "alignment")]
+    one.supervisions[1] = SupervisionSegment("second", "talk", 1.5, 0.5, text="abc")
+    assert kinds([one], letters) == [("talk", "range")]
+
+
+def test_a_supervision_of_a_small_part_is_told(tmp_path):
+    part, whole, two = (cut(tmp_path, name, noise()) for name in ("part", "whole", "two"))
+    part.supervisions[0].duration = 0.3
+    two.supervisions[0].duration = 0.4
+    two.supervisions.append(SupervisionSegment("more", "two", 0.3, 0.4, text="more"))
+    assert [round(coverage(one), 3) for one in (part, whole, two)] == [0.3, 1.0, 0.7]
+    assert survey([part, whole, two]).sparse == ["part"]
+    write_cuts(tmp_path / "m.jsonl.gz", [part, whole, two])
+    result = CliRunner().invoke(app, ["data", "check", str(tmp_path / "m.jsonl.gz")])
+    assert result.exit_code == 0
+    assert "less than half of the audio, all of which is trained on, in 1 of 3 cuts: part" in result.output
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [(".wav", {"subtype": "PCM_U8"}), (".mp3", {}), (".flac", {}), (".ogg", {"format": "OGG", "subtype": "OPUS"})],
+)
+@pytest.mark.parametrize("rate", [8000, 16000, 48000])
+def test_lengths_of_other_formats(tmp_path, suffix, options, rate):
+    """What is too short is said in plain words; else the samples are those lhotse reads."""
+    path = tmp_path / f"a{suffix}"
+    soundfile.write(path, np.resize(noise(), rate + 1), rate, **options)
+    facts = {"sampling_rate": rate, "text": "a word"}
+    whole = make_cut("whole", path, num_samples=soundfile.info(path).frames, **facts)
+    for one in (whole, whole.truncate(duration=0.5), whole.truncate(offset=0.25, duration=0.5)):
+        assert kinds([one], read_audio=True) == []
+        assert torch.equal(read_samples(one), torch.from_numpy(one.load_audio()[0]))
+    early = make_cut("early", path, num_samples=2 * rate, **facts)
+    (finding,) = find_bad_cuts(
+        [early, make_cut("near", path, num_samples=rate + rate // 100, **facts)], read_audio=True
+    )
+    assert finding.kind == "truncated" and "ends 1.00 s early; restore the file or import again" in finding.detail
+    for one in (early.perturb_volume(0.5), early.perturb_speed(1.1)):  # these lhotse reads
+        (finding,) = find_bad_cuts([one], read_audio=True)
+        assert (finding.kind, finding.detail) == (
+            "unreadable", "its length is not what the manifest says; import it again",
+        )  # fmt: skip

@@ -233,6 +233,9 @@ def _audio_facts(path: Path) -> tuple[Path, int, int, int]:
         raise ValueError(
             f"path: {path} is not audio that libsndfile reads ({error}); convert it to WAV or FLAC"
         ) from error
-    if info.frames == 0:
+    num_samples = info.frames
+    if info.format == "MP3":  # its header may only estimate the length
+        num_samples = sum(len(block) for block in soundfile.blocks(str(path), blocksize=1 << 16))
+    if num_samples == 0:
         raise ValueError(f"path: {path} holds no samples; remove the row or restore the file")
-    return path, info.samplerate, info.frames, info.channels
+    return path, info.samplerate, num_samples, info.channels

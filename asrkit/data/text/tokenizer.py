@@ -1,4 +1,4 @@
-"""sentencepiece tokenizers: ``<blk>`` is 0 and ``<unk>`` is 1, as sherpa-onnx expects."""
+"""sentencepiece tokenizers. In those trained here ``<blk>`` is 0 and ``<unk>`` is 1; ``<blk>`` is 0 in every one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 import sentencepiece
 
-from asrkit.errors import UserError
+from asrkit.errors import UserError, clip
 from asrkit.run_dir import atomic_write
 
 TokenizerKind = Literal["bpe", "unigram", "char"]
@@ -17,8 +17,15 @@ BLANK_ID, UNK_ID = 0, 1
 WORD_START = "\u2581"  # sentencepiece's visible space
 
 
+def single_spaces(text: str) -> str:
+    """The text with one space between words, as it is scored: tabs, no-break spaces and the like count as spaces."""
+    return " ".join(text.split())
+
+
 class Tokenizer:
     """Text to token ids and back.
+
+    A tokenizer of another toolkit may have its special pieces anywhere: what they are is read from the model.
 
     Args:
         path: a sentencepiece model whose piece 0 is ``<blk>``.
@@ -39,7 +46,8 @@ class Tokenizer:
             raise UserError(f"{path}: not a sentencepiece model; train one by leaving --tokenizer out") from error
         if self._model.IdToPiece(BLANK_ID) != "<blk>":
             raise UserError(
-                f"{path}: piece 0 is {self._model.IdToPiece(BLANK_ID)!r}, not <blk>; use a tokenizer made by asrkit"
+                f"{path}: piece 0 is {clip(repr(self._model.IdToPiece(BLANK_ID)))}, not <blk>; use a tokenizer made by asrkit, or "
+                "by a recipe of icefall"
             )
         self.path = Path(path)
         self.vocab_size: int = self._model.GetPieceSize()
@@ -68,17 +76,19 @@ class Tokenizer:
         For bpe the dropout is the probability that a merge is left out (BPE-dropout); for unigram it is ignored
         in favor of sampling with smoothing 1 - dropout (subword regularization).
         """
+        text = single_spaces(text)
         if dropout <= 0.0:
             return self._model.EncodeAsIds(text)
         sentencepiece.set_random_generator_seed(seed)
         return self._model.Encode(text, out_type=int, enable_sampling=True, alpha=dropout, nbest_size=-1)
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.DecodeIds([i for i in ids if i != BLANK_ID])
+        """The text of token ids; special pieces stand for none."""
+        return self._model.DecodeIds([number for number in ids if number not in self.special_ids])
 
     def pieces(self, text: str) -> list[str]:
         """The tokens of ``text`` as they are spelled."""
-        return self._model.Encode(text, out_type=str)
+        return self._model.Encode(single_spaces(text), out_type=str)
 
     def piece_to_id(self, piece: str) -> int:
         """The token spelled so, or that of <unk>."""
@@ -89,13 +99,20 @@ class Tokenizer:
 
     def missing_characters(self, text: str) -> set[str]:
         """The characters of ``text`` this tokenizer has no piece for."""
-        return {
-            ch
-            for piece in self.pieces(text)
-            if self._model.PieceToId(piece) == UNK_ID
-            for ch in piece
-            if ch != "\u2581"
-        }
+        unknown = (piece for piece in self.pieces(text) if self._model.PieceToId(piece) == self.unk_id)
+        return {character for piece in unknown for character in piece if character != WORD_START}
+
+    def cannot_spell(self, text: str) -> str | None:
+        """Why no sequence of tokens gives ``text`` back: a model with this tokenizer can never get it right. None if one does."""
+        if missing := self.missing_characters(text):
+            return f"the tokenizer has no {clip(' '.join(sorted(missing)))!r} (text: {clip(text)!r})"
+        written, back = single_spaces(text), self.decode(self.encode(text))
+        if written == back:
+            return None
+        return (
+            f"the tokenizer makes {clip(back)!r} of {clip(written)!r} (it normalizes texts); train one by leaving --tokenizer out, or "
+            "write the texts as it does"
+        )
 
     def copy_to(self, path: Path) -> None:
         """Copy the model to ``path``, with tokens.txt beside it."""
@@ -119,12 +136,13 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, out: Path) -> Tokenizer:
     """Train a sentencepiece model on ``texts`` and write it to ``out``, with ``tokens.txt`` beside it.
 
+    Texts are taken as they are, without sentencepiece's own normalization (NFKC), so that decoding gives them back.
     ``vocab_size`` is an upper limit: a text too small for it gives as many pieces as it can.
 
     Raises:
         UserError: no text, or a vocabulary smaller than the number of characters needs.
     """
-    sentences = [text for text in texts if text.strip()]
+    sentences = [single_spaces(text) for text in texts if text.strip()]
     if not sentences:
         raise UserError("cannot train a tokenizer: the manifest has no text")
     characters = len(set("".join(sentences)) | {"\u2581"}) + 2
@@ -141,6 +159,7 @@ def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, 
                 vocab_size=vocab_size,
                 hard_vocab_limit=False,
                 character_coverage=1.0,
+                normalization_rule_name="identity",  # else SARA AM, full-width forms and joiners never come back
                 unk_id=UNK_ID,
                 pad_id=BLANK_ID,
                 pad_piece="<blk>",
