@@ -6,9 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-MAX_LINE = (
-    4000  # characters of a line: enough for every message of ours, and no terminal drowns in somebody else's text
-)
+MAX_LINE = 4000  # characters of a line: enough for every message, and somebody else's text floods no terminal
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # also halves of characters, which no file takes
 
 

@@ -1,6 +1,6 @@
 """Perturbations of training data, on samples and on batches of features.
 
-Every function takes the random generator it draws from; batches build theirs from (seed, step, place in the batch),
+Every function takes the random generator it draws from; batches build theirs from (seed, step, position in the batch),
 so a resumed run perturbs exactly as the uninterrupted one. Shapes: B batch, T frames, F mel bins.
 """
 
@@ -151,9 +151,9 @@ def vocal_tract_warp(features: Tensor, factors: Tensor, high_hz: float = 4800.0)
     edge = high_hz * factors.clamp(max=1.0) / factors
     above = nyquist - (nyquist - edge * factors) / (nyquist - edge) * (nyquist - hertz)
     source = torch.where(hertz < edge, hertz * factors, above)  # (B, F): where each bin reads from
-    place = ((_mel(source) - low_mel) / (high_mel - low_mel) * (num_bins + 1) - 1).clamp(0, num_bins - 1)
-    lower = place.floor().clamp(max=num_bins - 2)
-    weight = (place - lower).unsqueeze(-1)
+    position = ((_mel(source) - low_mel) / (high_mel - low_mel) * (num_bins + 1) - 1).clamp(0, num_bins - 1)
+    lower = position.floor().clamp(max=num_bins - 2)
+    weight = (position - lower).unsqueeze(-1)
     bins = torch.arange(num_bins)
     matrix = (bins == lower.unsqueeze(-1)) * (1 - weight) + (bins == lower.unsqueeze(-1) + 1) * weight
     return features @ matrix.transpose(1, 2).to(features.dtype)
@@ -174,22 +174,14 @@ def spec_augment(
     batch, num_frames, num_bins = features.shape
     hidden = torch.zeros(batch, num_frames, num_bins, dtype=torch.bool)
     lens = feature_lens.numpy()
-
-    def spans(count: int, widest: np.ndarray, extent: np.ndarray, size: int) -> Tensor:
-        width = random.uniform(size=(batch, count)) * widest[:, None]
-        start = random.uniform(size=(batch, count)) * np.maximum(extent[:, None] - width, 0)
-        place = np.arange(size)
-        inside = (place >= start[..., None].astype(int)) & (place < (start + width)[..., None].astype(int))
-        return torch.from_numpy(inside)
-
     if settings.num_frequency_masks and settings.frequency_mask_bins:
-        widest = np.full(batch, settings.frequency_mask_bins + 1.0)
-        hidden |= spans(settings.num_frequency_masks, widest, np.full(batch, num_bins), num_bins).any(1)[:, None, :]
+        widest, extent = (np.full(batch, limit) for limit in (settings.frequency_mask_bins, num_bins))
+        hidden |= _spans(settings.num_frequency_masks, widest, extent, num_bins, random).any(1)[:, None, :]
     if settings.num_time_masks and settings.time_mask_frames and settings.max_time_fraction > 0:
         budget = settings.max_time_fraction * lens
         counts = np.clip(np.ceil(budget / settings.time_mask_frames), 1, settings.num_time_masks)
-        widest = np.minimum(settings.time_mask_frames, budget / counts)
-        masks = spans(settings.num_time_masks, widest, lens, num_frames)
+        widest = np.minimum(settings.time_mask_frames, budget // counts).astype(np.int64)
+        masks = _spans(settings.num_time_masks, widest, lens, num_frames, random)
         masks &= torch.from_numpy(np.arange(settings.num_time_masks) < counts[:, None])[..., None]
         hidden |= masks.any(1)[:, :, None]
     real = (torch.arange(num_frames) < feature_lens[:, None]).unsqueeze(-1)
@@ -197,8 +189,19 @@ def spec_augment(
     return torch.where(hidden & real, mean[:, None, None], features)
 
 
+def _spans(count: int, widest: np.ndarray, extent: np.ndarray, size: int, random: np.random.Generator) -> Tensor:
+    """(B, count, size) bool: of each row ``count`` stretches, each of a width in 0..widest, anywhere within 0..extent.
+
+    Both ends are included: the widest stretch there is, and the last place of the extent. widest, extent: (B,) int.
+    """
+    width = random.integers(np.minimum(widest, extent)[:, None] + 1, size=(len(widest), count))
+    start = random.integers(extent[:, None] - width + 1)[..., None]
+    position = np.arange(size)
+    return torch.from_numpy((position >= start) & (position < start + width[..., None]))
+
+
 def pad(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack (T_i, F) into (B, max T, F), padded with the log of silence; and their lengths (B,)."""
+    """Stack (T_i, F) into (B, max T, F), padded with ``LOG_EPS``; and their lengths (B,)."""
     lens = torch.tensor([len(item) for item in features])
     batch = features[0].new_full((len(features), int(lens.max()), features[0].shape[1]), LOG_EPS)
     for row, item in enumerate(features):

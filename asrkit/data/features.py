@@ -18,7 +18,8 @@ NUM_MEL_BINS = 80
 AFTER = (
     WINDOW_SAMPLES + SHIFT_SAMPLES
 ) // 2  # 280 samples that a frame sees from its own first one on; 120 lie before it
-LOG_EPS = math.log(1e-10)  # what silence is after the log; batches are padded with it
+LOG_EPS = math.log(1e-10)  # batches are padded with it: -23.03, below everything that sound gives
+SILENCE = math.log(2.0**-23)  # -15.94, what digital silence gives: lhotse and kaldi-native-fbank floor energies there
 
 
 @cache

@@ -91,7 +91,9 @@ def evaluate(
     languages: Sequence[str] = ()
     if recognizer is not None:
         languages = recognizer.languages if recognizer.language is None else [recognizer.language]
-    checked = _gather(findings, lambda: decodable_cuts(manifest, languages))
+    checked = _gather(
+        findings, lambda: decodable_cuts(manifest, languages, recognizer.tokenizer if recognizer else None)
+    )
     if findings or recognizer is None or checked is None:
         raise UserError.of(findings)
     cuts, warnings = checked

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse import CutSet, Fbank, FbankConfig
 
@@ -25,7 +26,7 @@ from asrkit.data.batch import evaluation_batches
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.cut_audio import cut_features, feature_statistics
 from asrkit.data.cut_table import CutTable
-from asrkit.data.features import LOG_EPS, fbank
+from asrkit.data.features import LOG_EPS, SILENCE, fbank
 from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches, loader, perturbed_features
@@ -181,15 +182,58 @@ def test_vocal_tract_warp_moves_a_peak_and_leaves_factor_one_alone() -> None:
     assert places[0, 0] > places[1, 0] > places[2, 0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(7, 200), min_size=1, max_size=4), st.integers(0, 1000))
 def test_spec_augment_hides_no_more_than_it_may(lens: list[int], seed: int) -> None:
-    settings = SpecAugmentConfig(num_frequency_masks=0, time_mask_frames=20, max_time_fraction=0.3)
+    options = SpecAugmentConfig(num_frequency_masks=0, time_mask_frames=20, max_time_fraction=0.3)
     features = torch.randn(len(lens), max(lens), 80, generator=torch.Generator().manual_seed(seed))
-    out = spec_augment(features, torch.tensor(lens), settings, np.random.default_rng(seed))
+    out = spec_augment(features, torch.tensor(lens), options, np.random.default_rng(seed))
     changed = (out != features).any(2)
     for row, frames in enumerate(lens):
         assert not changed[row, frames:].any()
-        assert changed[row].sum() <= 0.3 * frames + settings.num_time_masks
+        assert changed[row].sum() <= 0.3 * frames
+
+
+@settings(deadline=None)
+@given(st.integers(1, 27), st.integers(0, 1000), st.integers(7, 300))
+def test_a_frequency_mask_is_no_wider_than_asked(widest: int, seed: int, frames: int) -> None:
+    """One stretch of neighboring bins, 0 to ``widest`` of them, in all real frames alike."""
+    options = SpecAugmentConfig(num_frequency_masks=1, frequency_mask_bins=widest, num_time_masks=0)
+    features = torch.randn(2, frames + 5, 80, generator=torch.Generator().manual_seed(seed))
+    out = spec_augment(features, torch.tensor([frames, 7]), options, np.random.default_rng(seed))
+    for row, length in enumerate((frames, 7)):
+        masked = (out != features)[row, :length]
+        assert torch.equal(masked, masked[:1].expand_as(masked)) and torch.equal(
+            out[row, length:], features[row, length:]
+        )
+        bins = torch.nonzero(masked[0]).flatten().tolist()
+        assert len(bins) <= widest and bins == list(range(bins[0], bins[0] + len(bins)) if bins else [])
+
+
+def test_masks_have_every_width_and_reach_both_ends() -> None:
+    """Widths 0 to 27 are as likely as each other; every bin can be the first and the last that is masked."""
+    options = SpecAugmentConfig(num_frequency_masks=1, num_time_masks=1, time_mask_frames=9, max_time_fraction=1.0)
+    features = torch.randn(4000, 30, 80, generator=torch.Generator().manual_seed(0))
+    lens = torch.full((4000,), 25)
+    only = [replace(options, num_time_masks=0), replace(options, num_frequency_masks=0)]
+    in_bins, in_time = (spec_augment(features, lens, one, np.random.default_rng(0)) != features for one in only)
+    for masked, widest, size in ((in_bins[:, 0], 27, 80), (in_time[..., 0], 9, 25)):
+        widths = torch.bincount(masked.sum(1), minlength=widest + 1)
+        assert len(widths) == widest + 1
+        assert widths.float().std() < 4 * (4000 / (widest + 1)) ** 0.5 and int(widths.min()) > 0
+        assert torch.nonzero(masked.any(0)).flatten().tolist() == list(range(size))
+
+
+def test_what_silence_gives() -> None:
+    """As lhotse and the runtime compute it; the padding of batches lies below."""
+    import kaldi_native_fbank
+
+    assert torch.allclose(fbank(torch.zeros(1600)), torch.tensor(SILENCE))
+    options = kaldi_native_fbank.FbankOptions()
+    options.mel_opts.num_bins, options.frame_opts.dither = 80, 0
+    runtime = kaldi_native_fbank.OnlineFbank(options)
+    runtime.accept_waveform(16000, [0.0] * 1600)
+    assert runtime.get_frame(0) == pytest.approx(SILENCE) and LOG_EPS < SILENCE
 
 
 def test_noise_has_the_asked_ratio() -> None:
