@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from asrkit.cli import app
+from asrkit.data.checks import find_bad_cuts
 from asrkit.data.corpora.importing import Splitting, import_recordings
 from asrkit.data.manifests import open_cuts, text_of
+from asrkit.data.names import file_name
 from asrkit.errors import UserError
 
 
@@ -178,3 +186,133 @@ def test_no_language_leaves_none(tmp_path):
     wav(tmp_path / "a.wav")
     made = import_recordings(tsv(tmp_path / "a.tsv", ("path", "text"), ("a.wav", "hello")), tmp_path / "out")
     assert made.cuts["all"][0].supervisions[0].language is None
+
+
+def tone(path, frequency, seconds=0.2):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.1 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * 16000)) / 16000), 16000)
+
+
+def pitch(path):
+    samples, rate = soundfile.read(path)
+    return round(int(np.abs(np.fft.rfft(samples)).argmax()) * rate / len(samples))
+
+
+# Ids that differ in a space, in case, in / or :, in the normalization of é, and one longer than a file name may be.
+ALIKE = [
+    "take 1",
+    "take_1",
+    "Take_1",
+    "take/1",
+    "take:1",
+    "take-1",
+    "caf\u00e9",
+    "cafe\u0301",
+    "x" * 300,
+    "x" * 299,
+    "..",
+    "con",
+]
+
+
+def test_converted_files_of_ids_that_are_alike(tmp_path):
+    """As many files as ids, each with its own sound, under the same names in another import and another order."""
+    rows = []
+    for number, name in enumerate(ALIKE):
+        tone(tmp_path / f"{number}.wav", 200 + 50 * number)
+        rows.append((f"{number}.wav", "word", name))
+    names = []
+    for out, order in (("one", rows), ("two", rows[::-1])):
+        source = tsv(tmp_path / f"{out}.tsv", ("path", "text", "id"), *order)
+        import_recordings(source, tmp_path / out, convert=True)
+        cuts = {cut.id: Path(cut.recording.sources[0].source) for cut in read(tmp_path / out, "all")}
+        assert [pitch(cuts[name]) for name in ALIKE] == [200 + 50 * number for number in range(len(ALIKE))]
+        assert {path.parent for path in cuts.values()} == {tmp_path / out / "audio"}
+        names.append({name: path.name for name, path in cuts.items()})
+    assert names[0] == names[1] and len(list((tmp_path / "one" / "audio").iterdir())) == len(ALIKE)
+    folded = {unicodedata.normalize("NFKC", name).casefold() for name in names[0].values()}
+    assert len(folded) == len(ALIKE) and all(name.isascii() and len(name) < 120 for name in names[0].values())
+
+
+@given(st.lists(st.text(alphabet="aAbB/:-_ .\u00e90123456789", min_size=1, max_size=6), unique=True))
+def test_names_of_files_are_unique_however_a_file_system_folds_them(ids):
+    names = [file_name(one, ".flac") for one in ids]
+    again = [file_name(name.removesuffix(".flac"), ".flac") for name in names]  # what looks like a name is an id too
+    assert len({name.casefold() for name in {*names, *again}}) == len({*ids, *(n.removesuffix(".flac") for n in names)})
+    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) for name in names)
+
+
+def test_a_folder_import_names_what_it_cannot_read(tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("good", "no-text", "not-utf8"):
+        wav(folder / f"{name}.wav")
+    (folder / "phone.m4a").write_bytes(b"\0\0\0\x1cftypM4A ")
+    for name in ("good", "phone", "no-sound", "CAPITALS"):
+        (folder / f"{name}.txt").write_text("a word")
+    wav(folder / "CAPITALS.WAV".lower()).rename(folder / "CAPITALS.WAV")
+    (folder / "not-utf8.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError) as error:
+        import_recordings(folder, tmp_path / "out", language="en")
+    said = {Path(line.partition(": ")[0]).name: line for line in error.value.lines[:-1]}
+    assert {name: line for name, line in said.items()}.keys() == {
+        "no-text.wav",
+        "not-utf8.wav",
+        "phone.m4a",
+        "no-sound.txt",
+    }
+    assert "there is no no-text.txt beside it" in said["no-text.wav"]
+    assert "libsndfile does not read .m4a; convert it to WAV or FLAC" in said["phone.m4a"]
+    assert "there is no recording beside it" in said["no-sound.txt"]
+    assert "must be a UTF-8 text file" in said["not-utf8.wav"]
+    assert "4 of 6 rows are bad" in error.value.lines[-1] and not (tmp_path / "out").exists()
+    made = import_recordings(folder, tmp_path / "out", language="en", refuse=False)
+    assert {cut.id for cut in made.cuts["all"]} == {"good", "CAPITALS"} and len(made.skipped) == 4
+    assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 4
+
+
+def test_a_folder_of_what_nobody_reads_is_not_empty(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.m4a").write_bytes(b"")
+    (tmp_path / "in" / "a.txt").write_text("word")
+    with pytest.raises(UserError, match="does not read .m4a"):
+        import_recordings(tmp_path / "in", tmp_path / "out", language="en")
+
+
+def test_a_refused_conversion_leaves_nothing(tmp_path, monkeypatch):
+    """Neither for a row that is bad, nor for a recording that breaks off, nor for a full disk."""
+    wav(tmp_path / "a.wav")
+    whole = wav(tmp_path / "b.flac", seconds=3.0)
+    bad = tsv(tmp_path / "bad.tsv", ("path", "text"), ("a.wav", "word"), ("gone.wav", "word"))
+    with pytest.raises(UserError, match=r"no file .*gone\.wav"):
+        import_recordings(bad, tmp_path / "new" / "out", convert=True)
+    assert not (tmp_path / "new" / "out").exists()
+    good = tsv(tmp_path / "good.tsv", ("path", "text"), ("a.wav", "word"), ("b.flac", "word"))
+    import_recordings(good, tmp_path / "out", convert=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    content = bytearray(whole.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 500] = bytes(500)
+    whole.write_bytes(content[:-3000])
+    for out in ("out", "other"):
+        with pytest.raises(UserError, match=r"b\.flac: cannot read audio"):
+            import_recordings(good, tmp_path / out, convert=True)
+    wav(whole, seconds=3.0)
+    monkeypatch.setattr(soundfile, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match=r"audio: cannot write .*No space left"):
+        import_recordings(good, tmp_path / "other", convert=True)
+    assert not (tmp_path / "other").exists()
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_the_length_of_an_mp3_is_what_it_decodes_to(tmp_path):
+    """Without the header that says it, libsndfile estimates it from the first frames."""
+    noise = np.random.default_rng(0).standard_normal(3 * 44100) * np.repeat([0.001, 0.3, 0.001], 44100)
+    soundfile.write(tmp_path / "a.mp3", noise, 44100, bitrate_mode="VARIABLE")
+    content = (tmp_path / "a.mp3").read_bytes()
+    header = max(content.find(b"Xing"), content.find(b"Info"))
+    if header >= 0:
+        (tmp_path / "a.mp3").write_bytes(content.replace(content[header : header + 4], bytes(4), 1))
+    source = tsv(tmp_path / "a.tsv", ("path", "text"), ("a.mp3", "word"))
+    import_recordings(source, tmp_path / "out", language="en")
+    (cut,) = read(tmp_path / "out", "all")
+    assert cut.recording.num_samples == len(soundfile.read(tmp_path / "a.mp3")[0])
+    assert find_bad_cuts([cut], read_audio=True) == []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asrkit.data.text.languages import is_language, language_names
 from asrkit.data.text.normalization import TextError, as_written, normalize, sentence_key, split_of
 
 
@@ -27,6 +28,24 @@ from asrkit.data.text.normalization import TextError, as_written, normalize, sen
         ("tr", "ISPARTA İYİ", "ısparta iyi"),
         ("hi", "नमस्ते।", "नमस्ते"),
         ("en", "\ufeffsoft\u00adhyphen", "softhyphen"),
+        ("ca", "Col·legi, il·lusió·", "col·legi il·lusió"),
+        ("ca", "col\u2027legi", "col\u2027legi"),
+        ("he", "צ׳יפס", "צ׳יפס"),
+        ("he", "צ'יפס רח'", "צ׳יפס רח׳"),
+        ("he", 'צה"ל אמר: "שלום"', "צה״ל אמר שלום"),
+        ("sv", "k:a USA:s slut: ja", "k:a usa:s slut ja"),
+        ("si", "ශ්‍රී", "ශ්‍රී"),
+        ("fa", "می‌خواهم\u200c \u200dاو", "می‌خواهم او"),
+        ("en", "end.Next (,)", "end next"),
+        ("tr_TR", "IĞDIR", "ığdır"),
+        ("tur", "IĞDIR", "ığdır"),
+        ("TR-tr", "Iİ", "ıi"),
+        ("azj", "I", "ı"),
+        ("de_CH.utf8", "I", "i"),
+        ("tgk", "I", "i"),
+        ("eng", "2", "two"),
+        ("fr_BE", "70 septante", "septante septante"),
+        ("nob", "2", "to"),
     ],
 )
 def test_spoken_form(language, written, spoken):
@@ -58,6 +77,15 @@ def test_what_is_not_certain_is_refused_with_a_reason(written, reason):
     assert error.value.reason == reason
 
 
+def test_names_of_a_language():
+    assert language_names("") == ()
+    assert language_names("tr_TR") == ("tr_TR", "tr-TR", "tr")
+    assert language_names("tur") == ("tur", "tr") and language_names("azj") == ("azj", "az")
+    assert language_names("sr-latn-rs") == ("sr-latn-rs", "sr_Latn_RS", "sr-Latn-RS", "sr")
+    assert language_names("English") == ("English", "english") and language_names("de_CH.utf8")[0] == "de_CH.utf8"
+    assert is_language("ota-TR", "tr") is False and is_language("TR", "tr") and not is_language("", "tr")
+
+
 @pytest.mark.parametrize("language", ["", "xx"])
 def test_numbers_need_a_language_that_can_be_spelled(language):
     assert normalize("no number", language) == "no number"
@@ -72,7 +100,7 @@ def test_normalizing_twice_changes_nothing(text, language):
     except TextError:
         return
     assert normalize(once, language) == once == " ".join(once.split())
-    assert all(unicodedata.category(c)[0] in "LM" or c in " '" for c in once)
+    assert regex.fullmatch(r"(?:[\p{L}\p{M}]|(?<=\w)(?:[\p{WB=MidLetter}'\u05f3\u200c\u200d]| (?=\w)))*", once)
 
 
 def test_raw_text_keeps_case_and_punctuation():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,22 +16,29 @@ from lhotse.cut import Cut
 
 from asrkit.data.features import load_samples
 from asrkit.data.manifests import make_cut, write_cuts
+from asrkit.data.names import file_name
 from asrkit.data.text.normalization import TextError, as_written, normalize, split_of
-from asrkit.errors import UserError
+from asrkit.data.text.tokenizer import single_spaces
+from asrkit.errors import UserError, clip
 from asrkit.frames import SAMPLE_RATE
 from asrkit.run_dir import atomic_write
 
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph", ".caf", ".w64", ".rf64")
+OTHER_AUDIO = (
+    *(".m4a", ".mp4", ".m4b", ".aac", ".wma", ".amr", ".webm", ".3gp", ".mka", ".mkv", ".mov", ".ra", ".ape", ".wv"),
+    *(".ac3", ".dts", ".spx", ".shn", ".tta", ".mpc"),
+)
 MAX_FINDINGS = 50
 
 
 @dataclass(frozen=True)
 class Row:
-    """One utterance to import: ``place`` is for messages, ``fields`` every column by its name."""
+    """One utterance to import: ``where`` is for messages, ``fields`` every column by its name, ``problem`` why it cannot be."""
 
-    place: str
+    where: str
     audio: Path
     fields: Mapping[str, str]
+    problem: str = ""
 
     def get(self, name: str) -> str:
         return self.fields.get(name, "").strip()
@@ -88,7 +98,7 @@ def import_recordings(
         convert: write 16 kHz mono FLAC to OUT/audio and let the manifests point there.
 
     Raises:
-        UserError: nothing to import, missing columns, or, unless skipped, bad rows: all of them at once.
+        UserError: nothing to import, missing columns, or, unless skipped, bad rows: all of them at once, and nothing is written.
     """
     splitting = splitting or Splitting()
     if not source.exists():
@@ -99,52 +109,107 @@ def import_recordings(
     for column in [*(where or {}), *(() if splitting.by in ("auto", "none", "hash") else (_column(splitting),))]:
         if rows and column not in rows[0].fields:
             raise UserError(f"{source}: no column '{column}'; it has {', '.join(rows[0].fields)}")
-    chosen = [row for row in rows if all(row.get(name) in values for name, values in (where or {}).items())]
-    if not chosen:
+    selected = [row for row in rows if all(row.get(name) in values for name, values in (where or {}).items())]
+    if not selected:
         raise UserError(
             f"{source}: nothing to import; {f'--where leaves none of {len(rows)} rows' if rows else 'it is empty'}"
         )
-
-    def read(row: Row) -> tuple[str, Cut] | UserError:
-        try:
-            return _read(row, out if convert else None, language, style, splitting)
-        except (UserError, ValueError) as error:
-            return UserError(f"{row.place}: {error}")
-
-    result = Imported(not_selected=len(rows) - len(chosen))
-    place_of_id: dict[str, str] = {}
-    with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
-        for row, found in zip(chosen, pool.map(read, chosen), strict=True):
-            if isinstance(found, UserError):
-                result.skipped.append(found.lines[0])
-                continue
-            split, cut = found
-            if cut.id in place_of_id:
-                result.skipped.append(
-                    f"{row.place}: id {cut.id} is also at {place_of_id[cut.id]}; give each row its own"
-                )
-                continue
-            place_of_id[cut.id] = row.place
-            result.cuts.setdefault(split, []).append(cut)
+    result = _read_rows(selected, language, style, splitting)
+    result.not_selected = len(rows) - len(selected)
     if result.skipped and (refuse or not result.cuts):
-        shown = result.skipped[:MAX_FINDINGS]
-        rest = (
-            [f"{source}: {len(result.skipped) - len(shown)} more bad rows"] if len(result.skipped) > len(shown) else []
-        )
-        way_out = (
-            []
-            if not refuse
-            else [
-                f"{source}: {len(result.skipped)} of {len(chosen)} rows are bad; mend them, or leave them out with --bad skip"
-            ]
-        )
-        raise UserError.of([*shown, *rest, *way_out])
+        raise UserError.of(_too_many(result.skipped, source, len(selected), refuse))
+    if convert:
+        _convert(result, out)
     for split, cuts in result.cuts.items():
         write_cuts(out / f"{split}.jsonl.gz", cuts)
     if result.skipped:
         with atomic_write(out / "skipped.txt") as temporary:
             temporary.write_text("\n".join(result.skipped) + "\n", encoding="utf-8")
     return result
+
+
+def _read_rows(rows: list[Row], language: str | None, style: str, splitting: Splitting) -> Imported:
+    """A cut of each row, by split, and what is wrong with the others."""
+
+    def read(row: Row) -> tuple[str, Cut] | UserError:
+        try:
+            return _read(row, language, style, splitting)
+        except (UserError, ValueError) as error:
+            return UserError(f"{row.where}: {error}")
+
+    result = Imported()
+    first_row: dict[str, str] = {}
+    with ThreadPoolExecutor() as pool:  # libsndfile works outside Python's lock
+        for row, made in zip(rows, pool.map(read, rows), strict=True):
+            if isinstance(made, UserError):
+                result.skipped.append(made.lines[0])
+                continue
+            split, cut = made
+            if cut.id in first_row:
+                result.skipped.append(f"{row.where}: id {cut.id} is also at {first_row[cut.id]}; give each row its own")
+                continue
+            first_row[cut.id] = row.where
+            result.cuts.setdefault(split, []).append(cut)
+    return result
+
+
+def _too_many(skipped: list[str], source: Path, num_rows: int, refuse: bool) -> list[str]:
+    lines = skipped[:MAX_FINDINGS]
+    if len(skipped) > len(lines):
+        lines.append(f"{source}: {len(skipped) - len(lines)} more bad rows")
+    if refuse:
+        lines.append(
+            f"{source}: {len(skipped)} of {num_rows} rows are bad; fix them, or leave them out with --bad skip"
+        )
+    return lines
+
+
+def _convert(result: Imported, out: Path) -> None:
+    """Write every cut's recording as 16 kHz mono FLAC, and let the cut point there; all of them or none.
+
+    Raises:
+        UserError: recordings that cannot be decoded, or the disk is full; nothing is left in ``out``.
+    """
+    audio, staging = out.absolute() / "audio", out.absolute() / f".tmp-{os.getpid()}-audio"
+    new = [folder for folder in (audio, out.absolute()) if not folder.exists()]
+
+    def convert(cut: Cut) -> Cut | UserError:
+        name = file_name(cut.id, ".flac")
+        try:
+            samples = load_samples(Path(cut.recording.sources[0].source))
+        except UserError as error:
+            return error
+        soundfile.write(staging / name, samples.numpy(), SAMPLE_RATE, format="FLAC")
+        supervision = cut.supervisions[0]
+        return make_cut(
+            cut.id,
+            audio / name,
+            sampling_rate=SAMPLE_RATE,
+            num_samples=len(samples),
+            text=supervision.text,
+            language=supervision.language,
+            speaker=supervision.speaker,
+            custom=supervision.custom,
+        )
+
+    try:
+        staging.mkdir(parents=True)
+        with ThreadPoolExecutor() as pool:
+            made = {split: list(pool.map(convert, cuts)) for split, cuts in result.cuts.items()}
+        findings = [error for cuts in made.values() for error in cuts if isinstance(error, UserError)]
+        if findings:
+            raise UserError.of([line for error in findings[:MAX_FINDINGS] for line in error.lines])
+        audio.mkdir(exist_ok=True)
+        for file in staging.iterdir():
+            os.replace(file, audio / file.name)
+    except (OSError, RuntimeError) as error:  # libsndfile's are of the second kind
+        raise UserError(f"{audio}: cannot write ({clip(error)})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in new:
+            with suppress(OSError):  # only where nothing was written
+                folder.rmdir()
+    result.cuts = {split: [cut for cut in cuts if not isinstance(cut, UserError)] for split, cuts in made.items()}
 
 
 def _column(splitting: Splitting) -> str:
@@ -169,11 +234,11 @@ def _tsv_rows(source: Path, root: Path | None) -> list[Row]:
             continue
         values = line.rstrip("\r").split("\t")
         if len(values) != len(header):
-            findings.append(f"{source}:{number}: {len(values)} fields, the header has {len(header)}; mend the line")
+            findings.append(f"{source}:{number}: {len(values)} fields, the header has {len(header)}; fix the line")
             continue
         fields = dict(zip(header, values, strict=True))
-        places = [base / fields["path"].strip() for base in bases]
-        audio = next((place for place in places if place.is_file()), places[0])
+        paths = [base / fields["path"].strip() for base in bases]
+        audio = next((path for path in paths if path.is_file()), paths[0])
         rows.append(Row(f"{source}:{number}", audio, fields))
     if findings:
         raise UserError.of(findings[:MAX_FINDINGS])
@@ -181,18 +246,44 @@ def _tsv_rows(source: Path, root: Path | None) -> list[Row]:
 
 
 def _folder_rows(source: Path) -> list[Row]:
-    """Audio files with a .txt of the same name; the id is the path within the folder, / as -."""
+    """Audio files with a .txt of the same name; the id is the path within the folder, / as -.
+
+    What cannot be imported is a row too, so that it is named: audio that libsndfile does not read, a text without audio.
+    """
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    recordings = [path for path in files if path.suffix.lower() in (*AUDIO, *OTHER_AUDIO)]
     rows = []
-    for audio in sorted(path for path in source.rglob("*") if path.suffix.lower() in AUDIO):
-        text = audio.with_suffix(".txt")
-        said = text.read_text(encoding="utf-8-sig", errors="replace") if text.is_file() else ""
-        name = "-".join(audio.relative_to(source).with_suffix("").parts)
-        # Nothing beside it and an empty text are the same mistake, found where texts are checked.
-        rows.append(Row(str(audio), audio, {"path": str(audio), "text": " ".join(said.split()), "id": name}))
-    return rows
+    for path in recordings:
+        text = texts.get(path.with_suffix(""))
+        problem = f"there is no {path.stem}.txt beside it" if text is None else ""
+        if path.suffix.lower() in OTHER_AUDIO:
+            problem = f"libsndfile does not read {path.suffix}; convert it to WAV or FLAC"
+        written = ""
+        if text is not None:
+            try:
+                written = single_spaces(text.read_text(encoding="utf-8-sig"))
+            except (OSError, UnicodeDecodeError) as error:
+                problem = problem or f"cannot read {text.name} ({error}); it must be a UTF-8 text file"
+        name = "-".join(path.relative_to(source).with_suffix("").parts)
+        rows.append(Row(str(path), path, {"path": str(path), "text": written, "id": name}, problem))
+    with_audio = {path.with_suffix("") for path in recordings}
+    for stem, path in texts.items():
+        if stem not in with_audio:
+            problem = f"there is no recording beside it ({', '.join(AUDIO)})"
+            rows.append(Row(str(path), path, {"path": str(path), "text": "", "id": path.stem}, problem))
+    # Texts alone are no import: a folder of manifests may hold notes.
+    return rows if recordings else []
 
 
-def _read(row: Row, out: Path | None, language: str | None, style: str, splitting: Splitting) -> tuple[str, Cut]:
+def _read(row: Row, language: str | None, style: str, splitting: Splitting) -> tuple[str, Cut]:
+    """The split and the cut of a row.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if row.problem:
+        raise ValueError(row.problem)
     written = row.get("text")
     language = row.get("lang") or language
     try:
@@ -201,15 +292,9 @@ def _read(row: Row, out: Path | None, language: str | None, style: str, splittin
         raise ValueError(f"text: {error}; write it as it is said, or take texts as they are with --text raw") from error
     split = splitting.split_of(row, text)
     if not re.fullmatch(r"[\w.-]+", split):
-        raise ValueError(f"split '{split}' becomes a file name; use letters, digits, - and _")
+        raise ValueError(f"split '{clip(split)}' becomes a file name; use letters, digits, - and _")
     cut_id = row.get("id") or "-".join(Path(row.get("path")).with_suffix("").parts).lstrip("/-")
     audio, rate, num_samples, channels = _audio_facts(row.audio)
-    if out is not None:
-        audio = out / "audio" / (re.sub(r"[^\w.-]", "_", cut_id) + ".flac")
-        samples = load_samples(row.audio)
-        with atomic_write(audio) as temporary:
-            soundfile.write(temporary, samples.numpy(), SAMPLE_RATE, format="FLAC")
-        rate, num_samples, channels = SAMPLE_RATE, len(samples), 1
     return split, make_cut(
         cut_id,
         audio,

@@ -6,8 +6,8 @@ The packages are asterisk-core-sounds-XX (the texts) and asterisk-core-sounds-XX
 from __future__ import annotations
 
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import soundfile
 from lhotse.cut import Cut
 
 from asrkit.data.corpora.debian import ELSEWHERE, fetch_packages, members_of
+from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.normalization import SPLITS, TextError, as_written, normalize, split_of
 from asrkit.errors import UserError
@@ -71,7 +72,7 @@ def fetch_prompts(
         raise UserError(f"--lang {', '.join(unknown)}: there are prompts in {', '.join(LANGUAGES)}; {ELSEWHERE}")
     wanted = {"rules": RULES, "languages": languages, "text": style, "dev": dev, "test": test}
     record = out / RECORD
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted:
+    if already_made(record, wanted):
         return None
     names = [f"asterisk-core-sounds-{language}{kind}" for language in languages for kind in ("", "-g722")]
     packages = fetch_packages(names, cache or out / "packages", say)
@@ -89,8 +90,7 @@ def fetch_prompts(
     with atomic_write(out / "dropped.tsv") as temporary:
         lines = ["id\treason\ttext", *(f"{d.cut_id}\t{d.reason}\t{d.text}" for d in prompts.dropped)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with atomic_write(record) as temporary:
-        temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    write_record(record, wanted)
     return prompts
 
 
@@ -98,10 +98,15 @@ def _add_language(
     prompts: Prompts, language: str, texts: Path, sounds: Path, out: Path, *, style: str, dev: float, test: float
 ) -> None:
     listing = f"core-sounds-{language}.txt.gz"
-    found = [content for name, content in members_of(texts) if name.endswith(listing)]
-    if not found:
+    listings = [content for name, content in members_of(texts) if name.endswith(listing)]
+    if not listings:
         raise UserError(f"{texts}: holds no {listing}; delete the file, so that it is downloaded again")
-    raw_texts = parse_listing(gzip.decompress(found[0]).decode("utf-8-sig"))
+    try:
+        raw_texts = parse_listing(gzip.decompress(listings[0]).decode("utf-8-sig"))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{texts}: {listing} is damaged ({error}); delete the file, so that it is downloaded again"
+        ) from error
     recordings = {}
     for name, content in members_of(sounds):
         if name.endswith(".g722"):  # ./usr/share/asterisk/sounds/en_US_f_Allison/digits/1.g722
@@ -158,9 +163,9 @@ def parse_listing(text: str) -> dict[str, str]:
     """The texts by prompt name, from lines ``name: text``; a line that starts with ``;`` is a comment."""
     texts = {}
     for line in text.splitlines():
-        name, colon, said = line.partition(":")
+        name, colon, prompt = line.partition(":")
         if colon and not line.startswith(";"):
-            texts[name.strip()] = said.strip().removeprefix(f"{name}:").strip()  # one line has its name twice
+            texts[name.strip()] = prompt.strip().removeprefix(f"{name}:").strip()  # one line has its name twice
     return texts
 
 

@@ -6,7 +6,6 @@ The extra ``synth`` brings espeak-ng with its data (GPL-3); it is a C library wi
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,12 +20,13 @@ from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 
 from asrkit.data.corpora.espeak import UTF8, load_espeak
+from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.features import resample
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.text.normalization import TextError, normalize, sentence_key
 from asrkit.errors import UserError
 from asrkit.frames import SAMPLE_RATE
-from asrkit.run_dir import atomic_write, sha256_of
+from asrkit.run_dir import sha256_of
 
 VARIANTS = ("", *(f"+f{i}" for i in range(1, 6)), *(f"+m{i}" for i in range(1, 9)))
 BASE_VOICES = {"en": ("en-us", "en-us", "en", "en-gb-x-rp")}  # en is British; twice is twice as often
@@ -92,7 +92,7 @@ def synthesize(
         "chains": chains,
     }
     record = out / RECORD
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted:
+    if already_made(record, wanted):
         return None
     speaker = _Espeak()
     unseen = {sentence_key(text_of(cut)) for path in exclude for cut in open_cuts(path)}
@@ -106,31 +106,31 @@ def synthesize(
                 f"{path}: no usable text for language {language} ({unusable} lines cannot be read, "
                 f"{len(texts)} are excluded); give one sentence a line"
             )
-        mine = all_voices(language, voices)
-        for voice in sorted(set(mine)):
+        voices_of_language = all_voices(language, voices)
+        for voice in sorted(set(voices_of_language)):
             speaker.use(voice)
-        lists.append((language, mine, allowed))
+        lists.append((language, voices_of_language, allowed))
         result.texts += len(allowed)
         result.unusable += unusable
         result.excluded += len(texts) - len(allowed)
 
+    record.unlink(missing_ok=True)  # from here on the folder is between two states
     waiting: list[Future[Cut]] = []
     seconds = 0.0
     with ThreadPoolExecutor() as pool:  # encoding works outside Python's lock
-        for number, (language, mine, text) in enumerate(_plan(lists, seed, chains, unseen)):
+        for number, (language, voice_names, text) in enumerate(_plan(lists, seed, chains, unseen)):
             if seconds >= minutes * 60:
                 break
             random = np.random.default_rng((seed, number))
             limits = ((130, 211), (25, 81), (25, 81), (0, 1 << 31))
-            draw = Draw(str(random.choice(mine)), *(int(random.integers(*pair)) for pair in limits))
+            draw = Draw(str(random.choice(voice_names)), *(int(random.integers(*pair)) for pair in limits))
             samples, rate = speaker.say(text, draw)
             seconds += len(samples) / rate
             cut_id = f"syn-{language}-{number:06d}"
             waiting.append(pool.submit(_store, out, cut_id, samples, rate, text, language, draw, band))
         result.cuts = [future.result() for future in waiting]
     write_cuts(out / "train.jsonl.gz", result.cuts)
-    with atomic_write(record) as temporary:
-        temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    write_record(record, wanted)
     return result
 
 
@@ -179,12 +179,12 @@ def _sentences(texts: list[str], seed: int, chains: float, unseen: set[str]) -> 
     random = np.random.default_rng((seed, len(texts)))
     made = chain_sentences(texts, random)
     while True:
-        for place in random.permutation(len(texts)):
+        for index in random.permutation(len(texts)):
             while random.uniform() < chains:
                 text = next(made)
                 if sentence_key(text) not in unseen:
                     yield text
-            yield texts[place]
+            yield texts[index]
 
 
 def chain_sentences(texts: Iterable[str], random: np.random.Generator, max_words: int = 12) -> Iterator[str]:

@@ -7,11 +7,26 @@ import re
 import unicodedata
 from functools import cache
 
+import regex
+
+from asrkit.data.text.languages import is_language, language_names
+
 SPLITS = ("train", "dev", "test")
 # Typographic quotes, the modifier letter, grave and acute accents standing alone: all of them typed for an apostrophe.
 _APOSTROPHES = str.maketrans("\u2019\u2018\u02bc\u0060\u00b4", "'" * 5)
 _BRACKETED = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>|\{[^}]*\}")
 _NUMBER = re.compile(r"\d+")
+# Words are made of letters and their marks, of an apostrophe between letters, and of what Unicode's word-break rules (UAX #29,
+# WB4, WB6 to WB7c) keep within words: the middle dot of Catalan, Hebrew geresh and gershayim, joiners.
+_LETTER = r"[\p{L}\p{M}]"
+_WITHIN = rf"(?<={_LETTER})['\p{{WB=MidLetter}}](?={_LETTER})|(?<=\p{{Hebrew}})\u05f3|(?<={_LETTER})[\u200c\u200d](?={_LETTER})"
+_BETWEEN_WORDS = regex.compile(rf"(?!{_WITHIN})[^\p{{L}}\p{{M}}]")
+_NEVER_HEARD = regex.compile(r"[^\P{Cf}\u200c\u200d]")  # byte order mark, soft hyphen, marks of direction
+_LOOSE_JOINER = regex.compile(rf"(?!(?<={_LETTER}).(?={_LETTER}))[\u200c\u200d]")
+_SAID = regex.compile(r"[\p{S}\p{N}#*@&%\u00a7]")
+# Typed for geresh, after a Hebrew letter, and for gershayim, between two.
+_HEBREW_MARK = regex.compile(r"(?<=\p{Hebrew})'|(?<=\p{Hebrew})\"(?=\p{Hebrew})")
+_HEBREW = {"'": "\u05f3", '"': "\u05f4"}
 
 
 class TextError(ValueError):
@@ -23,7 +38,7 @@ class TextError(ValueError):
 
 
 def normalize(text: str, language: str) -> str:
-    """Spoken form of a text: NFC, lower case, words of letters with inner apostrophes, single spaces.
+    """Spoken form of a text: NFC, lower case, words of letters and the marks within them, single spaces.
 
     A number of one or two digits is spelled in the language. What has several readings is refused, not guessed:
     longer numbers, digits beside letters, symbols that are said (#, *, %), notes in brackets.
@@ -33,10 +48,13 @@ def normalize(text: str, language: str) -> str:
     """
     text = unicodedata.normalize("NFC", text).translate(_APOSTROPHES)
     text = _without_brackets(text)
-    text = _NUMBER.sub(lambda found: f" {_spell(found, language)} ", text)
-    if language.partition("-")[0].lower() in ("tr", "az"):
+    text = _NUMBER.sub(lambda match: f" {_spell(match, language)} ", text)
+    if is_language(language, "tr", "az"):
         text = text.replace("I", "\u0131").replace("\u0130", "i")  # dotless and dotted i
-    words = "".join(_kept(text, i) for i in range(len(text))).lower().split()
+    text = _HEBREW_MARK.sub(lambda match: _HEBREW[match[0]], _NEVER_HEARD.sub("", text))
+    if symbol := _SAID.search(text):
+        raise TextError("symbol that is said", f"'{symbol[0]}'")
+    words = _BETWEEN_WORDS.sub(" ", _LOOSE_JOINER.sub("", text)).lower().split()
     if not words:
         raise TextError("no words", f"'{text.strip()}'")
     return " ".join(words)
@@ -63,9 +81,9 @@ def _without_brackets(text: str) -> str:
     return _BRACKETED.sub(" ", text)
 
 
-def _spell(found: re.Match[str], language: str) -> str:
-    digits, text = found[0], found.string
-    before, after = text[: found.start()][-2:], text[found.end() :][:2]
+def _spell(number: re.Match[str], language: str) -> str:
+    digits, text = number[0], number.string
+    before, after = text[: number.start()][-2:], text[number.end() :][:2]
     glued = re.search(r"\w[-.]?$", before) or re.match(r"[-.,:/]?\d|-?[^\W\d]", after)
     if len(digits) > 2 or (len(digits) == 2 and digits[0] == "0") or glued:
         raise TextError("number with several readings", f"'{digits}'")
@@ -76,27 +94,13 @@ def _spell(found: re.Match[str], language: str) -> str:
 def _number_words(number: int, language: str) -> str:
     from num2words import num2words
 
-    for name in (language.replace("-", "_"), re.split("[-_]", language)[0].lower()) if language else ():
+    for name in language_names(language):
         try:
             return str(num2words(number, lang=name))
         except (NotImplementedError, KeyError):
             continue
     known = f"language {language}" if language else "the language is not given"
     raise TextError("number that cannot be spelled", f"{number}, {known}")
-
-
-def _kept(text: str, i: int) -> str:
-    """The character at ``i`` as it enters the words: itself, nothing, or a space."""
-    character, category = text[i], unicodedata.category(text[i])
-    if category[0] in "LM":
-        return character
-    if character == "'" and 0 < i < len(text) - 1 and text[i - 1].isalpha() and text[i + 1].isalpha():
-        return character
-    if category == "Cf":  # byte order mark, soft hyphen, joiners: never heard
-        return ""
-    if category[0] in "SN" or character in "#*@&%\u00a7":
-        raise TextError("symbol that is said", f"'{character}'")
-    return " "
 
 
 def sentence_key(text: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from asrkit.data.corpora.espeak import UTF8, load_espeak
+from asrkit.data.text.languages import language_names
 from asrkit.errors import UserError
 
 VOICES = {"en": "en-us"}  # en alone is British
@@ -35,13 +36,13 @@ def _phones_of_word(word: str, language: str) -> Sequence[str]:
     library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_int]
     text = ctypes.create_string_buffer(word.encode())
     rest = ctypes.c_void_p(ctypes.addressof(text))
-    said = []
+    clauses = []
     while rest.value:  # a clause a call; the pointer is moved on, to null at the end
         phones = library.espeak_TextToPhonemes(ctypes.byref(rest), UTF8, _IPA | ord(_SEPARATOR) << 8)
-        said.append((phones or b"").decode())
-    phones = tuple(filter(None, re.split(f"[{_SEPARATOR} ]", _NO_PHONE.sub("", " ".join(said)))))
+        clauses.append((phones or b"").decode())
+    phones = tuple(filter(None, re.split(f"[{_SEPARATOR} ]", _NO_PHONE.sub("", " ".join(clauses)))))
     if not phones:
-        raise UserError(f"word {word!r}: espeak-ng says nothing for it in language {language}; mend the text")
+        raise UserError(f"word {word!r}: espeak-ng says nothing for it in language {language}; fix the text")
     return phones
 
 
@@ -52,9 +53,9 @@ def check_language(language: str) -> None:
 
 def _use(language: str) -> ctypes.CDLL:
     library, _, _ = load_espeak()
-    voice = VOICES.get(language, language)
-    if not language or library.espeak_SetVoiceByName(voice.encode()) != 0:
-        raise UserError(
-            f"language {language or '(none)'}: espeak-ng pronounces none of that name; give one it knows, such as en, fr, it"
-        )
-    return library
+    for name in language_names(language):
+        if library.espeak_SetVoiceByName(VOICES.get(name, name).encode()) == 0:
+            return library
+    raise UserError(
+        f"language {language or '(none)'}: espeak-ng has no voice of that name; give one it has, such as en, fr, it"
+    )

@@ -78,8 +78,8 @@ def speller(
             return sentence.symbols
         if unit == "bpe":
             assert tokenizer is not None
-            if missing := tokenizer.missing_characters(sentence.text):
-                raise UserError(f"the tokenizer has no {' '.join(sorted(missing))!r} (text: {sentence.text!r})")
+            if problem := tokenizer.cannot_spell(sentence.text):
+                raise UserError(problem)
             return [tokenizer.id_to_piece(number) for number in tokenizer.encode(sentence.text)]
         phones = [phone for word in phones_of(sentence.text, sentence.language) for phone in word]
         if unit == "phone":

@@ -49,19 +49,20 @@ class Inventory:
     A symbol of bpe is the piece itself, such as ``▁the``; one of phones or senones has no ``▁`` before it.
     """
 
-    def __init__(self, symbols: Iterable[str], unit: Unit) -> None:
+    def __init__(self, symbols: Iterable[str], unit: Unit, unk_id: int = UNK_ID) -> None:
         self._ids = {symbol: number for number, symbol in enumerate(symbols, start=FIRST)}
-        self.unit, self.size = unit, len(self._ids) + FIRST
+        self.unit, self.size, self.unk_id = unit, len(self._ids) + FIRST, unk_id
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, unit: Unit) -> Inventory:
         """That of a tokenizer."""
         pieces = [tokenizer.id_to_piece(number) for number in range(FIRST, tokenizer.vocab_size)]
-        return cls(pieces if unit == "bpe" else [piece.removeprefix(WORD_START) for piece in pieces], unit)
+        symbols = pieces if unit == "bpe" else [piece.removeprefix(WORD_START) for piece in pieces]
+        return cls(symbols, unit, tokenizer.unk_id)
 
     def __contains__(self, symbol: str) -> bool:
         return symbol in self._ids
 
     def ids(self, symbols: Sequence[str]) -> list[int]:
-        """Ids of symbols; 1, ``<unk>``, for one that is not in the inventory."""
-        return [self._ids.get(symbol, UNK_ID) for symbol in symbols]
+        """Ids of symbols; that of ``<unk>`` for one that is not in the inventory."""
+        return [self._ids.get(symbol, self.unk_id) for symbol in symbols]
