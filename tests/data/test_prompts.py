@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import stat
@@ -143,7 +144,8 @@ def test_apt_uses_no_folder_of_the_system_and_leaves_none(archive):
     for call in calls:
         assert f"Dir::State::Lists={archive / 'out' / 'packages'}" in call
         assert f"Dir::Cache={archive / 'out' / 'packages'}" in call
-    assert {path.suffix for path in (archive / "out" / "packages").iterdir()} == {".deb"}
+    names = {path.name for path in (archive / "out" / "packages").iterdir()}
+    assert names == {"asterisk-core-sounds-en_1.0_all.deb", "asterisk-core-sounds-en-g722_1.0_all.deb", "SHA256SUMS"}
 
 
 def test_a_second_run_does_nothing_and_another_language_reuses_packages(archive):
@@ -171,6 +173,32 @@ def test_without_apt_get(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--lang de: there are prompts in en, es, fr, it, ru"):
         fetch_prompts(["en", "de"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_package_is_not_taken_by_its_name(archive, monkeypatch):
+    """What apt-get did not check, or what has changed since, is downloaded again; without apt-get it is refused."""
+    cache = archive / "cache"
+    names = ["asterisk-core-sounds-en", "asterisk-core-sounds-fr"]
+    english, french = fetch_packages(names, cache, say=lambda line: None)
+    assert {line.split()[1] for line in (cache / "SHA256SUMS").read_text().splitlines()} == {english.name, french.name}
+    true = english.read_bytes()
+    french.unlink()
+    newer = cache / "asterisk-core-sounds-en_9.9_all.deb"  # the newest by its name
+    newer.write_bytes(b"evil")
+    english.write_bytes(b"evil")
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(archive / "nothing"))
+    with pytest.raises(UserError, match="-en: nothing says that the files in .* are Debian's own") as error:
+        fetch_packages(names, cache)
+    assert "-fr: downloading takes apt-get" in error.value.lines[1]
+    monkeypatch.setenv("PATH", path)
+    assert fetch_packages(names, cache, say=lambda line: None) == [english, french] and english.read_bytes() == true
+    calls = (archive / "calls").read_text()
+    assert fetch_packages(names, cache) == [english, french] and (archive / "calls").read_text() == calls
+    monkeypatch.setenv("PATH", str(archive / "nothing"))
+    with open(cache / "SHA256SUMS", "a") as file:  # the user's own word for it
+        file.write(f"{hashlib.sha256(b'evil').hexdigest()} *{newer.name}\n")
+    assert fetch_packages(names, cache) == [newer, french]
 
 
 def test_a_failed_download_keeps_nothing(archive):

@@ -129,7 +129,7 @@ def test_mistakes(texts, tmp_path, monkeypatch):
         synthesize_or_skip([(tmp_path / "bad.txt", "en")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, ["data", "synthesize", "--lang", "en", "--out", str(tmp_path / "out")])
-    assert "one language for each" in str(result.exception)
+    assert "give one for each" in str(result.exception)
 
 
 def synthesize_or_skip(*arguments, **options):

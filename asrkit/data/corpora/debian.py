@@ -13,32 +13,65 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from asrkit.errors import UserError
+from asrkit.run_dir import atomic_write, sha256_of
 
+SUMS = "SHA256SUMS"
 ELSEWHERE = "'asrkit data import' takes recordings of your own"
 
 
 def fetch_packages(names: Sequence[str], cache: Path, say: Callable[[str], None] = print) -> list[Path]:
     """The newest .deb of each package, from ``cache`` or downloaded into it; needs neither root nor package lists.
 
+    apt-get checks what it downloads against the archive's signed lists, and SHA256SUMS in ``cache`` keeps the digests. A file that
+    is not in it, or is other than it says, is downloaded again.
+
     Raises:
         UserError: apt-get is missing or fails.
     """
-    missing = [name for name in names if not _cached(name, cache)]
+    missing = [name for name in names if _verified(name, cache) is None]
     if missing:
         if shutil.which("apt-get") is None:
-            raise UserError(
-                f"{', '.join(missing)}: downloading takes apt-get, and this machine has none; "
-                f"copy the .deb files of Debian's archive to {cache}, or {ELSEWHERE}"
-            )
+            raise UserError.of(_without_apt(missing, cache))
         say(f"downloading {', '.join(missing)} to {cache}")
         with _private_apt(cache) as apt_get:
             apt_get("update")
             apt_get("download", *missing)
-    return [_cached(name, cache)[-1] for name in names]
+    packages = {name: _verified(name, cache) for name in names}
+    if lost := [name for name, path in packages.items() if path is None]:
+        raise UserError(f"{', '.join(lost)}: apt-get downloaded nothing; {ELSEWHERE}")
+    return [path for path in packages.values() if path is not None]
 
 
-def _cached(name: str, cache: Path) -> list[Path]:
-    return sorted(cache.glob(f"{name}_*.deb"))
+def _without_apt(missing: list[str], cache: Path) -> list[str]:
+    copied = [name for name in missing if any(cache.glob(f"{name}_*.deb"))]
+    lines = []
+    if copied:
+        lines.append(
+            f"{', '.join(copied)}: nothing says that the files in {cache} are Debian's own; if you trust them, run there: "
+            f"sha256sum *.deb > {SUMS}"
+        )
+    if absent := [name for name in missing if name not in copied]:
+        lines.append(
+            f"{', '.join(absent)}: downloading takes apt-get, and this machine has none; copy the .deb files of Debian's archive, "
+            f"with {SUMS}, to {cache}, or {ELSEWHERE}"
+        )
+    return lines
+
+
+def _verified(name: str, cache: Path) -> Path | None:
+    """The newest file of a package in the cache that is the one SHA256SUMS says."""
+    digests = _digests(cache)
+    whole = [path for path in sorted(cache.glob(f"{name}_*.deb")) if digests.get(path.name) == sha256_of(path)]
+    return whole[-1] if whole else None
+
+
+def _digests(cache: Path) -> dict[str, str]:
+    """The digests in SHA256SUMS by file name, as sha256sum writes them."""
+    try:
+        lines = (cache / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return {name.strip().lstrip("*"): digest for digest, _, name in (line.partition(" ") for line in lines)}
 
 
 @contextmanager
@@ -61,8 +94,13 @@ def _private_apt(cache: Path) -> Iterator[Callable[..., None]]:
                 raise UserError(f"apt-get {' '.join(arguments)}: {reason}; is the network there? Otherwise {ELSEWHERE}")
 
         yield apt_get
+        digests = _digests(cache)
         for package in (Path(folder) / "new").glob("*.deb"):
+            digests[package.name] = sha256_of(package)
             package.replace(cache / package.name)
+        with atomic_write(cache / SUMS) as temporary:
+            lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def members_of(package: Path) -> Iterator[tuple[str, bytes]]:
