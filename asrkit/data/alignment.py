@@ -19,16 +19,16 @@ from torch import Tensor
 from asrkit.data.text.units import Inventory
 from asrkit.frames import FRAME_SHIFT, count_encoder_frames, encoder_center
 
-SILENT, UNKNOWN = -1, -2  # frames of no segment: between the units, and where nothing is known or nothing is
+SILENT, UNKNOWN = -1, -2  # frames of no segment: between units, and where there is no alignment or only padding
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The units of a batch's utterances and the frames each takes (arXiv 2110.10429, figure 2).
+    """The units of a batch's utterances and the frames of each (arXiv 2110.10429, figure 2).
 
     symbols (B, N) int64, padded with 0; symbol_lens (B,). frames (B, T') int64: the segment each frame belongs to, or
-    SILENT, or UNKNOWN (padding, or a part of the utterance that is not aligned). A unit said twice is two segments, and one too
-    short for a frame of its own still is a segment.
+    SILENT, or UNKNOWN (padding, or a part of the utterance that is not aligned). A unit that comes twice is two segments, and one
+    too short for a frame of its own is still a segment.
     """
 
     symbols: Tensor
@@ -65,9 +65,9 @@ def symbols_of(cut: Cut, unit: str) -> list[str] | None:
     return None if items is None else [item.symbol for item in items]
 
 
-class Heard(NamedTuple):
-    """A cut in a batch: the feature frames that perturbation made of it, and those of silence it put ``before`` and ``after``,
-    which are among them."""
+class PerturbedCut(NamedTuple):
+    """A cut in a batch: how many feature frames perturbation made of it, the silence it added ``before`` and ``after``
+    included."""
 
     cut: Cut
     num_frames: int
@@ -77,11 +77,11 @@ class Heard(NamedTuple):
 
 @dataclass(frozen=True)
 class Annotator:
-    """Makes the segments of a batch, by the name they are wanted under, from the alignments of its cuts.
+    """Makes the segments of a batch from the alignments of its cuts, one set for each name in ``inventories``.
 
-    inventories: of what each name means; alignments are looked up by the inventory's unit.
-    repeats: keep, every item is a segment (ours); merge, neighbors of the same unit with no silent frame between them are
-        one, as the paper's deduplication of frame labels makes them.
+    inventories: alignments are looked up by the inventory's unit.
+    repeats: keep, every item is a segment (our choice); merge, neighbors of the same unit with no silent frame between them are
+        one, as when the paper removes repeated frame labels.
     fill: silence belongs to the segment before it.
     """
 
@@ -89,11 +89,11 @@ class Annotator:
     repeats: str = "keep"
     fill: bool = False
 
-    def __call__(self, utterances: Sequence[Sequence[Heard]]) -> dict[str, Segments]:
+    def __call__(self, utterances: Sequence[Sequence[PerturbedCut]]) -> dict[str, Segments]:
         """Segments of utterances, each of one or several cuts."""
         return {name: self._segments(inventory, utterances) for name, inventory in self.inventories.items()}
 
-    def _segments(self, inventory: Inventory, utterances: Sequence[Sequence[Heard]]) -> Segments:
+    def _segments(self, inventory: Inventory, utterances: Sequence[Sequence[PerturbedCut]]) -> Segments:
         labeled = [self._label(inventory, parts) for parts in utterances]
         num_segments = max(1, *(len(ids) for ids, _ in labeled))
         symbols = torch.zeros(len(labeled), num_segments, dtype=torch.int64)
@@ -103,7 +103,7 @@ class Annotator:
             frames[number, : len(row)] = torch.from_numpy(row)
         return Segments(symbols, torch.tensor([len(ids) for ids, _ in labeled]), frames)
 
-    def _label(self, inventory: Inventory, parts: Sequence[Heard]) -> tuple[np.ndarray, np.ndarray]:
+    def _label(self, inventory: Inventory, parts: Sequence[PerturbedCut]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the segments, and the segment of each encoder frame."""
         num_frames = count_encoder_frames(sum(part.num_frames for part in parts))
         centers = encoder_center(np.arange(num_frames))
@@ -120,12 +120,12 @@ class Annotator:
                 spoken = (length - before - after) * FRAME_SHIFT
                 own = (centers[inside] - offset - before * FRAME_SHIFT) * (cut.duration / spoken)
                 starts = np.array([item.start for item in items])
-                place = np.searchsorted(starts, own, side="right") - 1
-                covered = (place >= 0) & (own < np.array([item.end for item in items])[place])
+                index = np.searchsorted(starts, own, side="right") - 1
+                covered = (index >= 0) & (own < np.array([item.end for item in items])[index])
                 if self.fill:
-                    covered |= place >= 0
-                frames[inside] = np.where(covered, place + len(ids), SILENT)
-                paused += (place[~covered] + len(ids)).tolist()
+                    covered |= index >= 0
+                frames[inside] = np.where(covered, index + len(ids), SILENT)
+                paused += (index[~covered] + len(ids)).tolist()
                 ids += inventory.ids([item.symbol for item in items])
             offset += seconds
         numbers = np.array(ids, dtype=np.int64)

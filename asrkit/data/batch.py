@@ -52,7 +52,7 @@ class Batch:
         """The same batch with its tensors on ``device``."""
         names = ("features", "feature_lens", "symbols", "symbol_lens", "clean")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved, segments={name: mine.to(device) for name, mine in self.segments.items()})
+        return replace(self, **moved, segments={name: segments.to(device) for name, segments in self.segments.items()})
 
 
 def evaluation_batches(cuts: CutSet | Sequence[Cut], max_duration: float) -> Iterator[Batch]:

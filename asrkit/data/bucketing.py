@@ -33,7 +33,7 @@ class BucketPlan:
 
     def __call__(self, step: int) -> np.ndarray:
         """Indices of the cuts of ``step`` (from 0); their number is a multiple of ``slices``."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             random = np.random.default_rng((self._seed, 1, epoch))
             plan = []
@@ -41,6 +41,6 @@ class BucketPlan:
                 plan += np.array_split(random.permutation(members), count)
             self._plan = [plan[i] for i in random.permutation(len(plan))]
             self._epoch = epoch
-        chosen = self._plan[place]
+        planned = self._plan[index]
         # A batch that its slices cannot share evenly repeats its first cuts.
-        return np.resize(chosen, -(-len(chosen) // self._slices) * self._slices)
+        return np.resize(planned, -(-len(planned) // self._slices) * self._slices)

@@ -104,9 +104,9 @@ class OnlineResample:
         groups = (len(self._samples) - 2 * self.reach) // self.old
         if groups <= 0:
             return torch.zeros(0)
-        found = resample(self._samples, self.rate)[self.margin * self.new :][: groups * self.new]
+        completed = resample(self._samples, self.rate)[self.margin * self.new :][: groups * self.new]
         self._samples = self._samples[groups * self.old :]
-        return found
+        return completed
 
     def finish(self) -> Tensor:
         """The samples that reach over the recording's end."""

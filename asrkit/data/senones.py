@@ -2,7 +2,7 @@
 
 Each phone's states begin as one class each; the class whose best question about its left or right neighbor raises the
 likelihood most is split, again and again (Young, Odell and Woodland 1994). A class is one diagonal Gaussian of cepstra. The questions
-are the clusters of the phones' own means, merged two by two (ours, as Kaldi finds its own: no phonetics is needed).
+are the clusters of the phones' own means, merged two by two (our choice; Kaldi finds its own too, so no phonetics is needed).
 Shapes: C contexts, P phones, D cepstra, Q questions.
 """
 
@@ -160,9 +160,9 @@ def grow_tree(utterances: Iterable[tuple[Sequence[AlignmentItem], np.ndarray]], 
         _, _, node, rows, side, question = heapq.heappop(queue)
         yes, no = {}, {}  # type: tuple[Node, Node]
         node.update(side=SIDES[side], question=question, yes=yes, no=no)
-        chosen = asked[question, neighbors[rows, side]] > 0
-        wait(yes, rows[chosen])
-        wait(no, rows[~chosen])
+        answers = asked[question, neighbors[rows, side]] > 0
+        wait(yes, rows[answers])
+        wait(no, rows[~answers])
         count += 1
     for phone, nodes in roots.items():
         for state, root in enumerate(nodes):
@@ -180,9 +180,9 @@ def _gather(
         for item, (left, phone, right) in zip(items, in_context([item.symbol for item in items]), strict=True):
             for state, (start, end) in enumerate(parts_of(item.start, item.end, states)):
                 first = min(round(start / FRAME_SHIFT), len(cepstra) - 1)
-                mine = cepstra[first : max(first + 1, round(end / FRAME_SHIFT))]
+                frames = cepstra[first : max(first + 1, round(end / FRAME_SHIFT))]
                 contexts[phone, state, left, right] += np.concatenate(
-                    [[len(mine)], mine.sum(axis=0), np.square(mine).sum(axis=0)]
+                    [[len(frames)], frames.sum(axis=0), np.square(frames).sum(axis=0)]
                 )
     return dict(contexts)
 
@@ -223,18 +223,18 @@ def _questions(phones: list[str], owners: list[str], stats: np.ndarray) -> list[
         (frozenset([phone]), stats[[row for row, owner in enumerate(owners) if owner == phone]].sum(axis=0))
         for phone in phones
     ]
-    found = [[EDGE], *([phone] for phone in phones)]
+    questions = [[EDGE], *([phone] for phone in phones)]
     while len(clusters) > 2:
-        each = np.stack([mine for _, mine in clusters])
+        each = np.stack([totals for _, totals in clusters])
         loss = -_log_likelihood(each[:, None] + each[None])
         loss += _log_likelihood(each)[:, None] + _log_likelihood(each)[None]
         np.fill_diagonal(loss, np.inf)
-        first, second = sorted(int(place) for place in np.unravel_index(loss.argmin(), loss.shape))
-        other, more = clusters.pop(second)
-        members, mine = clusters.pop(first)
-        clusters.append((members | other, mine + more))
-        found.append(sorted(members | other))
-    return found
+        first, second = sorted(int(index) for index in np.unravel_index(loss.argmin(), loss.shape))
+        other, other_totals = clusters.pop(second)
+        members, totals = clusters.pop(first)
+        clusters.append((members | other, totals + other_totals))
+        questions.append(sorted(members | other))
+    return questions
 
 
 def _name(node: Node, prefix: str) -> None:

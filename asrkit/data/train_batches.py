@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from asrkit.config import config
-from asrkit.data.alignment import Heard, Segments
+from asrkit.data.alignment import PerturbedCut, Segments
 from asrkit.data.augment import (
     AugmentConfig,
     channel_curves,
@@ -65,10 +65,10 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         rank: added to the number of the accumulated part, gives the slice.
 
     With ``clean`` set, batches hold the clean features as well.
-    ``annotate``, where a stage sets it, makes ``segments`` of each utterance's cuts as they are heard.
+    ``annotate``, where a stage sets it, makes ``segments`` of each utterance's perturbed cuts.
     """
 
-    annotate: Callable[[Sequence[Sequence[Heard]]], dict[str, Segments]] | None = None
+    annotate: Callable[[Sequence[Sequence[PerturbedCut]]], dict[str, Segments]] | None = None
 
     def __init__(
         self,
@@ -84,21 +84,22 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         self.settings, self.tokenizer, self.noise, self.seed = settings, tokenizer, noise, seed
         self.clean = False
 
-    def __getitem__(self, place: int) -> Batch:
-        step, part = divmod(place, self.slices)
-        chosen = self.plan(step)
-        mine = range(part, len(chosen), self.slices)
+    def __getitem__(self, index: int) -> Batch:
+        step, part = divmod(index, self.slices)
+        planned = self.plan(step)
         augment = self.settings.augment
         features, clean, symbols, cuts, texts, warps, parts = [], [], [], [], [], [], []
-        for position in mine:
-            # Seeded by the place in the whole batch, so that the number of processes does not change the data.
+        for position in range(part, len(planned), self.slices):
+            # Seeded by the position in the whole batch, so that the number of processes does not change the data.
             random = np.random.default_rng((self.seed, 2, step, position))
-            joined = [self.table[int(chosen[position])]]
+            joined = [self.table[int(planned[position])]]
             if random.uniform() < augment.join:
-                joined.append(self.table[int(random.choice(chosen))])
+                joined.append(self.table[int(random.choice(planned))])
             made = [perturbed_features(cut, augment, random, self.noise, self.clean) for cut in joined]
-            parts.append([Heard(cut, len(mine), *added) for cut, (mine, _, added) in zip(joined, made, strict=True)])
-            item = torch.cat([mine for mine, *_ in made])
+            parts.append(
+                [PerturbedCut(cut, len(frames), *added) for cut, (frames, _, added) in zip(joined, made, strict=True)]
+            )
+            item = torch.cat([frames for frames, *_ in made])
             clean.append(torch.cat([untouched for _, untouched, _ in made]))
             if augment.channel_db > 0:
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
@@ -143,15 +144,15 @@ def perturbed_features(
         features = untouched = stored_features(cut)
     else:
         samples = cut_samples(cut)
-        hum = None
+        noise_samples = None
         if random.uniform() < augment.noise_probability:
-            hum = (
+            noise_samples = (
                 colored_noise(len(samples), random)
                 if noise is None
                 else cut_samples(noise[int(random.integers(len(noise)))])
             )
         timed, added = perturb_time(samples, augment, random)
-        features = untouched = fbank(perturb_sound(timed, augment, random, hum))
+        features = untouched = fbank(perturb_sound(timed, augment, random, noise_samples))
         if clean:
             untouched = fbank(timed)
     if augment.tempo > 0:
@@ -161,14 +162,14 @@ def perturbed_features(
     return features, untouched, added
 
 
-def loader(batches: Any, places: Sequence[int], num_workers: int) -> Any:
-    """A DataLoader over the given places, in order, prefetching in ``num_workers`` processes (0: in this one)."""
+def loader(batches: Any, indices: Sequence[int], num_workers: int) -> Any:
+    """A DataLoader over the given indices, in order, prefetching in ``num_workers`` processes (0: in this one)."""
     # Without worker processes torch 2 wants no prefetch_factor, and torch 1 its default.
     options: dict[str, Any] = {"prefetch_factor": 4} if num_workers else {}
     return torch.utils.data.DataLoader(
         batches,
         batch_size=None,
-        sampler=places,
+        sampler=indices,
         num_workers=num_workers,
         worker_init_fn=_single_thread,
         generator=torch.Generator(),  # else it draws from the one that seeds dropout

@@ -12,7 +12,7 @@ from lhotse import MonoCut, SupervisionSegment
 from lhotse.cut import MixedCut, MixTrack
 from lhotse.supervision import AlignmentItem
 
-from asrkit.data.alignment import SILENT, UNKNOWN, Annotator, Heard, items_of
+from asrkit.data.alignment import SILENT, UNKNOWN, Annotator, PerturbedCut, items_of
 from asrkit.data.text.units import Inventory, write_inventory
 from asrkit.frames import encoder_start
 from asrkit.losses.lm_distillation import (
@@ -135,7 +135,7 @@ def test_segments_of_a_synthetic_alignment(
     labels += [len(items) - 1 if fill else SILENT] * tail
     num_frames = frame + tail
     cut = make_cut(placed, num_frames * 0.04 + 0.03)
-    segments = Annotator({"x": inventory}, fill=fill)([[Heard(cut, 4 * num_frames + 3)]])["x"]
+    segments = Annotator({"x": inventory}, fill=fill)([[PerturbedCut(cut, 4 * num_frames + 3)]])["x"]
     assert segments.symbols[0].tolist() == inventory.ids([symbol for symbol, *_ in items])
     assert segments.symbol_lens.tolist() == [len(items)]  # a step of the language model for each, true repeats too
     assert segments.frames[0].tolist() == labels
@@ -152,19 +152,19 @@ def test_segments_of_a_synthetic_alignment(
 
 def test_repeats_are_kept_or_merged(inventory: Inventory) -> None:
     cut = make_cut([("a", 0.0, 0.08), ("a", 0.08, 0.08), ("b", 0.16, 0.04), ("a", 0.2, 0.04)], 0.27)
-    kept = Annotator({"x": inventory})([[Heard(cut, 27)]])["x"]
+    kept = Annotator({"x": inventory})([[PerturbedCut(cut, 27)]])["x"]
     assert kept.symbol_lens.tolist() == [4] and kept.frames.tolist() == [[0, 0, 1, 1, 2, 3]]
-    merged = Annotator({"x": inventory}, repeats="merge")([[Heard(cut, 27)]])["x"]
+    merged = Annotator({"x": inventory}, repeats="merge")([[PerturbedCut(cut, 27)]])["x"]
     assert merged.symbol_lens.tolist() == [3] and merged.frames.tolist() == [[0, 0, 0, 0, 1, 2]]
 
 
 def test_silence_parts_repeats(inventory: Inventory) -> None:
     """As it does in frame labels; where it belongs to the unit before, there is none between them."""
     cut = make_cut([("a", 0.04, 0.08), ("a", 0.16, 0.04), ("a", 0.2, 0.04), ("b", 0.24, 0.04)], 0.31)
-    parted = Annotator({"x": inventory}, repeats="merge")([[Heard(cut, 31)]])["x"]
+    parted = Annotator({"x": inventory}, repeats="merge")([[PerturbedCut(cut, 31)]])["x"]
     assert parted.symbols[0].tolist() == inventory.ids(list("aab"))
     assert parted.frames.tolist() == [[SILENT, 0, 0, SILENT, 1, 1, 2]]
-    filled = Annotator({"x": inventory}, repeats="merge", fill=True)([[Heard(cut, 31)]])["x"]
+    filled = Annotator({"x": inventory}, repeats="merge", fill=True)([[PerturbedCut(cut, 31)]])["x"]
     assert filled.symbols[0].tolist() == inventory.ids(list("ab"))
     assert filled.frames.tolist() == [[SILENT, 0, 0, 0, 0, 0, 1]]
 
@@ -172,7 +172,9 @@ def test_silence_parts_repeats(inventory: Inventory) -> None:
 def test_a_foreign_alignment_labels_the_frames_centered_in_it(inventory: Inventory) -> None:
     """Encoder frame 3 is centered at 155 ms, and frame 4 at 195 ms; no frame between."""
     for start, duration, expected in ((0.145, 0.02, [3]), (0.120, 0.03, []), (0.150, 0.05, [3, 4]), (0.0, 0.036, [0])):
-        frames = Annotator({"x": inventory})([[Heard(make_cut([("a", start, duration)], 0.31), 31)]])["x"].frames[0]
+        frames = Annotator({"x": inventory})([[PerturbedCut(make_cut([("a", start, duration)], 0.31), 31)]])[
+            "x"
+        ].frames[0]
         assert torch.nonzero(frames == 0).flatten().tolist() == expected
 
 
@@ -180,7 +182,7 @@ def test_alignments_count_from_the_beginning_of_the_recording(inventory: Invento
     """As lhotse keeps them; so the second half of a recording has the labels of its own sound, alone or joined."""
     whole = make_cut([("a", 0.0, 0.4), ("b", 0.4, 0.2), ("c", 0.6, 0.2)], 0.8)
     half = MonoCut("half", 0.4, 0.4, 0, supervisions=[whole.supervisions[0].with_offset(-0.4)])
-    frames = Annotator({"x": inventory})([[Heard(half, 40)]])["x"].frames[0]
+    frames = Annotator({"x": inventory})([[PerturbedCut(half, 40)]])["x"].frames[0]
     assert frames.tolist() == [1] * 5 + [2] * 4
     mix = MixedCut("mix", [MixTrack(half), MixTrack(whole, offset=0.4)])
     joined = [(item.symbol, round(item.start, 3)) for item in items_of(mix, "phone") or []]
@@ -189,7 +191,7 @@ def test_alignments_count_from_the_beginning_of_the_recording(inventory: Invento
 
 def test_units_too_short_for_a_frame_are_still_heard_of(inventory: Inventory) -> None:
     cut = make_cut([("a", 0.0, 0.05), ("b", 0.05, 0.005), ("c", 0.055, 0.065)], 0.15)
-    segments = Annotator({"x": inventory})([[Heard(cut, 15)]])["x"]
+    segments = Annotator({"x": inventory})([[PerturbedCut(cut, 15)]])["x"]
     assert segments.symbols[0].tolist() == inventory.ids(["a", "b", "c"])
     assert segments.frames.tolist() == [[0, 2, 2]]
 
@@ -197,10 +199,14 @@ def test_units_too_short_for_a_frame_are_still_heard_of(inventory: Inventory) ->
 def test_perturbed_joined_and_unaligned_recordings(inventory: Inventory) -> None:
     """Times stretch with the recording; a joined one comes after; what is not aligned is not known, and padding neither."""
     cut = make_cut([("a", 0.0, 0.4), ("b", 0.4, 0.4)], 0.8)
-    slow, fast = (Annotator({"x": inventory})([[Heard(cut, length)]])["x"].frames[0].tolist() for length in (163, 43))
+    slow, fast = (
+        Annotator({"x": inventory})([[PerturbedCut(cut, length)]])["x"].frames[0].tolist() for length in (163, 43)
+    )
     assert slow == [0] * 20 + [1] * 20 and fast == [0] * 5 + [1] * 5
     other = make_cut(None, 0.4)
-    both = Annotator({"x": inventory})([[Heard(cut, 80), Heard(cut, 83)], [Heard(other, 40), Heard(cut, 43)]])["x"]
+    both = Annotator({"x": inventory})(
+        [[PerturbedCut(cut, 80), PerturbedCut(cut, 83)], [PerturbedCut(other, 40), PerturbedCut(cut, 43)]]
+    )["x"]
     assert both.symbols.tolist() == [inventory.ids(list("abab")), [*inventory.ids(list("ab")), 0, 0]]
     assert both.frames[0].tolist() == [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10
     assert both.frames[1].tolist() == [UNKNOWN] * 10 + [0] * 5 + [1] * 5 + [UNKNOWN] * 20
@@ -211,6 +217,6 @@ def test_silence_that_was_added_is_silent(inventory: Inventory) -> None:
     cut = make_cut([("a", 0.0, 0.4), ("b", 0.4, 0.4)], 0.8)
     for fill in (False, True):
         annotate = Annotator({"x": inventory}, fill=fill)
-        frames = annotate([[Heard(cut, 40 + 160 + 83, before=40, after=83)]])["x"].frames[0].tolist()
+        frames = annotate([[PerturbedCut(cut, 40 + 160 + 83, before=40, after=83)]])["x"].frames[0].tolist()
         after = [1 if fill else SILENT] * 20
         assert frames == [SILENT] * 10 + [0] * 20 + [1] * 20 + after

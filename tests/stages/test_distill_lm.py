@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from asrkit.config import from_dict
-from asrkit.data.alignment import Annotator, Heard, symbols_of
+from asrkit.data.alignment import Annotator, PerturbedCut, symbols_of
 from asrkit.data.batch import Batch
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.cut_table import CutTable
@@ -378,7 +378,7 @@ def test_cuts_without_alignment(corpus: Path, tmp_path: Path) -> None:
     assert f"2 cuts ({cuts[0].id}, {cuts[1].id}) have no phone alignment and train the recognizer alone" in said
     inventories = {"phone": load_lm_teacher(corpus / "lm-phone").inventory}
     check_alignments(CutTable(cuts), inventories, {}, "allow")
-    annotated = Annotator(inventories)([[Heard(cuts[0], 83)]])["phone"]
+    annotated = Annotator(inventories)([[PerturbedCut(cuts[0], 83)]])["phone"]
     assert bool((annotated.frames == -2).all()) and not bool(counted_frames(annotated, "own").any())
 
 

@@ -1,6 +1,6 @@
 """Phones of words, in the International Phonetic Alphabet, as espeak-ng pronounces them one by one in a language.
 
-Stress and ties between sounds are left out, length is kept. A word's phones do not depend on its neighbors (ours: so that
+Stress and ties between sounds are left out, length is kept. A word's phones do not depend on its neighbors (our choice, so that
 those of a text and of an alignment agree), which leaves out French liaison.
 """
 

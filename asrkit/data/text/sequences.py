@@ -159,8 +159,8 @@ class SequenceTable:
         lens = torch.tensor([self._lens[index] for index in indices])
         padded = torch.zeros(len(lens), int(lens.max()), dtype=torch.int64)
         for row, index in enumerate(indices):
-            mine = self._ids[int(self._ends[index]) - self._lens[index] : int(self._ends[index])]
-            padded[row, : len(mine)] = torch.from_numpy(self._inventory_ids[np.array(mine, dtype=np.int64)])
+            numbers = self._ids[int(self._ends[index]) - self._lens[index] : int(self._ends[index])]
+            padded[row, : len(numbers)] = torch.from_numpy(self._inventory_ids[np.array(numbers, dtype=np.int64)])
         return SequenceBatch(padded, lens, [f"{self._source}:{self._numbers[index]}" for index in indices])
 
     def batches(self, max_symbols: int) -> Iterator[SequenceBatch]:
@@ -181,6 +181,6 @@ class SequenceBatches(torch.utils.data.Dataset[SequenceBatch]):
     def __init__(self, table: SequenceTable, plan: BucketPlan, slices: int) -> None:
         self.table, self.plan, self.slices = table, plan, slices
 
-    def __getitem__(self, place: int) -> SequenceBatch:
-        step, part = divmod(place, self.slices)
+    def __getitem__(self, index: int) -> SequenceBatch:
+        step, part = divmod(index, self.slices)
         return self.table.batch(self.plan(step)[part :: self.slices].tolist())
