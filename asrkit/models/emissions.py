@@ -14,14 +14,12 @@ NEVER = -50.0
 
 @torch.no_grad()
 def never_emit(model: AsrModel, special_ids: Collection[int], unk_id: int) -> AsrModel:
-    """Bar the special pieces but the blank from both outputs of ``model``, in place, for decoding and for exports alike.
+    """Bar the special pieces from both outputs of ``model``, in place, for decoding and for exports alike.
 
-    A client of an exported model knows of no special pieces but the blank and, in the transducer, ``<unk>``, which it takes for a
-    blank. So what is barred here is barred there too.
+    The blank stays, and so does ``<unk>``: the transducer's searches take it for a blank, and a CTC head is never trained to emit it.
+    A client of an exported model does the same with these two and knows of no others, so what is barred here is barred there too.
     """
-    for layer, barred in (
-        (model.ctc_head, {*special_ids} - {model.blank}),
-        (model.joiner.out, {*special_ids} - {model.blank, unk_id}),
-    ):
-        layer.bias[sorted(barred)] += NEVER
+    barred = sorted({*special_ids} - {model.blank, unk_id})
+    for layer in (model.ctc_head, model.joiner.out):
+        layer.bias[barred] += NEVER
     return model

@@ -128,7 +128,9 @@ def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[An
         right, total = 0, 0
         for batch in evaluation_batches(list(by_id.values()), settings.data.max_duration):
             lens = batch.feature_lens.tolist()
-            cuts_of = [[PerturbedCut(by_id[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)]
+            cuts_of = [
+                [PerturbedCut(by_id[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)
+            ]
             segments = supervised(cuts_of)[SUPERVISED].to(device)
             batch = batch.to(device)
             with tapped(model, [layer]) as taps:
