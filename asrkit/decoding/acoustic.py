@@ -37,7 +37,6 @@ class AcousticModel(Protocol):
     vocab_size: int
     context_size: int
     blank: int
-    unk: int  # counts as blank in the transducer, as in the runtime
 
     def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
         """Features (B, T, 80), their lengths (B,) and, for a model with a language input, languages, to encoder frames."""
@@ -55,19 +54,17 @@ class TorchAcousticModel:
     Args:
         variant: the active sub-models; None is what the model was last trained in.
         context: full context in one pass, or a streaming one, which is run chunk by chunk, as on a device.
-        unk: the tokenizer's ``unk_id``.
 
     A model with a language input takes the languages in ``encode``; ``step`` needs one that is ``in_language``.
     """
 
-    def __init__(self, model: AsrModel, variant: str | None = None, context: Context = FULL, unk: int = 1) -> None:
+    def __init__(self, model: AsrModel, variant: str | None = None, context: Context = FULL) -> None:
         self.model = model
         self.variant = variant
         self.context = context
         self.vocab_size = model.vocab_size
         self.context_size = model.context_size
         self.blank = model.blank
-        self.unk = unk
 
     @property
     def device(self) -> torch.device:

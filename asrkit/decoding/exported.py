@@ -32,9 +32,9 @@ class ExportedAcousticModel:
 
     blank = 0
 
-    def __init__(self, onnx: ExportedModel, context: Context, vocab_size: int, context_size: int, unk: int = 1) -> None:
+    def __init__(self, onnx: ExportedModel, context: Context, vocab_size: int, context_size: int) -> None:
         self.onnx, self.context = onnx, context
-        self.vocab_size, self.context_size, self.unk = vocab_size, context_size, unk
+        self.vocab_size, self.context_size = vocab_size, context_size
         self.encoders = [file for file in (ENCODER, CTC) if file in onnx.programs]
 
     def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:

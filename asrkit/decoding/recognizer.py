@@ -22,7 +22,6 @@ from asrkit.export.runtime import ExportedModel
 from asrkit.frames import ENCODER_SHIFT_MS
 from asrkit.models import load_model
 from asrkit.models.asr import in_language
-from asrkit.models.emissions import never_emit
 from asrkit.nn.context import Context, parse_context
 from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run, sha256_of
 
@@ -74,7 +73,6 @@ def load_recognizer(
     if language is not None:
         model = in_language(model, language)
     tokenizer = _load_tokenizer(run.tokenizer_path, model.vocab_size)
-    never_emit(model, tokenizer.special_ids, tokenizer.unk_id)
     name = variant or model.spec.variant
     if name not in model.spec.variants:
         raise UserError(f"{path}: no variant {name}; there are {', '.join(model.spec.variants)}")
@@ -88,7 +86,7 @@ def load_recognizer(
             f"{path}: variant {name} was never trained in context {context}, only in {listed(trained)} "
             f"(frames of {ENCODER_SHIFT_MS:.0f} ms); expect more errors"
         )
-    acoustic = TorchAcousticModel(model.to(torch_device), name, context, tokenizer.unk_id)
+    acoustic = TorchAcousticModel(model.to(torch_device), name, context)
     weights = sha256_of(run.path / WEIGHTS)
     return Recognizer(
         acoustic, tokenizer, weights, torch_device, name, context, warnings, model.spec.languages, language
@@ -133,7 +131,7 @@ def _load_exported(
     transducer = any(method != "ctc" for method in methods)
     files = [file for file in FILES if (file == CTC and "ctc" in methods) or (file != CTC and transducer)]
     loaded = ExportedModel(path, exported.state_size, exported.format, files)
+    model = ExportedAcousticModel(loaded, only, exported.vocab_size, exported.context_size)
     tokenizer = _load_tokenizer(path / TOKENIZER, exported.vocab_size)
-    model = ExportedAcousticModel(loaded, only, exported.vocab_size, exported.context_size, tokenizer.unk_id)
     cpu, digest = torch.device("cpu"), sha256_of(path / EXPORT)  # export.yaml has the digests of every file
     return Recognizer(model, tokenizer, digest, cpu, exported.variant, only, language=exported.language)

@@ -25,7 +25,6 @@ from asrkit.export.writer import ExportOptions, ExportPlan, write_card, write_fi
 from asrkit.extras import require
 from asrkit.models import load_model
 from asrkit.models.asr import in_language
-from asrkit.models.emissions import never_emit
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, RunDir, atomic_directory, atomic_write, occupied, open_run, sha256_of
 
@@ -107,8 +106,7 @@ def _plan(
     warn: Callable[[str], None],
 ) -> tuple[ExportPlan, list[Cut] | None]:
     """Check everything, ``findings`` being known already; decide what goes into the files, and read the cuts to measure on."""
-    tokenizer = Tokenizer.load(run.tokenizer_path)
-    model = never_emit(load_model(run), tokenizer.special_ids, tokenizer.unk_id)
+    model = load_model(run)
     name = options.variant or model.spec.variant
     if name not in model.spec.variants:
         findings.append(f"{run.path}: no variant {name}; there are {', '.join(model.spec.variants)}")
@@ -152,14 +150,12 @@ def _plan(
 def _write(plan: ExportPlan, cuts: list[Cut] | None, directory: Path, warn: Callable[[str], None]) -> Exported:
     """Write every file into ``directory``, check that they compute what the model does, and measure them on ``cuts``."""
     tensors = write_files(plan, directory)
-    tokenizer = Tokenizer.load(plan.run.tokenizer_path)
-    original = TorchAcousticModel(plan.model, plan.variant, plan.context, tokenizer.unk_id)
+    original = TorchAcousticModel(plan.model, plan.variant, plan.context)
     files = ExportedAcousticModel(
         ExportedModel(directory, plan.state_size, plan.options.format),
         plan.context,
         original.vocab_size,
         original.context_size,
-        original.unk,
     )
     tokenizer = Tokenizer.load(plan.run.tokenizer_path)
     recordings = recordings_of(plan.run, warn)

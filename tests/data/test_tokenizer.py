@@ -8,16 +8,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asrkit.config import from_dict
 from asrkit.data.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from asrkit.errors import UserError
-from asrkit.models.asr import AsrModel
-from asrkit.models.emissions import NEVER, never_emit
-from asrkit.models.spec import ModelSpec
 
 # What sentencepiece's own normalization (NFKC) never gives back, or joins: Thai SARA AM, full-width forms, ligatures, a
 # superscript, joiners (Persian, Sinhala), an ideographic space, a vulgar fraction.
@@ -105,24 +100,3 @@ def test_a_tokenizer_that_normalizes_is_told_with_what_it_makes(tmp_path: Path) 
     assert unicodedata.normalize("NFKC", "ｓｔｏｐ") == "stop"
     assert other.missing_characters("ｓｔｏｐ") == set()
     assert "the tokenizer makes 'stop' of 'ｓｔｏｐ'" in str(other.cannot_spell("ｓｔｏｐ"))
-
-
-def test_special_pieces_get_no_probability(tmp_path: Path) -> None:
-    """But for the blank and <unk>, which every search and the runtime know; a model of an own tokenizer stays as it is."""
-    tokenizer = icefall(tmp_path)
-    spec = {
-        "vocab_size": tokenizer.vocab_size, "encoder": {"num_layers": 1, "dim": 16, "feedforward_dim": 16},
-        "predictor": {"dim": 8}, "joiner_dim": 8,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = AsrModel(from_dict(ModelSpec, spec, "test")).eval()
-    before = [layer.bias.detach().clone() for layer in (model.ctc_head, model.joiner.out)]
-    never_emit(model, {0, 1}, 1)
-    assert all(
-        torch.equal(old, layer.bias) for old, layer in zip(before, (model.ctc_head, model.joiner.out), strict=True)
-    )
-    never_emit(model, tokenizer.special_ids, tokenizer.unk_id)
-    for layer, old in zip((model.ctc_head, model.joiner.out), before, strict=True):
-        assert torch.nonzero(layer.bias != old).flatten().tolist() == [1]
-        torch.testing.assert_close(layer.bias[1], old[1] + NEVER)
-    assert int(model.ctc_log_probs(torch.randn(2, 50, 16)).argmax(-1).eq(1).sum()) == 0

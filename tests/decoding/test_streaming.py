@@ -177,7 +177,7 @@ class Loudness:
     """A streaming model that needs no torch module, as an exported one would not: loud frames say a letter, quiet ones
     nothing. Its caches count chunks, so that losing them shows."""
 
-    vocab_size, context_size, blank, unk = 20, 2, 0, 1
+    vocab_size, context_size, blank = 20, 2, 0
     context = Context(4, 0)
 
     def __init__(self, letters: list[int]) -> None:
