@@ -91,7 +91,7 @@ def test_masks_and_budgets_are_read_from_their_short_forms(monkeypatch: pytest.M
     assert values[3].budget == 0.2 and values[3].quantization.activations.bits == 8
 
 
-@pytest.mark.parametrize(("path", "function"), list(commands()), ids=lambda value: str(value))
+@pytest.mark.parametrize(("path", "function"), [pytest.param(*each, id=" ".join(each[0])) for each in commands()])
 def test_the_help_has_an_example_and_panels(path: list[str], function: Any) -> None:
     assert f"asrkit {' '.join(path)}" in function.__doc__, "show how the command is called"
     shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"}).output
