@@ -18,7 +18,7 @@ from pydantic import Field
 
 from asrkit.config import config
 from asrkit.data.checks import Finding, find_bad_cuts
-from asrkit.data.corpora.espeak import load_espeak
+from asrkit.data.espeak import load_espeak
 from asrkit.data.manifests import language_of, open_cuts, text_of, write_cuts
 from asrkit.data.senones import SenoneConfig, grow_tree, load_tree, save_tree
 from asrkit.data.text.phones import phones_of

@@ -16,9 +16,7 @@ from torch import nn
 from asrkit.config import Positive, config, to_dict
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.senones import load_tree
-from asrkit.data.text.normalization import split_of
-from asrkit.data.text.phones import check_language
-from asrkit.data.text.sequences import (
+from asrkit.data.sequences import (
     Sentence,
     SequenceBatch,
     SequenceBatches,
@@ -27,6 +25,8 @@ from asrkit.data.text.sequences import (
     read_sentences,
     speller,
 )
+from asrkit.data.text.normalization import split_of
+from asrkit.data.text.phones import check_language
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.data.text.units import Inventory, Unit, write_inventory
 from asrkit.errors import UserError

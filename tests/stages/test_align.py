@@ -324,7 +324,7 @@ def test_phones_and_senones_of_a_manifest(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_without_espeak_it_says_so_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from asrkit.data.corpora.espeak import load_espeak
+    from asrkit.data.espeak import load_espeak
     from asrkit.data.text.phones import _phones_of_word
 
     for kept in (load_espeak, _phones_of_word):

@@ -19,8 +19,8 @@ import torch
 from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 
-from asrkit.data.corpora.espeak import UTF8, load_espeak
 from asrkit.data.corpora.record import already_made, write_record
+from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.text.normalization import TextError, normalize, sentence_key

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from asrkit.data.corpora.espeak import UTF8, load_espeak
+from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.text.languages import language_names
 from asrkit.errors import UserError
 
