@@ -10,7 +10,7 @@ $(error ENV=$(ENV) is no environment; use ENV=k2 or ENV=modern)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format generated demo smoke ci clean
+.PHONY: help setup test test-fast lint format generated demo smoke ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -27,10 +27,14 @@ $(VENV)/.stamp: requirements/$(ENV).txt requirements/k2-wheel.txt pyproject.toml
 test: setup ## run every test (TESTS=tests/test_config.py for some)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(TESTS)
 
-lint: setup ## check style, formatting and types
+test-fast: setup ## run the tests that take a moment each, of every package
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow" $(TESTS)
+
+lint: setup ## check style, formatting, types and which package imports which
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --cache-dir .mypy_cache/$(ENV)
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: setup ## format the code and apply safe fixes
 	$(PY) -m ruff check --fix .
@@ -45,7 +49,7 @@ demo: setup ## from real speech to a measured recognizer
 smoke: setup ## the demo's chain in a minute, on a sliver of the data
 	$(MAKE) -C recipes/prompts smoke ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit
 
-ci: ## what CI runs: tests, style and types in both environments, then the smoke run
+ci: ## what CI runs: tests and lint in both environments, then the smoke run
 	.ci/run
 
 clean: ## remove environments and caches; data and experiments stay
