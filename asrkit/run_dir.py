@@ -1,9 +1,9 @@
 """A run directory on disk: what a stage writes and the next stage, the evaluator and the exporter read.
 
 config.yaml        the stage's resolved configuration
-model.yaml         the model's spec
+model.yaml         format number, kind (see ``models.registry``) and the model's spec
 model.safetensors  the weights to use
-tokenizer.model    sentencepiece model; tokens.txt beside it
+tokenizer.model    sentencepiece model; tokens.txt beside it; kinds without text have none
 lineage.yaml       every stage from the first, with digests
 metrics.jsonl      one line a logged step
 state/             what resuming needs
@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from asrkit.errors import UserError
+from asrkit.migration import FORMAT, Migrated, migrate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +34,7 @@ CONFIG, MODEL, WEIGHTS = "config.yaml", "model.yaml", "model.safetensors"
 TOKENIZER, TOKENS, LINEAGE = "tokenizer.model", "tokens.txt", "lineage.yaml"
 EXPORT = "export.yaml"  # not of a run directory: what marks an exported model
 METRICS, STATE = "metrics.jsonl", "state"
-# The files whose digests the last entry of the lineage holds.
+# The files whose digests the last entry of the lineage holds; a run without a tokenizer has none of it.
 DIGESTS = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL, "tokenizer_sha256": TOKENIZER}
 
 
@@ -67,7 +69,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The bytes are on disk before the rename, so a reader sees the old file or the new one, never a part.
 
     Raises:
-        UserError: the disk is full or the place cannot be written; ``path`` is as it was.
+        UserError: the disk is full or the location cannot be written; ``path`` is as it was.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -79,7 +81,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write ({error.strerror or error}); free some space or choose another place"
+            f"{path}: cannot write ({error.strerror or error}); free some space or choose another location"
         ) from error
     finally:
         with suppress(OSError):
@@ -102,7 +104,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Its files are on disk before the rename. ``path`` must not be there, or be an empty directory.
 
     Raises:
-        UserError: the place is taken or cannot be written, or the disk is full; nothing is left behind.
+        UserError: the path is taken or cannot be written, or the disk is full; nothing is left behind.
     """
     if findings := occupied(path):
         raise UserError.of(findings)
@@ -117,7 +119,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write ({error.strerror or error}); free some space or choose another place"
+            f"{path}: cannot write ({error.strerror or error}); free some space or choose another location"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -133,7 +135,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file; a syntax error names the file and the place."""
+    """Parse a YAML file; a syntax error names the file and the line."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -148,12 +150,19 @@ def write_yaml(path: Path, content: Any) -> None:
 
 @dataclass(frozen=True)
 class RunDir:
-    """What a finished (or so far best) stage left: plain data; ``models.load_model`` makes a module of it."""
+    """What a finished (or so far best) stage left, whatever version wrote it, in today's words: plain data;
+    ``models.load_model`` makes a module of it.
+
+    ``kind``: one of ``models.registry.KINDS``. ``model_spec``: the spec of that kind. ``stored_names``: today's name of each
+    tensor in model.safetensors, by its name in the file.
+    """
 
     path: Path
+    kind: str
     model_spec: dict[str, Any]
     config: dict[str, Any]
     lineage: list[dict[str, Any]]
+    stored_names: dict[str, str] = field(repr=False)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -163,7 +172,24 @@ class RunDir:
         """All tensors of ``model.safetensors``, by parameter name, on the CPU."""
         from safetensors.torch import load_file
 
-        return load_file(self.path / WEIGHTS)
+        return {self.stored_names[name]: tensor for name, tensor in load_file(self.path / WEIGHTS).items()}
+
+    def tensor_sizes(self) -> dict[str, tuple[int, int]]:
+        """By parameter name, how many numbers each tensor has and how many bytes they take, from the file's header alone."""
+        from safetensors import safe_open
+
+        sizes = {}
+        with safe_open(self.path / WEIGHTS, framework="numpy") as file:
+            for stored, name in self.stored_names.items():
+                tensor = file.get_slice(stored)
+                numbers = math.prod(tensor.get_shape())
+                sizes[name] = (numbers, numbers * _bytes_of(tensor.get_dtype()))
+        return sizes
+
+
+def _bytes_of(dtype: str) -> int:
+    """4 of ``F32``, 1 of ``I8``, 2 of ``BF16``: the digits are bits."""
+    return max(1, int("".join(filter(str.isdigit, dtype)) or 8) // 8)
 
 
 def accepted_digests(entry: dict[str, Any], key: str = "weights_sha256") -> tuple[str | None, ...]:
@@ -172,33 +198,103 @@ def accepted_digests(entry: dict[str, Any], key: str = "weights_sha256") -> tupl
     return entry.get(key), entry.get(f"previous_{key}")
 
 
-def open_run(path: Path) -> RunDir:
-    """Read a run directory and check it against the digests of its own lineage.
+def digests_of(path: Path) -> dict[str, str]:
+    """The digests of a run directory's files for the last entry of its lineage."""
+    return {key: sha256_of(path / name) for key, name in DIGESTS.items() if (path / name).is_file()}
+
+
+def stored_model(path: Path) -> dict[str, Any]:
+    """model.yaml of a run directory as it is on disk.
 
     Raises:
-        UserError: files are missing, unreadable, or differ from what the stage wrote; all findings at once.
+        UserError: it is damaged, or of a format that this version does not know.
+    """
+    content = read_yaml(path / MODEL)
+    if not isinstance(content, dict):
+        raise UserError(f"{path / MODEL}: holds no model; the file is damaged, train again or restore a copy")
+    number = content.get("format", 0)
+    if not isinstance(number, int) or not 0 <= number <= FORMAT:
+        raise UserError(
+            f"{path}: is a run directory of format {number}, and this version of asrkit reads formats up to {FORMAT}; "
+            "use the version that wrote it, or a newer one"
+        )
+    return content
+
+
+def read_model(path: Path, lineage: list[dict[str, Any]] | None = None) -> Migrated:
+    """model.yaml of a run directory, and its lineage if given, in the present format.
+
+    Raises:
+        UserError: model.yaml is damaged, or of a format that this version does not know.
+    """
+    content = stored_model(path)
+    try:
+        migrated = migrate(content, lineage or [])
+        if not isinstance(migrated.model["kind"], str) or not isinstance(migrated.model["spec"], dict):
+            raise TypeError("kind is no name, or spec holds no keys")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path / MODEL}: is no model of format {content.get('format', 0)} ({error}); train again or restore a copy"
+        ) from error
+    return migrated
+
+
+def open_run(path: Path) -> RunDir:
+    """Read a run directory and check it against the digests of its own lineage; one of an earlier format is migrated in memory.
+
+    Raises:
+        UserError: files are missing, unreadable, or differ from what the stage wrote, all findings at once; or the directory
+            is of a newer format.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory; give the --out of a training stage")
-    missing = [name for name in (CONFIG, MODEL, WEIGHTS, TOKENIZER, LINEAGE) if not (path / name).is_file()]
+    missing = [name for name in (CONFIG, MODEL, WEIGHTS, LINEAGE) if not (path / name).is_file()]
     if missing and (path / EXPORT).is_file():
-        raise UserError(f"{path}: holds an exported model, which is to be run; give the run directory it was made from")
+        raise UserError(f"{path}: is an exported model, not a run directory; pass the run it was exported from")
     if missing:
         raise UserError(
             f"{path}: not a complete run directory, missing {', '.join(missing)}; run the training stage to its first checkpoint"
         )
     lineage = read_yaml(path / LINEAGE)
-    if not isinstance(lineage, list) or not lineage or not isinstance(lineage[-1], dict):
+    if not isinstance(lineage, list) or not lineage or not all(isinstance(entry, dict) for entry in lineage):
         raise UserError(f"{path / LINEAGE}: holds no stages; the file is damaged, train again or restore a copy")
+    _check_digests(path, lineage[-1])
+    migrated = read_model(path, lineage)
+    return RunDir(
+        path,
+        migrated.model["kind"],
+        migrated.model["spec"],
+        read_yaml(path / CONFIG),
+        migrated.lineage,
+        {name: migrated.rename(name) for name in _tensor_names(path / WEIGHTS)},
+    )
+
+
+def _check_digests(path: Path, entry: dict[str, Any]) -> None:
+    """Every file that the lineage has a digest of is there and has it; weights and model.yaml always have one."""
     findings = []
     for key, name in DIGESTS.items():
-        expected, found = lineage[-1].get(key), sha256_of(path / name)
-        if found not in accepted_digests(lineage[-1], key):
+        expected = entry.get(key)
+        if not (path / name).is_file():
+            if expected is not None:
+                findings.append(f"{path / name}: is missing; restore it or train again")
+            continue
+        digest = sha256_of(path / name)
+        if digest not in accepted_digests(entry, key):
             findings.append(
-                f"{path / name}: digest {found[:12]} differs from {str(expected)[:12]} in {LINEAGE}; "
+                f"{path / name}: digest {digest[:12]} differs from {str(expected)[:12]} in {LINEAGE}; "
                 "the file is truncated, edited or of another run: restore it or train again"
             )
     if findings:
         raise UserError.of(findings)
-    return RunDir(path, read_yaml(path / MODEL), read_yaml(path / CONFIG), lineage)
+
+
+def _tensor_names(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); restore it") from error

@@ -91,10 +91,11 @@ def make_run(path: Path, size: str) -> Path:
     """A run directory of an untrained model: a backbone, and attention in its lower half."""
     import torch
 
-    from asrkit.config import from_dict, to_dict
+    from asrkit.config import from_dict
     from asrkit.data.text.tokenizer import train_tokenizer
     from asrkit.models import SIZES, AsrModel, ModelSpec
-    from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, WEIGHTS, sha256_of, write_yaml
+    from asrkit.models.registry import write_model
+    from asrkit.run_dir import CONFIG, LINEAGE, TOKENIZER, WEIGHTS, digests_of, write_yaml
     from asrkit.training.checkpoint import save_weights
 
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -121,11 +122,10 @@ def make_run(path: Path, size: str) -> Path:
     )
     torch.manual_seed(1)
     write_yaml(path / CONFIG, {"stage": "benchmark"})
-    write_yaml(path / MODEL, to_dict(spec))
+    write_model(path, spec)
     save_weights(path / WEIGHTS, AsrModel(spec))
-    digests = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL, "tokenizer_sha256": TOKENIZER}
     entry = {"stage": "benchmark", "command": "benchmarks/export_rtf.py"}
-    write_yaml(path / LINEAGE, [entry | {key: sha256_of(path / name) for key, name in digests.items()}])
+    write_yaml(path / LINEAGE, [entry | digests_of(path)])
     return path
 
 

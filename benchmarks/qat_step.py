@@ -20,7 +20,7 @@ from asrkit.config import from_dict, to_dict
 from asrkit.data.batch import Batch
 from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.models.compression import LayerChoice, choose_layers, compressed_layers
-from asrkit.models.surgery import rebuilt
+from asrkit.models.surgery import rebuild
 from asrkit.nn.compression import Compression, find_mask
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.config import TrainingConfig, resolve_precision
@@ -79,7 +79,7 @@ def main(
             if how and layer.in_features % block == 0
         }
         spec = from_dict(ModelSpec, {**to_dict(origin.spec), "compression": chosen}, "benchmark")
-        model = rebuilt(spec, origin).to(place).train()
+        model = rebuild(spec, origin).to(place).train()
         for layer in compressed_layers(model).values():
             if layer.how.mask is not None:
                 layer.mask.copy_(find_mask(layer.weight.detach().abs(), layer.how.mask))

@@ -68,7 +68,8 @@ def info(
     for table in run_tables(description):
         table_console().print(table)
     features = ", ".join(f"{key} {value}" for key, value in (description["features"] or {}).items())
-    typer.echo(f"vocabulary: {description['vocabulary']} tokens" + (f"; features: {features}" if features else ""))
+    vocabulary = f"vocabulary: {description['vocabulary']} tokens" if description["vocabulary"] else ""
+    typer.echo("; ".join(filter(None, (vocabulary, f"features: {features}" if features else ""))))
     if description["languages"]:
         typer.echo(f"languages the model takes as an input: {', '.join(description['languages'])}")
     for entry in description["stages"]:

@@ -21,7 +21,7 @@ from asrkit.export.graphs import CTC, FILES
 from asrkit.export.runtime import ExportedModel
 from asrkit.frames import ENCODER_SHIFT_MS
 from asrkit.models import load_model
-from asrkit.models.asr import in_language
+from asrkit.models.surgery import in_language
 from asrkit.nn.context import Context, parse_context
 from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run, sha256_of
 

@@ -12,7 +12,7 @@ from asrkit.export.onnx_file import GRAPH
 from asrkit.models import AsrModel
 from asrkit.models.compression import LayerChoice, QuantizationConfig, choose_layers, compressed_layers, quantized_spec
 from asrkit.models.sizes import part_of, sizes
-from asrkit.models.surgery import rebuilt
+from asrkit.models.surgery import rebuild
 from asrkit.nn.compression import ActivationQuantization, CompressedLinear, WeightQuantization
 
 SILENT = -1e4  # a logit whose probability is 0 in float32
@@ -42,7 +42,7 @@ def quantized(model: AsrModel, name: str, submodels: Sequence[str], warn: Callab
     """
     settings = QUANTIZED[name]
     num_layers = len(choose_layers(model, settings.layers, submodels))
-    model = rebuilt(quantized_spec(model, settings, submodels), model).eval()
+    model = rebuild(quantized_spec(model, settings, submodels), model)
     if skipped := num_layers - len(active_layers(model, submodels)):
         warn(
             f"--quantize {name}: {skipped} of {num_layers} layers stay float, because their number of inputs is not a "

@@ -12,7 +12,7 @@ from asrkit.data.train_batches import TrainBatches
 from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
 from asrkit.methods.distillation.loss import Distillation, build_loss
 from asrkit.models import AsrModel, ModelSpec
-from asrkit.models.surgery import rebuilt, reinitialize
+from asrkit.models.surgery import is_mask, rebuild, reinitialized
 from asrkit.run_dir import RunDir, sha256_of
 from asrkit.training.asr_loss import LossConfig
 from asrkit.training.config import TrainingConfig
@@ -72,9 +72,9 @@ def compression_task(
     notes: Sequence[str],
 ) -> TrainTask:
     """The model of ``spec``, with the weights of ``origin`` or new ones, and its loss, with what a teacher adds to it."""
-    model = rebuilt(spec, origin)
+    model = rebuild(spec, origin, new=is_mask)
     if settings.from_scratch:
-        reinitialize(model, origin, origin.submodels_of(settings.variant))
+        model = reinitialized(model, origin.submodels_of(settings.variant))
     if distillation is not None:
         distillation.attach(model)
         batches.clean = distillation.needs_clean

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asrkit.config import from_dict, to_dict
 from asrkit.errors import UserError
-from asrkit.models.compression import compress
 from asrkit.models.encoder import Caches, Encoder
-from asrkit.models.lm import is_language_model
 from asrkit.models.spec import HeadSpec, ModelSpec, PredictorSpec
+from asrkit.nn.compression import CompressedLinear, compress
 from asrkit.nn.context import FULL, Context
-from asrkit.run_dir import MODEL, RunDir
 
 
 class Predictor(nn.Module):
@@ -36,7 +32,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.context_size = spec.context_size
         self.embedding = nn.Embedding(vocab_size, spec.dim)
-        # One weight for each place in the context and channel: a depthwise convolution, written as a sum.
+        # One weight for each position in the context and channel: a depthwise convolution, written as a sum.
         self.mix = nn.Parameter(torch.full((spec.context_size, spec.dim), spec.context_size**-0.5))
         self.bias = nn.Parameter(torch.zeros(spec.dim))
         self.dropout = nn.Dropout(spec.dropout)
@@ -87,7 +83,11 @@ class Head(nn.Module):
 
 
 class AsrModel(nn.Module):
-    """A transducer and a CTC recognizer on one convolutional backbone."""
+    """A transducer and a CTC recognizer on one convolutional backbone.
+
+    The masks and integers of compressed layers are on as a variant says: ``encode`` and ``streaming_step`` select theirs, and
+    predictor, joiner and CTC head run as the variant selected last, which at first is the default one.
+    """
 
     blank = 0
     subsampling = 4
@@ -98,7 +98,7 @@ class AsrModel(nn.Module):
         self.vocab_size = spec.vocab_size
         self.context_size = spec.predictor.context_size
         dim = spec.encoder.dim
-        self.encoder = Encoder(spec)
+        self.encoder = Encoder(spec.encoder, spec.features, spec.submodels, spec.languages)
         self.predictor = Predictor(spec.predictor, spec.vocab_size)
         self.joiner = Joiner(dim, spec.predictor.dim, spec.joiner_dim, spec.vocab_size)
         self.ctc_head = nn.Linear(dim, spec.vocab_size)
@@ -109,6 +109,10 @@ class AsrModel(nn.Module):
         self.teacher_maps = nn.ModuleDict()
         compress(self, spec.compression)
         self.heads = nn.ModuleDict({name: Head(dim, head) for name, head in spec.heads.items()})
+        self._no_masks = self._no_integers = False  # see ``compression_off``
+        self._switches = (True, True)  # whether masks and integers are on, as layers begin
+        self.selected = spec.variant
+        self.select(spec.variant)
 
     def encode(
         self,
@@ -123,7 +127,7 @@ class AsrModel(nn.Module):
 
         ``languages`` (B,) as ``language_ids`` makes them.
         """
-        return self.encoder(features, feature_lens, self.submodels_of(variant), context, gates, languages)
+        return self.encoder(features, feature_lens, self.select(variant), context, gates, languages)
 
     def streaming_step(
         self,
@@ -134,8 +138,37 @@ class AsrModel(nn.Module):
         languages: Tensor | None = None,
     ) -> tuple[Tensor, Caches]:
         """The next chunk, (B, 4 c + 3, 80) -> (B, c, D) and the caches after it; see ``Encoder.streaming_step``."""
+        return self.encoder.streaming_step(features, caches, self.select(variant), frame_lens, languages)
+
+    def select(self, variant: str | None = None) -> tuple[str, ...]:
+        """Run as a variant from here on, None being the default: its masks and integers are on or off; returns its active
+        sub-models.
+
+        Raises:
+            UserError: there is no such variant.
+        """
         submodels = self.submodels_of(variant)
-        return self.encoder.streaming_step(features, caches, submodels, frame_lens, languages)
+        self.selected = self.spec.variant if variant is None else variant
+        wanted = self.spec.variants[self.selected]
+        switches = (wanted.masks and not self._no_masks, wanted.integers and not self._no_integers)
+        if switches != self._switches:
+            self._switches = switches
+            for module in self.modules():
+                if isinstance(module, CompressedLinear):
+                    module.switch(masks=switches[0], integers=switches[1])
+        return submodels
+
+    @contextmanager
+    def compression_off(self, *, masks: bool = True, integers: bool = True) -> Iterator[None]:
+        """Within, every pass runs without masks, without integers, or without either, whatever its variant says."""
+        before = self._no_masks, self._no_integers
+        self._no_masks, self._no_integers = before[0] or masks, before[1] or integers
+        self.select(self.selected)
+        try:
+            yield
+        finally:
+            self._no_masks, self._no_integers = before
+            self.select(self.selected)
 
     def language_ids(self, languages: Sequence[str] | None) -> Tensor | None:
         """The names of utterances' languages as ``encode`` takes them, (B,) int64; None for a model that is told none.
@@ -164,32 +197,6 @@ class AsrModel(nn.Module):
         return self.ctc_head(encoder_out).float().log_softmax(dim=-1)
 
 
-def in_language(model: AsrModel, language: str | None) -> AsrModel:
-    """The same model for one of its languages, and told none: the vector, which was added to what the subsampling's last norm
-    gives, becomes a part of that norm's bias. A model without languages, for None, is given back.
-
-    Raises:
-        UserError: the language is missing, or not one of the model's.
-    """
-    known = ", ".join(model.spec.languages)
-    if language is None and not known:
-        return model
-    if not known:
-        raise UserError(f"--language {language}: this model is told no language; leave it out")
-    if language is None:
-        raise UserError(f"this model is told the language of what it hears; give --language, one of {known}")
-    if language not in model.spec.languages:
-        raise UserError(f"--language {language}: this model knows {known}")
-    weights = model.state_dict()
-    vector = weights.pop("encoder.languages.weight")[model.spec.languages.index(language)]
-    for name in ("encoder.subsampling.norm.bias", "encoder.subsampling.norm.streaming.bias"):
-        if name in weights:  # a norm for streaming only where there is one per mode
-            weights[name] = weights[name] + vector
-    alone = AsrModel(from_dict(ModelSpec, {**to_dict(model.spec), "languages": []}, "model"))
-    alone.load_state_dict(weights)
-    return alone.eval()
-
-
 @contextmanager
 def tapped(model: AsrModel, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
     """Yield a dictionary that holds, after each pass through the encoder, what the named blocks gave: (B, T', D)."""
@@ -204,39 +211,3 @@ def tapped(model: AsrModel, layers: Collection[int]) -> Iterator[dict[int, Tenso
     finally:
         for handle in handles:
             handle.remove()
-
-
-def spec_of(run: RunDir) -> ModelSpec:
-    """The spec of a run directory's recognizer.
-
-    Raises:
-        UserError: the run is of another kind, or of another version of asrkit.
-    """
-    if is_language_model(run):
-        raise UserError(f"{run.path}: is a language model of train-lm, not a recognizer")
-    try:
-        return from_dict(ModelSpec, run.model_spec, MODEL)
-    except UserError as error:  # its digest is right, so it was written like this
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{run.path}: another version of asrkit made it ({reason}); train again, or use that version"
-        ) from None
-
-
-def load_model(run: RunDir) -> AsrModel:
-    """Rebuild the model of a run directory, strictly: on the CPU, float32, eval mode. Heads that only served its training are
-    left out, so that no later stage and no export knows of them.
-
-    Raises:
-        UserError: the run is of another kind, or the weights do not fit the spec.
-    """
-    with torch.random.fork_rng(devices=[]):  # reading a model draws nothing from the generator
-        model = AsrModel(replace(spec_of(run), heads={}))
-    weights = {name: tensor for name, tensor in run.weights().items() if not name.startswith("heads.")}
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"{run.path}: weights and model.yaml disagree ({' '.join(str(error).split())[:300]})"
-        ) from error
-    return model.eval()

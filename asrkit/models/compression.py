@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from torch import nn
 
 from asrkit.config import Advanced, config, from_dict, to_dict
 from asrkit.errors import UserError
+from asrkit.models.asr import AsrModel
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.compression import (
     ActivationQuantization,
@@ -21,10 +22,6 @@ from asrkit.nn.compression import (
     Mask,
     WeightQuantization,
 )
-
-if TYPE_CHECKING:
-    from asrkit.models.asr import AsrModel
-
 
 Part = Literal["encoder", "submodels", "joiner", "ctc_head"]
 
@@ -50,25 +47,6 @@ class LayerChoice:
     only)."""
 
 
-def compress(model: nn.Module, how: Mapping[str, Compression]) -> None:
-    """Replace the named linear layers by compressed ones with the same weights, in place; masks begin as all True.
-
-    Raises:
-        UserError: a path leads to no linear layer.
-    """
-    for path, one in how.items():
-        holder, _, name = path.rpartition(".")
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
-            layer = None
-        if not isinstance(layer, nn.Linear):
-            raise UserError(f"model.yaml: compression: {path} is no linear layer of this model")
-        made = CompressedLinear(layer.in_features, layer.out_features, one, layer.bias is not None)
-        made.load_state_dict(layer.state_dict(), strict=False)
-        setattr(model.get_submodule(holder), name, made)
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer that an export could hold, by path."""
     return {
@@ -92,7 +70,10 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLinear, Mas
 
 @torch.no_grad()
 def keep_pruned(model: nn.Module, step: int = 0) -> None:
-    """Zero the latent weights that are pruned, whatever momentum or decay made of them."""
+    """Zero the latent weights that are pruned, whatever momentum or decay made of them; not of a model that has a variant
+    without masks, which uses them."""
+    if isinstance(model, AsrModel) and not all(variant.masks for variant in model.spec.variants.values()):
+        return
     for _, layer, _ in masked_layers(model):
         layer.weight.mul_(layer.mask)
 
@@ -113,8 +94,8 @@ def choose_layers(model: nn.Module, choice: LayerChoice, active: Sequence[str] |
     chosen = {
         path: layer
         for path, layer in every.items()
-        if _part(path) in choice.only
-        and (active is None or _part(path) != "submodels" or path.split(".")[2] in active)
+        if _part_of(path) in choice.only
+        and (active is None or _part_of(path) != "submodels" or path.split(".")[2] in active)
         and (choice.first is None or _block(path) is None or _block(path) < choice.first)  # type: ignore[operator]
         and (not choice.include or any(fnmatchcase(path, pattern) for pattern in choice.include))
         and not any(fnmatchcase(path, pattern) for pattern in choice.exclude)
@@ -128,7 +109,7 @@ def _some(layers: Mapping[str, nn.Linear]) -> str:
     return f"the model has {', '.join(list(layers)[:4])}, ... ({len(layers)} in all)"
 
 
-def _part(path: str) -> str:
+def _part_of(path: str) -> str:
     if path.startswith("encoder.submodels."):
         return "submodels"
     return {"encoder": "encoder", "joiner": "joiner", "ctc_head": "ctc_head"}.get(path.partition(".")[0], "")
@@ -174,7 +155,7 @@ def quantized_spec(model: AsrModel, settings: QuantizationConfig, active: Sequen
             ``bits`` speaks of no chosen layer.
     """
     spec = model.spec
-    findings, compression = [], to_dict(spec)["compression"]
+    findings, compression = [], dict(spec.compression)
     chosen = choose_layers(model, settings.layers, active)
     if done := [path for path in chosen if path in spec.compression and spec.compression[path].weights is not None]:
         raise UserError(
@@ -185,32 +166,32 @@ def quantized_spec(model: AsrModel, settings: QuantizationConfig, active: Sequen
         if not any(fnmatchcase(path, pattern) for path in chosen):
             findings.append(f"bits: {pattern} matches no layer that is to be quantized, such as {next(iter(chosen))}")
     for path, layer in chosen.items():
-        weights = to_dict(settings.weights)
-        for pattern, bits in settings.bits.items():
-            if fnmatchcase(path, pattern):
-                weights["bits"] = bits
-        if weights["scale"] == "block" and layer.in_features % weights["block_size"]:
+        weights = settings.weights
+        if matching := [bits for pattern, bits in settings.bits.items() if fnmatchcase(path, pattern)]:
+            # From plain values, as not all bits go with all other settings.
+            weights = from_dict(WeightQuantization, {**to_dict(weights), "bits": matching[-1]}, f"bits of {path}")
+        if weights.scale == "block" and layer.in_features % weights.block_size:
             if settings.layers.indivisible != "skip":
                 findings.append(
-                    f"{path}: {layer.in_features} inputs are no multiple of block_size {weights['block_size']}; "
+                    f"{path}: {layer.in_features} inputs are no multiple of block_size {weights.block_size}; "
                     "take another, or leave such layers float by layers.indivisible=skip (of qat: quantization.layers.indivisible)"
                 )
             continue
-        activations = None if settings.activations is None else to_dict(settings.activations)
-        before = compression.get(path, {})
-        compression[path] = {**before, "weights": weights, "activations": activations, "product": settings.product}
-        if before.get("mask") and not weights["symmetric"]:
+        before = compression.get(path, Compression())
+        if before.mask is not None and not weights.symmetric:
             findings.append(
                 f"{path}: is pruned, and asymmetric weights have no exact zero, so what was pruned would come back; "
                 "use symmetric weights"
             )
-    if not findings and not any(how.get("weights") for how in compression.values()):
+            continue
+        compression[path] = replace(before, weights=weights, activations=settings.activations, product=settings.product)
+    if not findings and not any(how.weights for how in compression.values()):
         findings.append(
             "every chosen layer was skipped as indivisible, so nothing would be quantized; take another block_size"
         )
     if findings:
         raise UserError.of(findings)
-    return from_dict(ModelSpec, {**to_dict(spec), "compression": compression}, "compression")
+    return replace(spec, compression=compression)
 
 
 def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequence[str] | None = None) -> ModelSpec:
@@ -230,14 +211,14 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
         )
     findings, compression = [], {}
     for path, layer in choose_layers(model, choice, active).items():
-        mine = mask
+        layer_mask = mask
         outputs, inputs = layer.out_features, layer.in_features
         whole = inputs % mask.group == 0 if mask.group else not (outputs % mask.block[0] or inputs % mask.block[1])
         if not whole:
             if choice.indivisible == "skip":
                 continue
             if choice.indivisible == "pad" and mask.group:
-                mine = from_dict(Mask, {**to_dict(mask), "pad": True}, "mask")
+                layer_mask = replace(mask, pad=True)
             else:
                 shape = f"groups of {mask.group}" if mask.group else f"blocks of {mask.block[0]}x{mask.block[1]}"
                 findings.append(
@@ -251,11 +232,11 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
                     f"{path}: has {blocks} blocks of {mask.block[0]}x{mask.block[1]}, and a share of {mask.sparsity} is all of them; "
                     "take smaller blocks or a lower share"
                 )
-        compression[path] = {"mask": to_dict(mine)}
+        compression[path] = Compression(mask=layer_mask)
     if not findings and not compression:
         findings.append(
             "every chosen layer was skipped as indivisible, so nothing would be pruned; take another pattern"
         )
     if findings:
         raise UserError.of(findings)
-    return from_dict(ModelSpec, {**to_dict(spec), "compression": compression}, "compression")
+    return replace(spec, compression=compression)

@@ -7,7 +7,7 @@ A a sub-model's attention dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from asrkit.frames import RECEPTIVE_FIELD
-from asrkit.models.spec import ModelSpec, SubModelSpec
+from asrkit.models.spec import EncoderSpec, FeatureSpec, PretrainedEncoderSpec, SubModelSpec
 from asrkit.nn.conformer import BackboneBlock, Branch, Subsampling
 from asrkit.nn.context import FULL, Context, parse_context, visible
 from asrkit.nn.submodels import Adapter, Attention
@@ -95,26 +95,32 @@ class SubModel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Normalized features through the subsampling and the backbone's blocks, with whichever sub-models are active."""
+    """Features to frames of 40 ms in two halves: ``embed`` (normalize, subsample, language) and ``layers`` (the backbone's blocks,
+    with whichever sub-models are active); ``forward`` is both."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(
+        self,
+        backbone: EncoderSpec,
+        features: FeatureSpec,
+        submodels: Mapping[str, SubModelSpec] | None = None,
+        languages: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        backbone = spec.encoder
         self.dim, self.kernel_size = backbone.dim, backbone.kernel_size
         per_mode_norm = backbone.norms == "per_mode"
-        num_mel_bins = spec.features.num_mel_bins
+        num_mel_bins = features.num_mel_bins
         self.normalize = Normalize(num_mel_bins)
         self.subsampling = Subsampling(num_mel_bins, backbone.subsampling_channels, backbone.dim, per_mode_norm)
         # One-hot languages times a matrix (num_languages, D). Zeros, and without a random draw: the model begins as one without.
-        zeros = torch.zeros(len(spec.languages), backbone.dim)
-        self.languages = nn.Embedding.from_pretrained(zeros, freeze=False) if spec.languages else None
+        zeros = torch.zeros(len(languages), backbone.dim)
+        self.languages = nn.Embedding.from_pretrained(zeros, freeze=False) if languages else None
         self.dropout = nn.Dropout(backbone.dropout)
         self.blocks = nn.ModuleList(
             BackboneBlock(backbone.dim, backbone.feedforward_dim, backbone.kernel_size, backbone.dropout, per_mode_norm)
             for _ in range(backbone.num_layers)
         )
         self.submodels = nn.ModuleDict(
-            {name: SubModel(part, backbone.dim, per_mode_norm) for name, part in spec.submodels.items()}
+            {name: SubModel(spec, backbone.dim, per_mode_norm) for name, spec in (submodels or {}).items()}
         )
 
     def forward(
@@ -126,29 +132,52 @@ class Encoder(nn.Module):
         gates: Tensor | None = None,
         languages: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A whole utterance: (B, T, 80), (B,) -> (B, T', D), (B,) with T' = (T - 3) // 4.
+        """A whole utterance: (B, T, 80), (B,) -> (B, T', D), (B,) with T' = (T - 3) // 4; arguments as for ``embed`` and ``layers``.
 
         In a streaming context the result is that of ``streaming_step`` chunk by chunk. An utterance of fewer than 7
         frames has no encoder frame; a batch of only such gives T' = 0.
+        """
+        x, encoder_out_lens = self.embed(features, feature_lens, context, languages)
+        return self.layers(x, encoder_out_lens, submodels, context, gates), encoder_out_lens
+
+    def embed(
+        self, features: Tensor, feature_lens: Tensor, context: Context = FULL, languages: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features (B, T, 80), (B,) to what the first block reads, (B, T', D), (B,), each frame from 7 feature frames by itself.
+
+        Args:
+            context: whether it is a streaming one chooses between norms, where there is one per mode.
+            languages: (B,) int64, the index of each utterance's among those of the spec; None for a model without.
+        """
+        if features.shape[1] < RECEPTIVE_FIELD:
+            return features.new_zeros(len(features), 0, self.dim), torch.zeros_like(feature_lens)
+        return self._embed(features, feature_lens, context.streaming, languages)
+
+    def layers(
+        self,
+        x: Tensor,
+        lens: Tensor,
+        submodels: Sequence[str] = (),
+        context: Context = FULL,
+        gates: Tensor | None = None,
+    ) -> Tensor:
+        """What ``embed`` gave, (B, T', D), (B,), through every block: (B, T', D).
 
         Args:
             submodels: names of the active ones, in the order they are added.
             gates: (layers, B or 1) on the CPU, factors of what sub-models add in a layer (attention dropout); a layer
                 whose factors are all 0 does not compute them.
-            languages: (B,) int64, the index of each utterance's among those of the spec; None for a model without.
         """
-        if features.shape[1] < RECEPTIVE_FIELD:
-            return features.new_zeros(len(features), 0, self.dim), torch.zeros_like(feature_lens)
-        x, encoder_out_lens = self.subsampling(self.normalize(features), feature_lens, context.streaming)
-        x = self._in_language(x, languages)
+        if x.shape[1] == 0:
+            return x
         frames = torch.arange(x.shape[1], device=x.device)
-        valid = frames < encoder_out_lens.unsqueeze(1)
+        valid = frames < lens.unsqueeze(1)
         seen = {name: self._seen(name, frames[None], frames[None], valid, context) for name in submodels}
         # Causal convolutions see zeros before the first frame.
         start = x.new_zeros(len(x), self.kernel_size // 2, self.dim) if context.streaming else None
         conv = [start] * len(self.blocks)
-        x, _, _ = self._layers(self.dropout(x), valid, submodels, seen, conv, None, gates)
-        return x, encoder_out_lens
+        x, _, _ = self._run_blocks(self.dropout(x), valid, submodels, seen, conv, None, gates)
+        return x
 
     def streaming_step(
         self,
@@ -162,10 +191,9 @@ class Encoder(nn.Module):
 
         Chunks advance by 4 c feature frames; ``caches`` begin as ``initial_caches`` makes them for the same sub-models.
         Where a stream ends within the chunk, ``frame_lens`` (B,) says how many of its c frames there are. ``languages``
-        (B,) as for ``forward``.
+        (B,) as for ``embed``.
         """
-        x, _ = self.subsampling(self.normalize(features), features.new_zeros(1), streaming=True)
-        x = self._in_language(x, languages)
+        x, _ = self._embed(features, features.new_zeros(1), True, languages)
         offsets = torch.arange(x.shape[1], device=x.device)
         queries = caches.frames.unsqueeze(1) + offsets
         # All True without lengths, as a comparison, so that a traced graph keeps the batch's size open.
@@ -177,27 +205,30 @@ class Encoder(nn.Module):
             keys, known = torch.cat([past, queries], dim=1), torch.cat([past >= 0, valid], dim=1)
             seen = {name: self._seen(name, queries, keys, known, FULL) for name in submodels}
         attention = list(zip(caches.keys, caches.values, strict=True))
-        x, conv, attention = self._layers(x, valid, submodels, seen, list(caches.conv), attention, None)
+        x, conv, attention = self._run_blocks(x, valid, submodels, seen, list(caches.conv), attention, None)
         keys_after, values_after = (tuple(pair[side] for pair in attention) for side in (0, 1))
         return x, Caches(caches.frames + x.shape[1], tuple(c for c in conv if c is not None), keys_after, values_after)
 
     def initial_caches(self, batch: int, left: int, submodels: Sequence[str] = ()) -> Caches:
         """The caches of ``batch`` streams before their first chunk, for ``left`` frames of attention before a chunk."""
         weight = self.subsampling.out.weight
-        dims = [self._part(name).spec.dim for name, _ in self._attention(submodels)]
+        dims = [self._submodel(name).spec.dim for name, _ in self._attention(submodels)]
         past = tuple(weight.new_zeros(batch, left, dim) for dim in dims)
         conv = tuple(weight.new_zeros(batch, self.kernel_size // 2, self.dim) for _ in self.blocks)
         return Caches(torch.zeros(batch, dtype=torch.int64, device=weight.device), conv, past, past)
 
-    def _in_language(self, x: Tensor, languages: Tensor | None) -> Tensor:
-        """The frames (B, T', D), each utterance's language (B,) added; that it is added here is ours."""
-        if self.languages is None and languages is None:
-            return x
-        if self.languages is None or languages is None:
+    def _embed(
+        self, features: Tensor, feature_lens: Tensor, streaming: bool, languages: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``embed`` of at least one encoder frame; that each utterance's language is added after the subsampling is our choice."""
+        x, lens = self.subsampling(self.normalize(features), feature_lens, streaming)
+        if (self.languages is None) != (languages is None):
             raise ValueError("a model with languages takes that of each utterance, one without takes none")
-        return x + self.languages(languages).unsqueeze(1)
+        if self.languages is not None and languages is not None:
+            x = x + self.languages(languages).unsqueeze(1)
+        return x, lens
 
-    def _layers(
+    def _run_blocks(
         self,
         x: Tensor,
         valid: Tensor,
@@ -213,7 +244,7 @@ class Encoder(nn.Module):
         attention_after = list(attention or [])
 
         def attend(name: str, layer: int, x: Tensor) -> Tensor:
-            module, number = self._part(name).layers[str(layer)], numbers[name, layer]
+            module, number = self._submodel(name).layers[str(layer)], numbers[name, layer]
             history = None if attention is None else attention[number]
             added, (keys, values) = module(x, seen[name], streaming, history)
             if history is not None:
@@ -222,9 +253,9 @@ class Encoder(nn.Module):
             return added
 
         def branch(name: str, layer: int) -> Branch:
-            if self._part(name).spec.kind == "attention":
+            if self._submodel(name).spec.kind == "attention":
                 return partial(attend, name, layer)
-            return partial(self._part(name).layers[str(layer)], streaming=streaming)
+            return partial(self._submodel(name).layers[str(layer)], streaming=streaming)
 
         conv_after: list[Tensor | None] = []
         for layer, block in enumerate(self.blocks):
@@ -232,28 +263,28 @@ class Encoder(nn.Module):
             gate = None if gates is None else gates[layer]
             if gate is None or bool(gate.any()):
                 for name in submodels:
-                    if layer in self._part(name).spec.layers:
+                    if layer in self._submodel(name).spec.layers:
                         added = branch(name, layer)
-                        branches[self._part(name).spec.position].append(
+                        branches[self._submodel(name).spec.position].append(
                             added if gate is None else partial(_gated, gate.to(x.device), added)
                         )
             x, history = block(x, ~valid.unsqueeze(-1), conv[layer], **branches)
             conv_after.append(history)
         return x, conv_after, attention_after
 
-    def _part(self, name: str) -> SubModel:
-        part = self.submodels[name]
-        assert isinstance(part, SubModel)  # for the type checker: a ModuleDict holds any module
-        return part
+    def _submodel(self, name: str) -> SubModel:
+        submodel = self.submodels[name]
+        assert isinstance(submodel, SubModel)  # for the type checker: a ModuleDict holds any module
+        return submodel
 
     def _attention(self, submodels: Sequence[str]) -> list[tuple[str, int]]:
         """The attention modules of the active sub-models, in the caches' order."""
-        active = [(name, self._part(name).spec) for name in submodels]
+        active = [(name, self._submodel(name).spec) for name in submodels]
         return [(name, layer) for name, spec in active if spec.kind == "attention" for layer in spec.layers]
 
     def _seen(self, name: str, queries: Tensor, keys: Tensor, known: Tensor, context: Context) -> Tensor:
         """What a sub-model's attention sees, bool (B, T, S): ``known`` keys (B, S) within both contexts, and itself."""
-        near = visible(queries, keys, self._part(name).context) & visible(queries, keys, context)
+        near = visible(queries, keys, self._submodel(name).context) & visible(queries, keys, context)
         # A frame of padding, which sees nothing, must not divide by zero.
         itself = queries.unsqueeze(-1) == keys.unsqueeze(-2)
         return (near & known.unsqueeze(1)) | itself
@@ -261,3 +292,12 @@ class Encoder(nn.Module):
 
 def _gated(gate: Tensor, branch: Branch, x: Tensor) -> Tensor:
     return gate.view(-1, 1, 1) * branch(x)
+
+
+class PretrainedEncoder(nn.Module):
+    """An encoder by itself, pretrained without text; its tensors have the names they have in a recognizer."""
+
+    def __init__(self, spec: PretrainedEncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec.encoder, spec.features)

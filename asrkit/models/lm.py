@@ -12,12 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from asrkit.config import Positive, Probability, config, from_dict
+from asrkit.config import Positive, Probability, config
 from asrkit.data.text.units import Unit
-from asrkit.errors import UserError
 from asrkit.nn.conformer import FeedForward, LayerNorm
 from asrkit.nn.submodels import Attention
-from asrkit.run_dir import MODEL, RunDir
 
 END = 0  # what every sequence begins and ends with: the tokenizer's blank, which is no unit
 
@@ -46,11 +44,14 @@ class LmShape:
 
 @config
 class LmSpec:
-    """model.yaml of a language model; its units are the pieces of the run's tokenizer.model."""
+    """A language model; its units are the pieces of the run's tokenizer.model."""
 
     unit: Unit
+    """The unit of speech it is a model of."""
     vocab_size: Annotated[int, Field(ge=2)]
+    """Size of the unit's inventory, with 0 for the end of a sequence."""
     shape: LmShape
+    """The network."""
 
 
 class LanguageModel(nn.Module):
@@ -80,8 +81,8 @@ class LanguageModel(nn.Module):
         if isinstance(self.layers, nn.LSTM):
             x, _ = self.layers(x)
         else:
-            places = torch.arange(x.shape[1], device=x.device)
-            seen = (places <= places.unsqueeze(1)).unsqueeze(0)
+            positions = torch.arange(x.shape[1], device=x.device)
+            seen = (positions <= positions.unsqueeze(1)).unsqueeze(0)
             assert isinstance(self.layers, nn.ModuleList)
             for block in self.layers:
                 x = block(x, seen)
@@ -100,27 +101,3 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         x = x + self.attention(x, seen)[0]
         return self.norm(x + self.feedforward(x))
-
-
-def is_language_model(run: RunDir) -> bool:
-    """Whether a run directory holds a language model rather than a recognizer."""
-    return "unit" in run.model_spec
-
-
-def load_lm(run: RunDir) -> LanguageModel:
-    """Rebuild the language model of a run directory, strictly: on the CPU, float32, eval mode.
-
-    Raises:
-        UserError: the run is of another kind, or its weights do not fit the spec.
-    """
-    if not is_language_model(run):
-        raise UserError(f"{run.path}: holds no language model, but a recognizer; train one with asrkit train-lm")
-    with torch.random.fork_rng(devices=[]):  # reading a model draws nothing from the generator
-        model = LanguageModel(from_dict(LmSpec, run.model_spec, str(run.path / MODEL)))
-    try:
-        model.load_state_dict(run.weights(), strict=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"{run.path}: weights and model.yaml disagree ({' '.join(str(error).split())[:300]})"
-        ) from error
-    return model.eval()

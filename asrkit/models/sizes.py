@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from asrkit.config import from_dict, to_dict
-from asrkit.nn.compression import (
-    CompressedLinear,
-    size_in_bits,
-)
-
-if TYPE_CHECKING:
-    from asrkit.models.asr import AsrModel
+from asrkit.models.asr import AsrModel
 from asrkit.models.compression import (
     TRAINING_ONLY,
     QuantizationConfig,
@@ -23,7 +17,8 @@ from asrkit.models.compression import (
     linear_layers,
     quantized_spec,
 )
-from asrkit.models.surgery import rebuilt
+from asrkit.models.surgery import rebuild
+from asrkit.nn.compression import CompressedLinear, size_in_bits
 
 
 def part_of(path: str) -> str:
@@ -36,11 +31,11 @@ def part_of(path: str) -> str:
 
 def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What each part takes when stored for use, and what it would as float32: ``backbone``, ``submodel NAME``, ``predictor``,
-    ``joiner``, ``ctc_head``.
+    ``joiner``, ``ctc_head``. Of a recognizer with variants: as the one that is selected.
 
     ``bytes`` and ``float_bytes``; ``weights``, how many are masked or quantized, and of those ``kept``; ``bits`` of the
-    quantized ones, all that occur. Compressed layers count as ``size_in_bits`` says, all else 4 bytes a number; layers that
-    only serve training are left out.
+    quantized ones, all that occur. What the variant switches off does not count. Compressed layers count as ``size_in_bits``
+    says, all else 4 bytes a number; layers that only serve training are left out.
     """
     counted: dict[str, dict[str, Any]] = {}
 
@@ -50,23 +45,23 @@ def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     layers, inside = linear_layers(model), set()
     for path, layer in layers.items():
-        mine = row(path)
+        part = row(path)
         inside |= {f"{path}.{name}" for name, _ in layer.named_parameters()}
-        mine["bytes"] += size_in_bits(layer) / 8
-        mine["float_bytes"] += 4 * sum(parameter.numel() for parameter in layer.parameters())
-        if isinstance(layer, CompressedLinear):
-            mine["weights"] += layer.weight.numel()
-            mine["kept"] += int(layer.mask.sum()) if layer.how.mask is not None else layer.weight.numel()
-            if layer.how.weights is not None and layer.how.weights.bits not in mine["bits"]:
-                mine["bits"] = sorted([*mine["bits"], layer.how.weights.bits])
+        part["bytes"] += size_in_bits(layer) / 8
+        part["float_bytes"] += 4 * sum(parameter.numel() for parameter in layer.parameters())
+        if isinstance(layer, CompressedLinear) and (layer.active.mask or layer.active.weights):
+            part["weights"] += layer.weight.numel()
+            part["kept"] += int(layer.mask.sum()) if layer.active.mask is not None else layer.weight.numel()
+            if layer.active.weights is not None and layer.active.weights.bits not in part["bits"]:
+                part["bits"] = sorted([*part["bits"], layer.active.weights.bits])
     plain = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if not n.endswith(".mask"))]
     for name, tensor in plain:
         if name not in inside and name.partition(".")[0] not in TRAINING_ONLY:
-            mine = row(name)
-            mine["bytes"] += 4 * tensor.numel()
-            mine["float_bytes"] += 4 * tensor.numel()
-    for mine in counted.values():
-        mine["bytes"] = round(mine["bytes"])
+            part = row(name)
+            part["bytes"] += 4 * tensor.numel()
+            part["float_bytes"] += 4 * tensor.numel()
+    for part in counted.values():
+        part["bytes"] = round(part["bytes"])
     return counted
 
 
@@ -79,14 +74,13 @@ def layer_sizes(
     by_bits: dict[str, dict[int, float]] = {path: {} for path in layers}
     rest, plain = 0.0, 0.0
     for bits in (8, 4, 2):
-        weights = {**to_dict(settings.weights), "bits": bits, "symmetric": True}
-        uniform = from_dict(QuantizationConfig, {**to_dict(settings), "weights": weights, "bits": {}}, "quantization")
-        made = rebuilt(quantized_spec(model, uniform, active), model)
+        uniform = replace(settings, weights=replace(settings.weights, bits=bits, symmetric=True), bits={})
+        made = rebuild(quantized_spec(model, uniform, active), model)
         for path, layer in compressed_layers(made).items():
             if path in by_bits:
                 by_bits[path][bits] = size_in_bits(layer) / 8
         counted = [row for part, row in sizes(made).items() if _counts(part, active)]
-        rest = sum(row["bytes"] for row in counted) - sum(sizes_of[bits] for sizes_of in by_bits.values())
+        rest = sum(row["bytes"] for row in counted) - sum(layer_bytes[bits] for layer_bytes in by_bits.values())
         plain = sum(row["float_bytes"] for row in counted)
     return by_bits, rest, plain
 

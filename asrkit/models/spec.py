@@ -1,4 +1,4 @@
-"""The model's spec: all that is needed, beside the weights, to rebuild a model. It is model.yaml."""
+"""The specs of recognizers and encoders: all that is needed, beside the weights, to rebuild a model; model.yaml holds one."""
 
 from __future__ import annotations
 
@@ -33,20 +33,31 @@ class FeatureSpec:
     """80-bin Kaldi log-mel as lhotse computes it; mean and variance are buffers of the model."""
 
     kind: Literal["kaldi-fbank"] = "kaldi-fbank"
+    """How features are computed."""
     sample_rate: Literal[16000] = 16000
+    """Samples per second of the audio."""
     num_mel_bins: Literal[80] = 80
+    """Features per frame of 10 ms."""
 
 
 @config
 class EncoderSpec:
+    """The convolutional backbone."""
+
     dim: Positive
+    """Width of the backbone."""
     num_layers: Positive
+    """Number of blocks."""
     feedforward_dim: Positive
+    """Width inside a feed-forward module."""
     kernel_size: Positive = 31
+    """Frames of 40 ms that a depthwise convolution sees; odd."""
     subsampling_channels: tuple[Positive, Positive] = (8, 32)
+    """Channels of the two convolutions that subsample by 4."""
     dropout: Probability = 0.1
-    # per_mode: a second gain and bias in every norm, for streaming (arXiv 2010.06030); ours is one for both.
+    """Share of values dropped in training."""
     norms: Literal["shared", "per_mode"] = "shared"
+    """shared: one gain and bias a norm (our choice); per_mode: a second one for streaming (arXiv 2010.06030)."""
 
     @field_validator("kernel_size")
     @classmethod
@@ -58,28 +69,34 @@ class EncoderSpec:
 
 @config
 class PredictorSpec:
-    """A stateless predictor: the last ``context_size`` tokens, each with its own filter."""
+    """A stateless predictor: the last tokens, each with its own filter."""
 
     dim: Positive
+    """Width of the embeddings."""
     context_size: Positive = 2
+    """How many of the last tokens it sees."""
     dropout: Probability = 0.0
+    """Share of values dropped in training."""
 
 
 @config
 class SubModelSpec:
-    """Modules added to layers of the backbone under one name.
-
-    ``dim`` is that of attention's queries, keys and values, or an adapter's bottleneck. ``context`` limits what
-    attention sees whatever the model's mode; in streaming the chunk limits it further.
-    """
+    """Modules added to layers of the backbone under one name."""
 
     kind: Literal["attention", "adapter"]
+    """attention, or a feed-forward adapter."""
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """The backbone's layers that get a module, counted from 0."""
     position: Literal["serial", "parallel"] = "serial"
+    """Where it attaches: serial (before the convolution) or parallel (beside it)."""
     dim: Positive
+    """Width of attention's queries, keys and values, or of an adapter's bottleneck."""
     heads: Positive = 4
+    """Attention heads."""
     context: ContextText = "full"
+    """What attention sees at most, whatever context the model runs in; a streaming chunk limits it further."""
     dropout: Probability = 0.1
+    """Share of values dropped in training."""
 
     @field_validator("layers")
     @classmethod
@@ -95,46 +112,58 @@ class SubModelSpec:
 
 @config
 class HeadSpec:
-    """A frame classifier of two linear layers on a backbone layer, which only serves training (arXiv 2110.10429).
-
-    ``classes``: of the unit's inventory, with 0 for silence. ``layer``: the block it hangs on, None being the top.
-    """
+    """A frame classifier of two linear layers on a backbone layer, which only serves training (arXiv 2110.10429)."""
 
     unit: Unit
+    """The unit of speech it classifies."""
     classes: Positive
+    """Size of the unit's inventory, with 0 for silence."""
     hidden: Positive
+    """Width between its two layers."""
     layer: Annotated[int, Field(ge=0)] | None = None
+    """The block it hangs on; null is the top."""
 
 
 @config
 class VariantSpec:
-    """A named operating point: the sub-models that are active, and the contexts it was trained in, the first by default."""
+    """A named operating point of one set of weights."""
 
     submodels: list[str] = field(default_factory=list)
+    """The sub-models that are active, in the order they are added."""
     contexts: Annotated[list[ContextText], Field(min_length=1)] = field(default_factory=lambda: ["full"])
+    """The contexts it was trained in, the default one first."""
+    masks: bool = True
+    """Whether the masks of the compressed layers are on; without them the latent weights count as they are."""
+    integers: bool = True
+    """Whether the integers of the compressed layers are on; without them weights and inputs are float."""
 
 
 @config
 class ModelSpec:
-    """A convolutional backbone with a CTC head and a transducer on top, and the sub-models added to it.
-
-    ``languages``, if any, are those the encoder is told apart: it has a learned vector for each.
-    ``variant`` is the one the last stage trained, which is used where none is named. ``compression`` says, by the
-    path of a linear layer such as ``encoder.blocks.0.conv.out``, how it is masked and quantized. ``heads`` are those the run
-    was trained with; whoever loads the model leaves them out.
-    """
+    """A recognizer: a convolutional backbone with a CTC head and a transducer on top, and the sub-models added to it."""
 
     vocab_size: Annotated[int, Field(ge=2)]
+    """Number of tokens, blank included."""
     encoder: EncoderSpec
+    """The backbone."""
     predictor: PredictorSpec
+    """The transducer's predictor."""
     joiner_dim: Positive
+    """Width in which encoder and predictor meet."""
     features: FeatureSpec = field(default_factory=FeatureSpec)
+    """What the encoder takes."""
     languages: Languages = field(default_factory=list)
+    """Languages the model takes as an input: a learned vector for each is added to the frames."""
     submodels: dict[str, SubModelSpec] = field(default_factory=dict)
+    """The sub-models, by name."""
     variants: dict[str, VariantSpec] = field(default_factory=lambda: {BACKBONE: VariantSpec()})
+    """The operating points, by name."""
     variant: str = BACKBONE
+    """The variant the last stage trained, which is used where none is named."""
     compression: dict[str, Compression] = field(default_factory=dict)
+    """How linear layers are masked and quantized, by path, such as ``encoder.blocks.0.conv.out``; each variant says which of it is on."""
     heads: dict[str, HeadSpec] = field(default_factory=dict)
+    """Heads the run was trained with; loading the model leaves them out."""
 
     @model_validator(mode="after")
     def _names_and_layers(self) -> Any:
@@ -163,11 +192,28 @@ class ModelSpec:
             raise ValueError(f"no variant {self.variant}")
         return self
 
+    def contexts_of(self, submodel: str) -> list[str]:
+        """The contexts of every variant a sub-model is in, each once, in order."""
+        every = [
+            text for variant in self.variants.values() if submodel in variant.submodels for text in variant.contexts
+        ]
+        return list(dict.fromkeys(every))
+
+
+@config
+class PretrainedEncoderSpec:
+    """An encoder by itself, pretrained without text."""
+
+    encoder: EncoderSpec
+    """The backbone."""
+    features: FeatureSpec = field(default_factory=FeatureSpec)
+    """What the encoder takes."""
+
 
 Size = Literal["tiny", "small", "medium", "large"]
 
+# Parameters with 500 tokens, the pruning joiner included, which only serves training: 1.53 M, 4.95 M, 24.8 M, 103.6 M.
 SIZES: dict[str, dict[str, dict[str, int] | int]] = {
-    # parameters with 500 tokens: 1.2 M, 4.6 M, 24 M, 104 M
     "tiny": {
         "encoder": {"dim": 128, "num_layers": 5, "feedforward_dim": 320, "kernel_size": 15},
         "predictor": {"dim": 128},

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import overload
 
-from asrkit.config import from_dict, to_dict
+from torch import Tensor, nn
+
 from asrkit.errors import UserError
-from asrkit.models.spec import ModelSpec
-from asrkit.nn.compression import (
-    Compression,
-)
-
-if TYPE_CHECKING:
-    from asrkit.models.asr import AsrModel
+from asrkit.models.asr import AsrModel
 from asrkit.models.compression import compressed_layers
+from asrkit.models.encoder import PretrainedEncoder
+from asrkit.models.registry import build
+from asrkit.models.spec import ModelSpec, PretrainedEncoderSpec
+from asrkit.nn.compression import Compression
+
+# Which tensors are meant: those whose names begin so, or those a function says yes to.
+Names = Sequence[str] | Callable[[str], bool]
+Origin = nn.Module | Mapping[str, Tensor]
+
+
+@overload
+def rebuild(spec: ModelSpec, origin: Origin, *, new: Names = (), drop: Names = ()) -> AsrModel: ...
+@overload
+def rebuild(spec: PretrainedEncoderSpec, origin: Origin, *, new: Names = (), drop: Names = ()) -> PretrainedEncoder: ...
+def rebuild(spec: ModelSpec | PretrainedEncoderSpec, origin: Origin, *, new: Names = (), drop: Names = ()) -> nn.Module:
+    """A model of ``spec``, in evaluation mode, with the weights of ``origin``, a model or its tensors by name.
+
+    Args:
+        new: tensors that begin as the spec builds them where ``origin`` does not have them.
+        drop: tensors of ``origin`` that are not taken over.
+
+    Raises:
+        RuntimeError: any other tensor is missing, left over, or of another shape.
+    """
+    tensors = origin.state_dict() if isinstance(origin, nn.Module) else origin
+    tensors = {name: tensor for name, tensor in tensors.items() if not _named(name, drop)}
+    model: nn.Module = build(spec)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if unexpected or (missing := [name for name in missing if not _named(name, new)]):
+        raise RuntimeError(f"the weights do not fit the rebuilt model: missing {missing}, left over {unexpected}")
+    return model.eval()
+
+
+def is_mask(name: str) -> bool:
+    """Whether a tensor is a layer's mask, which is built as all True."""
+    return name.endswith(".mask")
+
+
+def _named(name: str, names: Names) -> bool:
+    return names(name) if callable(names) else name.startswith(tuple(names))
 
 
 def with_variant(spec: ModelSpec, name: str | None, contexts: Sequence[str] | None = None) -> ModelSpec:
@@ -26,43 +62,76 @@ def with_variant(spec: ModelSpec, name: str | None, contexts: Sequence[str] | No
     name = spec.variant if name is None else name
     if name not in spec.variants:
         raise UserError(f"no variant {name}; there are {', '.join(spec.variants)}")
-    content = {**to_dict(spec), "variant": name}
+    variant = spec.variants[name]
     if contexts is not None:
-        content["variants"][name]["contexts"] = list(contexts)
-    return from_dict(ModelSpec, content, "model")
+        variant = replace(variant, contexts=list(contexts))
+    return replace(spec, variant=name, variants={**spec.variants, name: variant})
 
 
-def rebuilt(spec: ModelSpec, origin: AsrModel) -> AsrModel:
-    """A model of ``spec`` with the weights of ``origin``, which has the same tensors but for masks; those begin as all True."""
-    model = type(origin)(spec)
-    missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
-    if unexpected or any(not name.endswith(".mask") for name in missing):
-        raise RuntimeError(f"the weights do not fit the compressed model: {missing} {unexpected}")
-    return model
+def reinitialized(model: AsrModel, active: Sequence[str]) -> AsrModel:
+    """The model with new weights; its buffers, and its sub-models that are not ``active``, stay."""
+    learned = {name for name, _ in model.named_parameters()}
+    idle = tuple(f"encoder.submodels.{name}." for name in model.spec.submodels if name not in active)
 
+    def fresh(name: str) -> bool:
+        return name in learned and not name.startswith(idle)
 
-def reinitialize(model: AsrModel, origin: AsrModel, active: Sequence[str]) -> None:
-    """Give a model new weights, in place; buffers and sub-models of ``origin`` that are not ``active`` stay."""
-    kept = {name for name, _ in model.named_buffers()}
-    idle = tuple(f"encoder.submodels.{name}." for name in origin.spec.submodels if name not in active)
-    fresh = type(model)(model.spec).state_dict()
-    new = {name: tensor for name, tensor in fresh.items() if name not in kept and not name.startswith(idle)}
-    model.load_state_dict(new, strict=False)
+    return rebuild(model.spec, model, new=fresh, drop=fresh)
 
 
 def recompressed(model: AsrModel, how: Mapping[str, Compression]) -> AsrModel:
     """The model with ``how`` in place of its own compression; the other layers have their latent float weights."""
-    content = {**to_dict(model.spec), "compression": {path: to_dict(one) for path, one in how.items()}}
-    made = type(model)(from_dict(ModelSpec, content, "model"))
-    wanted = made.state_dict()
-    made.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
-    return made.eval()
+    masked = {f"{path}.mask" for path, one in how.items() if one.mask is not None}
+    spec = replace(model.spec, compression=dict(how))
+    return rebuild(spec, model, drop=lambda name: is_mask(name) and name not in masked)
+
+
+def in_variant(model: AsrModel, variant: str) -> AsrModel:
+    """The same model for one variant, the only one it has left, with no more compression than is on in it. A model that is
+    compressed alike in all its variants is given back.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    spec = with_variant(model.spec, variant)
+    wanted = spec.variants[variant]
+    if not spec.compression or all(each.masks and each.integers for each in spec.variants.values()):
+        return model
+    left = {path: how.restricted(wanted.masks, wanted.integers) for path, how in spec.compression.items()}
+    model = recompressed(model, {path: how for path, how in left.items() if how.mask or how.weights})
+    variants = {variant: replace(wanted, masks=True, integers=True)}
+    return rebuild(replace(model.spec, variant=variant, variants=variants), model)
 
 
 def dequantized_model(model: AsrModel) -> AsrModel:
-    """An ordinary model whose float weights are what the masks and integers of ``model`` stand for; its inputs stay float."""
+    """An ordinary model whose float weights are what the masks and integers that are on in ``model`` stand for; its inputs stay
+    float."""
     plain = recompressed(model, {})
     for path, layer in compressed_layers(model).items():
-        weight = layer.masked_weight() if layer.how.weights is None else layer.codes().weights()
+        weight = layer.masked_weight() if layer.active.weights is None else layer.codes().weights()
         plain.get_submodule(path).weight.data.copy_(weight.detach())  # type: ignore[union-attr, operator]
     return plain
+
+
+def in_language(model: AsrModel, language: str | None) -> AsrModel:
+    """The same model for one of its languages, without a language input: the vector, which was added to what the subsampling's
+    last norm gives, becomes a part of that norm's bias. A model without languages, for None, is given back.
+
+    Raises:
+        UserError: the language is missing, or not one of the model's.
+    """
+    known = ", ".join(model.spec.languages)
+    if language is None and not known:
+        return model
+    if not known:
+        raise UserError(f"--language {language}: this model has no language input; drop --language")
+    if language is None:
+        raise UserError(f"this model takes the language as an input; give --language, one of {known}")
+    if language not in model.spec.languages:
+        raise UserError(f"--language {language}: this model knows {known}")
+    weights = model.state_dict()
+    vector = weights.pop("encoder.languages.weight")[model.spec.languages.index(language)]
+    for name in ("encoder.subsampling.norm.bias", "encoder.subsampling.norm.streaming.bias"):
+        if name in weights:  # a norm for streaming only where there is one per mode
+            weights[name] = weights[name] + vector
+    return rebuild(replace(model.spec, languages=[]), weights)

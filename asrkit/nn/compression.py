@@ -9,6 +9,8 @@ US20250078815A1). Where these leave a choice, it is an option below and its defa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asrkit.config import Advanced, config
+from asrkit.errors import UserError
 
 Rounding = Literal["half_up", "half_even"]
 # A float32 holds every whole number up to this exactly, so sums of products below it are those of integers.
@@ -138,6 +141,17 @@ class Compression:
         if self.activations is not None and (weights is None or not weights.symmetric):
             raise ValueError("integer activations need symmetric integer weights")
         return self
+
+    def restricted(self, masks: bool, integers: bool) -> Compression:
+        """What is left without the mask, or without the integers of weights and inputs."""
+        if masks and integers:
+            return self
+        return replace(
+            self,
+            mask=self.mask if masks else None,
+            weights=self.weights if integers else None,
+            activations=self.activations if integers else None,
+        )
 
 
 class Codes(NamedTuple):
@@ -337,6 +351,7 @@ class CompressedLinear(nn.Linear):
     """An ``nn.Linear`` by the same names whose weights are masked, quantized and multiplied as ``how`` says.
 
     ``weight`` stays the latent float32 tensor that the optimizer moves; ``mask`` (O, I), where there is one, is a buffer.
+    ``switch`` turns the mask and the integers off and on: ``active`` is what is left of ``how``, and what the layer does now.
     ``straight_through`` False gives pruned weights no gradient (the papers' way); True lets theirs through as if they were there.
     """
 
@@ -345,26 +360,31 @@ class CompressedLinear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, how: Compression, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias)
-        self.how = how
+        self.how = self.active = how
         if how.mask is not None:
             self.register_buffer("mask", torch.ones(outputs, inputs, dtype=torch.bool))
+
+    def switch(self, *, masks: bool, integers: bool) -> None:
+        """Run with or without the mask, and with or without the integers, from here on. Without a mask the latent weights count
+        as they are, also those that the mask hides."""
+        self.active = self.how.restricted(masks, integers)
 
     @property
     def multiplies_integers(self) -> bool:
         """Whether weights are multiplied as integers and scaled afterwards; otherwise they are scaled back first, as blocks and
         zero points need it (the runtime's MatMulNBits does the same)."""
-        weights = self.how.weights
+        weights = self.active.weights
         return (
             weights is not None
             and (weights.scale != "block" or weights.block_size == self.in_features)
             and weights.symmetric
             and not weights.scale_gradient
-            and self.how.product == "native"
+            and self.active.product == "native"
         )
 
     def masked_weight(self) -> Tensor:
         """(O, I): the latent weights, zero where the mask is False; those zeros get no gradient."""
-        if self.how.mask is None:
+        if self.active.mask is None:
             return self.weight
         if self.straight_through:
             return _StraightThroughMask.apply(self.weight, self.mask)  # type: ignore[no-any-return]
@@ -376,12 +396,12 @@ class CompressedLinear(nn.Linear):
         Raises:
             ValueError: the layer's weights are not quantized.
         """
-        if self.how.weights is None:
+        if self.active.weights is None:
             raise ValueError("this layer has float weights")
-        return weight_codes(self.masked_weight(), self.how.weights)
+        return weight_codes(self.masked_weight(), self.active.weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, how = self.masked_weight(), self.how.weights
+        weight, how = self.masked_weight(), self.active.weights
         if how is None:
             return F.linear(x, weight, self.bias)
         x = x.to(_autocast_dtype(x))
@@ -392,8 +412,10 @@ class CompressedLinear(nn.Linear):
     def _product(self, x: Tensor, weight: Tensor, how: WeightQuantization) -> Tensor:
         quantized = weight_codes(weight if how.scale_gradient else weight.detach(), how)
         if self.multiplies_integers:
-            return _NativeProduct.apply(x, weight, quantized.codes, quantized.scale, how.largest, self.how.activations)  # type: ignore[no-any-return]
-        found = quantized.weights()
+            return _NativeProduct.apply(
+                x, weight, quantized.codes, quantized.scale, how.largest, self.active.activations
+            )  # type: ignore[no-any-return]
+        values = quantized.weights()
         if how.scale_gradient:
             # Rounding passes straight through; the scale's own gradient flows as well.
             spread = quantized.spread(quantized.scale)
@@ -402,16 +424,15 @@ class CompressedLinear(nn.Linear):
             )
             # A clipped weight is the bound, whatever it is; more than half a step from its code, but for rounding errors.
             clipped = (straight - quantized.codes).abs() > 0.5 + 1e-3
-            found = (
-                found + torch.where(clipped, torch.zeros_like(found), straight - straight.detach()) * spread.detach()
-            )
+            straight = torch.where(clipped, torch.zeros_like(values), straight - straight.detach())
+            values = values + straight * spread.detach()
         else:
-            found = weight + (found - weight).detach()
-        if self.how.activations is not None:
-            coded = input_codes(x.detach(), self.how.activations)
-            values = coded.codes if coded.zero_point is None else coded.codes - coded.zero_point
-            x = x + ((values * coded.scale).to(x.dtype) - x).detach()
-        return F.linear(x, found.to(x.dtype))
+            values = weight + (values - weight).detach()
+        if self.active.activations is not None:
+            coded = input_codes(x.detach(), self.active.activations)
+            codes = coded.codes if coded.zero_point is None else coded.codes - coded.zero_point
+            x = x + ((codes * coded.scale).to(x.dtype) - x).detach()
+        return F.linear(x, values.to(x.dtype))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
@@ -452,17 +473,37 @@ def find_mask(scores: Tensor, how: Mask) -> Tensor:
 
 def size_in_bits(layer: nn.Linear) -> int:
     """What a layer's weights take when stored: codes at their bits, float32 scales (and offsets), a bit a weight for an N:M
-    mask or a bit a block, and its bias in float32 (arXiv 2312.08553's account, with what it leaves out)."""
+    mask or a bit a block, and its bias in float32 (arXiv 2312.08553's account, with what it leaves out). What is switched off
+    does not count."""
     bias = 0 if layer.bias is None else 32 * layer.bias.numel()
     if not isinstance(layer, CompressedLinear):
         return 32 * layer.weight.numel() + bias
-    mask = layer.how.mask
+    mask = layer.active.mask
     kept, extra = layer.weight.numel(), 0
     if mask is not None:
         kept = int(layer.mask.sum())
         extra = layer.weight.numel() // (1 if mask.keep is not None else mask.block[0] * mask.block[1])
-    if layer.how.weights is None:
+    if layer.active.weights is None:
         return 32 * kept + extra + bias
     codes = layer.codes()
     scales = codes.scale.numel() + (0 if codes.offset is None else codes.offset.numel())
-    return layer.how.weights.bits * kept + extra + 32 * scales + bias
+    return layer.active.weights.bits * kept + extra + 32 * scales + bias
+
+
+def compress(model: nn.Module, how: Mapping[str, Compression]) -> None:
+    """Replace the named linear layers by compressed ones with the same weights, in place; masks begin as all True.
+
+    Raises:
+        UserError: a path leads to no linear layer.
+    """
+    for path, one in how.items():
+        holder, _, name = path.rpartition(".")
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            layer = None
+        if not isinstance(layer, nn.Linear):
+            raise UserError(f"model.yaml: compression: {path} is no linear layer of this model")
+        compressed = CompressedLinear(layer.in_features, layer.out_features, one, layer.bias is not None)
+        compressed.weight, compressed.bias = layer.weight, layer.bias
+        setattr(model.get_submodule(holder), name, compressed)

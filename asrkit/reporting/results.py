@@ -14,6 +14,7 @@ from pydantic import Field
 
 from asrkit.config import config, from_dict
 from asrkit.errors import UserError
+from asrkit.migration import migrate_result
 from asrkit.reporting.wer import Scored, confidence_interval, total_chars, total_words
 
 RESULT = "result.json"
@@ -104,7 +105,7 @@ def read_results(run: Path) -> list[Result]:
             content = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(content, dict):
                 raise ValueError("it holds no object")
-            results.append(from_dict(Result, content, RESULT))
+            results.append(from_dict(Result, migrate_result(content), RESULT))
         except UserError as error:
             more = f"; and {len(error.lines) - 1} more" if len(error.lines) > 1 else ""
             findings.append(_not_a_result(file, f"{error.lines[0]}{more}"))

@@ -134,22 +134,25 @@ def _stages(description: dict[str, Any]) -> Table:
 
 def _variants(description: dict[str, Any]) -> Table:
     """A line for each trained context beside a line for each manifest measured, whichever are more."""
-    table = _table("variants", "variant", "sub-models", numbers=("parameters",))
+    table = _table("variants", "variant", "sub-models", numbers=("parameters", "bytes"))
     for column in ("trained in", "latency", "best WER %", "on"):
         table.add_column(column)
     for row in description["variants"]:
         name = f"{row['variant']} (default)" if row["default"] else row["variant"]
+        if off := [what for what in ("masks", "integers") if not row[what]]:
+            name += f" without {' and '.join(off)}"
         best = [(percent(entry["wer"]), _where(entry)) for entry in row["best"]] or [("-", "")]
         table.add_row(
             name,
             ", ".join(row["submodels"]) or "-",
             f"{row['parameters']:,}",
+            f"{row['bytes']:,}",
             "\n".join(entry["context"] for entry in row["contexts"]),
             "\n".join(latency(entry["latency_ms"]) for entry in row["contexts"]),
             "\n".join(rate for rate, _ in best),
             "\n".join(where for _, where in best),
         )
-    table.caption = "parameters: of what runs; the pruning joiner, which only serves training, is left out"
+    table.caption = "parameters, bytes: of what runs, as stored for use; the pruning joiner, which only serves training, is left out"
     table.caption_justify = "left"
     return table
 

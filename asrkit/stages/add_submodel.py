@@ -19,10 +19,11 @@ from asrkit.config import Advanced, Positive, Probability, config, from_dict, to
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
-from asrkit.models.asr import spec_of
 from asrkit.models.digests import backbone_digest
 from asrkit.models.encoder import SubModel
+from asrkit.models.registry import spec_of
 from asrkit.models.spec import ContextText
+from asrkit.models.surgery import rebuild
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import open_run
 from asrkit.training.asr_loss import asr_loss
@@ -178,10 +179,7 @@ def build_task(settings: AddSubModelConfig, parent: Path, name: str, batches: Tr
     spec = extended_spec(origin.spec, name, settings, str(parent))
     contexts = replace(settings.contexts, train=trained_contexts(settings))
     digest = backbone_digest(origin.state_dict())
-    model = AsrModel(spec)
-    missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
-    if unexpected or any(not key.startswith(f"encoder.submodels.{name}.") for key in missing):
-        raise RuntimeError(f"the parent's weights do not fit the extended model: {missing} {unexpected}")
+    model = rebuild(spec, origin, new=(f"encoder.submodels.{name}.",))
     _start(model, name, settings.submodel.init)
     frozen = _freeze(model, [model.encoder.submodels[name], *_parts(model, settings.also_train)])
 

@@ -28,7 +28,7 @@ from asrkit.methods.lm_distillation.teachers import (
     load_lm_teacher,
 )
 from asrkit.models import AsrModel, load_model
-from asrkit.models.surgery import with_variant
+from asrkit.models.surgery import rebuild, with_variant
 from asrkit.run_dir import WEIGHTS, open_run, sha256_of
 from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import fine_tune
@@ -92,9 +92,7 @@ def build_task(
     # LST mixes the posteriors into the labels of the supervised head, so that is the only one.
     heads = inventories if settings.mode == "mtl" else {SUPERVISED: inventories[SUPERVISED]}
     base = with_variant(origin.spec, settings.variant, settings.contexts.train)
-    model = AsrModel(with_heads(base, heads, settings.heads))
-    missing, unexpected = model.load_state_dict(origin.state_dict(), strict=False)
-    assert not unexpected and all(name.startswith("heads.") for name in missing)
+    model = rebuild(with_heads(base, heads, settings.heads), origin, new=("heads.",))
     annotator = Annotator(inventories, settings.repeats, settings.silence == "previous")
     batches.annotate = annotator
     models = {name: teacher.model for name, teacher in teachers.items()}

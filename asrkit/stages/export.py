@@ -24,7 +24,7 @@ from asrkit.export.runtime import ExportedModel
 from asrkit.export.writer import ExportOptions, ExportPlan, write_card, write_files, write_record
 from asrkit.extras import require
 from asrkit.models import load_model
-from asrkit.models.asr import in_language
+from asrkit.models.surgery import in_language, in_variant
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, RunDir, atomic_directory, atomic_write, occupied, open_run, sha256_of
 
@@ -122,6 +122,7 @@ def _plan(
             findings += error.lines
     if findings:
         raise UserError.of(findings)
+    model = in_variant(model, name)  # with the masks and integers that are on in it, and no others
     trained = [parse_context(text) for text in model.spec.variants[name].contexts]
     submodels = model.submodels_of(name)
     attends = any(model.spec.submodels[part].kind == "attention" for part in submodels)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.config import to_dict
-from asrkit.errors import UserError
-from asrkit.models.asr import spec_of
-from asrkit.models.lm import is_language_model
+from asrkit.models import load_model
+from asrkit.models.compression import linear_layers
+from asrkit.models.registry import ASR, kind_of, spec_of_kind
+from asrkit.models.sizes import sizes
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_results
@@ -21,43 +22,49 @@ BEST = ("manifest", "manifest_sha256", "context", "method", "beam", "wer", "word
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """Stages, parameters by part, sub-models, variants and evaluations of a run directory, as plain data; of a language
-    model, which has no variants, the rest.
+    """What a run directory holds, as plain data: its kind, stages, parameters by part, sub-models, variants, evaluations; of
+    language models and pretrained encoders, which have no variants, the rest.
 
     Raises:
         UserError: the directory is incomplete or damaged.
     """
     run = open_run(path)
-    spec = None if is_language_model(run) else spec_of(run)
+    kind_of(run)  # refuses one that this version does not know
+    spec = spec_of_kind(run, run.kind)
+    recognizer: ModelSpec | None = spec if run.kind == ASR else None
     parts = _parts(run)
     evaluations = _evaluations(run)
+    compression = None if recognizer is None else _compression(run, recognizer)
     return {
         "path": str(path),
+        "kind": run.kind,
         "stages": run.lineage,
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts),
         "bytes": (run.path / WEIGHTS).stat().st_size,
         "vocabulary": run.model_spec.get("vocab_size"),
         "features": run.model_spec.get("features"),
-        "languages": [] if spec is None else spec.languages,
-        "submodels": [] if spec is None else _submodels(spec, parts),
-        "variants": [] if spec is None else _variants(spec, parts, evaluations),
+        "languages": [] if recognizer is None else recognizer.languages,
+        "submodels": [] if recognizer is None else _submodels(recognizer, parts),
+        "variants": [] if recognizer is None else _variants(recognizer, parts, evaluations, compression),
         "evaluations": evaluations,
-        "compression": None if spec is None else _compression(run, spec),
+        "compression": compression,
     }
 
 
 def _compression(run: RunDir, spec: ModelSpec) -> dict[str, Any] | None:
-    """What each part takes when stored for use, and which linear layers stayed float; None where nothing is compressed."""
+    """What each part takes when stored for use in each variant (``parts``: in the default one), and which linear layers stayed
+    float; None where nothing is compressed."""
     if not spec.compression:
         return None
-    from asrkit.models import load_model
-    from asrkit.models.compression import linear_layers
-    from asrkit.models.sizes import sizes
-
     model = load_model(run)
+    by_variant = {}
+    for name in spec.variants:
+        model.select(name)
+        by_variant[name] = [{"part": part, **row} for part, row in sorted(sizes(model).items())]
     return {
-        "parts": [{"part": name, **row} for name, row in sorted(sizes(model).items())],
+        "parts": by_variant[spec.variant],
+        "variants": by_variant,
         "layers": {path: {"bits": how.weights and how.weights.bits, "masked": how.mask is not None}
                    for path, how in spec.compression.items()},
         "float_layers": [path for path in linear_layers(model) if path not in spec.compression],
@@ -67,21 +74,13 @@ def _compression(run: RunDir, spec: ModelSpec) -> dict[str, Any] | None:
 def _parts(run: RunDir) -> list[dict[str, Any]]:
     """Parameters, statistics included, and bytes of each part, from the file's header alone.
 
-    The encoder's are ``backbone`` and, for each sub-model, ``submodel NAME``.
+    An encoder's are ``backbone`` and, for each sub-model, ``submodel NAME``.
     """
-    from safetensors import SafetensorError, safe_open
-
     parts: dict[str, dict[str, Any]] = {}
-    try:
-        with safe_open(run.path / WEIGHTS, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no iteration)
-                tensor = file.get_slice(name)
-                size = math.prod(tensor.get_shape())
-                part = parts.setdefault(_part_of(name), {"parameters": 0, "bytes": 0})
-                part["parameters"] += 0 if name.endswith(".mask") else size
-                part["bytes"] += size * _bytes_of(tensor.get_dtype())
-    except SafetensorError as error:
-        raise UserError(f"{run.path / WEIGHTS}: not a safetensors file ({error}); restore it") from error
+    for name, (numbers, size) in run.tensor_sizes().items():
+        part = parts.setdefault(_part_of(name), {"parameters": 0, "bytes": 0})
+        part["parameters"] += 0 if name.endswith(".mask") else numbers
+        part["bytes"] += size
     return [{"part": name, **part} for name, part in sorted(parts.items())]
 
 
@@ -99,35 +98,36 @@ def _submodel(name: str) -> str:
     return f"submodel {name}"
 
 
-def _bytes_of(dtype: str) -> int:
-    """4 of ``F32``, 1 of ``I8``, 2 of ``BF16``: the digits are bits."""
-    return max(1, int("".join(filter(str.isdigit, dtype)) or 8) // 8)
-
-
 def _submodels(spec: ModelSpec, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each sub-model's make and size."""
-    sizes = {part["part"]: part["parameters"] for part in parts}
+    parameters = {part["part"]: part["parameters"] for part in parts}
     return [
         {
             "submodel": name,
-            "kind": part.kind,
-            "layers": part.layers,
-            "position": part.position,
-            "dim": part.dim,
-            "heads": part.heads if part.kind == "attention" else None,
-            "context": part.context,
-            "parameters": sizes.get(_submodel(name), 0),
+            "kind": submodel.kind,
+            "layers": submodel.layers,
+            "position": submodel.position,
+            "dim": submodel.dim,
+            "heads": submodel.heads if submodel.kind == "attention" else None,
+            "context": submodel.context,
+            "parameters": parameters.get(_submodel(name), 0),
         }
-        for name, part in spec.submodels.items()
+        for name, submodel in spec.submodels.items()
     ]
 
 
-def _variants(spec: ModelSpec, parts: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _variants(
+    spec: ModelSpec,
+    parts: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    compression: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
     """Each operating point: what is active, what it weighs when it runs, where it was trained, how good it is known to be.
 
-    ``best`` holds the lowest WER measured with the present weights for each manifest.
+    ``bytes``: as stored for use. ``best``: the lowest WER measured with the present weights for each manifest.
     """
-    sizes = {part["part"]: part["parameters"] for part in parts}
+    parameters = {part["part"]: part["parameters"] for part in parts}
+    stored = dict.fromkeys(spec.variants, parts) if compression is None else compression["variants"]
     rows = []
     for name, variant in spec.variants.items():
         running = ["backbone", *DECODER, *map(_submodel, variant.submodels)]
@@ -142,7 +142,10 @@ def _variants(spec: ModelSpec, parts: list[dict[str, Any]], evaluations: list[di
                 "variant": name,
                 "default": name == spec.variant,
                 "submodels": variant.submodels,
-                "parameters": sum(sizes.get(part, 0) for part in running),
+                "masks": variant.masks,
+                "integers": variant.integers,
+                "parameters": sum(parameters.get(part, 0) for part in running),
+                "bytes": sum(row["bytes"] for row in stored[name] if row["part"] in running),
                 "contexts": [
                     {"context": text, "latency_ms": parse_context(text).latency_ms} for text in variant.contexts
                 ],

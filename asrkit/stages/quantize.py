@@ -8,7 +8,7 @@ from asrkit.config import to_dict
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.models.compression import QuantizationConfig, quantized_spec
-from asrkit.models.surgery import rebuilt
+from asrkit.models.surgery import rebuild
 from asrkit.run_dir import occupied, open_run
 from asrkit.training.run_writer import write_untrained_run
 
@@ -23,5 +23,5 @@ def quantize(parent: Path, out: Path, settings: QuantizationConfig, *, command: 
         raise UserError.of(findings)
     source = open_run(parent)
     origin = load_model(source)
-    model = rebuilt(quantized_spec(origin, settings), origin)
+    model = rebuild(quantized_spec(origin, settings), origin)
     return write_untrained_run(out, source, "quantize", to_dict(settings), model, command=command)

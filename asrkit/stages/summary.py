@@ -77,6 +77,7 @@ def _trained(path: Path) -> _System:
     model, entry = load_model(run), run.lineage[-1]
 
     def size(variant: str, method: str) -> int:
+        model.select(variant)
         unused = {f"submodel {name}" for name in set(model.spec.submodels) - set(model.submodels_of(variant))}
         unused |= {"predictor", "joiner"} if method == "ctc" else {"ctc_head"}
         return sum(part["bytes"] for name, part in sizes(model).items() if name not in unused)

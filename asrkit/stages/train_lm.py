@@ -127,7 +127,7 @@ def train_lm(
         plan = BucketPlan(table.lens + 1, settings.max_symbols * slices, settings.num_buckets, slices, settings.seed)
         torch.manual_seed(settings.seed)
         spec = LmSpec(unit=unit, vocab_size=inventory.size, shape=settings.model)
-        run.describe(to_dict(spec), f"{len(table)} sentences, {table.lens.sum()} {unit} units", spec.vocab_size)
+        run.describe(spec, f"{len(table)} sentences, {table.lens.sum()} {unit} units")
         if not len(held_out):
             run.note(f"{out}: no sentence is held out, so no perplexity is measured; give --dev or a higher held_out")
         measure = perplexity_of(held_out, settings.max_symbols) if len(held_out) else None

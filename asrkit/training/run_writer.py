@@ -17,14 +17,16 @@ from rich.console import Console
 from torch import nn
 
 from asrkit import __version__
-from asrkit.config import differences, digest, to_dict
+from asrkit.config import differences, digest
 from asrkit.data.shar import shards_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.errors import UserError
+from asrkit.migration import FORMAT
 from asrkit.models.asr import AsrModel
+from asrkit.models.registry import Spec, write_model
+from asrkit.models.spec import PretrainedEncoderSpec
 from asrkit.run_dir import (
     CONFIG,
-    DIGESTS,
     LINEAGE,
     MODEL,
     TOKENIZER,
@@ -32,9 +34,11 @@ from asrkit.run_dir import (
     WEIGHTS,
     RunDir,
     atomic_directory,
+    digests_of,
     open_run,
     read_yaml,
     sha256_of,
+    stored_model,
     write_yaml,
 )
 from asrkit.training.checkpoint import STATE_FILE, save_weights
@@ -130,14 +134,13 @@ class RunWriter:
             write_yaml(self.path / LEFT_OUT, self.left_out)
         broadcast_object(self.world, None)  # the others read it only once it is there
 
-    def describe(self, spec: dict[str, Any], data: str, vocab_size: int) -> None:
+    def describe(self, spec: Spec, data: str) -> None:
         """Write model.yaml and say what is trained on what ``data``; from here on the directory is kept."""
         self.began = True
         if self.world.is_main:
-            write_yaml(self.path / MODEL, spec)
-            self.note(
-                f"{self.path}: {data}, vocabulary {vocab_size}, {self.world.size} process(es) on {self.world.device}"
-            )
+            write_model(self.path, spec)
+            vocabulary = "" if isinstance(spec, PretrainedEncoderSpec) else f", vocabulary {spec.vocab_size}"
+            self.note(f"{self.path}: {data}{vocabulary}, {self.world.size} process(es) on {self.world.device}")
 
     def publish(self, model: nn.Module, step: int, metrics: dict[str, float]) -> None:
         """Replace the run's weights.
@@ -146,19 +149,18 @@ class RunWriter:
         on disk are whole and known.
         """
         weights = self.path / WEIGHTS
-        before = sha256_of(weights) if weights.is_file() else None
         staged = self.path / "state" / f"next-{WEIGHTS}"
         save_weights(staged, model)
+        before = digests_of(self.path)
         entry = {
             **self.lineage[-1],
             **self.facts,
             "step": step,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "seconds": round(time.monotonic() - self._began, 1),
+            **before,
             "weights_sha256": sha256_of(staged),
-            "previous_weights_sha256": before,
-            "model_spec_sha256": sha256_of(self.path / MODEL),
-            "tokenizer_sha256": sha256_of(self.path / TOKENIZER),
+            "previous_weights_sha256": before.get("weights_sha256"),
         }
         write_yaml(self.path / LINEAGE, [*self.lineage[:-1], entry])
         os.replace(staged, weights)
@@ -206,6 +208,11 @@ def _existing(path: Path, stage: str, content: dict[str, Any]) -> dict[str, Any]
     if not isinstance(found, dict) or found.get("stage") != stage:
         other = found.get("stage") if isinstance(found, dict) else "unknown"
         raise UserError(f"{path}: is a run of {other}, not of {stage}; choose another --out")
+    if (path / MODEL).is_file() and (number := stored_model(path).get("format", 0)) != FORMAT:
+        raise UserError(
+            f"{path}: was begun by an older version of asrkit (format {number}, now {FORMAT}) and cannot be resumed; start from it "
+            "with --from in another --out, or go on with that version"
+        )
     if changed := differences(found, content):
         raise UserError.of(
             [f"{path}: was begun with other settings: {line}" for line in changed]
@@ -256,7 +263,7 @@ def write_untrained_run(
     }
     with atomic_directory(out) as folder:
         write_yaml(folder / CONFIG, content)
-        write_yaml(folder / MODEL, to_dict(model.spec))
+        write_model(folder, model.spec)
         Tokenizer(parent.tokenizer_path).copy_to(folder / TOKENIZER)
         save_weights(folder / WEIGHTS, model)
         entry = {
@@ -264,7 +271,7 @@ def write_untrained_run(
             **(extra or {}),
             "metrics": {},
             "seconds": round(time.monotonic() - began, 1),
-            **{key: sha256_of(folder / name) for key, name in DIGESTS.items()},
+            **digests_of(folder),
         }
         write_yaml(folder / LINEAGE, [*parent.lineage, entry])
         (folder / DONE).write_text("")

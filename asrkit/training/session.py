@@ -23,9 +23,9 @@ from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import AsrModel
-from asrkit.models.asr import spec_of
 from asrkit.models.compression import keep_pruned
 from asrkit.models.digests import submodels_left_behind
+from asrkit.models.registry import spec_of
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.asr_loss import LossConfig, check_contexts
@@ -190,9 +190,7 @@ def run_recipe(
     for note in task.notes:
         run.note(f"{run.path}: {note}")
     run.facts = {**task.facts, **_facts(run, model, task.variant, settings.loss)}
-    run.describe(
-        to_dict(model.spec), f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min", model.vocab_size
-    )
+    run.describe(model.spec, f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min")
     if dev is not None:
         task = replace(task, measure=_measure(task, model, tokenizer, settings, dev))
     train(task, run.path, settings.training, settings.data.num_workers, settings.seed, world, run.publish)

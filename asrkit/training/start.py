@@ -18,7 +18,7 @@ from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
 from asrkit.models.spec import BACKBONE, Languages, Size, VariantSpec
-from asrkit.models.surgery import rebuilt, with_variant
+from asrkit.models.surgery import rebuild, with_variant
 from asrkit.nn.context import FULL
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
 from asrkit.training.checkpoint import saved_slices
@@ -155,7 +155,7 @@ def first_model(settings: StartConfig, parent: Path | None, out: Path, batches: 
     """
     if parent is not None:
         origin = open_parent(parent, settings)
-        return rebuilt(origin.spec, origin.model), origin.spec.variant
+        return rebuild(origin.spec, origin.model), origin.spec.variant
     resumed = saved_slices(out) is not None
     model = new_model(settings.model, settings.contexts, batches, with_statistics=not resumed)
     return model, trained_variant(settings.model)

@@ -745,7 +745,7 @@ def test_a_large_state_is_told_before_the_work(run: Path, tmp_path: Path, monkey
 def test_no_run_directory(tmp_path: Path, offline: Path) -> None:
     with pytest.raises(UserError, match="no such run directory"):
         export(tmp_path / "nowhere", tmp_path / "onnx")
-    with pytest.raises(UserError, match="holds an exported model"):
+    with pytest.raises(UserError, match="is an exported model, not a run directory"):
         export(offline, tmp_path / "onnx")
     assert not any(tmp_path.iterdir())
 

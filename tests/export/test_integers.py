@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asrkit.cli import main
-from asrkit.config import from_dict, to_dict
+from asrkit.config import from_dict
 from asrkit.data.features import fbank
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.tokenizer import UNK_ID
@@ -32,7 +33,8 @@ from asrkit.export.readme import tail_seconds
 from asrkit.export.runtime import run_graph
 from asrkit.models import load_model
 from asrkit.models.compression import LayerChoice, QuantizationConfig, compressed_layers, pruned_spec
-from asrkit.models.surgery import rebuilt
+from asrkit.models.registry import write_model
+from asrkit.models.surgery import is_mask, rebuild
 from asrkit.nn.compression import (
     ActivationQuantization,
     CompressedLinear,
@@ -43,7 +45,7 @@ from asrkit.nn.compression import (
     size_in_bits,
 )
 from asrkit.reporting.wer import align, count
-from asrkit.run_dir import LINEAGE, MODEL, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import LINEAGE, WEIGHTS, digests_of, open_run, read_yaml, write_yaml
 from asrkit.stages.export import export
 from asrkit.stages.quantize import quantize
 from asrkit.training.checkpoint import save_weights
@@ -239,18 +241,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def republish(path: Path, model: Any) -> None:
-    write_yaml(path / MODEL, to_dict(model.spec))
+    write_model(path, model.spec)
     save_weights(path / WEIGHTS, model)
-    digests = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL}
-    entry = read_yaml(path / LINEAGE)[-1] | {key: sha256_of(path / name) for key, name in digests.items()}
-    write_yaml(path / LINEAGE, [entry])
+    write_yaml(path / LINEAGE, [read_yaml(path / LINEAGE)[-1] | digests_of(path)])
 
 
 def sparse(path: Path, out: Path) -> Path:
     """A run directory of the same model, 2:4."""
     shutil.copytree(path, out)
     model = load_model(open_run(path))
-    masked = rebuilt(pruned_spec(model, Mask(keep=2, group=4), LayerChoice(indivisible="skip")), model)
+    masked = rebuild(pruned_spec(model, Mask(keep=2, group=4), LayerChoice(indivisible="skip")), model, new=is_mask)
     for layer in compressed_layers(masked).values():
         layer.mask.copy_(find_mask(layer.weight.detach().abs(), Mask(keep=2, group=4)))
     republish(out, masked)
@@ -566,3 +566,36 @@ def test_the_presets_are_offered_by_the_command() -> None:
 
     assert [one.value for one in Quantize] == list(QUANTIZED)
     assert [one.value for one in Format] == list(SUFFIXES)
+
+
+def test_a_variant_is_exported_with_what_is_on_in_it(run: Path, tmp_path: Path) -> None:
+    """Of one set of weights: dense as float32, sparse with its masks and integers, whichever is the default."""
+    source = sparse(run, tmp_path / "sparse")
+    quantize(source, tmp_path / "super", KINDS["int4"])
+    model = load_model(open_run(tmp_path / "super"))
+    near = model.spec.variants["near"]
+    variants = {"dense": replace(near, masks=False, integers=False), "sparse": near}
+    shutil.copytree(tmp_path / "super", tmp_path / "other")
+    republish(tmp_path / "super", rebuild(replace(model.spec, variants=variants, variant="sparse"), model))
+    republish(tmp_path / "other", rebuild(replace(model.spec, variants=variants, variant="dense"), model))
+    for origin in ("super", "other"):
+        for variant in variants:
+            exported = export(tmp_path / origin, tmp_path / f"{origin}-{variant}", variant=variant, streaming=True)
+            assert (exported.compression == "float32") == (variant == "dense")
+    for variant in variants:
+        files = [(tmp_path / f"{origin}-{variant}" / "encoder.onnx").read_bytes() for origin in ("super", "other")]
+        assert files[0] == files[1]
+    stored = {
+        variant: {t.name: t for t in onnx.load(tmp_path / f"super-{variant}" / "encoder.onnx").graph.initializer}
+        for variant in variants
+    }
+    assert any(name.endswith(".codes") for name in stored["sparse"]) and not any(
+        name.endswith((".codes", ".mask", ".scale")) for name in stored["dense"]
+    )
+    weight = onnx.numpy_helper.to_array(stored["dense"]["encoder.blocks.0.conv.out.weight"])
+    assert np.array_equal(weight.T, model.encoder.blocks[0].conv.out.weight.detach().numpy())
+    with pytest.raises(UserError, match="variant dense of .* is float32 without masks"):
+        export(tmp_path / "super", tmp_path / "x", variant="dense", streaming=True, dequantize=True)
+    # A dense variant can be rounded at export, as any float model.
+    rounded = export(tmp_path / "super", tmp_path / "int8", variant="dense", streaming=True, quantize="int8")
+    assert "weights of 8 bits, rounded without training" in rounded.compression

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from asrkit.config import from_dict, to_dict
+from asrkit.config import from_dict
 from asrkit.data.text.tokenizer import train_tokenizer
 from asrkit.models import AsrModel, ModelSpec
-from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENIZER, WEIGHTS, sha256_of, write_yaml
+from asrkit.models.registry import write_model
+from asrkit.run_dir import CONFIG, LINEAGE, TOKENIZER, WEIGHTS, digests_of, write_yaml
 from asrkit.training.checkpoint import save_weights
 
 TEXTS = ["the cat sat on the mat", "le chat est sur la table", "one two three", "quatre cinq six"]
@@ -48,7 +49,7 @@ def write_run(path: Path, spec: dict[str, Any] | None = None, layers: int = 1) -
         model.encoder.normalize.mean.fill_(-8.0)
         model.encoder.normalize.std.fill_(4.0)
     write_yaml(path / CONFIG, {"stage": "train-backbone"})
-    write_yaml(path / MODEL, to_dict(model_spec))
+    write_model(path, model_spec)
     save_weights(path / WEIGHTS, model)
     entry = {
         "stage": "train-backbone",
@@ -57,8 +58,7 @@ def write_run(path: Path, spec: dict[str, Any] | None = None, layers: int = 1) -
         "seconds": 1.5,
         "metrics": {"wer": 0.5},
     }
-    digests = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL, "tokenizer_sha256": TOKENIZER}
-    write_yaml(path / LINEAGE, [entry | {key: sha256_of(path / name) for key, name in digests.items()}])
+    write_yaml(path / LINEAGE, [entry | digests_of(path)])
     return path
 
 

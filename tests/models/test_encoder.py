@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from asrkit.config import from_dict
 from asrkit.decoding.acoustic import encode_by_chunks
 from asrkit.models import AsrModel, ModelSpec
-from asrkit.models.compression import compress, compressed_layers, linear_layers
+from asrkit.models.compression import compressed_layers, linear_layers
 from asrkit.models.encoder import Caches, join_streams
-from asrkit.nn.compression import Compression, find_mask
+from asrkit.nn.compression import Compression, compress, find_mask
 from asrkit.nn.conformer import BackboneBlock, Branch, DepthwiseConv, LayerNorm, subsampled_lens
 from asrkit.nn.context import FULL, Context, parse_context, visible
 from asrkit.nn.submodels import Adapter, Attention

@@ -13,8 +13,8 @@ import asrkit
 from asrkit.config import is_config
 from asrkit.reporting.settings import field_docs
 
-# Records and specs that asrkit writes and reads back: nobody sets them.
-RECORDS = ("asrkit.export.directory.", "asrkit.models.spec.", "asrkit.models.lm.LmSpec", "asrkit.reporting.results.")
+# Records that asrkit writes and reads back: nobody sets them.
+RECORDS = ("asrkit.export.directory.", "asrkit.reporting.results.")
 
 
 def settings_classes() -> Iterator[type]:

@@ -15,6 +15,9 @@ from asrkit.run_dir import open_run
 from helpers.stage_runs import asrkit, killed, sets
 from helpers.tones import make_corpus
 
+# Of a new variant: all the compression there is.
+ON = {"masks": True, "integers": True}
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,7 +81,7 @@ def test_the_new_part_learned(backbone: Path, attention: Path) -> None:
     assert len(projections) == 2 and all(tensor.abs().sum() > 0 for tensor in projections)  # they began as zeros
     run = open_run(attention)
     assert run.model_spec["variant"] == "attention"
-    assert run.model_spec["variants"]["attention"] == {"submodels": ["attention"], "contexts": ["full"]}
+    assert run.model_spec["variants"]["attention"] == ON | {"submodels": ["attention"], "contexts": ["full"]}
     assert [entry["stage"] for entry in run.lineage] == ["train-backbone", "add-submodel"]
 
 
@@ -91,7 +94,7 @@ def test_a_second_one_of_another_kind_on_the_first(corpus: Path, attention: Path
     )  # fmt: skip
     spec = open_run(run).model_spec
     assert spec["submodels"]["near"]["layers"] == [1] and spec["submodels"]["near"]["position"] == "parallel"
-    assert spec["variants"]["near"] == {"submodels": ["attention", "near"], "contexts": ["chunk=4,left=8"]}
+    assert spec["variants"]["near"] == ON | {"submodels": ["attention", "near"], "contexts": ["chunk=4,left=8"]}
     before, after = open_run(attention).weights(), open_run(run).weights()
     changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert changed == {"ctc_head.weight", "ctc_head.bias"}

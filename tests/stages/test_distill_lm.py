@@ -262,8 +262,8 @@ def test_heads_are_left_behind(corpus: Path, taught: Path, tmp_path: Path) -> No
     """Whoever loads the run sees the recognizer alone: the same outputs, the same exported files, another stage's run."""
     bare = tmp_path / "bare"
     shutil.copytree(taught, bare)
-    spec = read_yaml(bare / MODEL)
-    write_yaml(bare / MODEL, {**spec, "heads": {}})
+    content = read_yaml(bare / MODEL)
+    write_yaml(bare / MODEL, {**content, "spec": {**content["spec"], "heads": {}}})
     from safetensors.torch import load_file, save_file
 
     kept = {name: t for name, t in load_file(bare / WEIGHTS).items() if not name.startswith("heads.")}
@@ -298,8 +298,8 @@ def test_exported_files_know_of_no_head(taught: Path, tmp_path: Path) -> None:
     asrkit("export", "--from", taught, "--out", tmp_path / "with")
     run = tmp_path / "bare"
     shutil.copytree(taught, run)
-    spec = read_yaml(run / MODEL)
-    write_yaml(run / MODEL, {**spec, "heads": {}})
+    content = read_yaml(run / MODEL)
+    write_yaml(run / MODEL, {**content, "spec": {**content["spec"], "heads": {}}})
     lineage = read_yaml(run / "lineage.yaml")
     lineage[-1]["model_spec_sha256"] = sha256_of(run / MODEL)
     write_yaml(run / "lineage.yaml", lineage)
@@ -413,7 +413,7 @@ def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
         (["--lm", "phone={lm-bpe}"], "is a language model of bpe units, not of phone"),
         (["--lm", "{lm-phone}"], "write NAME=RUN"),
         (["--lm", "phone=nowhere"], "no such run directory"),
-        (["--lm", "phone={parent}"], "holds no language model"),
+        (["--lm", "phone={parent}"], "is a recognizer, not a language model; train one with `asrkit train-lm`"),
         (["--lm", "phone={lm-phone}", "--set", "labels=1.5"], "less than or equal to 1"),
         (["--lm", "phone={lm-phone}", "--lm", "phone={lm-phone}"], "the same name occurs twice"),
         (["--lm", "phone={lm-phone}", "--lm", "bpe={lm-bpe}", "--mode", "lst"], "give one --lm"),

@@ -31,8 +31,8 @@ from asrkit.methods.distillation.pseudo_labels import _transcribe
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
 from asrkit.methods.distillation.teachers import ANY, open_teachers
 from asrkit.models import AsrModel, ModelSpec
-from asrkit.models.asr import in_language
 from asrkit.models.digests import backbone_digest
+from asrkit.models.surgery import in_language
 from asrkit.nn.conformer import subsampled_lens
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
@@ -258,7 +258,7 @@ def test_evaluate_and_transcribe_take_the_language(
     for words, complaint in (
         ([run], f"error: {run}: needs the language of the recordings; give --language, one of en, fr, it"),
         ([run, "--language", "de"], "error: --language de: this model knows en, fr, it"),
-        ([plain, "--language", "en"], "error: --language en: this model is told no language; leave it out"),
+        ([plain, "--language", "en"], "error: --language en: this model has no language input; drop --language"),
     ):
         for how in ([], ["--stream", "--fast"]):
             assert lines_of(asrkit("transcribe", "--from", *words, *how, audio[0], code=1)) == [complaint]
@@ -391,7 +391,7 @@ def test_export_refuses_without_a_language(run: Path, plain: Path, spoken: Calla
     for words, complaint in (
         ([run], "give --language, one of en, fr, it"),
         ([run, "--language", "de"], "--language de: this model knows en, fr, it"),
-        ([plain, "--language", "en"], "--language en: this model is told no language; leave it out"),
+        ([plain, "--language", "en"], "--language en: this model has no language input; drop --language"),
     ):
         refused = lines_of(
             asrkit("export", "--from", *words, "--variant", "backbone", "--out", tmp_path / "no", code=1)

@@ -26,10 +26,11 @@ from asrkit.decoding.recognizer import load_recognizer
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.digests import backbone_digest, tensors_digest
+from asrkit.models.registry import write_model
+from asrkit.models.submodel_file import read_submodel
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import (
     CONFIG,
-    DIGESTS,
     LINEAGE,
     MODEL,
     TOKENIZER,
@@ -37,6 +38,7 @@ from asrkit.run_dir import (
     WEIGHTS,
     atomic_directory,
     atomic_write,
+    digests_of,
     open_run,
     read_yaml,
     sha256_of,
@@ -48,7 +50,6 @@ from asrkit.stages.submodel import (
     combine_submodels,
     describe_submodels,
     extract_submodel,
-    read_submodel,
     remove_submodel,
 )
 from asrkit.training.checkpoint import save_weights
@@ -92,7 +93,7 @@ def make_run(path: Path, seed: int = 0, submodels: dict[str, Any] | None = None,
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     write_yaml(path / CONFIG, {"stage": "train-backbone"})
-    write_yaml(path / MODEL, to_dict(model.spec))
+    write_model(path, model.spec)
     save_weights(path / WEIGHTS, model)
     entry = {
         "stage": "train-backbone",
@@ -100,7 +101,7 @@ def make_run(path: Path, seed: int = 0, submodels: dict[str, Any] | None = None,
         "created": "",
         "seconds": 1.5,
     }
-    write_yaml(path / LINEAGE, [entry | {key: sha256_of(path / name) for key, name in DIGESTS.items()}])
+    write_yaml(path / LINEAGE, [entry | digests_of(path)])
     return path
 
 

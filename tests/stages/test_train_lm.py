@@ -20,7 +20,8 @@ from asrkit.data.text.units import Inventory, write_inventory
 from asrkit.errors import UserError
 from asrkit.losses.language_model import sequence_nll
 from asrkit.models import load_model
-from asrkit.models.lm import LanguageModel, LmSpec, load_lm
+from asrkit.models.lm import LanguageModel, LmSpec
+from asrkit.models.registry import load_lm
 from asrkit.run_dir import open_run
 from helpers.lm_runs import asrkit, sets
 from helpers.stage_runs import TWO, launched

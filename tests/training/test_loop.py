@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from asrkit.errors import UserError
+from asrkit.migration import FORMAT
 from asrkit.models import load_model
 from asrkit.run_dir import LINEAGE, MODEL, open_run, sha256_of, write_yaml
 from asrkit.training.ema import MovingAverage
@@ -236,7 +237,9 @@ def test_a_model_of_another_version_is_refused(uninterrupted: Path, tmp_path: Pa
     copy = tmp_path / "copy"
     shutil.copytree(uninterrupted, copy)
     found = open_run(copy)
-    write_yaml(copy / MODEL, {**found.model_spec, "variants": {"backbone": []}})
+    write_yaml(
+        copy / MODEL, {"format": FORMAT, "kind": "asr", "spec": {**found.model_spec, "variants": {"backbone": []}}}
+    )
     lineage = [*found.lineage[:-1], {**found.lineage[-1], "model_spec_sha256": sha256_of(copy / MODEL)}]
     write_yaml(copy / LINEAGE, lineage)
     with pytest.raises(UserError, match="another version of asrkit made it .model.yaml: variants.backbone"):

@@ -12,7 +12,8 @@ from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.text.units import Inventory, Unit
 from asrkit.errors import UserError
-from asrkit.models.lm import LanguageModel, load_lm
+from asrkit.models.lm import LanguageModel
+from asrkit.models.registry import load_lm
 from asrkit.run_dir import open_run
 
 SUPERVISED = "supervised"  # the head trained on the alignment's own labels

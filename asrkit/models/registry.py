@@ -1,0 +1,182 @@
+"""What a run directory can hold: its kinds, and the way from model.yaml to a spec and from there to a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from asrkit.config import from_dict, to_dict
+from asrkit.errors import UserError
+from asrkit.migration import FORMAT
+from asrkit.models.asr import AsrModel
+from asrkit.models.encoder import PretrainedEncoder
+from asrkit.models.lm import LanguageModel, LmSpec
+from asrkit.models.spec import ModelSpec, PretrainedEncoderSpec
+from asrkit.run_dir import MODEL, RunDir, write_yaml
+
+ASR, LM, ENCODER = "asr", "lm", "encoder"
+Spec = ModelSpec | LmSpec | PretrainedEncoderSpec
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of run directory.
+
+    ``title``: what it is, in a sentence. ``spec`` and ``build``: the spec's class, and from a spec to an untrained module.
+    ``tokenizer``: whether the run has one. ``made_by``: the command that makes one, for whoever gave something else.
+    ``next``: what to do with one, for whoever gave it where a recognizer is needed; ``{path}`` is the run.
+    """
+
+    title: str
+    spec: type
+    build: Callable[[Any], nn.Module]
+    tokenizer: bool
+    made_by: str
+    next: str
+
+
+KINDS = {
+    ASR: Kind(
+        "a recognizer",
+        ModelSpec,
+        AsrModel,
+        True,
+        "asrkit train-backbone",
+        "evaluate it with `asrkit evaluate --from {path}`",
+    ),
+    LM: Kind(
+        "a language model",
+        LmSpec,
+        LanguageModel,
+        True,
+        "asrkit train-lm",
+        "let it teach a recognizer with `asrkit distill-lm --lm NAME={path}`",
+    ),
+    ENCODER: Kind(
+        "a pretrained encoder",
+        PretrainedEncoderSpec,
+        PretrainedEncoder,
+        False,
+        "asrkit pretrain",
+        "make a recognizer of it first with `asrkit train-backbone --from {path}`",
+    ),
+}
+
+
+def kind_of(run: RunDir) -> Kind:
+    """The kind of a run directory.
+
+    Raises:
+        UserError: this version knows no such kind, or the run lacks the tokenizer of its kind.
+    """
+    if run.kind not in KINDS:
+        raise UserError(
+            f"{run.path}: holds a model of kind {run.kind}, and this version of asrkit knows {', '.join(KINDS)}; "
+            "use the version that made it, or a newer one"
+        )
+    kind = KINDS[run.kind]
+    if kind.tokenizer and not run.tokenizer_path.is_file():
+        raise UserError(f"{run.tokenizer_path}: is missing; restore it or train again")
+    return kind
+
+
+def require(run: RunDir, wanted: str) -> None:
+    """Refuse a run directory that is not of the ``wanted`` kind.
+
+    Raises:
+        UserError: in one line: what it is, and what to do with it or instead.
+    """
+    kind = kind_of(run)
+    if run.kind == wanted:
+        return
+    advice = kind.next.format(path=run.path) if wanted == ASR else f"train one with `{KINDS[wanted].made_by}`"
+    raise UserError(f"{run.path}: is {kind.title}, not {KINDS[wanted].title}; {advice}")
+
+
+def spec_of(run: RunDir) -> ModelSpec:
+    """The spec of a run directory that must hold a recognizer.
+
+    Raises:
+        UserError: the run is of another kind, or of another version of asrkit.
+    """
+    spec: ModelSpec = spec_of_kind(run, ASR)
+    return spec
+
+
+def spec_of_kind(run: RunDir, kind: str) -> Any:
+    """The spec of a run directory that must be of ``kind``.
+
+    Raises:
+        UserError: the run is of another kind, or of another version of asrkit.
+    """
+    require(run, kind)
+    return _parsed(run.path, kind, run.model_spec)
+
+
+def _parsed(path: Path, kind: str, content: dict[str, Any]) -> Any:
+    try:
+        return from_dict(KINDS[kind].spec, content, MODEL)
+    except UserError as error:  # its digest is right, so it was written like this
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: another version of asrkit made it ({reason}); train again, or use that version"
+        ) from None
+
+
+@overload
+def build(spec: ModelSpec) -> AsrModel: ...
+@overload
+def build(spec: LmSpec) -> LanguageModel: ...
+@overload
+def build(spec: PretrainedEncoderSpec) -> PretrainedEncoder: ...
+def build(spec: Spec) -> nn.Module:
+    """An untrained module of a spec of any kind."""
+    return KINDS[_kind_of_spec(spec)].build(spec)
+
+
+def write_model(path: Path, spec: Spec) -> None:
+    """Write model.yaml of the run directory ``path`` for a spec of any kind."""
+    write_yaml(path / MODEL, {"format": FORMAT, "kind": _kind_of_spec(spec), "spec": to_dict(spec)})
+
+
+def _kind_of_spec(spec: Spec) -> str:
+    return next(name for name, kind in KINDS.items() if type(spec) is kind.spec)
+
+
+def load(run: RunDir, kind: str) -> Any:
+    """Rebuild the module of a run directory, strictly: on the CPU, float32, evaluation mode. Heads that only served a
+    recognizer's training are left out, so that no later stage and no export knows of them.
+
+    Raises:
+        UserError: the run is of another kind, or its weights do not fit the spec.
+    """
+    spec, weights = spec_of_kind(run, kind), run.weights()
+    if kind == ASR:
+        spec = replace(spec, heads={})
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("heads.")}
+    with torch.random.fork_rng(devices=[]):  # reading a model draws nothing from the generator
+        module: nn.Module = build(spec)
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{run.path}: weights and model.yaml disagree ({' '.join(str(error).split())[:300]}); restore the run or train again"
+        ) from error
+    return module.eval()
+
+
+def load_model(run: RunDir) -> AsrModel:
+    """The recognizer of a run directory; see ``load``."""
+    model: AsrModel = load(run, ASR)
+    return model
+
+
+def load_lm(run: RunDir) -> LanguageModel:
+    """The language model of a run directory; see ``load``."""
+    model: LanguageModel = load(run, LM)
+    return model
