@@ -78,7 +78,8 @@ def evaluate(
     A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
     latency), and the time from the end of a word to its output where the manifest has word alignments.
 
-    Writes evaluation/MANIFEST-VARIANT-CONTEXT-METHOD/ in the run directory (test-near-chunk16-left64-greedy):
+    Writes evaluation/MANIFEST-DIGEST-VARIANT-CONTEXT-METHOD/ in the run directory, such as
+    test-3f2a9c01-near-chunk16-left64-greedy:
     result.json, alignments.txt, confusions.txt and utterances.jsonl.
     """
     from asrkit.decoding.choice import ContextChoice

@@ -112,6 +112,8 @@ def export(
 
 def _print(exported: Exported, out: Path, report: dict[str, Any] | None) -> None:
     """What is in the directory, how exact it is, and what ``report`` measured."""
+    from asrkit.reporting.tables import percent
+
     typer.echo(f"variant {exported.variant}, context {exported.context}; {exported.compression}")
     for name, record in exported.files.items():
         typer.echo(f"{record.bytes:>12,} bytes  {out / name}")
@@ -123,12 +125,11 @@ def _print(exported: Exported, out: Path, report: dict[str, Any] | None) -> None
         )
     if report is not None:
         for name, rates in report["systems"].items():
-            typer.echo(
-                f"WER {100 * rates['greedy']['wer']:.2f} % greedy, {100 * rates['beam']['wer']:.2f} % beam  {name}"
-            )
+            greedy, beam = (percent(rates[method]["wer"]) for method in ("greedy", "beam"))
+            typer.echo(f"WER {greedy} % greedy, {beam} % beam  {name}")
         speed = report["speed"]
         typer.echo(f"real-time factor {speed['real_time_factor']:.4f}, {speed['peak_memory_mb']:.0f} MB, 1 thread")
-    typer.echo(f"heard: {'; '.join(exported.parity.heard)}")
+    typer.echo(f"checked on: {'; '.join(exported.parity.heard)}")
     for method, search in exported.parity.tokens.items():
         same = "all the same" if not search.differing else f"{search.differing} differ, tipped by rounded inputs"
         typer.echo(f"{search.tokens} tokens by {method}, {same}")

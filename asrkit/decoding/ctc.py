@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from asrkit.decoding.hypothesis import Hypothesis, collect, without
+from asrkit.decoding.hypothesis import Hypothesis, collect, silent_columns
 
 
 @torch.no_grad()
@@ -19,7 +19,8 @@ def ctc_greedy_search(
 
     A repeated symbol counts at its first frame.
     """
-    best, tokens = without(log_probs, special_ids, blank).max(dim=-1)  # (B, T')
+    silent = silent_columns(special_ids, blank, log_probs.device)
+    best, tokens = log_probs.index_fill(2, silent, -torch.inf).max(dim=-1)  # (B, T')
     valid = torch.arange(tokens.shape[1], device=tokens.device) < lens.unsqueeze(1)
     repeated = tokens == pad(tokens[:, :-1], (1, 0), value=blank)
     emitted = tokens.masked_fill(repeated | ~valid, blank)

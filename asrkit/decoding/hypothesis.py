@@ -31,9 +31,6 @@ def collect(emitted: Tensor, scores: Tensor, blank: int, slots_per_frame: int = 
     return hypotheses
 
 
-def without(scores: Tensor, special_ids: Collection[int], blank: int) -> Tensor:
-    """``scores`` (..., V) with -inf for the special tokens, which stand for no text, but for the blank."""
-    columns = sorted(set(special_ids) - {blank})
-    if not columns:
-        return scores
-    return scores.index_fill(-1, torch.tensor(columns, device=scores.device), -torch.inf)
+def silent_columns(special_ids: Collection[int], blank: int, device: torch.device) -> Tensor:
+    """The tokens that no search emits: the special ones, which stand for no text, but for the blank."""
+    return torch.tensor(sorted(set(special_ids) - {blank}), dtype=torch.int64, device=device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asrkit.decoding.acoustic import AcousticModel
-from asrkit.decoding.hypothesis import Hypothesis, collect, without
+from asrkit.decoding.hypothesis import Hypothesis, collect, silent_columns
 
 _ODD_CONSTANT = 0x1E3779B97F4A7C15  # spreads a hash's bits (the golden ratio, as in Fibonacci hashing)
 
@@ -53,11 +53,12 @@ def greedy_search(
     predicted = model.predict(contexts)
     scores = joiner_in.new_zeros(batch)
     blank = contexts.new_tensor(model.blank)
+    silent = silent_columns(special_ids, model.blank, joiner_in.device)
     emitted = contexts.new_full((num_frames, max_symbols, batch), model.blank)
     for t in range(num_frames):
         active = t < lens
         for slot in range(max_symbols):
-            logits = without(model.join(joiner_in[:, t], predicted), special_ids, model.blank)
+            logits = model.join(joiner_in[:, t], predicted).index_fill(1, silent, -torch.inf)
             best, tokens = logits.log_softmax(dim=-1).max(dim=-1)
             scores = torch.where(active, scores + best, scores)
             tokens = torch.where(active, tokens, blank)
@@ -95,31 +96,37 @@ def beam_search(
     are merged by adding their probabilities. The final choice is by log-probability over length, where the
     length counts the start context as the runtime does.
     """
-    batch, num_frames, _ = joiner_in.shape
-    vocab, device = model.vocab_size, joiner_in.device
+    (batch, num_frames, _), device = joiner_in.shape, joiner_in.device
+    choices = min(beam, model.vocab_size)
     contexts = _start_context(model, device).repeat(batch * beam, 1)  # (B * K, C)
     predicted = model.predict(contexts[:1]).repeat(batch * beam, 1)  # (B * K, J)
     scores = joiner_in.new_full((batch, beam), -torch.inf)
     scores[:, 0] = 0.0
     prefixes = torch.zeros(batch, beam, dtype=torch.int64, device=device)
     sizes = torch.zeros_like(prefixes)
+    unmoved = torch.arange(beam, device=device)
     first_row = torch.arange(batch, device=device).unsqueeze(1) * beam
-    # An utterance that has ended takes blanks of probability one: its hypotheses stay.
-    ended = joiner_in.new_full((vocab,), -torch.inf)
-    ended[model.blank] = 0.0
+    silent = silent_columns(special_ids, model.blank, device)
     blank = prefixes.new_tensor(model.blank)
+    shortest = int(lens.min()) if batch else 0
     parents, emitted = [], []
     for t in range(num_frames):
         frame = joiner_in[:, t].repeat_interleave(beam, dim=0)
-        logits = without(model.join(frame, predicted), special_ids, model.blank)
-        log_probs = logits.log_softmax(dim=-1).view(batch, beam, vocab)
-        log_probs = torch.where((t < lens)[:, None, None], log_probs, ended)
-        scores, pairs = (scores.unsqueeze(2) + log_probs).flatten(1).topk(beam, dim=1)
-        parent, tokens = torch.div(pairs, vocab, rounding_mode="floor"), pairs % vocab
+        logits = model.join(frame, predicted).index_fill(1, silent, -torch.inf)
+        # The best of all pairs are among the best of each hypothesis.
+        best, symbols = logits.topk(choices, dim=1)
+        best = (best - logits.logsumexp(dim=1, keepdim=True)).view(batch, beam, choices)
+        grown, pairs = (scores.unsqueeze(2) + best).flatten(1).topk(beam, dim=1)
+        parent = torch.div(pairs, choices, rounding_mode="floor")
+        tokens = symbols.view(batch, -1).gather(1, pairs)
+        if t >= shortest:  # the hypotheses of an utterance that has ended stay
+            active = (t < lens).unsqueeze(1)
+            grown, parent = torch.where(active, grown, scores), torch.where(active, parent, unmoved)
+            tokens = torch.where(active, tokens, blank)
         emits = tokens != blank
         prefixes, sizes = prefixes.gather(1, parent), sizes.gather(1, parent) + emits
         prefixes = torch.where(emits, _append(prefixes, tokens), prefixes)
-        scores = _merge(scores, prefixes)
+        scores = _merge(grown, prefixes)
         rows = (first_row + parent).flatten()
         contexts, predicted = _extend(model, contexts[rows], predicted[rows], tokens.flatten())
         parents.append(parent)

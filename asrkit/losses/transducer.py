@@ -357,6 +357,7 @@ def _forward_backward(
     symbol arc goes to the next one, circularly. In the modified topology every arc leads to the next frame, so
     the steps are the frames, and the slots are the same.
     """
+    # Longer than other functions here: both directions share a dozen views of the same two tensors, which is what makes it fast.
     batch, num_frames, width = px.shape
     regular = topology == "regular"
     num_steps = num_frames + 1 + (num_symbols if regular else 0)

@@ -80,25 +80,9 @@ def evaluate(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    findings: list[str] = []
-    if beam < 1:
-        findings.append(f"--beam {beam}: must be at least 1")
-    choice = context or ContextChoice()
-    if contradictions := choice.contradictions():
-        findings += contradictions
-        choice = ContextChoice()
-    recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, methods))
-    languages: Sequence[str] = ()
-    if recognizer is not None:
-        languages = recognizer.languages if recognizer.language is None else [recognizer.language]
-    checked = _gather(
-        findings, lambda: decodable_cuts(manifest, languages, recognizer.tokenizer if recognizer else None)
-    )
-    if findings or recognizer is None or checked is None:
-        raise UserError.of(findings)
-    cuts, warnings = checked
-    digest = digest_of(manifest)
     methods = list(dict.fromkeys(methods))
+    recognizer, cuts, warnings = _open(run_path, manifest, methods, beam, variant, context or ContextChoice(), device)
+    digest = digest_of(manifest)
     directories = {
         method: (out or run_path / "evaluation") / _name(manifest, digest, recognizer, method, beam)
         for method in methods
@@ -137,8 +121,34 @@ def evaluate(
     return evaluations
 
 
+def _open(
+    run_path: Path,
+    manifest: Path,
+    methods: Sequence[Method],
+    beam: int,
+    variant: str | None,
+    choice: ContextChoice,
+    device: str,
+) -> tuple[Recognizer, CutSet, list[str]]:
+    """The recognizer, the cuts, and warnings; everything wrong with either and with the options is reported at once."""
+    findings = [f"--beam {beam}: must be at least 1"] if beam < 1 else []
+    if contradictions := choice.contradictions():
+        findings += contradictions
+        choice = ContextChoice()
+    recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, methods))
+    languages: Sequence[str] = ()
+    if recognizer is not None:
+        languages = recognizer.languages if recognizer.language is None else [recognizer.language]
+    checked = _gather(
+        findings, lambda: decodable_cuts(manifest, languages, recognizer.tokenizer if recognizer else None)
+    )
+    if findings or recognizer is None or checked is None:
+        raise UserError.of(findings)
+    return recognizer, *checked
+
+
 def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
-    """Do ``action``; what it finds wrong joins ``findings``, so that all checks speak at once."""
+    """Do ``action``; the lines of a UserError are added to ``findings``, so that all checks report together."""
     try:
         return action()
     except UserError as error:
@@ -148,7 +158,7 @@ def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
 
 @dataclass
 class _Decoded:
-    """What one method made of a manifest; ``latencies`` (milliseconds a word) where words are aligned."""
+    """One method's hypotheses for a manifest; ``latencies`` (milliseconds a word) where words are aligned."""
 
     scored: list[Scored] = field(default_factory=list)
     latencies: list[float] | None = None

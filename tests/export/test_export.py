@@ -819,6 +819,27 @@ def test_a_kill_between_the_directory_and_its_pack(run: Path, tmp_path: Path, mo
         export(run, out, variant="wide", pack=pack)
 
 
+def test_a_report_on_recordings_in_which_nobody_speaks(
+    run: Path, audio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = make_cut("quiet", audio[1], sampling_rate=16000, num_samples=soundfile.info(audio[1]).frames, text="")
+    write_cuts(tmp_path / "quiet.jsonl.gz", [cut])
+    words = (
+        "export",
+        "--from",
+        run,
+        "--variant",
+        "wide",
+        "--out",
+        tmp_path / "onnx",
+        "--report",
+        tmp_path / "quiet.jsonl.gz",
+    )
+    code, out, _ = command(monkeypatch, capsys, *words)
+    assert code == 0 and "WER - % greedy, - % beam  exported" in out
+    assert "| exported | - | - |" in (tmp_path / "onnx" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
 def test_packages_that_are_missing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -932,5 +953,5 @@ def test_a_recording_of_the_run_is_heard(
         write_yaml(copy / LINEAGE, [first | {"manifests": {str(path): "0" for path in paths}} for paths in stages])
         words = ("export", "--from", copy, "--out", tmp_path / f"onnx-{number}", "--variant", "wide")
         code, out, err = command(monkeypatch, capsys, *words)
-        assert code == 0 and f"heard: random log-mel{'' if reason else '; cut-2, cut-0, cut-1'}\n" in out
+        assert code == 0 and f"checked on: random log-mel{'' if reason else '; cut-2, cut-0, cut-1'}\n" in out
         assert err.count("\n") == bool(reason) and reason in err
