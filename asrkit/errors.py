@@ -17,7 +17,8 @@ def clip(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def _printable(lines: str) -> str:
+def printable(lines: str) -> str:
+    """Text of somebody else's file as a terminal may show it: no control characters, no endless lines."""
     return "\n".join(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", line[:MAX_LINE]) for line in lines.split("\n"))
 
 
@@ -28,7 +29,7 @@ class UserError(Exception):
     """
 
     def __init__(self, *lines: str) -> None:
-        self.lines = tuple(map(_printable, lines))
+        self.lines = tuple(map(printable, lines))
         super().__init__("\n".join(self.lines))
 
     @classmethod

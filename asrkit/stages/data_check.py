@@ -12,7 +12,7 @@ from lhotse.cut import Cut
 from asrkit.data.checks import Finding, Overlap, Survey, find_bad_cuts, find_overlap, survey
 from asrkit.data.manifests import open_cuts
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.errors import UserError
+from asrkit.errors import UserError, printable
 from asrkit.run_dir import atomic_write
 
 EXAMPLES, SHOWN = 5, 50  # names and findings on the screen; the JSON has all
@@ -34,8 +34,12 @@ class Report:
     def write(self, path: Path) -> None:
         """Write everything as JSON."""
         content = {
-            "manifests": {name: asdict(found) for name, found in self.surveys.items()},
-            "findings": [{"manifest": name, **asdict(f)} for name, found in self.findings.items() for f in found],
+            "manifests": {name: asdict(held) for name, held in self.surveys.items()},
+            "findings": [
+                {"manifest": name, **asdict(finding)}
+                for name, findings in self.findings.items()
+                for finding in findings
+            ],
             "overlaps": [
                 {"train": train, "held_out": held_out, **asdict(overlap)}
                 for (train, held_out), overlap in self.overlaps.items()
@@ -53,10 +57,14 @@ def check_manifests(
     Raises:
         UserError: a manifest or the tokenizer cannot be opened; all of them at once.
     """
-    tokenizer = Tokenizer(tokenizer_path) if tokenizer_path else None
     report = Report()
     opened: dict[Path, list[Cut]] = {}
     lines: list[str] = []
+    tokenizer = None
+    try:
+        tokenizer = Tokenizer(tokenizer_path) if tokenizer_path else None
+    except UserError as error:
+        lines += error.lines
     for path in dict.fromkeys([*train, *held_out]):
         try:
             opened[path] = list(open_cuts(path))
@@ -75,7 +83,11 @@ def check_manifests(
 
 
 def describe(report: Report) -> Iterator[str]:
-    """The report as lines to read, the worst last."""
+    """The report as lines to read, the worst last; texts of the manifests cannot control the terminal."""
+    return map(printable, _lines(report))
+
+
+def _lines(report: Report) -> Iterator[str]:
     for name, held in report.surveys.items():
         yield name
         yield (

@@ -242,3 +242,18 @@ def test_messages_stay_short_and_printable() -> None:
     assert clip("a\nb\x1b[2Jc" + "x" * 500, 20) == "a b\N{REPLACEMENT CHARACTER}[2Jcxxxxxxxxxxxx..."
     assert len(str(UserError("y" * 200_000))) < 5000 and "\x1b" not in str(UserError("\x1b"))
     assert str(UserError("\ud800")).encode()
+
+
+def test_a_report_cannot_control_the_terminal(tmp_path: Path) -> None:
+    changes = {
+        "supervisions__0__text": "a\x1b[2Jb",
+        "supervisions__0__speaker": "\x1b[31m",
+        "supervisions__0__language": "\x07",
+    }
+    (tmp_path / "m.jsonl").write_text(json.dumps(cut(tmp_path, **changes)))
+    paths = [str(tmp_path / "m.jsonl"), "--tokenizer", str(tmp_path / "none.model")]
+    missing = CliRunner().invoke(app, ["data", "check", str(tmp_path / "gone.jsonl"), *paths[1:]])
+    assert "gone.jsonl: no such manifest" in str(missing.exception) and "none.model: no such" in str(missing.exception)
+    result = CliRunner().invoke(app, ["data", "check", paths[0], "--json", str(tmp_path / "report.json")])
+    assert result.exit_code == 0 and not {"\x1b", "\x07"} & {*result.output}
+    assert json.loads((tmp_path / "report.json").read_text())["manifests"][paths[0]]["cuts"] == 1
