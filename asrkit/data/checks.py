@@ -88,6 +88,10 @@ def _check_manifest(cut: Cut, tokenizer: Tokenizer | None, languages: Sequence[s
             yield Finding(cut.id, "range", detail)
     if languages and language_of(cut) not in languages:
         yield Finding(cut.id, "language", f"{language_of(cut) or 'none'}; the model knows {', '.join(languages)}")
+    elif languages and len(named := {supervision.language or "none" for supervision in cut.supervisions}) > 1:
+        yield Finding(
+            cut.id, "language", f"its supervisions are of {', '.join(sorted(named))}; the model takes one at a time"
+        )
     if not text.strip():
         yield Finding(cut.id, "text", "the text is empty")
     elif tokenizer is not None:

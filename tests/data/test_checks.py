@@ -210,6 +210,16 @@ def test_every_supervision_of_a_cut_is_checked(tmp_path, letters):
     assert kinds([one], letters) == [("talk", "range")]
 
 
+def test_a_cut_has_one_language_of_the_model(tmp_path):
+    one, two, other = (cut(tmp_path, name, noise()) for name in ("one", "two", "other"))
+    two.supervisions.append(SupervisionSegment("second", "two", 0.5, 0.5, text="un mot", language="fr"))
+    other.supervisions[0].language = "it"
+    findings = find_bad_cuts([one, two, other], languages=["en", "fr"])
+    assert [(finding.cut_id, finding.kind) for finding in findings] == [("two", "language"), ("other", "language")]
+    assert findings[0].detail == "its supervisions are of en, fr; the model takes one at a time"
+    assert find_bad_cuts([one, two, other]) == []
+
+
 def test_a_supervision_of_a_small_part_is_told(tmp_path):
     part, whole, two = (cut(tmp_path, name, noise()) for name in ("part", "whole", "two"))
     part.supervisions[0].duration = 0.3
