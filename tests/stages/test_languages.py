@@ -532,7 +532,8 @@ def test_cuts_a_teacher_does_not_know_are_refused(corpus: Path, told: Path, unto
     hushed = copied(corpus, tmp_path / "hushed.jsonl.gz", hush)
     out = tmp_path / "run"
     taught = (
-        f"--teacher {told}: is told the language, one of en, fr, which 2 cuts have not: train-2 (de), train-5 (none)"
+        f"--teacher {told}: takes the language as an input, one of en, fr; 2 cuts have another or none: "
+        "train-2 (de), train-5 (none)"
     )
     student = sets(*TINY[:-2])
     refused: list[list[object]] = [
