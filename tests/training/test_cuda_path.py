@@ -7,16 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from asrkit.config import from_dict
+from asrkit.data.batch import Batch
 from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.errors import UserError
+from asrkit.models import AsrModel, ModelSpec
 from asrkit.run_dir import METRICS, WEIGHTS
 from asrkit.training import checkpoint, distributed, update
+from asrkit.training.asr_loss import LossConfig, asr_loss
+from asrkit.training.config import TrainingConfig
+from asrkit.training.step import TrainTask, compute_gradients
 from helpers.lm_runs import SHAPE, asrkit, quick, sets
 from helpers.pretend_gpu import GPU, Counts, pretend_gpu
 from helpers.tones import make_corpus
@@ -251,3 +258,35 @@ def _two_processes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     return asked
+
+
+def test_a_step_waits_for_the_device_at_most_four_times(tmp_path: Path) -> None:
+    """The prune range, the gradient's norm, and two numbers written to the device; none in the loop over parameters."""
+    shape = {"dim": 16, "num_layers": 2, "feedforward_dim": 16, "kernel_size": 3, "subsampling_channels": [2, 2]}
+    spec = {"vocab_size": 20, "encoder": shape, "predictor": {"dim": 8}, "joiner_dim": 16}
+    batch = Batch(
+        torch.randn(2, 60, 80),
+        torch.tensor([60, 50]),
+        ["a", "b"],
+        ["", ""],
+        ["", ""],
+        [0.6, 0.5],
+        torch.randint(2, 20, (2, 5)),
+        torch.tensor([5, 4]),
+    )
+    settings = from_dict(TrainingConfig, {"precision": "float32", "tensorboard": False, "steps": 9}, "test")
+    batches: Any = SimpleNamespace(slices=1, plan=SimpleNamespace(steps_per_epoch=1))
+    with pretend_gpu() as counts:
+        task = TrainTask(
+            AsrModel(from_dict(ModelSpec, spec, "test")),
+            lambda m, b, step: asr_loss(m, b, step, LossConfig(backend="torch")),
+            batches,
+        )
+        updater = update.Updater(task, tmp_path, settings, 1, distributed.World(0, 1, GPU), lambda *_: None)
+        there = batch.to(GPU)
+        for number in range(3):  # the first makes the optimizer's state
+            counts.waits.clear()
+            result = compute_gradients(task, updater.model, {number: (there, 0.0)}, [number], 1, updater.arithmetic)
+            updater.apply(result)
+            updater.finish_step(0)
+    assert sum(counts.waits.values()) <= 4, counts.waits
