@@ -1,15 +1,16 @@
-# Language models into the demo's backbone (docs/lm-distill.md): `make -C recipes/prompts lm SEED=1`, after the demo; or, with
-# the demo's alignments and tokenizer, into a new one: `make -C recipes/prompts lm-fresh SEED=1`.
+# Distill language models (docs/distill-lm.md) into the demo's backbone: `make -C recipes/prompts lm SEED=1`, after the demo; or
+# into a new model with the demo's alignments and tokenizer: `make -C recipes/prompts lm-fresh SEED=1`.
 #
-#     none       trained on with a head on the aligned senones, and nothing of language models (lambda 1)
-#     senone, phone, bpe    the same with one language model's head; all three with lambda 0.9
+#     none                  trained further with a head on the aligned senones and no language model (lambda 1)
+#     senone, phone, bpe    the same with the head of one language model, lambda 0.9
+#     all                   the same with all three heads, lambda 0.9
 LM := $(EXP)/lm-$(SEED)
 ALIGNED := $(LM)/aligned
 UNITS := bpe phone senone
 LM_SYSTEMS := none $(UNITS) all
 ALIGN = $(ASRKIT) align --from $(RUN) $(UNITS:%=--unit %) --language en --set bad_cuts=skip
 LM_STEPS ?= 800
-# What is taught, how long, and where it goes.
+# The model to train, the settings, and where the results go.
 LEARNER := $(RUN)
 LESSONS := --config modular.yaml --set training.steps=250 --set training.evaluate_every=250
 LEARNT := $(LM)
@@ -23,7 +24,7 @@ lm: $(LM_SYSTEMS:%=$(LEARNT)/%/evaluation/done)
 lm-fresh: | $(EXP)/fresh/done
 	$(MAKE) lm LEARNER=$(EXP)/fresh LESSONS="--config fresh.yaml" LEARNT=$(LM)/fresh
 
-# A model that knows nothing yet but the tokenizer.
+# A new model, trained for one step, with the demo's tokenizer.
 $(EXP)/fresh/done: | $(RUN)/done
 	$(ASRKIT) train-backbone $(TRAIN_DATA) --tokenizer $(RUN)/tokenizer.model --config backbone.yaml --set training.steps=1 --out $(@D)
 
@@ -39,7 +40,7 @@ $(ALIGNED)/dev.jsonl.gz: | $(ALIGNED)/spoken.jsonl.gz
 $(LM)/lm-bpe/done: LM_UNIT := --unit bpe --tokenizer $(RUN)/tokenizer.model
 $(LM)/lm-phone/done: LM_UNIT := --unit phone --language en
 $(LM)/lm-senone/done: LM_UNIT := --unit senone --language en --senones $(ALIGNED)/spoken.senones.yaml
-# What the language models read: fortunes, what is spoken of them, and ten times the prompts' own words.
+# The language models' training text: fortunes, the synthetic speech's texts, and the prompts' texts ten times.
 $(LM)/corpus.txt: | $(ALIGNED)/spoken.jsonl.gz
 	cp $(DATA)/fortunes-en.txt $@.part
 	for manifest in $(SPOKEN) $(foreach time,0 1 2 3 4 5 6 7 8 9,$(PROMPTS)); do gzip -dc $$manifest/train.jsonl.gz; done \

@@ -45,12 +45,12 @@ def corpus(folder: Path) -> None:
         ("prune", {"prune", "qat", "info"}),
         ("distill", {"distill", "train-backbone", "evaluate"}),
         ("align", {"align"}),
-        ("lm-distill", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
+        ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
     ],
 )
 def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -> None:
     """Every command of the page, in its order; training is cut short and small."""
-    if page in ("align", "lm-distill"):
+    if page in ("align", "distill-lm"):
         pytest.importorskip("espeakng_loader")
     corpus(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
