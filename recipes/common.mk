@@ -1,28 +1,28 @@
-# What the recipes share. Include it first: `include ../common.mk`.
+# Shared by all recipes. Include it first: `include ../common.mk`.
 #
-# A recipe's targets are manifests and run directories. A finished run holds the file `done`; until then the same command
-# goes on where the run stopped, so nothing here deletes a run directory, and data are order-only prerequisites: newer
-# files do not start a finished run anew. To train again, give another EXP or remove the run directory yourself.
+# A recipe's targets are manifests and run directories. A finished run holds the file `done`. Until then, the same command
+# resumes it, so nothing here deletes a run directory. Data are order-only prerequisites, so newer files do not restart
+# a finished run. To train again, set another EXP or remove the run directory yourself.
 
 ENV ?= k2
 RECIPES := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 VENV := $(abspath $(RECIPES)/../.venv-$(ENV))
-# The command of `make setup` if it is there, else the one on PATH; give ASRKIT=... for another.
+# asrkit as installed by `make setup`, else the one on PATH; set ASRKIT=... to use another.
 ASRKIT ?= $(firstword $(wildcard $(VENV)/bin/asrkit) asrkit)
 BIN := $(patsubst ./,,$(filter-out ./,$(dir $(ASRKIT))))
 PYTHON := $(BIN)python
 LHOTSE := $(BIN)lhotse
-# Processes of data-parallel training, one a GPU. (torch 1.13's torchrun does not start on Python 3.11 without --redirects
-# and --tee: the enum behind their default has lost its 0; and its --standalone takes one port for all, so that two trainings
-# at once meet in it. These options take a free one.)
+# Processes of data-parallel training, one per GPU. (torch 1.13's torchrun does not start on Python 3.11 without --redirects
+# and --tee, because the enum behind their default has lost its 0. Its --standalone always uses the same port, so two
+# trainings at once would collide. These options use a free one.)
 NPROC ?= 1
 TORCHRUN := $(BIN)torchrun --rdzv_backend c10d --rdzv_endpoint localhost:0 --nproc_per_node $(NPROC) --redirects 1 --tee 1
 TRAINER := $(if $(filter 1,$(NPROC)),$(ASRKIT),$(TORCHRUN) -m asrkit)
 TRAIN := $(TRAINER) train-backbone
-# Recordings are read from, and manifests and runs written to, these folders of the recipe.
+# The recipe's folders for data and for run directories.
 DATA ?= data
 EXP ?= exp
-# Appended to every training command, for example SET="--set training.steps=100".
+# Appended to every training command, for example: SET="--set training.steps=100".
 SET ?=
 
 SHELL := /bin/bash

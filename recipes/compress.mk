@@ -1,12 +1,12 @@
-# Integers and masks on a recipe's float model; a recipe sets these and includes it after ../common.mk:
+# Integers and masks on a recipe's float model. A recipe sets these variables and includes this file after ../common.mk:
 #
-#     FLOAT      its run directory              MATERIAL   what to train on: --manifest, --dev and settings
-#     SMALLER    where the results go           TESTS      manifests to test on
+#     FLOAT      the float run directory        MATERIAL   training data and settings: --manifest, --dev, ...
+#     SMALLER    where the results go           TESTS      manifests to evaluate on
 #
-#     int8 int4 int4a8 int2            untrained: float weights as integers, a8 with integer inputs, int2 in blocks with zero points
-#     int8-trained ... int2-trained    the same, trained on with the float model as teacher
+#     int8 int4 int4a8 int2            untrained: float weights as integers; a8 has integer inputs, int2 has blocks with zero points
+#     int8-trained ... int2-trained    the same, trained with the float model as teacher
 #     sparse sparse-int4               2 of every 4 weights; then 4 bits each, trained again
-#     float-trained                    4 of every 4 weights: the same training, and nothing lost
+#     float-trained                    4 of every 4 weights: the same training without any pruning
 #     onnx                             sparse-int4, exported
 BITS_int8 := --bits 8
 BITS_int4 := --bits 4

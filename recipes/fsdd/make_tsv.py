@@ -27,7 +27,7 @@ def split_of(split: str, speaker: str, index: int) -> str:
     """The set a recording belongs to: train, dev or test."""
     if split == "speakers":
         return SPLIT_OF_SPEAKER[speaker]
-    # The corpus's own rule names only the test set; dev is ours, so that the test set chooses no weights.
+    # The corpus's own rule names only the test set; dev is our choice, so that weights are not chosen on the test set.
     return "test" if index < 5 else "dev" if index < 7 else "train"
 
 
@@ -43,8 +43,8 @@ def from_tsv(tsv: Path) -> Iterator[tuple[int, str, int, Path]]:
     with open(tsv, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             speaker, digit, index = row["id"].split("_")
-            places = (tsv.parent / row["path"], tsv.parent.parent / row["path"])
-            path = next((place for place in places if place.exists()), places[0])
+            candidates = (tsv.parent / row["path"], tsv.parent.parent / row["path"])
+            path = next((path for path in candidates if path.exists()), candidates[0])
             yield int(digit), speaker, int(index), path.resolve()
 
 
@@ -57,17 +57,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.recordings is not None:
-        found = list(from_folder(arguments.recordings))
+        recordings = list(from_folder(arguments.recordings))
     else:
-        found = list(from_tsv(arguments.tsv))
-    known = [row for row in found if row[1] in SPLIT_OF_SPEAKER]
+        recordings = list(from_tsv(arguments.tsv))
+    known = [recording for recording in recordings if recording[1] in SPLIT_OF_SPEAKER]
     if not known:
-        place = arguments.recordings or arguments.tsv
-        sys.exit(f"error: {place}: no recordings of the six speakers; give the corpus's own folder or a TSV of it")
+        source = arguments.recordings or arguments.tsv
+        sys.exit(
+            f"error: {source}: no recordings of the six speakers; pass the corpus's folder recordings/, or a TSV of it"
+        )
     lines = ["id\tpath\tsplit\tlang\tspeaker\ttext"]
     for digit, speaker, index, path in known:
-        where = split_of(arguments.split, speaker, index)
-        lines.append(f"{speaker}_{digit}_{index}\t{path}\t{where}\ten\t{speaker}\t{DIGITS[digit]}")
+        part = split_of(arguments.split, speaker, index)
+        lines.append(f"{speaker}_{digit}_{index}\t{path}\t{part}\ten\t{speaker}\t{DIGITS[digit]}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = arguments.out.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What sherpa-onnx hears in a few recordings of a manifest, beside what was said: a client of an exported model.
+"""Transcribe a few recordings of a manifest with sherpa-onnx and an exported model, and print them beside the references.
 
 python client.py --model exp/onnx --manifest data/prompts/test.jsonl.gz --count 5
 """
@@ -16,10 +16,10 @@ from lhotse import CutSet
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", type=Path, required=True, help="directory that asrkit export wrote, for whole recordings"
+        "--model", type=Path, required=True, help="directory written by asrkit export, for whole recordings"
     )
-    parser.add_argument("--manifest", type=Path, required=True, help="cuts")
-    parser.add_argument("--count", type=int, default=5, help="of recordings")
+    parser.add_argument("--manifest", type=Path, required=True, help="cuts to transcribe")
+    parser.add_argument("--count", type=int, default=5, help="number of recordings")
     options = parser.parse_args()
     recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(
         **{name: str(options.model / f"{name}.onnx") for name in ("encoder", "decoder", "joiner")},

@@ -13,15 +13,15 @@ from asrkit.data.corpora.debian import fetch_packages, members_of
 from asrkit.data.text.normalization import TextError, normalize
 from asrkit.run_dir import atomic_write
 
-# Debian has no package of French ones.
+# Debian has no package of French fortunes.
 PACKAGES = {"en": "fortunes", "es": "fortunes-es", "it": "fortunes-it", "ru": "fortunes-ru"}
 LETTERS = {"en": "a-z", "es": "a-záéíñóúü", "it": "a-zàèéìòù", "ru": "а-яё"}
 GRAVE = str.maketrans("aeiou", "àèìòù")
 
 
 def sentences(raw: str, language: str) -> list[str]:
-    """Normalized sentences of running text; those with numbers too long to spell and the like are left out."""
-    found = []
+    """Normalized sentences of running text; those that cannot be normalized, such as with long numbers, are left out."""
+    usable = []
     if language == "it":  # accents typed as apostrophes: perche', e'
         raw = re.sub(r"([aeiou])'(?!\w)", lambda vowel: vowel[1].translate(GRAVE), raw)
     for part in re.split(r'[.!?¿¡;:%"«»()\[\]]|--|\n\s*\n', raw):
@@ -30,8 +30,8 @@ def sentences(raw: str, language: str) -> list[str]:
         except TextError:
             continue
         if 3 <= len(text.split()) <= 12 and re.fullmatch(rf"[{LETTERS[language]}' ]+", text):
-            found.append(text)
-    return found
+            usable.append(text)
+    return usable
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-# The table of docs/results.md on modular training: `make -C recipes/prompts modular SEED=1`, one process of one thread.
+# The table on modular training in docs/results.md: `make -C recipes/prompts modular SEED=1`, one process of one thread.
 #
 #     alone      the backbone alone              alone-attention    attention added to it
-#     dropped    with attention dropped at random, half the time    dropped-attention  its attention trained on, the rest frozen
+#     dropped    with attention dropped half the time    dropped-attention  its attention trained further, the rest frozen
 #     joint      an ordinary Conformer
 #     dual       full context and chunks of 320 ms at once          dual-taught        the same with in-place distillation
 SEED ?= 1
@@ -40,7 +40,7 @@ $(MODULAR)/alone-attention/done: | $(MODULAR)/alone/done
 $(MODULAR)/dropped-attention/done: | $(MODULAR)/dropped/done
 	$(ASRKIT) add-submodel --from $(MODULAR)/dropped --name attention --init joint $(ADDED) --out $(@D)
 
-# What a checkpoint can do besides full context in its own variant: chunks, where it was trained in them.
+# Models that were trained in chunks are also evaluated chunk by chunk.
 $(MODULAR)/dual/evaluation/done $(MODULAR)/dual-taught/evaluation/done: CHUNKS := --chunk 8 --left 32
 
 $(MODULAR)/%/evaluation/done: | $(MODULAR)/%/done

@@ -1,6 +1,6 @@
 # Teachers and a student of five languages (docs/distill.md): `make -C recipes/prompts taught SEED=1`.
 #
-#     teacher-LANG          the model of `five`, trained on in one language
+#     teacher-LANG          the model of `five`, trained further on one language
 #     alone                 the student without a teacher
 #     one-WEIGHT            taught by the model of `five`
 #     each-WEIGHT           taught by the teacher of each language; WEIGHT is constant, linear or student-teacher

@@ -27,14 +27,14 @@ def main() -> None:
         folder = arguments.corpus / part
         missing = [name for name in ("wav.scp", "text", "utt2spk") if not (folder / name).is_file()]
         if missing:
-            sys.exit(f"error: {folder}: no {', '.join(missing)}; give the folder of a speechocean762 checkout")
+            sys.exit(f"error: {folder}: no {', '.join(missing)}; pass the folder of a speechocean762 checkout")
         paths, texts, speakers = (table(folder / name) for name in ("wav.scp", "text", "utt2spk"))
         dev = set(sorted(set(speakers.values()))[::10]) if part == "train" else set()
         for utterance, path in sorted(paths.items()):
             speaker = speakers[utterance]
-            where = "dev" if speaker in dev else part
+            split = "dev" if speaker in dev else part
             audio = (arguments.corpus / path).resolve()
-            lines.append(f"{utterance}\t{audio}\t{where}\ten\t{speaker}\t{texts[utterance].lower()}")
+            lines.append(f"{utterance}\t{audio}\t{split}\ten\t{speaker}\t{texts[utterance].lower()}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = arguments.out.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
