@@ -34,7 +34,7 @@ from asrkit.training.update import Updater
 DEVICE = torch.device("cuda:0" if os.environ.get("DEVICE", "cuda") == "cuda" else "cpu")
 VOCAB = 500
 ATTENTION: dict[str, Any] = {
-    "submodels": {"near": {"kind": "attention", "layers": [0, 3, 6], "dim": 128, "heads": 4, "context": "full"}},
+    "submodels": {"near": {"kind": "attention", "layers": [0, 3, 5], "dim": 128, "heads": 4, "context": "full"}},
     "variants": {"near": {"submodels": ["near"], "contexts": ["full"]}},
     "variant": "near",
 }

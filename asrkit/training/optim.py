@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from itertools import chain
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -66,10 +67,12 @@ class ScaledAdam(torch.optim.Optimizer):
     """Adam whose step for a tensor is proportional to the tensor's root mean square, with a learned scale.
 
     delta = -lr * rms(w) * m_hat / (sqrt(v_hat) + eps), plus a step of the scale itself along w, from the
-    gradient h = sum(g * w) treated by Adam with rate ``scale_rate * lr``. rms is kept within [``smallest``, 3]; ours is
+    gradient h = sum(g * w) treated by Adam with rate ``scale_rate * lr``. rms is kept within [``smallest``, 3]; our choice is
     1e-2, because with the reference code's 1e-5 a bias or projection that begins as zeros stays there;
     vectors and scalars take a tenth of the rate, as they have no scale of their own to learn.
     Source: Zipformer (arXiv 2310.11230), section 3.5; eta = 0.1.
+
+    Tensors of one shape and age are stacked, and one operation serves all of a stack, so that a step takes few launches.
     """
 
     def __init__(
@@ -84,49 +87,93 @@ class ScaledAdam(torch.optim.Optimizer):
         super().__init__(
             parameters, {"lr": lr, "betas": betas, "eps": eps, "scale_rate": scale_rate, "smallest": smallest}
         )
+        self._stacks: dict[tuple[int, ...], _Stack] = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._stacks = {}  # the state's tensors are others now
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if weights:
-                self._update(group, weights)
+            alike: dict[tuple[torch.Size, float], list[Tensor]] = {}
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    self._begin(weight, state)
+                # Each tensor counts for itself: one that was left out of some steps is younger than the others.
+                state["step"] += 1
+                alike.setdefault((weight.shape, float(state["step"])), []).append(weight)
+            if alike:
+                self._update(group, alike)
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+    def _begin(self, weight: Tensor, state: dict[str, Tensor]) -> None:
+        """What is remembered of a tensor: its age, and the averages of its gradient and its scale's, with their squares."""
+        for name, like in (("exp_avg", weight), ("exp_avg_sq", weight)):
+            state[name] = torch.zeros_like(like)
+        for name in ("scale_avg", "scale_avg_sq"):
+            state[name] = torch.zeros((), device=weight.device)
+        state["step"] = torch.zeros(())
+
+    def _update(self, group: dict[str, Any], alike: dict[tuple[torch.Size, float], list[Tensor]]) -> None:
         beta1, beta2 = group["betas"]
-        grads = [p.grad for p in weights if p.grad is not None]
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(weight),
-                    "exp_avg_sq": torch.zeros_like(weight),
-                    "scale_avg": torch.zeros((), device=weight.device),
-                    "scale_avg_sq": torch.zeros((), device=weight.device),
-                }
-        states = [self.state[p] for p in weights]
-        first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        rms = [p.square().mean().sqrt().clamp(group["smallest"], 3.0) for p in weights]
-        # The scale's own gradient: how the loss changes when the whole tensor grows.
-        slopes = [(g * p).sum() for g, p in zip(grads, weights, strict=True)]
+        stacks = [self._stack(weights) for weights in alike.values()]
+        ages = [age for _, age in alike]
+        weights = [torch.stack(members) for members in alike.values()]
+        grads = [torch.stack([w.grad for w in members if w.grad is not None]) for members in alike.values()]
+        first, second = [stack.exp_avg for stack in stacks], [stack.exp_avg_sq for stack in stacks]
         torch._foreach_mul_(first, beta1)
         torch._foreach_add_(first, grads, alpha=1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        for state in states:
-            state["step"] += 1
-        # Each tensor counts for itself: one that was left out of some steps is younger than the others.
-        counts = [float(state["step"]) for state in states]
-        biases = [math.sqrt(1 - beta2**count) / (1 - beta1**count) for count in counts]
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_add_(denominator, [group["eps"] * math.sqrt(1 - beta2**count) for count in counts])
-        steps = torch._foreach_div(first, denominator)
-        for weight, state, change, size, slope, bias in zip(weights, states, steps, rms, slopes, biases, strict=True):
-            rate = group["lr"] * (1.0 if weight.ndim > 1 else 0.1)
-            growth: Tensor | float = 0.0
-            if weight.ndim > 1:
-                state["scale_avg"].mul_(beta1).add_(slope, alpha=1 - beta1)
-                state["scale_avg_sq"].mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
-                scale_step = state["scale_avg"] * bias / (state["scale_avg_sq"].sqrt() + group["eps"])
-                growth = scale_step.clamp(-10, 10) * (rate * group["scale_rate"])
-            weight.mul_(1.0 - growth).sub_(change * (size * rate * bias))
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_add_(denominators, [group["eps"] * math.sqrt(1 - beta2**age) for age in ages])
+        steps = torch._foreach_div(first, denominators)
+        moves = []
+        for stack, age, weight, grad, step in zip(stacks, ages, weights, grads, steps, strict=True):
+            bias = math.sqrt(1 - beta2**age) / (1 - beta1**age)
+            rate = group["lr"] * (1.0 if weight.ndim > 2 else 0.1)
+            rms = weight.reshape(len(weight), -1).square().mean(1).sqrt().clamp(group["smallest"], 3.0)
+            move = step.mul_(_beside(rms * (rate * bias), step))
+            if weight.ndim > 2:  # matrices: the scale learns too
+                growth = self._growth(stack, (grad * weight).reshape(len(weight), -1).sum(1), bias, group) * rate
+                move.addcmul_(_beside(growth, weight), weight)
+            moves.append(move)
+        torch._foreach_sub_(list(chain(*alike.values())), list(chain(*(move.unbind() for move in moves))))
+
+    def _growth(self, stack: _Stack, slopes: Tensor, bias: float, group: dict[str, Any]) -> Tensor:
+        """By how much each tensor's scale wants to shrink, (n,), from how the loss changes when the whole tensor grows, (n,)."""
+        beta1, beta2 = group["betas"]
+        stack.scale_avg.mul_(beta1).add_(slopes, alpha=1 - beta1)
+        stack.scale_avg_sq.mul_(beta2).addcmul_(slopes, slopes, value=1 - beta2)
+        scale_step = stack.scale_avg * bias / (stack.scale_avg_sq.sqrt() + group["eps"])
+        return scale_step.clamp(-10, 10) * group["scale_rate"]
+
+    def _stack(self, weights: list[Tensor]) -> _Stack:
+        """The state of tensors of one shape in one piece, of which each tensor's own state is a view."""
+        key = tuple(map(id, weights))
+        if key not in self._stacks:
+            states = [self.state[weight] for weight in weights]
+            stack = _Stack(*(torch.stack([state[name] for state in states]) for name in _Stack._fields))
+            for index, state in enumerate(states):
+                state.update({name: getattr(stack, name)[index] for name in _Stack._fields})
+            changed = set(key)
+            self._stacks = {other: kept for other, kept in self._stacks.items() if not changed & set(other)}
+            self._stacks[key] = stack
+        return self._stacks[key]
+
+
+class _Stack(NamedTuple):
+    """The state of n tensors: exp_avg and exp_avg_sq (n, ...), scale_avg and scale_avg_sq (n,)."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    scale_avg: Tensor
+    scale_avg_sq: Tensor
+
+
+def _beside(factors: Tensor, stacked: Tensor) -> Tensor:
+    """(n,) as (n, 1, ...), to multiply (n, ...)."""
+    return factors.view(-1, *[1] * (stacked.ndim - 1))

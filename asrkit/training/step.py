@@ -19,9 +19,12 @@ from asrkit.training.config import autocast
 
 
 class Metric(NamedTuple):
-    """Logged as the sum of totals over the sum of divisors since the last line; without a divisor, as the total."""
+    """Logged as the sum of totals over the sum of divisors since the last line; without a divisor, as the total.
 
-    total: Tensor
+    ``total`` is a tensor () of the device that nothing waits for, or a number where it is known anyway.
+    """
+
+    total: Tensor | float
     divisor: float | None
 
 
@@ -188,8 +191,7 @@ def compute_gradients(
         result.count += output.count
         result.audio += sum(batch.durations)
         result.waited += waited
-        audio = torch.tensor(sum(batch.durations), dtype=torch.float64, device=total.device)
-        metrics["audio_seconds"] = Metric(audio, None)
+        metrics["audio_seconds"] = Metric(sum(batch.durations), None)
         add_metrics(result.metrics, metrics)
     result.gradients = [parameter.grad for parameter in parameters]
     return result
@@ -205,20 +207,19 @@ def set_training(task: TrainTask, model: nn.Module) -> None:
 def add_metrics(sums: dict[str, Metric], metrics: Mapping[str, Metric]) -> None:
     """Add ``metrics`` to ``sums``, in double precision and on their device, so that nothing waits for it."""
     for name, (total, divisor) in metrics.items():
-        total = total.detach().double()
+        if isinstance(total, Tensor):
+            total = total.detach().double()
         if name in sums:
-            total = sums[name].total + total
+            total = sums[name].total + total  # a resumed run's number and a tensor make a tensor
             divisor = None if divisor is None else (sums[name].divisor or 0.0) + divisor
         sums[name] = Metric(total, divisor)
 
 
 def metric_sums(metrics: Mapping[str, Metric]) -> dict[str, tuple[float, float | None]]:
     """Metrics as plain numbers, by one read of the device."""
-    if not metrics:
-        return {}
-    totals = torch.stack([metric.total for metric in metrics.values()]).tolist()
-    divisors = [metric.divisor for metric in metrics.values()]
-    return dict(zip(metrics, zip(totals, divisors, strict=True), strict=True))
+    waiting = {name: metric.total for name, metric in metrics.items() if isinstance(metric.total, Tensor)}
+    read = dict(zip(waiting, torch.stack(list(waiting.values())).tolist(), strict=True)) if waiting else {}
+    return {name: (read[name] if name in read else float(total), divisor) for name, (total, divisor) in metrics.items()}
 
 
 class Fetched(Protocol):

@@ -9,15 +9,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from asrkit.errors import UserError
 from asrkit.training.checkpoint import Progress, load_state, save_state
-from asrkit.training.config import TrainingConfig, resolve_precision
-from asrkit.training.distributed import World, broadcast_object, gather_lists, sum_over_processes
+from asrkit.training.config import TrainingConfig, make_scaler, resolve_precision
+from asrkit.training.distributed import World, all_sum, broadcast_object, gather_lists, sum_over_processes
 from asrkit.training.ema import MovingAverage, average_decay
 from asrkit.training.logs import RunLog
 from asrkit.training.optim import learning_rate, make_optimizer
@@ -55,16 +54,13 @@ class Updater:
         self._average = MovingAverage(self.model, self.average)
         self._trained = trained_parameters(self.model)
         self.optimizer = make_optimizer(self._trained, settings.optimizer)
-        self._scaler: Any = torch.cuda.amp.GradScaler() if dtype == torch.float16 else None
+        self._scaler = make_scaler() if dtype == torch.float16 else None
         self.progress = load_state(run, self.model, self.average, self.optimizer) or Progress(slices=slices)
         if self._scaler is not None and self.progress.scaler:
             self._scaler.load_state_dict(self.progress.scaler)
         self.arithmetic = Arithmetic(world.device, dtype, None if self._scaler is None else self._scaler.scale)
         self.log = RunLog(run, settings, self.step, task.batches.plan.steps_per_epoch, world.is_main)
-        self._metrics = {
-            name: Metric(torch.tensor(total, dtype=torch.float64, device=world.device), count)
-            for name, (total, count) in self.progress.metrics.items()
-        }
+        self._metrics = {name: Metric(total, divisor) for name, (total, divisor) in self.progress.metrics.items()}
         self._rate = 0.0
         self._began = time.monotonic() - self.progress.seconds
 
@@ -99,10 +95,11 @@ class Updater:
             self._scaler.update()
         elif finite:
             self.optimizer.step()
-        if finite or (self._scaler is not None and not result.bad_cut_ids()):
+        if finite or self._overflowed(result):
             self._follow()
-            gradient_norm = torch.tensor(norm, device=self.world.device)
-            add_metrics(self._metrics, {**result.metrics, "gradient_norm": Metric(gradient_norm, 1.0)})
+            add_metrics(self._metrics, result.metrics)
+            if finite:
+                add_metrics(self._metrics, {"gradient_norm": Metric(norm, 1.0)})
         else:
             self._skip(result)
         self.progress.step += 1
@@ -131,6 +128,13 @@ class Updater:
         progress.metrics = metric_sums(self._metrics)
         if self.world.is_main:
             save_state(self.run, progress, self.model, self.average, self.optimizer)
+
+    def _overflowed(self, result: StepResult) -> bool:
+        """Whether gradients that are not finite are the scaler's doing, as every loss of every process is finite."""
+        if self._scaler is None:
+            return False
+        bad = torch.tensor(len(result.bad_cut_ids()), device=self.world.device)
+        return int(all_sum(bad)) == 0
 
     def _follow(self) -> None:
         """The average follows the weights, and what must hold of either is put right."""

@@ -67,3 +67,47 @@ def test_it_fits_a_line(name: Literal["adamw", "scaled_adam"]) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.05 * losses[0]
+
+
+def _one_by_one(weights: list[torch.Tensor], states: list[dict[str, float | torch.Tensor]], lr: float) -> None:
+    """A step of ScaledAdam as the paper has it, tensor by tensor."""
+    beta1, beta2, eps = 0.9, 0.98, 1e-8
+    for weight, state in zip(weights, states, strict=True):
+        if weight.grad is None:
+            continue
+        state["step"] = state.get("step", 0) + 1
+        correct1, correct2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]  # type: ignore[operator]
+        grad, rms = weight.grad, weight.square().mean().sqrt().clamp(1e-2, 3.0)
+        state["m"] = beta1 * state.get("m", 0) + (1 - beta1) * grad
+        state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * grad**2
+        change = rms * (state["m"] / correct1) / ((state["v"] / correct2).sqrt() + eps)  # type: ignore[operator, union-attr]
+        if weight.ndim > 1:
+            slope = (grad * weight).sum()
+            state["n"] = beta1 * state.get("n", 0) + (1 - beta1) * slope
+            state["u"] = beta2 * state.get("u", 0) + (1 - beta2) * slope**2
+            scale = (state["n"] / correct1) * correct2**0.5 / (state["u"].sqrt() + eps)  # type: ignore[operator, union-attr]
+            change = change + 0.1 * scale.clamp(-10, 10) * weight
+        weight.sub_(lr * (1.0 if weight.ndim > 1 else 0.1) * change)
+
+
+def test_stacked_tensors_move_as_each_would_by_itself() -> None:
+    """Of several shapes and ages, some without gradients in some steps, and resumed half-way."""
+    torch.manual_seed(0)
+    shapes = [(4, 4), (4, 4), (4,), (4,), (3, 5), (2, 3, 3), (1,), (), (4, 4)]
+    stacked = [torch.nn.Parameter(torch.randn(shape) * 0.3) for shape in shapes]
+    alone = [weight.detach().clone() for weight in stacked]
+    states: list[dict[str, float | torch.Tensor]] = [{} for _ in shapes]
+    optimizer = ScaledAdam(stacked, lr=0.05)
+    for step in range(12):
+        for index, (one, other) in enumerate(zip(stacked, alone, strict=True)):
+            absent = (step % 3 == 1 and index == 2) or (step < 4 and index == 8)
+            one.grad = None if absent else torch.randn(one.shape)
+            other.grad = None if one.grad is None else one.grad.clone()
+        optimizer.step()
+        _one_by_one(alone, states, 0.05)
+        if step == 6:
+            resumed = ScaledAdam(stacked, lr=0.05)
+            resumed.load_state_dict(optimizer.state_dict())
+            optimizer = resumed
+    for one, other in zip(stacked, alone, strict=True):
+        torch.testing.assert_close(one.detach(), other, rtol=1e-4, atol=1e-6)
