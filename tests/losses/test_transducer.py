@@ -399,7 +399,7 @@ def test_a_backend_that_is_not_there_is_refused() -> None:
     try:
         import k2  # noqa: F401
     except ImportError:
-        with pytest.raises(UserError, match="backend k2"):
+        with pytest.raises(UserError, match="loss.backend=k2: needs k2, which is not installed"):
             Case(0, 1, 3, 2).simple("k2")
     else:
         assert Case(0, 1, 3, 2).simple("k2")[0].isfinite().all()
