@@ -401,7 +401,7 @@ def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
     assert all(symbol in inventory for cut in cuts for symbol in symbols_of(cut, "bpe") or ())
     said = distill(corpus, tmp_path / "kd", "--lm", f"bpe={many}", code=1)
     assert (
-        f"--lm bpe: its tokenizer parts {len(cuts)} texts otherwise than their bpe alignments, cuts {cuts[0].id},"
+        f"--lm bpe: its tokenizer segments {len(cuts)} texts differently from their bpe alignments: cuts {cuts[0].id},"
         in said
     )
     assert "train-lm --tokenizer" in said and not (tmp_path / "kd").exists()
