@@ -1,9 +1,11 @@
-"""doctor, info and summary."""
+"""doctor, info, summary and compare."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +13,18 @@ import typer
 
 from asrkit.cli.options import io, output
 
+# The names of asrkit.reporting.compare.UNITS, which would import numpy here.
+GroupName = StrEnum("GroupName", ["speaker", "utterance", "language"])
+
+tests = partial(typer.Option, rich_help_panel="Tests")
+
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command("doctor")(doctor)
     app.command("info")(info)
     app.command("summary")(summary)
+    app.command("compare")(compare)
 
 
 def doctor(
@@ -78,15 +86,82 @@ def info(
 
 def summary(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories, in the order of the rows.")],
+    baseline: Annotated[
+        Path | None, io(help="Run directory that each row is compared with; certain differences are marked.")
+    ] = None,
     out: Annotated[Path | None, io(help="Also write the rows to this JSON file.")] = None,
 ) -> None:
-    """Compare evaluated runs in one table: a row for each variant, context and method.
+    """Show evaluated runs in one table: a row for each variant, context and method.
 
-    Example:
+    Examples:
 
         asrkit summary exp/backbone exp/attention --out exp/summary.json
+
+        asrkit summary exp/backbone exp/attention --baseline exp/backbone
     """
     from asrkit.reporting.tables import summary_table, table_console
     from asrkit.stages.summary import summarize_runs
 
-    table_console().print(summary_table(summarize_runs(runs, out)))
+    table_console().print(summary_table(summarize_runs(runs, out, baseline)))
+
+
+def compare(
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SYSTEM...",
+            help="Run directories, exported models or directories of evaluations; the first is the baseline.",
+        ),
+    ],
+    evaluation: Annotated[
+        list[str] | None,
+        io(
+            help="Which evaluation of each run: a part of its directory's name, such as test, beam4 or a digest. Repeatable."
+        ),
+    ] = None,
+    out: Annotated[Path | None, io("--json", metavar="FILE", help="Also write everything to this JSON file.")] = None,
+    baseline: Annotated[str | None, tests(help="What the others are compared with. [default: the first]")] = None,
+    by: Annotated[
+        GroupName | None,
+        tests(help="What is drawn anew for the interval. [default: speaker where all are known, else utterance]"),
+    ] = None,
+    seeds: Annotated[
+        bool, tests("--seeds", help="Each system is trained with several seeds: write name=RUN,RUN.")
+    ] = False,
+    margin: Annotated[
+        float | None, tests(metavar="POINTS", help="Test whether systems are the same within this many points of WER.")
+    ] = None,
+) -> None:
+    """Tell whether systems differ by more than chance, on the same utterances, and where the difference comes from.
+
+    Examples:
+
+        asrkit compare exp/backbone exp/attention
+
+        asrkit compare exp/backbone exp/int8 exp/int4 --evaluation test --evaluation beam4 --margin 1 --json compare.json
+
+        asrkit compare --seeds float=exp/float-1,exp/float-2 int4=exp/int4-1,exp/int4-2
+
+    A change is certain if its 95 % interval (paired bootstrap) leaves out 0 and its p-value (MAPSSWE, corrected for the number of
+    systems) is below 0.05. Systems that were not evaluated on the same references are refused.
+    """
+    from asrkit.reporting.compare_tables import comparison_table, explain, part_tables
+    from asrkit.reporting.tables import table_console
+    from asrkit.stages.compare import compare_runs
+
+    comparisons = compare_runs(
+        systems,
+        baseline=baseline,
+        by=None if by is None else by.value,  # type: ignore[arg-type]
+        seeds=seeds,
+        margin=margin,
+        evaluation=evaluation or (),
+        out=out,
+    )
+    console = table_console()
+    console.print(comparison_table(comparisons))
+    for comparison in comparisons:
+        typer.echo("\n".join([*explain(comparison), ""]))
+    for comparison in comparisons:
+        for table in part_tables(comparison):
+            console.print(table)

@@ -222,6 +222,11 @@ def language_of(cut: Cut) -> str:
     return cut.supervisions[0].language or ""
 
 
+def speaker_of(cut: Cut) -> str:
+    """The speaker of a cut's (first) supervision; empty where it names none."""
+    return cut.supervisions[0].speaker or ""
+
+
 def is_labeled(cut: Cut) -> bool:
     """Whether the text of a cut is a recognizer's, and not given."""
     return any("labeled_by" in (supervision.custom or {}) for supervision in cut.supervisions)

@@ -1,4 +1,4 @@
-"""result.json: what ``evaluate`` writes, and what reads it back.
+"""result.json and utterances.jsonl: what ``evaluate`` writes, and what reads it back.
 
 Rates are fractions, not per cent, and None where there is nothing to divide by.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from asrkit.config import config, from_dict
+from asrkit.config import config, from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.migration import migrate_result
 from asrkit.reporting.wer import Scored, confidence_interval, total_chars, total_words
+from asrkit.run_dir import EXPORT, WEIGHTS, sha256_of
 
-RESULT = "result.json"
+RESULT, UTTERANCES = "result.json", "utterances.jsonl"
+EVALUATION = "evaluation"  # the folder of a run directory that holds a directory for each evaluation
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -93,31 +95,106 @@ def summarize(utterances: Sequence[Scored]) -> Errors:
     )
 
 
+@config
+class Utterance:
+    """A line of utterances.jsonl. Results written before speakers were kept have none."""
+
+    id: str
+    language: str
+    speaker: str = ""
+    ref: str
+    hyp: str
+    words: Count
+    errors: Count
+
+
+def utterance_line(utterance: Scored) -> str:
+    """The line of utterances.jsonl."""
+    row = Utterance(
+        id=utterance.cut_id,
+        language=utterance.language,
+        speaker=utterance.speaker,
+        ref=utterance.ref,
+        hyp=utterance.hyp,
+        words=utterance.words.words,
+        errors=utterance.words.errors,
+    )
+    return json.dumps(to_dict(row), ensure_ascii=False) + "\n"
+
+
 def read_results(run: Path) -> list[Result]:
     """Every result.json below ``evaluation/``, in the order of the directories' names.
 
     Raises:
         UserError: a line for each file that is damaged, or of another version of asrkit.
     """
-    results, findings = [], []
-    for file in sorted(run.glob(f"evaluation/*/{RESULT}")):
+    return list(read_evaluations(run).values())
+
+
+def read_evaluations(run: Path) -> dict[Path, Result]:
+    """The same by the evaluations' directories."""
+    results: dict[Path, Result] = {}
+    findings: list[str] = []
+    for file in sorted(run.glob(f"{EVALUATION}/*/{RESULT}")):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("it holds no object")
-            results.append(from_dict(Result, migrate_result(content), RESULT))
+            results[file.parent] = read_result(file.parent)
         except UserError as error:
-            more = f"; and {len(error.lines) - 1} more" if len(error.lines) > 1 else ""
-            findings.append(_not_a_result(file, f"{error.lines[0]}{more}"))
-        except (OSError, ValueError, RecursionError) as error:
-            findings.append(_not_a_result(file, " ".join(str(error).split())))
+            findings += error.lines
     if findings:
         raise UserError.of(findings)
     return results
 
 
-def _not_a_result(file: Path, reason: str) -> str:
-    return f"{file}: is not a result of this version's evaluate ({reason}); delete its directory and evaluate again"
+def read_result(directory: Path) -> Result:
+    """The result.json of an evaluation's directory.
+
+    Raises:
+        UserError: it is damaged, or of another version of asrkit.
+    """
+    file = directory / RESULT
+    try:
+        return from_dict(Result, migrate_result(_object(file.read_text(encoding="utf-8"))), RESULT)
+    except UserError as error:
+        more = f"; and {len(error.lines) - 1} more" if len(error.lines) > 1 else ""
+        raise _not_a_result(file, f"{error.lines[0]}{more}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _not_a_result(file, " ".join(str(error).split())) from error
+
+
+def read_utterances(directory: Path) -> list[Scored]:
+    """The utterances of an evaluation's directory, in the manifest's order.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file, rows = directory / UTTERANCES, []
+    try:
+        # Only a line feed ends a line: a text may hold other characters that Python takes for line ends.
+        for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+            rows.append(from_dict(Utterance, _object(line), f"line {number}"))
+    except UserError as error:
+        raise _not_a_result(file, error.lines[0]) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _not_a_result(file, " ".join(str(error).split())) from error
+    return [Scored(row.id, row.ref, row.hyp, row.language, row.speaker) for row in rows]
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of what a run directory or an exported model recognizes with, as a result names it."""
+    return sha256_of(path / (EXPORT if (path / EXPORT).is_file() else WEIGHTS))
+
+
+def _object(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no object")
+    return content
+
+
+def _not_a_result(file: Path, reason: str) -> UserError:
+    return UserError(
+        f"{file}: is not a result of this version's evaluate ({reason}); delete its directory and evaluate again"
+    )
 
 
 def manifest_name(manifest: str) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from asrkit.reporting.results import manifest_name
 
 
-def _table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
+def plain_table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
     """A table that fits 80 columns: texts on the left, numbers on the right."""
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in numbers:
@@ -23,6 +23,11 @@ def _table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
 def percent(rate: float | None) -> str:
     """``12.34`` of 0.1234; a dash where there is no rate."""
     return "-" if rate is None else f"{100 * rate:.2f}"
+
+
+def points(difference: float) -> str:
+    """``-2.10`` of -0.021: points of WER, with the sign."""
+    return f"{100 * difference:+.2f}"
 
 
 def table_console() -> Console:
@@ -47,7 +52,7 @@ def evaluation_table(results: Sequence[dict[str, Any]]) -> Table:
     point = f"{first['variant']}, {first['context']}"
     if first["latency_ms"] is not None:
         point += f", latency {latency(first['latency_ms'])}"
-    table = _table(f"{first['manifest']} by {first['run']} ({point})", "method", "lang", numbers=numbers)
+    table = plain_table(f"{first['manifest']} by {first['run']} ({point})", "method", "lang", numbers=numbers)
     for result in results:
         languages = result["languages"]
         rows = list(languages.items()) if len(languages) > 1 else []
@@ -104,7 +109,7 @@ def run_tables(description: dict[str, Any]) -> list[Table]:
 
 def _compression(compression: dict[str, Any]) -> Table:
     """Bytes of each part as stored for use, beside those of float32."""
-    table = _table("stored for use", "part", "bits", numbers=("kept %", "float bytes", "bytes", "of float %"))
+    table = plain_table("stored for use", "part", "bits", numbers=("kept %", "float bytes", "bytes", "of float %"))
     rows = compression["parts"]
     for row in rows:
         kept = f"{100 * row['kept'] / row['weights']:.1f}" if row["weights"] else "-"
@@ -124,7 +129,7 @@ def _size_row(table: Table, part: str, bits: str, kept: str, rows: Sequence[dict
 
 
 def _stages(description: dict[str, Any]) -> Table:
-    table = _table("stages", "stage", "created", "metrics", numbers=("step", "seconds"))
+    table = plain_table("stages", "stage", "created", "metrics", numbers=("step", "seconds"))
     for entry in description["stages"]:
         metrics = ", ".join(f"{name} {_number(value)}" for name, value in (entry.get("metrics") or {}).items())
         texts = (entry.get("stage"), entry.get("created"), metrics, entry.get("step"), entry.get("seconds"))
@@ -134,7 +139,7 @@ def _stages(description: dict[str, Any]) -> Table:
 
 def _variants(description: dict[str, Any]) -> Table:
     """A line for each trained context beside a line for each manifest measured, whichever are more."""
-    table = _table("variants", "variant", "sub-models", numbers=("parameters", "bytes"))
+    table = plain_table("variants", "variant", "sub-models", numbers=("parameters", "bytes"))
     for column in ("trained in", "latency", "best WER %", "on"):
         table.add_column(column)
     for row in description["variants"]:
@@ -172,7 +177,9 @@ def _search(row: dict[str, Any]) -> str:
 
 
 def _submodels(description: dict[str, Any]) -> Table:
-    table = _table("sub-models", "sub-model", "kind", "layers", "position", "context", numbers=("dim", "parameters"))
+    table = plain_table(
+        "sub-models", "sub-model", "kind", "layers", "position", "context", numbers=("dim", "parameters")
+    )
     for row in description["submodels"]:
         dim = str(row["dim"]) if row["heads"] is None else f"{row['dim']} / {row['heads']} heads"
         texts = (row["submodel"], row["kind"], _ranges(row["layers"]), row["position"], row["context"], dim)
@@ -192,7 +199,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _parts(description: dict[str, Any]) -> Table:
-    table = _table("parameters, statistics included", "part", numbers=("parameters", "bytes"))
+    table = plain_table("parameters, statistics included", "part", numbers=("parameters", "bytes"))
     for part in description["parts"]:
         table.add_row(part["part"], f"{part['parameters']:,}", f"{part['bytes']:,}")
     table.add_section()
@@ -203,7 +210,7 @@ def _parts(description: dict[str, Any]) -> Table:
 def _evaluations(description: dict[str, Any]) -> Table:
     numbers = ("words", "WER %", "CER %", "late ms", "RTF")
     columns = ("manifest", "digest", "variant", "context", "method", "weights")
-    table = _table("evaluations", *columns, numbers=numbers)
+    table = plain_table("evaluations", *columns, numbers=numbers)
     for row in description["evaluations"]:
         late = _rounded((row["emission_latency"] or {}).get("mean_ms"))
         rates = (percent(row["wer"]), percent(row["cer"]), late, f"{row['real_time_factor']:.4f}")
@@ -219,18 +226,33 @@ def _number(value: Any) -> str:
 
 def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
     """What a chain of stages achieved, as ``summarize_runs`` gives it."""
-    numbers = ("WER %", "CER %", "words", "bytes", "seconds", "RTF")
-    table = _table("summary", "stage", "variant", "context", "manifest", "digest", "method", numbers=numbers)
+    compared = any(row["comparison"] is not None for row in rows)
+    numbers = ("WER %", *("change",) * compared, "CER %", "words", "bytes", "seconds", "RTF")
+    table = plain_table("summary", "stage", "variant", "context", "manifest", "digest", "method", numbers=numbers)
     for row in rows:
         table.add_row(
             *(row[key] for key in ("stage", "variant", "context", "manifest")),
             _digest(row),
             _search(row),
             percent(row["wer"]),
+            *([_change(row["comparison"])] if compared else []),
             percent(row["cer"]),
             str(row["words"]),
             f"{row['bytes']:,}",
             "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
             f"{row['real_time_factor']:.4f}",
         )
+    if compared:
+        table.caption = (
+            "change: points of WER from the baseline on the same manifest by the same search, below 0 is better; "
+            "* certain, as `asrkit compare` says\n(its interval leaves out 0, and its p, corrected for all rows, is below 0.05)"
+        )
+        table.caption_justify = "left"
     return table
+
+
+def _change(comparison: dict[str, Any] | None) -> str:
+    """``-2.10 *``: points of WER, marked where it is certain; a dash where nothing was compared."""
+    if comparison is None:
+        return "-"
+    return f"{points(comparison['difference'])} {'*' if comparison['certain'] else ' '}"

@@ -72,6 +72,7 @@ class Scored:
     ref: str
     hyp: str
     language: str = ""
+    speaker: str = ""
 
     @cached_property
     def pairs(self) -> Pairs:

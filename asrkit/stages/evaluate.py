@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from lhotse import CutSet
 from asrkit.config import to_dict
 from asrkit.data.batch import evaluation_batches
 from asrkit.data.checks import decodable_cuts
-from asrkit.data.manifests import digest_of
+from asrkit.data.manifests import digest_of, speaker_of
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.evaluation import score
 from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
@@ -23,7 +23,16 @@ from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import Method, search
 from asrkit.errors import UserError
 from asrkit.reporting.progress import progress
-from asrkit.reporting.results import RESULT, Latencies, Result, manifest_name, summarize
+from asrkit.reporting.results import (
+    EVALUATION,
+    RESULT,
+    UTTERANCES,
+    Latencies,
+    Result,
+    manifest_name,
+    summarize,
+    utterance_line,
+)
 from asrkit.reporting.wer import (
     Scored,
     by_language,
@@ -35,7 +44,7 @@ from asrkit.reporting.wer import (
 )
 from asrkit.run_dir import atomic_write
 
-ALIGNMENTS, CONFUSIONS, UTTERANCES = "alignments.txt", "confusions.txt", "utterances.jsonl"
+ALIGNMENTS, CONFUSIONS = "alignments.txt", "confusions.txt"
 
 T = TypeVar("T")
 
@@ -84,16 +93,17 @@ def evaluate(
     recognizer, cuts, warnings = _open(run_path, manifest, methods, beam, variant, context or ContextChoice(), device)
     digest = digest_of(manifest)
     directories = {
-        method: (out or run_path / "evaluation") / _name(manifest, digest, recognizer, method, beam)
-        for method in methods
+        method: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, method, beam) for method in methods
     }
     for directory in directories.values():
         _make(directory)
     decoded = _decode(recognizer, cuts, methods, beam, max_duration)
     order = {cut.id: number for number, cut in enumerate(cuts)}
+    speakers = {cut.id: speaker_of(cut) for cut in cuts}
     evaluations = []
     for method in methods:
-        utterances = sorted(decoded[method].scored, key=lambda utterance: order[utterance.cut_id])
+        named = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in decoded[method].scored]
+        utterances = sorted(named, key=lambda utterance: order[utterance.cut_id])
         latencies, seconds = decoded[method].latencies, decoded[method].seconds
         audio_seconds = float(sum(cut.duration for cut in cuts))
         result = Result(
@@ -213,21 +223,10 @@ def _write(directory: Path, result: Result, utterances: Sequence[Scored]) -> Non
     """Write the files of one method; result.json comes last, so where it is new, all are."""
     total = format_summary(total_words(utterances))
     heading = f"{result.manifest} by {result.run}, {result.variant}, {result.context}, {result.search}: {total}\n\n"
-    rows = [
-        {
-            "id": utterance.cut_id,
-            "language": utterance.language,
-            "ref": utterance.ref,
-            "hyp": utterance.hyp,
-            "words": utterance.words.words,
-            "errors": utterance.words.errors,
-        }
-        for utterance in utterances
-    ]
     contents = {
         ALIGNMENTS: heading + "\n".join(format_alignment(utterance) for utterance in utterances),
         CONFUSIONS: heading + format_confusions(confusions(utterances)),
-        UTTERANCES: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        UTTERANCES: "".join(utterance_line(utterance) for utterance in utterances),
         RESULT: json.dumps(to_dict(result), indent=2, ensure_ascii=False) + "\n",
     }
     for name, content in contents.items():

@@ -8,34 +8,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asrkit.config import to_dict
 from asrkit.errors import UserError
 from asrkit.export.directory import SUFFIXES, is_exported, open_exported
 from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER
 from asrkit.models import load_model
 from asrkit.models.sizes import sizes
-from asrkit.reporting.results import manifest_name, read_results
-from asrkit.run_dir import EXPORT, WEIGHTS, atomic_write, open_run, sha256_of
+from asrkit.reporting.compare import compare, corrected
+from asrkit.reporting.evaluations import counterpart, current_evaluations, load_system, matched
+from asrkit.reporting.results import Result, manifest_name
+from asrkit.run_dir import atomic_write, open_run
 
 
-def summarize_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[str, Any]]:
+def summarize_runs(runs: Sequence[Path], out: Path | None = None, baseline: Path | None = None) -> list[dict[str, Any]]:
     """A row for each evaluation of each run, the runs in the order given, optionally written to ``out`` as JSON.
 
     A row holds stage, variant and context (those evaluated), manifest (its name), manifest_sha256, method, beam, wer, cer
     (fractions), words, insertions, bytes (of what that variant and method need to recognize, as `asrkit info` counts them; of an
-    exported model those of its files), seconds the stage took (None of an export), real_time_factor of the decoding.
+    exported model those of its files), seconds the stage took (None of an export), real_time_factor of the decoding, and
+    comparison: what `asrkit compare` says of it and the evaluation of ``baseline`` on the same manifest by the same search, without
+    the parts; None where there is no such evaluation, or where it is this very one.
 
     Raises:
         UserError: a run is incomplete or damaged, or was not evaluated with its present weights.
     """
-    rows, findings = [], []
+    rows: list[dict[str, Any]] = []
+    evaluations: list[tuple[Path, Result]] = []
+    findings: list[str] = []
     for path in runs:
         system = _exported(path) if is_exported(path) else _trained(path)
-        current = [result for result in read_results(path) if result.weights_sha256 == system.sha256]
-        if not current:
-            findings.append(
-                f"{path}: was not evaluated with its present weights; run `asrkit evaluate --from {path} --manifest ...`"
-            )
-        for result in current:
+        try:
+            current = current_evaluations(path)
+        except UserError as error:
+            findings += error.lines
+            continue
+        for directory, result in current.items():
+            evaluations.append((directory, result))
             rows.append(
                 {
                     "stage": system.stage,
@@ -52,14 +60,36 @@ def summarize_runs(runs: Sequence[Path], out: Path | None = None) -> list[dict[s
                     "bytes": system.size(result.variant, result.method),
                     "seconds": system.seconds,
                     "real_time_factor": result.real_time_factor,
+                    "comparison": None,
                 }
             )
     if findings:
         raise UserError.of(findings)
+    if baseline is not None:
+        _compare(rows, evaluations, baseline)
     if out is not None:
         with atomic_write(out) as temporary:
             temporary.write_text(json.dumps(rows, indent=2) + "\n")
     return rows
+
+
+def _compare(rows: Sequence[dict[str, Any]], evaluations: Sequence[tuple[Path, Result]], baseline: Path) -> None:
+    """Put each row's comparison with the baseline in it; p-values are corrected for the number of them."""
+    candidates = current_evaluations(baseline)
+    compared, comparisons = [], []
+    for row, (directory, result) in zip(rows, evaluations, strict=True):
+        against = counterpart(result, candidates)
+        if against is not None and against.resolve() != directory.resolve():
+            first, second = matched([load_system(str(path), [path]) for path in (against, directory)])
+            if sum(count > 0 for count in first.words) < 2:  # one utterance shows nothing
+                continue
+            compared.append(row)
+            comparisons += compare(first, [second])
+    for row, comparison in zip(compared, corrected(comparisons), strict=True):
+        content = to_dict(comparison)
+        row["comparison"] = {
+            key: value for key, value in content.items() if not isinstance(value, list) or key == "interval_95"
+        }
 
 
 @dataclass(frozen=True)
@@ -67,7 +97,6 @@ class _System:
     """What was evaluated; ``size`` takes a variant and a method to bytes."""
 
     stage: str
-    sha256: str
     seconds: float | None
     size: Callable[[str, str], int]
 
@@ -82,7 +111,7 @@ def _trained(path: Path) -> _System:
         unused |= {"predictor", "joiner"} if method == "ctc" else {"ctc_head"}
         return sum(part["bytes"] for name, part in sizes(model).items() if name not in unused)
 
-    return _System(entry["stage"], sha256_of(path / WEIGHTS), entry["seconds"], size)
+    return _System(entry["stage"], entry["seconds"], size)
 
 
 def _exported(path: Path) -> _System:
@@ -92,4 +121,4 @@ def _exported(path: Path) -> _System:
         wanted = (CTC,) if method == "ctc" else (ENCODER, DECODER, JOINER)
         return sum(exported.files[f"{file}{SUFFIXES[exported.format]}"].bytes for file in wanted)
 
-    return _System("export", sha256_of(path / EXPORT), None, size)
+    return _System("export", None, size)
