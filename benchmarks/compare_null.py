@@ -5,6 +5,9 @@ utterance in fifty is lost as a whole, by either system at random, as recognizer
 system is also better for some speakers and worse for others, by a standard deviation of 4 points; on average they are equal.
 With --long, so many utterances hold half of the words, as three of the demo's 55 test prompts do.
 
+The columns: the usual percentile interval of the bootstrap (not used), the interval of `compare` over utterances and over
+speakers, MAPSSWE, and what `compare` calls certain: interval over utterances (or speakers) and MAPSSWE together.
+
     python benchmarks/compare_null.py
     python benchmarks/compare_null.py --utterances 60 200 --long 3
     python benchmarks/compare_null.py --speakers 5 20 --utterances 200
@@ -34,9 +37,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--draws", type=int, default=1000, help="of each bootstrap")
     options = parser.parse_args()
-    print(
-        "utterances speakers | rejected by: bootstrap  by speaker  MAPSSWE  | both (certain), by utterance  by speaker"
-    )
+    columns = ("percentile", "bootstrap", "speakers", "MAPSSWE", "certain", "by speaker")
+    print(f"{'utterances':>10} {'speakers':>8} |", *(f"{column:>14}" for column in columns))
     for utterances in options.utterances:
         for speakers in options.speakers or [0]:
             p = np.array(

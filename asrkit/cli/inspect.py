@@ -162,6 +162,5 @@ def compare(
     console.print(comparison_table(comparisons))
     for comparison in comparisons:
         typer.echo("\n".join([*explain(comparison), ""]))
-    for comparison in comparisons:
         for table in part_tables(comparison):
             console.print(table)

@@ -19,8 +19,7 @@ from asrkit.reporting.wer import NOTHING, Pairs, Scored
 Unit = Literal["speaker", "utterance", "language"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 LEVEL = 0.05  # of a p-value below which a difference is called certain
-LENGTHS = ((0, "no words"), (5, "1-5 words"), (10, "6-10 words"), (20, "11-20 words"))
-LONGER = "21 words or more"
+LENGTHS = ("no words", "1-5 words", "6-10 words", "11-20 words", "21 words or more")
 LISTED = 10  # words and utterances most improved, and most worsened
 
 
@@ -237,7 +236,7 @@ def _compare(baseline: System, system: System, by: Unit, margin: float | None) -
         deletions=float(kinds[2]),
         speakers=parts(lambda utterance: utterance.speaker),
         languages=parts(lambda utterance: utterance.language),
-        lengths=parts(lambda utterance: _length(utterance.words.words)),
+        lengths=sorted(parts(_length), key=lambda part: LENGTHS.index(part.name)),
         improved_words=_most(by_word, -1),
         worsened_words=_most(by_word, 1),
         improved_utterances=_most(by_utterance, -1),
@@ -288,8 +287,9 @@ def _parts(names: Sequence[str], words: np.ndarray, before: np.ndarray, after: n
     ]
 
 
-def _length(words: int) -> str:
-    return next((name for most, name in LENGTHS if words <= most), LONGER)
+def _length(utterance: Scored) -> str:
+    limits = (0, 5, 10, 20)  # the most words of each length but the last
+    return LENGTHS[sum(utterance.words.words > limit for limit in limits)]
 
 
 def _word_parts(baseline: System, system: System) -> list[Part]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from asrkit.reporting.compare import Comparison, Part
+from asrkit.reporting.compare import LEVEL, Comparison, Part
 from asrkit.reporting.tables import percent, plain_table, points
 
 FEW_GROUPS = 10
@@ -58,17 +58,19 @@ def explain(row: Comparison) -> Iterator[str]:
     p = row.p_value
     spread = f"{_either_way(row.interval_95)} (95 % interval, other {WHOLE[row.by]} of this kind)"
     chance = f"equally good systems differ this much or more in {_per_cent(p)} of test sets (p {probability(p)})"
+    heading = f"{row.system} makes {size:.2f} {better} errors in 100 words than {row.baseline}"
     if row.certain:
-        yield f"{row.system} makes {size:.2f} {better} errors in 100 words than {row.baseline}, and that is no accident:"
+        yield f"{heading}, and that is no accident:"
     elif row.difference == 0:
         yield f"{row.system} makes as many errors as {row.baseline}:"
+    elif row.p_holm < LEVEL:
+        yield f"{heading}; that is no accident here, but may not hold for other {WHOLE[row.by]}:"
     else:
-        yield (
-            f"{row.system} makes {size:.2f} {better} errors in 100 words than {row.baseline}, but that may be an accident:"
-        )
+        yield f"{heading}, but that may be an accident:"
     yield f"  the difference is {spread};"
+    same = probability(row.p_holm) == probability(p)
     yield f"  {chance}" + (
-        "." if row.p_holm <= p else f"; among all systems compared here p is {probability(row.p_holm)}."
+        "." if same else f"; corrected for all systems compared here, p is {probability(row.p_holm)}."
     )
     if row.equivalence is not None:
         low, high = row.equivalence.interval_90
@@ -96,18 +98,17 @@ def _per_cent(p: float) -> str:
 
 def part_tables(row: Comparison) -> Iterator[Table]:
     """Where the difference comes from: lengths, languages, speakers, words, utterances; those that changed."""
-    pair = escape(f"{row.baseline} to {row.system}")
-    yield _rates(f"by length, {pair}", row.lengths)
+    yield _rates("by length", row.lengths)
     if len(row.languages) > 1:
-        yield _rates(f"by language, {pair}", row.languages)
+        yield _rates("by language", row.languages)
     if len(row.speakers) > 1:
-        yield _rates(f"by speaker, {pair}", sorted(row.speakers, key=lambda part: part.change))
-    yield _errors(f"words, {pair} (+: inserted)", row.improved_words, row.worsened_words)
-    yield _errors(f"utterances, {pair}", row.improved_utterances, row.worsened_utterances)
+        yield _rates("by speaker", sorted(row.speakers, key=lambda part: part.change))
+    yield _errors("words (+: inserted)", row.improved_words, row.worsened_words)
+    yield _errors("utterances", row.improved_utterances, row.worsened_utterances)
 
 
 def _rates(title: str, parts: Sequence[Part]) -> Table:
-    table = plain_table(title, "part", numbers=("words", "WER %", "then", "change"))
+    table = plain_table(title, "part", numbers=("words", "baseline %", "WER %", "change"))
     for part in parts:
         rates = [errors / part.words if part.words else None for errors in (part.baseline_errors, part.errors)]
         change = points(part.change / part.words) if part.words else f"{part.change:+g} errors"

@@ -45,6 +45,7 @@ def corpus(folder: Path) -> None:
         ("prune", {"prune", "qat", "info"}),
         ("distill", {"distill", "train-backbone", "evaluate"}),
         ("align", {"align"}),
+        ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
     ],
 )
