@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from asrkit.reporting.compare import error_spans
 from asrkit.reporting.significance import Estimate, holm, mapsswe, paired_bootstrap, segment_errors
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # pytest puts tests/ there, and benchmarks/ is beside it
-from benchmarks.compare_null import trial
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from compare_null import trial
 
 NOTHING = ""
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]
