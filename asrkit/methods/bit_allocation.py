@@ -1,6 +1,7 @@
-"""Which layers bear fewer bits: each is quantized by itself, and the loss it costs is measured.
+"""Which layers tolerate fewer bits: quantize each layer by itself and measure the increase in loss.
 
-Greedy by loss per byte saved; the papers choose by hand (arXiv 2203.15952, tables 3 and 4: lower layers bear 4 bits best).
+Bits are then reduced greedily by loss per byte saved; the papers choose by hand (arXiv 2203.15952, tables 3 and 4: lower layers
+tolerate 4 bits best).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def measure(
     loss: Callable[[nn.Module, Batch, int], LossOutput],
     batches: Iterable[Batch],
 ) -> dict[str, dict[int, float]]:
-    """By layer and bits, what the mean loss of an encoder frame on ``batches`` grows by when that layer alone is quantized.
+    """By layer and bits, the increase of the mean loss per encoder frame on ``batches`` if only that layer is quantized.
 
-    The model is as before afterwards, and in evaluation mode.
+    Afterwards the model has its old weights and is in evaluation mode.
     """
     model.eval()
     sample = list(batches)
@@ -38,7 +39,7 @@ def measure(
         outputs = [loss(model, batch, 0) for batch in sample]
         return float(sum(output.losses.sum() for output in outputs)) / sum(output.count for output in outputs)
 
-    start = mean_loss()
+    float_loss = mean_loss()
     costs: dict[str, dict[int, float]] = {}
     for path, layer in layers.items():
         weight = layer.weight.detach().clone()
@@ -46,7 +47,7 @@ def measure(
         for bits in BITS:
             settings = from_dict(WeightQuantization, {**to_dict(how), "bits": bits, "symmetric": True}, "weights")
             layer.weight.copy_(weight_codes(weight, settings).weights())
-            costs[path][bits] = mean_loss() - start
+            costs[path][bits] = mean_loss() - float_loss
         layer.weight.copy_(weight)
     return costs
 
@@ -54,32 +55,32 @@ def measure(
 def choose_bits(
     costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, float]], allowed: float
 ) -> dict[str, int]:
-    """Bits for each layer so that their sizes add up to at most ``allowed``: from 8 everywhere, the step down that costs the
-    least loss for each byte it saves is taken again and again.
+    """Bits for each layer so that their sizes add up to at most ``allowed``. Starting from 8 bits everywhere, the reduction that
+    costs the least loss per byte saved is applied again and again.
 
     Args:
-        costs: by layer and bits, the growth of the loss.
+        costs: by layer and bits, the increase in loss.
         sizes: by layer and bits, bytes.
 
     Raises:
-        UserError: even 2 bits everywhere are too much.
+        UserError: even 2 bits everywhere take too much.
     """
-    chosen = dict.fromkeys(costs, BITS[0])
+    bits_of = dict.fromkeys(costs, BITS[0])
     least = sum(sizes[path][BITS[-1]] for path in costs)
     if least > allowed:
         raise UserError(
-            f"beside what stays float the budget leaves {max(0.0, allowed):,.0f} bytes for {len(chosen)} layers, which take {least:,.0f} even with "
-            f"{BITS[-1]} bits; raise --budget, or compress more parts with --only"
+            f"after the parts that stay float, the budget leaves {max(0.0, allowed):,.0f} bytes for {len(bits_of)} layers, but they take "
+            f"{least:,.0f} even with {BITS[-1]} bits; raise --budget, or compress more parts with --only"
         )
 
     def price(path: str) -> float:
-        bits, fewer = chosen[path], _below(chosen[path], BITS)
+        bits, fewer = bits_of[path], _below(bits_of[path], BITS)
         return max(0.0, costs[path][fewer] - costs[path][bits]) / (sizes[path][bits] - sizes[path][fewer])
 
-    while sum(sizes[path][bits] for path, bits in chosen.items()) > allowed:
-        cheapest = min((path for path, bits in chosen.items() if bits > BITS[-1]), key=price)
-        chosen[cheapest] = _below(chosen[cheapest], BITS)
-    return chosen
+    while sum(sizes[path][bits] for path, bits in bits_of.items()) > allowed:
+        cheapest = min((path for path, bits in bits_of.items() if bits > BITS[-1]), key=price)
+        bits_of[cheapest] = _below(bits_of[cheapest], BITS)
+    return bits_of
 
 
 def _below(bits: int, choices: Sequence[int]) -> int:

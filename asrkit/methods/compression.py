@@ -1,4 +1,4 @@
-"""What the stages that make a model smaller, qat and prune, have in common."""
+"""What qat and prune share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CompressConfig(FineTuneConfig):
     variant: str | None = None
     """Variant to train; null trains the parent's default."""
     from_scratch: bool = False
-    """Start from new weights instead of the parent's; its shape, feature statistics and tokenizer are taken over."""
+    """Start from new weights instead of the parent's; its shape, feature statistics and tokenizer are kept."""
     teacher: DistillationConfig = field(
         default_factory=lambda: DistillationConfig(
             scale=1.0,
@@ -46,12 +46,12 @@ Compressing = TypeVar("Compressing", bound=CompressConfig)
 
 
 def from_scratch_defaults(kind: type[Compressing]) -> Compressing:
-    """The defaults of a run with new weights: those of train-backbone, where a later stage's differ."""
+    """The defaults of a run with new weights, which are those of train-backbone."""
     return kind(from_scratch=True, loss=LossConfig(), training=TrainingConfig())
 
 
 def open_teacher(teacher: Path | None, settings: CompressConfig, student: RunDir) -> Distillation | None:
-    """The model given as --teacher, checked; None where there is none.
+    """The model given by --teacher, checked; None without one.
 
     Raises:
         UserError: it cannot teach this student.
@@ -96,7 +96,7 @@ def fine_tune_compressed(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """``fine_tune`` with a teacher's part in it."""
+    """``fine_tune`` with an optional teacher."""
     weights = {} if distillation is None else distillation.weights
     return fine_tune(
         stage,

@@ -1,6 +1,6 @@
-"""When the masks of pruned layers are found anew, and that what is pruned stays so.
+"""When the masks of pruned layers are computed, and how the pruned weights are treated until they are final.
 
-Sources: N:M masks in fine-tuning, one-shot and few-shot (arXiv 2312.08553, US20250078815A1); blocks pruned little by little
+Sources: N:M masks in fine-tuning, one-shot and few-shot (arXiv 2312.08553, US20250078815A1); blocks pruned step by step
 (arXiv 2207.11906); the cubic schedule (arXiv 1710.01878).
 """
 
@@ -23,7 +23,7 @@ Score = Literal["magnitude", "activation"]
 
 @config
 class MaskSchedule:
-    """When masks are computed; after the last time they never change.
+    """When masks are computed; after the last time they do not change.
 
     Sources: arXiv 2312.08553 (shots), arXiv 2207.11906 (iterative), arXiv 1710.01878 (cubic), arXiv 2102.04010 (sr).
     """
@@ -51,7 +51,7 @@ class MaskSchedule:
 
 
 def updates(schedule: MaskSchedule, sparsity: float | None) -> list[float | None]:
-    """The sparsity after each time masks are found; None where an N:M mask says it all."""
+    """The sparsity after each computation of the masks; None for N:M masks, whose sparsity is fixed."""
     if sparsity is None:
         return [None] * schedule.shots
     if schedule.kind == "shots":
@@ -67,12 +67,12 @@ def updates(schedule: MaskSchedule, sparsity: float | None) -> list[float | None
 
 
 def last_update(schedule: MaskSchedule, sparsity: float | None) -> int:
-    """The step before which masks are found for the last time; from it on they are frozen."""
+    """The step before which masks are computed for the last time; from this step on they are frozen."""
     return schedule.start + (len(updates(schedule, sparsity)) - 1) * schedule.interval
 
 
 def sparsity_due(schedule: MaskSchedule, mask: Mask, step: int) -> tuple[bool, float | None]:
-    """Whether a mask is found before ``step``, and with which sparsity."""
+    """Whether a mask is computed before ``step``, and with which sparsity."""
     times = updates(schedule, mask.sparsity)
     number, rest = divmod(step - schedule.start, schedule.interval)
     due = step >= schedule.start and rest == 0 and number < len(times)
@@ -82,10 +82,10 @@ def sparsity_due(schedule: MaskSchedule, mask: Mask, step: int) -> tuple[bool, f
 def update_masks(
     model: nn.Module, step: int, schedule: MaskSchedule, inputs: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Find the masks that are due before ``step``, in place, and say whether pruned weights still get gradients.
+    """Compute the masks that are due before ``step``, in place, and set whether pruned weights still get gradients.
 
     Args:
-        inputs: by layer, the sums of absolute inputs (I,) for score ``activation``.
+        inputs: by layer, the sums of absolute inputs, (I,), for the score ``activation``.
     """
     for path, layer, mask in masked_layers(model):
         final = step >= last_update(schedule, mask.sparsity)
@@ -102,8 +102,8 @@ def update_masks(
 
 
 def pruned_decay(model: nn.Module, schedule: MaskSchedule) -> Tensor | None:
-    """SR-STE's term (arXiv 2102.04010) as a loss, decay / 2 times the pruned weights' squares, whose gradient is decay times the
-    weights; None where there is none, as once masks are final."""
+    """SR-STE's term (arXiv 2102.04010) as a loss: decay / 2 times the sum of the squared pruned weights, so its gradient is decay
+    times the weights. None without SR-STE, and once the masks are final."""
     if schedule.straight_through != "sr":
         return None
     terms = [
@@ -118,7 +118,7 @@ def _at(mask: Mask, sparsity: float | None) -> Mask:
 
 @contextmanager
 def watch_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that, by layer, gathers the sums of absolute inputs (I,) of every forward pass within."""
+    """Yield a dictionary that collects, by layer, the sums of absolute inputs, (I,), over all forward passes in the block."""
     sums: dict[str, Tensor] = {}
     handles = []
 

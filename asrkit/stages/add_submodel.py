@@ -1,7 +1,7 @@
-"""add-submodel: new modules on a frozen model, trained alone, so that one backbone serves several operating points.
+"""add-submodel: train new modules on a frozen model, so that one backbone serves several operating points.
 
-Stage B of modular training (US20240185839A1): every parameter and buffer that was there before stays as it is, and only
-the sub-model's are in the optimizer.
+Stage B of modular training (US20240185839A1): every existing parameter and buffer stays as it is, and the optimizer has only
+those of the sub-model.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SubModelConfig:
 class AddSubModelConfig(FineTuneConfig):
     """Settings of add-submodel (US20240185839A1). config.yaml of the run holds them all.
 
-    The optimizer is AdamW: ScaledAdam's steps are a share of a tensor's size, and a zeroed output projection has none yet.
+    The optimizer is AdamW: ScaledAdam's steps are proportional to the size of a tensor, and a zeroed output projection has size 0.
     """
 
     submodel: SubModelConfig = field(default_factory=SubModelConfig)
@@ -76,8 +76,7 @@ class AddSubModelConfig(FineTuneConfig):
     active: list[str] = field(default_factory=list)
     """Sub-models that are active, frozen, while the new one trains and runs."""
     also_train: list[Literal["decoder", "ctc_head"]] = field(default_factory=list)
-    """Parts that learn besides: decoder (predictor and joiners) or ctc_head. The other variants then change with
-    them."""
+    """Parts to train too: decoder (predictor and joiners) or ctc_head. This changes the other variants."""
     frozen_dropout: Advanced[bool] = False
     """Let the frozen parts drop out as in their own training, instead of running as they will in use."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(optimizer=OptimizerConfig(name="adamw")))
@@ -88,13 +87,13 @@ def extended_spec(spec: ModelSpec, name: str, settings: AddSubModelConfig, where
     """``spec`` with the sub-model and a variant of the same name, which becomes the default.
 
     Raises:
-        UserError: all that speaks against it: the name is taken, layers out of range, unknown sub-models, ...
+        UserError: a name that is taken, layers out of range, unknown sub-models, ...; all findings at once.
     """
     wanted, width = settings.submodel, spec.encoder.dim
     findings = []
     if name in spec.submodels or name in spec.variants:
         findings.append(
-            f"--name {name}: {where} has it already; choose another, or remove it with `asrkit submodel remove`"
+            f"--name {name}: {where} already has it; choose another, or remove it with `asrkit submodel remove`"
         )
     if wanted.init not in (NOOP, RANDOM, *spec.submodels):
         choices = ", ".join((NOOP, RANDOM, *spec.submodels))
@@ -151,14 +150,14 @@ def add_submodel(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Train a sub-model on the frozen model of ``parent``, or go on with a run that was interrupted; returns ``out``.
+    """Train a sub-model on the frozen model of ``parent``, or resume an interrupted run; returns ``out``.
 
     Raises:
         UserError: an unusable parent, name, shape, manifest or output directory, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
     source = open_run(parent)
-    extended_spec(spec_of(source), name, settings, str(parent))  # refuses what cannot be
+    extended_spec(spec_of(source), name, settings, str(parent))  # refuses settings that do not fit the model
     return fine_tune(
         "add-submodel",
         source,
@@ -199,19 +198,19 @@ def build_task(settings: AddSubModelConfig, parent: Path, name: str, batches: Tr
 
 
 def _start(model: AsrModel, name: str, init: str) -> None:
-    """The new sub-model's weights before its first step."""
-    mine = model.encoder.submodels[name]
-    assert isinstance(mine, SubModel)
+    """Set the new sub-model's initial weights."""
+    added = model.encoder.submodels[name]
+    assert isinstance(added, SubModel)
     if init == NOOP:
-        mine.silence()
+        added.silence()
     elif init != RANDOM:
         weights = {key: t for key, t in model.encoder.submodels[init].state_dict().items() if not key.endswith(".mask")}
         try:
-            mine.load_state_dict(weights)
+            added.load_state_dict(weights)
         except RuntimeError:
             raise UserError(
-                f"--init {init}: it is of another shape; {name} is {mine.spec.kind} of dim {mine.spec.dim} in layers "
-                f"{mine.spec.layers}, {init} is {model.spec.submodels[init].kind} of dim {model.spec.submodels[init].dim} "
+                f"--init {init}: has another shape; {name} is {added.spec.kind} of dim {added.spec.dim} in layers "
+                f"{added.spec.layers}, {init} is {model.spec.submodels[init].kind} of dim {model.spec.submodels[init].dim} "
                 f"in layers {model.spec.submodels[init].layers}"
             ) from None
 
@@ -221,7 +220,7 @@ def _parts(model: AsrModel, names: list[Any]) -> list[nn.Module]:
 
 
 def _freeze(model: AsrModel, learning: list[nn.Module]) -> list[nn.Module]:
-    """Let nothing but ``learning`` be trained; returns the largest modules that are frozen as a whole."""
+    """Freeze everything except ``learning``; returns the largest modules that are frozen as a whole."""
     model.requires_grad_(False)
     for part in learning:
         part.requires_grad_(True)
@@ -237,15 +236,15 @@ def _freeze(model: AsrModel, learning: list[nn.Module]) -> list[nn.Module]:
 
 
 def _notes(model: AsrModel, name: str, before: ModelSpec) -> list[str]:
-    """How much is new, and whether the frozen part was ever trained in the contexts it will run in."""
+    """How many parameters are trained, and a warning if the frozen part was never trained for streaming but will stream."""
     new = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
-    notes = [f"sub-model {name}: {new} of {every} parameters learn, the rest is frozen"]
+    notes = [f"sub-model {name}: {new} of {every} parameters are trained, the rest is frozen"]
     known = {text for variant in before.variants.values() for text in variant.contexts}
     wanted = model.spec.variants[name].contexts
     if any(parse_context(text).streaming for text in wanted) and not any(parse_context(x).streaming for x in known):
         notes.append(
-            "warning: the frozen model was never trained for streaming, so its convolutions are not used to being "
-            "causal; train it with --set 'contexts.train=[full,\"chunk=16,left=64\"]'"
+            "warning: the frozen model was never trained for streaming, so its convolutions have never run causally; "
+            "expect poor results, or first train it with --set 'contexts.train=[full,\"chunk=16,left=64\"]'"
         )
     return notes

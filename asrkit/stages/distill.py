@@ -1,7 +1,7 @@
 """distill: one or several trained models teach a student, new or trained, each utterance by the teacher of its language.
 
-The recognizer's loss and the divergence of the transducers' posteriors at every lattice node (arXiv 2011.06110), weighted for
-each utterance by how well student and teacher know it (self-adaptive distillation, US20220309340A1).
+The loss is the recognizer's plus the divergence of the transducers' posteriors at every lattice node (arXiv 2011.06110). A weight
+for each utterance depends on the student's and the teacher's loss (self-adaptive distillation, US20220309340A1).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DistillConfig(StartConfig):
     """Settings of distill (US20220309340A1, arXiv 2011.06110). config.yaml of the run holds them all."""
 
     teacher: DistillationConfig = field(default_factory=DistillationConfig)
-    """How the teachers teach."""
+    """How the student learns from its teachers."""
     labels: Literal["given", "teacher"] = "given"
     """Cuts without text: given counts them as bad cuts; teacher has the first teacher of their language transcribe them
     once, before training."""
@@ -64,16 +64,20 @@ class DistillConfig(StartConfig):
     """Search the teacher transcribes with: greedy, beam or ctc."""
 
 
-def defaults(trained_student: bool, stored: bool) -> DistillConfig:
-    """The defaults of a run: those of later stages for a student that has been trained before; for posteriors on disk,
-    which are of unchanged audio and of the lattice alone, no change of timing and no CTC posteriors."""
+def defaults(trained_student: bool, cached: bool) -> DistillConfig:
+    """The defaults of a run; for a trained student they are those of later stages.
+
+    Args:
+        cached: the teachers' posteriors come from disk. They are those of unperturbed audio, and of the lattice only, so
+            the timing is not perturbed and CTC posteriors are not compared.
+    """
     plain = FineTuneConfig() if trained_student else DistillConfig()
-    augment = AugmentConfig(speed=0.0) if stored else AugmentConfig()
+    augment = AugmentConfig(speed=0.0) if cached else AugmentConfig()
     return DistillConfig(
         loss=plain.loss,
         training=plain.training,
         data=DataConfig(augment=augment),
-        teacher=DistillationConfig(ctc_scale=0.0) if stored else DistillationConfig(),
+        teacher=DistillationConfig(ctc_scale=0.0) if cached else DistillationConfig(),
     )
 
 
@@ -90,14 +94,14 @@ def distill(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Train a student under teachers, or go on with a run that was interrupted; returns ``out``.
+    """Train a student under teachers, or resume an interrupted run; returns ``out``.
 
     Args:
-        teachers: run directories by language; ``*`` is for all languages that are not named, several of one language teach
-            the mean of their posteriors.
+        teachers: run directories by language; ``*`` stands for all languages that are not named. If a language has several
+            teachers, the student learns the mean of their posteriors.
         parent: run directory of the student; None makes a new one.
         tokenizer: sentencepiece model of a new student.
-        cache: directory of the teachers' posteriors, which are read where they are there and made where not.
+        cache: directory of the teachers' posteriors; those that are missing are computed and added.
 
     Raises:
         UserError: unusable teachers, student, manifests, languages, tokenizers or output directory, found before training.
@@ -175,17 +179,17 @@ def fill_cache(
     run: RunWriter,
     batches: TrainBatches,
 ) -> None:
-    """Let the teachers hear what is not in the cache yet, every process its share."""
+    """Run the teachers on the cuts that are not in the cache yet; every process does its share."""
     matched = match_tokenizer(open_teachers(teachers), batches.tokenizer)
     posteriors = PosteriorCache(cache, matched, batches.tokenizer)
     for done in posteriors.fill(matched, batches.table, batches.tokenizer, run.world, settings.data.max_duration):
-        run.note(f"{cache}: posteriors of {done} utterances stored")
+        run.note(f"{cache}: stored the posteriors of {done} utterances")
 
 
 def _labeled(
     manifest: Path, settings: DistillConfig, teachers: Teachers, run: RunWriter, languages: Sequence[str]
 ) -> tuple[Path, DistillConfig]:
-    """The manifest, and the settings with those of ``data.also``, in which every cut has a text, a teacher's where there is none."""
+    """The manifest, and the settings with those of ``data.also``, after teachers have transcribed the cuts without text."""
     data = settings.data
     first, *others = pseudo_label(
         [manifest, *data.also],
@@ -206,15 +210,15 @@ def _check(
     tokenizer: Path | None,
     cache: Path | None,
 ) -> None:
-    """Refuse what contradicts itself, before anything is read."""
+    """Refuse contradictory options and settings, before anything is read."""
     findings = check_start(settings, parent, tokenizer)
     if settings.loss.transducer_scale == 0:
-        findings.append("loss.transducer_scale is 0, but teachers teach a transducer; set it above 0")
+        findings.append("loss.transducer_scale is 0, but distillation compares transducers; set it above 0")
     if settings.contexts.sampling == "joint":
-        findings.append("a teacher teaches one context a batch; use contexts.sampling=random")
+        findings.append("distillation uses one context per batch; set contexts.sampling=random")
     if settings.data.augment.join > 0 and set(teachers) != {ANY}:
         findings.append(
-            "data.augment.join joins utterances of any language, and each teacher knows its own; set it to 0"
+            "data.augment.join joins utterances of any language, but each teacher knows only its own; set it to 0"
         )
     if cache is not None:
         findings += [f"--cache {cache}: {line}" for line in needed_settings(settings.data, settings.teacher)]
@@ -223,18 +227,18 @@ def _check(
 
 
 def _check_tokenizers(teachers: Teachers, tokenizer: Tokenizer, settings: DistillConfig, datasets: Datasets) -> None:
-    """Refuse what teachers with another tokenizer than the student's cannot teach."""
+    """Refuse settings and texts that teachers with another tokenizer than the student's cannot handle."""
     own = sha256_of(tokenizer.path)
     others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]
     if not others:
         return
-    who, findings = f"teachers with another tokenizer than the student's ({', '.join(others)})", []
+    subject, findings = f"teachers with another tokenizer than the student's ({', '.join(others)})", []
     if settings.teacher.classes == "all":
-        findings.append(f"{who}: their whole vocabulary means something else; set teacher.classes=three")
+        findings.append(f"{subject}: their tokens mean something else; set teacher.classes=three")
     if settings.teacher.ctc_scale > 0 and settings.loss.ctc_scale > 0:
-        findings.append(f"{who}: their CTC posteriors mean something else; set teacher.ctc_scale=0")
+        findings.append(f"{subject}: their CTC posteriors mean something else; set teacher.ctc_scale=0")
     if settings.data.bpe_dropout > 0:
-        findings.append(f"{who}: they must segment every text alike; set data.bpe_dropout=0")
+        findings.append(f"{subject}: all must segment a text into the same pieces; set data.bpe_dropout=0")
     if findings := findings or check_texts(teachers, tokenizer, datasets.training):
         raise UserError.of(findings)
 

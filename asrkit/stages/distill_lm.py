@@ -1,8 +1,8 @@
-"""distill-lm: language models teach the encoder's frames through heads that only training has (arXiv 2110.10429).
+"""distill-lm: language models teach the encoder's frames through heads that exist only in training (arXiv 2110.10429).
 
-The paper's model is a hybrid one, whose main output is trained on the labels of aligned frames. Here the main output is the recognizer:
-its own loss (transducer and CTC) stands in for the labels' cross-entropy, and a supervised frame head, trained on the aligned labels as in
-the paper, can be added; its accuracy on the dev cuts is what the paper's table reports.
+The paper's model is a hybrid system whose main output is trained on the labels of aligned frames. Here the main output is the recognizer:
+its own loss (transducer and CTC) takes the place of the cross-entropy with the labels. A supervised frame head, trained on the aligned
+labels as in the paper, can be added; its accuracy on the dev cuts is the number in the paper's table.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def distill_lm(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Train the model of ``parent`` with language models as teachers, or go on with a run that was interrupted; returns ``out``.
+    """Train the model of ``parent`` with language models as teachers, or resume an interrupted run; returns ``out``.
 
     Args:
-        lms: run directories of train-lm, by the name of their head; one named after a unit must be of that unit.
+        lms: run directories of train-lm, by the name of their head; a name that is a unit must be that of the model.
         manifest: cuts with alignments in the units of the language models, as ``align`` writes them.
 
     Raises:
@@ -84,12 +84,12 @@ def build_task(
     """The model with a head for each language model, and its loss; see ``TaskRecipe``.
 
     Args:
-        unit: of the supervised head, None for none.
+        unit: the unit of the supervised head; None if there is no such head.
     """
     origin = load_model(open_run(parent))
     teachers = {name: load_lm_teacher(path) for name, path in lms.items()}
     inventories = inventories_of(teachers, unit, batches.table)
-    # LST mixes the posteriors into the labels of the supervised head, so that is the only one.
+    # LST mixes the posteriors into the labels of the supervised head, so it needs no other head.
     heads = inventories if settings.mode == "mtl" else {SUPERVISED: inventories[SUPERVISED]}
     base = with_variant(origin.spec, settings.variant, settings.contexts.train)
     model = rebuild(with_heads(base, heads, settings.heads), origin, new=("heads.",))
@@ -112,7 +112,7 @@ def _check_alignments(
     run: RunWriter,
     batches: TrainBatches,
 ) -> None:
-    """Refuse cuts whose alignments are missing or in other units, or say which have none."""
+    """Refuse cuts whose alignments are missing or have other units; if cuts without are allowed, name them."""
     tokenizers = {name: t.tokenizer for name, t in teachers.items() if t.inventory.unit == "bpe"}
     inventories = inventories_of(teachers, unit, batches.table)
     unaligned = check_alignments(batches.table, inventories, tokenizers, settings.unaligned)
@@ -123,40 +123,40 @@ def _check_alignments(
 def _check(
     settings: DistillLmConfig, teachers: Mapping[str, LmTeacher], lms: Mapping[str, Path], origin: AsrModel
 ) -> Unit | None:
-    """Refuse settings and language models that do not go together; returns the supervised head's unit."""
+    """Refuse settings and language models that do not fit together; returns the unit of the supervised head."""
     findings = []
     if not teachers:
-        findings.append("give a language model to learn from: --lm phone=exp/lm-phone")
+        findings.append("there is no language model to learn from; add one: --lm phone=exp/lm-phone")
     for name, teacher in teachers.items():
         unit = teacher.inventory.unit
         if name in UNITS and name != unit:
-            findings.append(f"--lm {name}={lms[name]}: is a language model of {unit} units, not of {name}")
+            findings.append(f"--lm {name}={lms[name]}: is a language model of {unit} units; name it {unit}")
         if name == SUPERVISED:
-            findings.append(f"--lm {name}: is the name of the head on the labels; choose another")
+            findings.append(f"--lm {name}: this name belongs to the head on the labels; choose another")
     for name, head in settings.heads.items():
         if name not in teachers and name != SUPERVISED:
-            findings.append(f"heads.{name}: there is no --lm of that name; there are {', '.join(teachers)}")
+            findings.append(f"heads.{name}: there is no --lm of that name; choose from {', '.join(teachers)}")
         if head.layer is not None and head.layer >= len(origin.encoder.blocks):
             findings.append(
-                f"heads.{name}.layer={head.layer}: the encoder has layers 0 to {len(origin.encoder.blocks) - 1}"
+                f"heads.{name}.layer={head.layer}: is out of range; the encoder has layers 0 to {len(origin.encoder.blocks) - 1}"
             )
     if settings.contexts.sampling == "joint":
-        findings.append("language models teach one context a batch; use contexts.sampling=random")
+        findings.append("distillation uses one context per batch; set contexts.sampling=random")
     if (join := settings.data.augment.join) > 0:
         findings.append(f"data.augment.join={join}: a language model would read two sentences as one; set it to 0")
     unit_of_labels = settings.supervised
     if settings.mode == "lst" and teachers:
         if len(teachers) > 1:
-            findings.append("--mode lst mixes one language model into the labels; give one --lm, or --mode mtl")
+            findings.append("--mode lst mixes one language model into the labels; pass one --lm, or use --mode mtl")
         (first, *_) = teachers.values()
         if unit_of_labels not in (None, first.inventory.unit):
             findings.append(
                 f"--mode lst: labels of {unit_of_labels} units cannot be mixed with posteriors over {first.inventory.unit} units; "
-                "leave --supervised out, or use --mode mtl"
+                "leave out --supervised, or use --mode mtl"
             )
         unit_of_labels = first.inventory.unit
     if SUPERVISED in settings.heads and unit_of_labels is None:
-        findings.append(f"heads.{SUPERVISED}: there is no such head; say its unit with --supervised")
+        findings.append(f"heads.{SUPERVISED}: there is no supervised head; add one with --supervised UNIT")
     if findings:
         raise UserError.of(findings)
     return unit_of_labels

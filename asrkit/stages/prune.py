@@ -1,7 +1,7 @@
-"""prune: N:M or block sparsity, found in the weights of a trained model while it is trained on.
+"""prune: prune a trained model to N:M or block sparsity while it is trained further.
 
-In every forward pass the mask comes first; once final, it never changes, and the optimizer moves no pruned weight
-(arXiv 2312.08553, US20250078815A1; blocks little by little: arXiv 2207.11906).
+Every forward pass applies the mask first. Once final, the mask never changes, and the optimizer moves no pruned weight
+(arXiv 2312.08553, US20250078815A1; blocks step by step: arXiv 2207.11906).
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def prune(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Prune the model of ``parent`` and train what is left, or go on with a run that was interrupted; returns ``out``.
+    """Prune the model of ``parent`` and train what is left, or resume an interrupted run; returns ``out``.
 
     Args:
-        teacher: run directory of a model, such as the dense parent, that teaches besides.
+        teacher: run directory of a model to distill from, such as the dense parent.
 
     Raises:
-        UserError: an unusable parent, layers that cannot be pruned so, a schedule longer than the training, a teacher of
+        UserError: an unusable parent, layers that cannot be pruned that way, a schedule longer than the training, a teacher of
             another kind, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
@@ -68,7 +68,9 @@ def prune(
     origin = load_model(source)
     mask = settings.mask or DEFAULT_MASK
     _check_schedule(settings, mask)
-    pruned_spec(origin, mask, settings.layers, origin.submodels_of(settings.variant))  # refuses what cannot be
+    pruned_spec(
+        origin, mask, settings.layers, origin.submodels_of(settings.variant)
+    )  # refuses layers that cannot be pruned
     return fine_tune_compressed(
         "prune",
         source,
@@ -84,7 +86,7 @@ def prune(
 
 
 def build_task(settings: PruneConfig, parent: Path, teacher: Path | None, batches: TrainBatches) -> TrainTask:
-    """The masked model, its loss, and when its masks are found; see ``TaskRecipe``."""
+    """The masked model, its loss, and the hooks that compute its masks; see ``TaskRecipe``."""
     source = open_run(parent)
     origin = load_model(source)
     schedule, mask = settings.schedule, settings.mask or DEFAULT_MASK
@@ -99,8 +101,8 @@ def build_task(settings: PruneConfig, parent: Path, teacher: Path | None, batche
         if schedule.score == "activation" and sparsity_due(schedule, mask, step)[0]:
             with watch_inputs(model) as inputs, torch.no_grad():
                 plain(model, batch, step)
-            torch.clear_autocast_cache()  # it holds weights cast in this pass, which lead to no gradient
-            for path in sorted(inputs):  # every process must find the same masks
+            torch.clear_autocast_cache()  # it holds weights cast in this pass, which have no gradient
+            for path in sorted(inputs):  # every process must compute the same masks
                 all_sum(inputs[path])
         update_masks(model, step, schedule, inputs)
 
@@ -120,7 +122,7 @@ def build_task(settings: PruneConfig, parent: Path, teacher: Path | None, batche
         after_step=after_step,
         not_before=final + 1,
         facts={"masks_final_before_step": final},
-        notes=[f"{len(layers)} layers of {weights} weights; masks are final before step {final}"],
+        notes=[f"{len(layers)} layers of {weights} weights; the masks are final from step {final} on"],
     )
 
 
@@ -131,22 +133,22 @@ def _check_schedule(settings: PruneConfig, mask: Mask) -> None:
     findings = []
     if final >= settings.training.steps:
         findings.append(
-            f"the masks would be final before step {final}, but training.steps is {settings.training.steps}; "
-            "train longer, or shorten schedule.start, interval and shots"
+            f"the masks would become final at step {final}, but training.steps is {settings.training.steps}; "
+            "train longer, or lower schedule.start, interval or shots"
         )
     if mask.group and schedule.kind != "shots":
         findings.append(
-            f"schedule.kind={schedule.kind} raises the pruned share step by step, but an N:M mask is found whole; "
+            f"schedule.kind={schedule.kind} raises the pruned share step by step, but an N:M mask has a fixed share; "
             "use schedule.kind=shots"
         )
     if schedule.kind == "iterative" and schedule.shots > 1:
         findings.append(
-            "schedule.kind=iterative goes on until the sparsity is reached and ignores schedule.shots; leave it out"
+            "schedule.kind=iterative continues until the sparsity is reached and ignores schedule.shots; leave it out"
         )
     if schedule.straight_through != "none" and final == schedule.start:
         findings.append(
-            f"schedule.straight_through={schedule.straight_through} works until the masks are final, which one-shot masks "
-            "are at once; raise schedule.shots"
+            f"schedule.straight_through={schedule.straight_through} acts until the masks are final, but one-shot masks are "
+            "final at once; raise schedule.shots"
         )
     if findings:
         raise UserError.of(findings)

@@ -1,8 +1,8 @@
 """qat: quantization-aware training with native integer operations.
 
-In every forward pass the chosen layers' weights, and on demand their inputs, become integers and the products are those of
-integers; the gradient passes the rounding straight through (arXiv 2203.15952, US20230298569A1). Masks of a pruned parent
-stay, and prune comes before quantize (arXiv 2312.08553, US20250078815A1).
+In every forward pass the weights of the selected layers, and optionally their inputs, become integers, and the products are
+integer products; the gradient is straight-through (arXiv 2203.15952, US20230298569A1). A pruned parent keeps its masks, which
+are applied before quantization (arXiv 2312.08553, US20250078815A1).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from asrkit.training.distributed import broadcast_object
 from asrkit.training.run_writer import RunWriter
 from asrkit.training.step import TrainTask
 
-CHOSEN_BITS = "bits.yaml"  # in the run directory: what --budget chose, layer by layer
-SAMPLE = 4  # training batches that sensitivity is measured on
+CHOSEN_BITS = "bits.yaml"  # in the run directory: the bits of each layer under --budget
+SAMPLE = 4  # number of training batches that the sensitivity of layers is measured on
 
 
 @config
@@ -57,23 +57,25 @@ def qat(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Train the quantized model of ``parent``, or go on with a run that was interrupted; returns ``out``.
+    """Train the quantized model of ``parent``, or resume an interrupted run; returns ``out``.
 
     Args:
-        teacher: run directory of a model, such as the float parent, that teaches besides.
+        teacher: run directory of a model to distill from, such as the float parent.
 
     Raises:
-        UserError: an unusable parent, layers that cannot be quantized so, a teacher of another kind, manifests, out.
+        UserError: an unusable parent, layers that cannot be quantized that way, a teacher of another kind, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
     weights = settings.quantization.weights
     if settings.budget is not None and (settings.quantization.bits or not weights.symmetric or weights.bits != 8):
         raise UserError(
-            "--budget chooses symmetric bits for every layer itself; leave out quantization.bits, weights.bits and symmetric=false"
+            "--budget chooses the bits of every layer, with symmetric weights; leave out quantization.bits, weights.bits and symmetric=false"
         )
     source = open_run(parent)
     origin = load_model(source)
-    quantized_spec(origin, settings.quantization, origin.submodels_of(settings.variant))  # refuses what cannot be
+    quantized_spec(
+        origin, settings.quantization, origin.submodels_of(settings.variant)
+    )  # refuses layers that cannot be quantized
     return fine_tune_compressed(
         "qat",
         source,
@@ -105,9 +107,9 @@ def build_task(settings: QatConfig, parent: Path, teacher: Path | None, out: Pat
 
 
 def choose_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:
-    """Choose bits layer by layer, so that the whole is at most ``budget`` of its float size, and write them to the run."""
+    """Choose the bits of each layer, so that the model takes at most ``budget`` of its float size, and write them to the run."""
     path = run.path / CHOSEN_BITS
-    if run.world.is_main and not path.is_file():  # one process measures, so that all have the same bits
+    if run.world.is_main and not path.is_file():  # one process measures, so that all use the same bits
         write_yaml(path, _bits_within_budget(settings, parent, run, batches))
     broadcast_object(run.world, None)  # the others read it only once it is there
 
@@ -124,9 +126,9 @@ def _bits_within_budget(settings: QatConfig, parent: Path, run: RunWriter, batch
     sample = [batches[number].to(device) for number in range(SAMPLE)]
     costs = measure(origin.to(device), layers, quantization.weights, loss, sample)
     bits = choose_bits(costs, {path: sizes[path] for path in layers}, settings.budget * float_bytes - rest)
-    for path, chosen in bits.items():
-        alone = ", ".join(f"{b} bits {costs[path][b]:+.4f}" for b in BITS)
-        run.note(f"{path}: {chosen} bits (loss by itself: {alone})")
-    total = rest + sum(sizes[path][chosen] for path, chosen in bits.items())
+    for path, layer_bits in bits.items():
+        increases = ", ".join(f"{number} bits {costs[path][number]:+.4f}" for number in BITS)
+        run.note(f"{path}: {layer_bits} bits (increase in loss if only this layer is quantized: {increases})")
+    total = rest + sum(sizes[path][layer_bits] for path, layer_bits in bits.items())
     run.note(f"{run.path}: {total:,.0f} of {float_bytes:,.0f} float bytes, {100 * total / float_bytes:.1f} %")
     return bits

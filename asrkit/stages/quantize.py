@@ -1,4 +1,4 @@
-"""quantize: a trained model's weights as integers, without training: the baseline that quantization-aware training must beat."""
+"""quantize: convert a trained model's weights to integers without training, as a baseline for quantization-aware training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from asrkit.training.run_writer import write_untrained_run
 
 
 def quantize(parent: Path, out: Path, settings: QuantizationConfig, *, command: str = "") -> Path:
-    """Write the run directory ``out``, the model of ``parent`` with the chosen layers quantized; returns ``out``.
+    """Write the run directory ``out``, the model of ``parent`` with the selected layers quantized; returns ``out``.
 
     Raises:
-        UserError: an unusable parent or ``out``, or layers that cannot be quantized so.
+        UserError: an unusable parent or ``out``, or layers that cannot be quantized that way.
     """
     if findings := occupied(out):
         raise UserError.of(findings)

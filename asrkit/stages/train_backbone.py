@@ -1,7 +1,7 @@
 """train-backbone: from manifests to a trained convolutional backbone with a transducer and a CTC head.
 
-Stage A of modular training (US20240185839A1): the backbone alone, or with attention that is dropped at random. A model that has
-been trained before is trained on, whatever its parts: fine-tuning.
+Stage A of modular training (US20240185839A1): the backbone alone, or with attention that is dropped at random. With ``--from``, it
+fine-tunes any trained model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TrainBackboneConfig(StartConfig):
 
 
 def defaults(trained: bool) -> TrainBackboneConfig:
-    """The defaults of a run: those of later stages for a model that has been trained before."""
+    """The defaults of a run; for a trained model they are those of later stages."""
     plain = FineTuneConfig() if trained else StageConfig()
     return TrainBackboneConfig(loss=plain.loss, training=plain.training)
 
@@ -52,11 +52,11 @@ def train_backbone(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Train a backbone, or go on with a run that was interrupted; returns ``out``.
+    """Train a backbone, or resume an interrupted run; returns ``out``.
 
     Args:
-        parent: run directory of a model to train on; None makes a new one. Its tokenizer and its features' statistics stay, and
-            so do sub-models that the trained variant has not, masks and the kind of integers.
+        parent: run directory of a model to train further; None makes a new one. The model keeps its tokenizer, feature statistics,
+            masks, kinds of integers, and the sub-models that are not in the trained variant.
         tokenizer: sentencepiece model of a new model; None trains one.
 
     Raises:

@@ -40,7 +40,7 @@ from asrkit.training.optim import OptimizerConfig
 from asrkit.training.session import open_training, slices_of
 from asrkit.training.step import LossOutput, TrainTask
 
-MAX_FINDINGS = 20  # shown of the lines that cannot be used
+MAX_FINDINGS = 20  # unusable lines that an error names
 
 
 @config
@@ -82,16 +82,16 @@ def train_lm(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Train a language model on a text or manifest, or go on with a run that was interrupted; returns ``out``.
+    """Train a language model on a text or manifest, or resume an interrupted run; returns ``out``.
 
     Args:
-        source: a text of one sentence a line; or a manifest, of which the words count for bpe, else the alignments.
+        source: a text with one sentence per line, or a manifest, whose texts are used for bpe and whose alignments for other units.
         dev: the same, to measure perplexity on; None holds out a share of the sentences.
-        tokenizer: of bpe, such as the recognizer's; None trains one.
-        senones: the tree ``align`` wrote, which a text's senones need.
+        tokenizer: for bpe, such as the recognizer's; None trains one.
+        senones: the tree that ``align`` wrote; needed for the senones of a text.
 
     Raises:
-        UserError: files or options that do not go together, lines that the unit cannot spell, an unusable out.
+        UserError: files or options that do not fit together, lines that cannot be written in the units, an unusable out.
         Interrupted: stopped by a signal, state saved.
     """
     unit = settings.unit
@@ -129,7 +129,7 @@ def train_lm(
         spec = LmSpec(unit=unit, vocab_size=inventory.size, shape=settings.model)
         run.describe(spec, f"{len(table)} sentences, {table.lens.sum()} {unit} units")
         if not len(held_out):
-            run.note(f"{out}: no sentence is held out, so no perplexity is measured; give --dev or a higher held_out")
+            run.note(f"{out}: no sentence is held out, so perplexity is not measured; pass --dev or raise held_out")
         measure = perplexity_of(held_out, settings.max_symbols) if len(held_out) else None
         task = TrainTask(LanguageModel(spec), lm_loss, SequenceBatches(table, plan, slices), measure=measure)
         train(task, out, settings.training, 0, settings.seed, world, run.publish)
@@ -149,10 +149,10 @@ def perplexity_of(held_out: SequenceTable, max_symbols: int) -> Callable[[nn.Mod
     @torch.no_grad()
     def measure(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, LanguageModel)
-        place = model.out.weight.device
+        device = model.out.weight.device
         total, count = 0.0, 0.0
         for batch in held_out.batches(max_symbols):
-            output = lm_loss(model, batch.to(place), 0)
+            output = lm_loss(model, batch.to(device), 0)
             total, count = total + float(output.losses.double().sum()), count + output.count
         return {"perplexity": math.exp(min(total / count, 700.0))}
 
@@ -165,13 +165,13 @@ def _check_options(
     texts = [path for path in (source, dev) if path is not None and not is_manifest(path)]
     findings = []
     if tokenizer is not None and unit != "bpe":
-        findings.append(f"--tokenizer: is for --unit bpe; {unit} units are those of the alignments or the text")
+        findings.append(f"--tokenizer: works with --unit bpe only; {unit} units come from the alignments or the text")
     if senones is not None and unit != "senone":
-        findings.append("--senones: is for --unit senone")
+        findings.append("--senones: works with --unit senone only; leave it out")
     if unit == "senone" and senones is None and texts:
-        findings.append(f"{texts[0]}: the senones of a text need the tree that align wrote; give it with --senones")
+        findings.append(f"{texts[0]}: the senones of a text need the tree that align wrote; pass it with --senones")
     if unit != "bpe" and texts and not language:
-        findings.append(f"{texts[0]}: say whose pronunciation it has, as in --language en")
+        findings.append(f"{texts[0]}: say in which language it is pronounced, as in --language en")
     if findings:
         raise UserError.of(findings)
     if unit != "bpe" and texts:
@@ -185,7 +185,7 @@ def _read(
     spell: Callable[[Sentence], Any],
     note: Callable[[str], None],
 ) -> tuple[SequenceTable, SequenceTable]:
-    """The sequences to train on and those to measure on; lines that cannot be spelled are refused or left out."""
+    """The sequences to train on and those to measure on; lines that cannot be written in the units are refused or left out."""
     table, held_out = SequenceTable(str(source)), SequenceTable(str(dev or source))
     findings: list[str] = []
     for path, whole in ((source, table), *([] if dev is None else [(dev, held_out)])):
@@ -195,10 +195,10 @@ def _read(
             except UserError as error:
                 findings.append(f"{sentence.where}: {error}")
                 continue
-            apart = dev is None and split_of(sentence.text, dev=settings.held_out, test=0.0) == "dev"
-            (held_out if apart else whole).append(sentence.number, symbols)
+            is_held_out = dev is None and split_of(sentence.text, dev=settings.held_out, test=0.0) == "dev"
+            (held_out if is_held_out else whole).append(sentence.number, symbols)
     if findings and settings.bad_lines == "refuse":
-        more = f"{len(findings)} unusable lines: mend them, or leave them out with --set bad_lines=skip"
+        more = f"{len(findings)} unusable lines: fix them, or leave them out with --set bad_lines=skip"
         raise UserError.of([*findings[:MAX_FINDINGS], more])
     for finding in findings:
         note(f"left out: {finding}")

@@ -1,5 +1,5 @@
-"""The recognizer's own loss, shared by every stage that trains it: CTC plus the pruned transducer, in the contexts the
-model is trained for.
+"""The recognizer's own loss, shared by every stage that trains it: CTC plus the pruned transducer, in the contexts to
+train in.
 """
 
 from __future__ import annotations
@@ -67,18 +67,19 @@ def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:
     """
     if contexts.distillation_scale > 0 and loss.transducer_scale == 0:
         raise UserError(
-            "contexts.distillation_scale compares transducers, but loss.transducer_scale is 0; set one of them"
+            "contexts.distillation_scale compares transducers, but loss.transducer_scale is 0; set contexts.distillation_scale=0, or "
+            "loss.transducer_scale above 0"
         )
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One way through the model: its losses, and what distillation reads of it.
+    """One forward pass: its losses, and the outputs that distillation uses.
 
     losses (B,): the weighted sum of all losses. metrics: see ``LossOutput``.
     encoder_out (B, T', D), encoder_out_lens (B,).
-    symbol_lens (B,): the number of symbols, cut to fit where the transducer has no room for them; ``possible`` (B,) says where it has.
-    transducer: the loss's parts, None where it is off. pruned (B,): the pruned transducer's share of ``losses``.
+    symbol_lens (B,): the number of symbols, cut where the transducer has too few frames for them; ``possible`` (B,) says where it has enough.
+    transducer: the parts of its loss; None if it is off. pruned (B,): the pruned transducer's share of ``losses``.
     joiner_in: the joiner's two projected inputs, (B, T', J) and (B, U + 1, J).
     """
 
@@ -106,7 +107,7 @@ def asr_loss(
 
     An utterance with fewer encoder frames than an alignment of its symbols needs (a frame for each; for CTC one more
     between equal neighbors) adds nothing to that loss and is counted in ``left_out``. Context and attention dropout are
-    drawn by torch's generator on the CPU. Joint contexts log full context under the plain names.
+    drawn by torch's generator on the CPU. With joint contexts, the metrics of full context have the plain names.
     """
     contexts = contexts or ContextsConfig()
     gates = drawn_gates(model, attention_dropout, batch)
@@ -137,10 +138,10 @@ def forward_losses(
     context: Context,
     gates: Tensor | None,
 ) -> ForwardPass:
-    """Once through the encoder in one context, and the losses of what it gives.
+    """One pass through the encoder in one context, and its losses.
 
     Args:
-        gates: (layers, B or 1), factors of attention; None is all of it.
+        gates: (layers, B or 1), factors of attention; None keeps all of it.
     """
     languages = model.language_ids(batch.languages)
     encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens, variant, context, gates, languages)
@@ -152,7 +153,7 @@ def forward_losses(
         losses = losses + settings.ctc_scale * ctc
         metrics |= {"ctc": Metric(ctc.detach().sum(), frames), "left_out": Metric((~possible).sum(), None)}
     possible = fits(settings.topology, encoder_out_lens, batch.symbol_lens)
-    # Shortened, so that an impossible utterance has a finite loss to be masked.
+    # Shortened, so that an utterance that does not fit has a finite loss, which is then masked.
     symbol_lens = torch.where(possible, batch.symbol_lens, torch.minimum(batch.symbol_lens, encoder_out_lens))
     transducer, joiner_in, weighted = None, None, torch.zeros_like(losses)
     if settings.transducer_scale > 0:
@@ -197,7 +198,7 @@ def forward_losses(
 
 
 def _ctc_losses(model: AsrModel, batch: Batch, encoder_out: Tensor, encoder_out_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """CTC loss of each utterance, (B,), 0 where it has no alignment; and where it has one, (B,) bool."""
+    """CTC loss of each utterance, (B,), 0 if it has no alignment; and whether it has one, (B,) bool."""
     repeats = (batch.symbols[:, 1:] == batch.symbols[:, :-1]) & (batch.symbols[:, 1:] != model.blank)
     possible = encoder_out_lens >= batch.symbol_lens + repeats.sum(1)
     losses = F.ctc_loss(
@@ -214,7 +215,7 @@ def _ctc_losses(model: AsrModel, batch: Batch, encoder_out: Tensor, encoder_out_
 def _divergence(
     model: AsrModel, batch: Batch, full: ForwardPass, streaming: ForwardPass, contexts: ContextsConfig
 ) -> Tensor:
-    """How far the streaming pass is from the full one, (B,), on the streaming pass's own pruned lattice."""
+    """Divergence of the streaming pass from the full one, (B,), on the streaming pass's pruned lattice."""
     if full.joiner_in is None or streaming.transducer is None:
         raise ValueError("distillation compares transducers, and this pass had none")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Length, rhythm and arithmetic of a training run."""
+"""Settings of the training loop: length, intervals, precision and optimizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from asrkit.training.optim import OptimizerConfig
 
 @config
 class TrainingConfig:
-    """Length, rhythm and arithmetic of a run."""
+    """Length, intervals and precision of a run."""
 
     steps: Positive = 4000
     """Optimizer steps in all."""
@@ -46,7 +46,7 @@ class TrainingConfig:
 
 
 def resolve_precision(settings: TrainingConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products on ``device``; ``auto`` looks at the hardware.
+    """The dtype of matrix products on ``device``; ``auto`` depends on the hardware.
 
     Raises:
         UserError: float16 on a CPU.
@@ -65,7 +65,7 @@ def resolve_precision(settings: TrainingConfig, device: torch.device) -> torch.d
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Matrix products in ``dtype`` within; float32 changes nothing."""
+    """A context in which matrix products use ``dtype``; float32 changes nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 

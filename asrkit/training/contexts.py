@@ -39,7 +39,7 @@ class ContextsConfig:
     def _joint_needs_two(self) -> Any:
         streaming = [text for text in self.train or [] if text != str(FULL)]
         if self.sampling == "joint" and not (streaming and str(FULL) in (self.train or [])):
-            raise ValueError("joint training takes full and at least one streaming context in contexts.train")
+            raise ValueError("joint training needs full and at least one streaming context in contexts.train")
         if self.distillation_scale > 0 and self.sampling != "joint":
             raise ValueError("in-place distillation needs contexts.sampling=joint")
         return self
@@ -50,13 +50,13 @@ class ContextsConfig:
 
 
 def drawn(contexts: list[Context]) -> Context:
-    """One of the contexts, by torch's generator on the CPU."""
+    """A random one of the contexts, drawn by torch's generator on the CPU."""
     return contexts[0] if len(contexts) == 1 else contexts[int(torch.randint(len(contexts), ()))]
 
 
 @config
 class AttentionDropoutConfig:
-    """How attention is dropped at random while the backbone trains (US20240185839A1, which leaves the details open)."""
+    """How attention is dropped at random while the backbone is trained (US20240185839A1, which leaves the details open)."""
 
     probability: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     """Probability that attention is dropped: 1 trains the backbone alone, without attention; 0 trains an ordinary
@@ -66,12 +66,12 @@ class AttentionDropoutConfig:
     per: Advanced[Literal["batch", "utterance"]] = "batch"
     """Draw once for a batch, or for each utterance."""
     rescale: Advanced[bool] = False
-    """Divide what is left by 1 - probability, as dropout does. Without it the backbone alone is what it is in training
-    when all attention is dropped."""
+    """Divide the rest by 1 - probability, as dropout does. Without it, the backbone alone computes what it computes in
+    training when all attention is dropped."""
 
 
 def draw_gates(settings: AttentionDropoutConfig, num_layers: int, batch: int) -> Tensor | None:
-    """Factors of attention (num_layers, batch or 1) on the CPU, 0 where it is dropped; None where all of it stays.
+    """Factors of attention (num_layers, batch or 1) on the CPU, 0 where it is dropped; None if nothing is dropped.
 
     Drawn by torch's own generator, which the loop seeds from (seed, rank, step).
     """
@@ -85,7 +85,7 @@ def draw_gates(settings: AttentionDropoutConfig, num_layers: int, batch: int) ->
 
 
 def drawn_gates(model: AsrModel, settings: AttentionDropoutConfig | None, batch: Batch) -> Tensor | None:
-    """The gates of a batch in training; None in evaluation, and where no attention is dropped."""
+    """The gates of a batch in training; None in evaluation, and if no attention is dropped."""
     if settings is None or not model.training:
         return None
     return draw_gates(settings, len(model.encoder.blocks), len(batch.cut_ids))

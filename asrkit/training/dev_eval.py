@@ -1,4 +1,4 @@
-"""Dev word error rate of a model in training."""
+"""Dev error rates of a model in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from asrkit.nn.context import Context
 
 
 def even_subset(cuts: Iterable[Cut], most: int) -> list[Cut]:
-    """``most`` of the cuts, evenly spread over them, or all where there are no more; always the same ones."""
+    """``most`` of the cuts, evenly spread, or all if there are no more; always the same ones."""
     every = list(cuts)
     if len(every) <= most:
         return every
@@ -34,8 +34,8 @@ def dev_measure(
     variant: str,
     context: Context,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function from a model to its dev WER and CER in one variant and context, on ``max_cuts`` cuts by a fixed,
-    even choice."""
+    """A function from a model to its dev WER and CER in one variant and context, on at most ``max_cuts`` cuts, evenly
+    spread and always the same ones."""
     subset = even_subset(cuts, max_cuts)
 
     def measure(model: nn.Module) -> dict[str, float]:

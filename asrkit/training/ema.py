@@ -1,4 +1,4 @@
-"""The running average of the weights, which is what a run publishes."""
+"""The running average of the weights, which a run publishes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """average += (1 - decay) (weights - average) for what trains; buffers are copied.
+    """average += (1 - decay) (weights - average) for trained parameters; buffers are copied.
 
     Args:
-        model: whose weights are followed.
+        model: the model that is trained.
         average: a copy of it, changed in place.
     """
 
@@ -28,9 +28,9 @@ class MovingAverage:
     def follow(self, decay: float) -> None:
         """One step; with a decay of 0 the average becomes the weights, to the last bit."""
         copied = list(self._buffers)
-        if decay == 0:  # a difference added would miss them by a rounding error
+        if decay == 0:  # adding a difference would be off by a rounding error
             copied += zip(self._average, self._weights, strict=True)
-        else:  # by the difference, so that weights which nothing trains stay what they are to the last bit
+        else:  # adding a difference keeps weights that do not move the same to the last bit
             moved = torch._foreach_sub(self._weights, self._average)
             torch._foreach_add_(self._average, moved, alpha=1 - decay)
         for averaged, current in copied:
@@ -38,5 +38,5 @@ class MovingAverage:
 
 
 def average_decay(step: int, most: float) -> float:
-    """The decay of ``step`` (from 0): (1 + step) / (10 + step), at most ``most``; the first weights weigh little."""
+    """The decay of ``step`` (from 0): (1 + step) / (10 + step), at most ``most``; early weights count little."""
     return min(most, (1 + step) / (10 + step))

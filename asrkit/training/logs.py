@@ -1,4 +1,4 @@
-"""What a run tells: a progress display, metrics.jsonl, TensorBoard events. All three show the same numbers."""
+"""The logs of a run: a progress display, metrics.jsonl and TensorBoard events, with the same numbers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from asrkit.training.checkpoint import Progress
 
 
 class RunLog:
-    """Gathers sums between logged steps and writes them out as means.
+    """Collects sums between logged steps and writes them as means.
 
-    Lines of steps after ``start`` are dropped from an existing metrics.jsonl: the resumed run writes them again.
+    Lines of steps after ``start`` are dropped from an existing metrics.jsonl, because the resumed run writes them again.
     ``timing`` holds what depends on the clock; everything else is reproducible.
     """
 
@@ -35,8 +35,8 @@ class RunLog:
         self._start = start
         if active and self._path.exists():
             with atomic_write(self._path) as temporary:
-                kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= start]
-                temporary.write_text("".join(f"{line}\n" for line in kept))
+                earlier = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= start]
+                temporary.write_text("".join(f"{line}\n" for line in earlier))
 
     def __enter__(self) -> RunLog:
         if not self._active:
@@ -131,11 +131,11 @@ class RunLog:
         self._clock = time.monotonic()
 
     def skipped(self, step: int, cut_ids: list[str]) -> None:
-        """Write that a step was left out, with every cut; the screen shows the first ten."""
+        """Log a skipped step with all its cuts; the screen shows the first ten."""
         self._write({"step": step, "skipped_cuts": cut_ids}, "train")
         more = f" and {len(cut_ids) - 10} more (metrics.jsonl names all)" if len(cut_ids) > 10 else ""
         self.note(
-            f"step {step}: loss or gradient is not finite, the weights stay as they were; "
+            f"step {step}: the loss or gradient is not finite, so the weights do not change; "
             f"cuts {', '.join(cut_ids[:10])}{more}"
         )
 
@@ -154,11 +154,11 @@ class RunLog:
 
 
 def _best(progress: Progress) -> str:
-    """What the best measurement was, once one counts."""
+    """The best measurement so far, once there is one that counts."""
     return f"  best {shown(progress.best)}" if progress.best else "  not counted yet"
 
 
 def shown(measured: dict[str, float]) -> str:
-    """The metric that chooses the best, the first, as a person reads it."""
+    """The first metric, which decides what is best, formatted for the screen."""
     name, value = next(iter(measured.items()))
     return f"WER {value:.2%}" if name == "wer" else f"{name} {value:.2f}"

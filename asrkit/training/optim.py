@@ -67,12 +67,12 @@ class ScaledAdam(torch.optim.Optimizer):
     """Adam whose step for a tensor is proportional to the tensor's root mean square, with a learned scale.
 
     delta = -lr * rms(w) * m_hat / (sqrt(v_hat) + eps), plus a step of the scale itself along w, from the
-    gradient h = sum(g * w) treated by Adam with rate ``scale_rate * lr``. rms is kept within [``smallest``, 3]; our choice is
-    1e-2, because with the reference code's 1e-5 a bias or projection that begins as zeros stays there;
-    vectors and scalars take a tenth of the rate, as they have no scale of their own to learn.
+    gradient h = sum(g * w) treated by Adam with rate ``scale_rate * lr``. rms is kept within [``smallest``, 3].
+    Our choice is 1e-2, because with the reference code's 1e-5 a bias or projection that starts as zeros stays there.
+    Vectors and scalars use a tenth of the rate, because they have no scale to learn.
     Source: Zipformer (arXiv 2310.11230), section 3.5; eta = 0.1.
 
-    Tensors of one shape and age are stacked, and one operation serves all of a stack, so that a step takes few launches.
+    Tensors of the same shape and age are stacked, so that one operation updates them all and a step has few kernel launches.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class ScaledAdam(torch.optim.Optimizer):
                 state = self.state[weight]
                 if not state:
                     self._begin(weight, state)
-                # Each tensor counts for itself: one that was left out of some steps is younger than the others.
+                # Each tensor has its own count, because it may have had no gradient in some steps.
                 state["step"] += 1
                 alike.setdefault((weight.shape, float(state["step"])), []).append(weight)
             if alike:
                 self._update(group, alike)
 
     def _begin(self, weight: Tensor, state: dict[str, Tensor]) -> None:
-        """What is remembered of a tensor: its age, and the averages of its gradient and its scale's, with their squares."""
+        """Set the initial state of a tensor: its age, and the averages of its gradient, of its scale's, and of their squares."""
         for name, like in (("exp_avg", weight), ("exp_avg_sq", weight)):
             state[name] = torch.zeros_like(like)
         for name in ("scale_avg", "scale_avg_sq"):
@@ -144,7 +144,7 @@ class ScaledAdam(torch.optim.Optimizer):
         torch._foreach_sub_(list(chain(*alike.values())), list(chain(*(move.unbind() for move in moves))))
 
     def _growth(self, stack: _Stack, slopes: Tensor, bias: float, group: dict[str, Any]) -> Tensor:
-        """By how much each tensor's scale wants to shrink, (n,), from how the loss changes when the whole tensor grows, (n,)."""
+        """How much each tensor's scale should shrink, (n,), from the change of the loss when the whole tensor grows, (n,)."""
         beta1, beta2 = group["betas"]
         stack.scale_avg.mul_(beta1).add_(slopes, alpha=1 - beta1)
         stack.scale_avg_sq.mul_(beta2).addcmul_(slopes, slopes, value=1 - beta2)
@@ -152,7 +152,7 @@ class ScaledAdam(torch.optim.Optimizer):
         return scale_step.clamp(-10, 10) * group["scale_rate"]
 
     def _stack(self, weights: list[Tensor]) -> _Stack:
-        """The state of tensors of one shape in one piece, of which each tensor's own state is a view."""
+        """The stacked state of tensors of one shape; the state of each tensor is a view of it."""
         key = tuple(map(id, weights))
         if key not in self._stacks:
             states = [self.state[weight] for weight in weights]
@@ -160,7 +160,7 @@ class ScaledAdam(torch.optim.Optimizer):
             for index, state in enumerate(states):
                 state.update({name: getattr(stack, name)[index] for name in _Stack._fields})
             changed = set(key)
-            self._stacks = {other: kept for other, kept in self._stacks.items() if not changed & set(other)}
+            self._stacks = {other: old for other, old in self._stacks.items() if not changed & set(other)}
             self._stacks[key] = stack
         return self._stacks[key]
 

@@ -1,7 +1,7 @@
 """What training stages share around the loop: their settings, and the way from manifests to a finished run.
 
-A stage opens the run directory (``open_training``), reads and checks its cuts (``datasets.py``), says how its task is made
-(``TaskRecipe``), and trains it (``run_recipe``). A stage that starts from a trained model does all of this by ``fine_tune``.
+A stage opens the run directory (``open_training``), reads and checks its cuts (``datasets.py``), defines how to build its task
+(``TaskRecipe``), and trains it (``run_recipe``). For a stage that starts from a trained model, ``fine_tune`` does all of this.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from asrkit.training.step import TrainTask
 
 @config
 class StageConfig:
-    """Settings of every stage that trains a recognizer; a stage's own come on top."""
+    """Settings of every stage that trains a recognizer; each stage adds its own."""
 
     seed: Annotated[int, Field(ge=0)] = 1
     """Seed of everything random: start, batches, augmentation, dropout."""
@@ -65,7 +65,7 @@ class StageConfig:
 class FineTuneConfig(StageConfig):
     """``StageConfig`` with the defaults of stages that start from a trained model.
 
-    Our choice: the transducer's simple part does not lead again, and AdamW runs at a quarter of its usual rate.
+    Our choice: no warm-up of the transducer loss, and AdamW at a quarter of its usual rate.
     """
 
     loss: LossConfig = field(default_factory=lambda: LossConfig(warm_up_steps=0))
@@ -76,12 +76,12 @@ class FineTuneConfig(StageConfig):
 
 @dataclass(frozen=True)
 class TaskRecipe:
-    """All that any process needs to make a task again: it pickles, and reads nothing but files.
+    """Everything a process needs to build a task: it can be pickled, and reads only files.
 
     build: (training batches) -> TrainTask; a module-level function of the stage with its settings and paths filled in
-        (``functools.partial``). torch's generator is seeded before.
+        (``functools.partial``). torch's generator is seeded before the call.
     out: the run directory, which has the tokenizer and the list of cuts that are left out.
-    slices: batches in a step, of all processes together.
+    slices: batches per step, over all processes.
     """
 
     build: Callable[[TrainBatches], TrainTask]
@@ -91,15 +91,15 @@ class TaskRecipe:
     slices: int
 
     def batches(self) -> TrainBatches:
-        """The batches it trains on."""
+        """The batches to train on."""
         return training_batches(self.manifest, self.settings.data, self.out, self.slices, self.settings.seed)
 
     def rebuild(self) -> TrainTask:
-        """The task: the same model, loss and batches in whatever process, bit for bit."""
+        """The task: the same model, loss and batches in every process, bit for bit."""
         batches = self.batches()
         torch.manual_seed(self.settings.seed)
         task = self.build(batches)
-        # Whatever trains a pruned model leaves it pruned; a stage that finds masks says itself when they are final.
+        # Every stage keeps a pruned model pruned. A stage that computes masks has its own hook, which knows when they are final.
         return task if task.after_step is not None else replace(task, after_step=keep_pruned)
 
 
@@ -118,10 +118,10 @@ def open_training(
 
     Args:
         entry: for config.yaml: the stage's settings and what it starts from.
-        files: what the run depends on, by the name of the option that gave it.
+        files: the files that the run depends on, by option.
 
     Raises:
-        UserError: files that are not there, a directory that is taken, or another run's.
+        UserError: files that do not exist, a directory that is in use or holds another run.
     """
     with (
         join_world(device) as world,
@@ -131,12 +131,12 @@ def open_training(
 
 
 def input_files(settings: StageConfig, **files: Path | None) -> dict[str, Path | None]:
-    """The files a run depends on, by the name of their option: those given and the manifests of ``data.also``."""
+    """The files a run depends on, by option: those given and the manifests of ``data.also``."""
     return {**files, **{f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}}
 
 
 def copy_tokenizer(source: Path, run: RunWriter) -> Tokenizer:
-    """The run's tokenizer, a copy of ``source`` unless it is there already."""
+    """The run's tokenizer; ``source`` is copied if there is none yet."""
     path = run.path / TOKENIZER
     if run.world.is_main and not path.is_file():
         Tokenizer(source).copy_to(path)
@@ -145,16 +145,16 @@ def copy_tokenizer(source: Path, run: RunWriter) -> Tokenizer:
 
 
 def slices_of(out: Path, settings: TrainingConfig, world: World) -> int:
-    """Batches in a step: those the run was begun with, which any number of processes that divides them goes on with.
+    """Batches per step. A resumed run keeps the number it started with, which the number of processes must divide.
 
     Raises:
-        UserError: these processes cannot share them.
+        UserError: the processes cannot share them evenly.
     """
     slices = saved_slices(out) or world.size * settings.accumulate
     if slices % world.size:
         raise UserError(
-            f"{out}: was started with {slices} batches a step, which {world.size} processes cannot share evenly; "
-            f"use a number of processes that divides {slices}, or another --out"
+            f"{out}: was started with {slices} batches per step, which {world.size} processes cannot share evenly; "
+            f"use a number of processes that divides {slices}, or choose another --out"
         )
     return slices
 
@@ -167,15 +167,15 @@ def run_recipe(
     dev: CutSet | None,
     prepare: Callable[[RunWriter, TrainBatches], None] | None = None,
 ) -> None:
-    """Train what ``build`` makes, in a claimed run directory, to its end.
+    """Train the task that ``build`` makes to its last step, in a claimed run directory.
 
     Args:
         build, manifest: see ``TaskRecipe``.
-        dev: to measure the model's default variant on, in the first context it is trained in.
-        prepare: makes, in all processes together, the files that ``build`` reads; is called before it.
+        dev: cuts to measure the model's default variant on, in the first context it is trained in.
+        prepare: writes the files that ``build`` reads; is called before it, in all processes.
 
     Raises:
-        UserError: cuts that cannot be trained on, and what training finds.
+        UserError: cuts that cannot be trained on, and errors of the training itself.
         Interrupted: stopped by a signal, state saved.
     """
     world, tokenizer = run.world, Tokenizer(run.path / TOKENIZER)
@@ -200,7 +200,7 @@ def run_recipe(
 
 
 def _facts(run: RunWriter, model: AsrModel, variant: str | None, loss: LossConfig) -> dict[str, Any]:
-    """For the lineage: the losses that train, and which sub-models do."""
+    """For the lineage: the losses of the training, and the sub-models that are trained or idle."""
     scales = {"transducer": loss.transducer_scale, "ctc": loss.ctc_scale}
     facts: dict[str, Any] = {"losses": [name for name, scale in scales.items() if scale > 0]}
     if model.spec.submodels:
@@ -217,7 +217,7 @@ def _facts(run: RunWriter, model: AsrModel, variant: str | None, loss: LossConfi
 def _measure(
     task: TrainTask, model: AsrModel, tokenizer: Tokenizer, settings: StageConfig, dev: CutSet
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function from a model to its dev error rates, and what else the task measures on the dev cuts."""
+    """A function from a model to its dev error rates and the task's other dev metrics."""
     spec = model.spec
     measure_wer = dev_measure(
         dev,
@@ -251,13 +251,13 @@ def fine_tune(
     device: str = "auto",
     command: str = "",
 ) -> Path:
-    """Run a stage on the model of ``parent``, or go on with a run that was interrupted; returns ``out``.
+    """Run a stage on the model of ``parent``, or resume an interrupted run; returns ``out``.
 
     Args:
         build: see ``TaskRecipe``.
-        entry: what the stage was told beside ``settings``, for config.yaml.
-        files: what it depends on beside the manifests, such as a teacher's weights, by option.
-        check_cuts: why the stage cannot use some cuts; [] where it can use all.
+        entry: the stage's arguments other than ``settings``, for config.yaml.
+        files: files other than the manifests that the run depends on, such as a teacher's weights, by option.
+        check_cuts: returns findings about cuts that the stage cannot use; [] if there are none.
         prepare: see ``run_recipe``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The model of a stage that makes a new one or trains one on: its shape, how it begins, and its tokenizer."""
+"""The first model of a stage that makes a new one or trains one further: its shape, initial weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class BackboneConfig:
 
 @config
 class StartConfig(StageConfig):
-    """Settings of a stage that makes a new model or trains one on."""
+    """Settings of a stage that makes a new model or trains one further."""
 
     model: BackboneConfig = field(default_factory=BackboneConfig)
     """Shape of a new model."""
@@ -102,7 +102,7 @@ class StartConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Parent:
-    """A trained model to go on from. ``spec`` is its spec, with the variant and the contexts that are now trained."""
+    """A trained model to start from. ``spec`` is its spec with the variant and the contexts to train."""
 
     run: RunDir
     model: AsrModel
@@ -110,36 +110,40 @@ class Parent:
 
 
 def config_entry(settings: StartConfig, parent: Parent | None) -> dict[str, Any]:
-    """For config.yaml: the settings that say something of this model, and what it began with."""
+    """For config.yaml: the settings that apply, and the model that training starts from."""
     content = to_dict(settings)
     if parent is None:
         return content
-    begun = {"from": str(parent.run.path), "from_weights_sha256": sha256_of(parent.run.path / WEIGHTS)}
-    return begun | {key: value for key, value in content.items() if key not in ("model", "tokenizer")}
+    start = {"from": str(parent.run.path), "from_weights_sha256": sha256_of(parent.run.path / WEIGHTS)}
+    return start | {key: value for key, value in content.items() if key not in ("model", "tokenizer")}
 
 
 def check_start(settings: StartConfig, parent: Path | None, tokenizer: Path | None) -> list[str]:
-    """What is said of a new model where a trained one is given, and the other way round."""
+    """Findings about options for a new model that are used with a trained one, and the other way round."""
     findings = []
     if parent is not None and tokenizer is not None:
-        findings.append(f"--tokenizer {tokenizer}: a trained model has its own; leave out --tokenizer or --from")
+        findings.append(
+            f"--tokenizer {tokenizer}: a trained model already has a tokenizer; leave out --tokenizer or --from"
+        )
     if parent is not None and settings.tokenizer is not None:
-        findings.append("tokenizer: a trained model has its own; leave out --set tokenizer.* or --from")
+        findings.append("tokenizer: a trained model already has one; leave out --set tokenizer.* or --from")
     if parent is not None and settings.model != BackboneConfig():
         findings.append(
-            "model: a trained model has its shape, and attention is not dropped when it is trained on; "
-            "leave out its size and --set model.*, or --from"
+            "model: a trained model already has its shape, and its attention is not dropped; "
+            "leave out the size and --set model.*, or --from"
         )
     if parent is None and settings.variant is not None:
-        findings.append(f"--variant {settings.variant}: a new model has one only; it goes with --from")
+        findings.append(
+            f"--variant {settings.variant}: works with --from only, because a new model has no variants to choose from; leave it out"
+        )
     return findings
 
 
 def open_parent(path: Path, settings: StartConfig) -> Parent:
-    """Load the model of a run directory to train it on.
+    """Load the model of a run directory to train it further.
 
     Raises:
-        UserError: an unusable run directory, or one without the variant.
+        UserError: an unusable run directory, or one that lacks the variant.
     """
     run = open_run(path)
     model = load_model(run)
@@ -147,11 +151,11 @@ def open_parent(path: Path, settings: StartConfig) -> Parent:
 
 
 def first_model(settings: StartConfig, parent: Path | None, out: Path, batches: TrainBatches) -> tuple[AsrModel, str]:
-    """The model as training begins, and the variant it trains in.
+    """The model at the start of training, and the variant to train.
 
     Args:
-        parent: run directory of a model to train on; None makes a new one.
-        out: the run directory; where it holds a state, its weights will replace those of the model.
+        parent: run directory of a model to train further; None makes a new one.
+        out: the run directory. If it holds a state, the weights of that state will replace those of the model.
     """
     if parent is not None:
         origin = open_parent(parent, settings)
@@ -162,19 +166,21 @@ def first_model(settings: StartConfig, parent: Path | None, out: Path, batches: 
 
 
 def check_languages_present(settings: StartConfig, parent: Parent | None, cuts: Iterable[Cut]) -> None:
-    """A new model's languages are heard in training.
+    """Check that the training cuts contain all languages of a new model.
 
     Raises:
-        UserError: some are not.
+        UserError: some languages have no cuts.
     """
     if parent is not None or not settings.model.languages:
         return
-    if silent := sorted({*settings.model.languages} - {language_of(cut) for cut in cuts}):
-        raise UserError(f"model.languages: no cut to train on is in {', '.join(silent)}; leave out what is not heard")
+    if missing := sorted({*settings.model.languages} - {language_of(cut) for cut in cuts}):
+        raise UserError(
+            f"model.languages: no training cut is in {', '.join(missing)}; leave these languages out, or add cuts"
+        )
 
 
 def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:
-    """The full spec of a preset with the replacements of ``settings``, trained in ``contexts``."""
+    """The full spec of a preset with the overrides of ``settings``, to be trained in ``contexts``."""
     preset: dict[str, Any] = SIZES[settings.size]
     encoder = {
         key: getattr(settings, key) or preset["encoder"][key]
@@ -212,7 +218,7 @@ def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConf
             "languages": settings.languages,
             "submodels": submodels,
             "variants": variants,
-            # With attention dropped now and then it is the backbone that is being made; never dropped, the whole.
+            # If attention is dropped, the aim is the backbone; if it never is, the aim is the whole model.
             "variant": JOINT if settings.attention_dropout.probability == 0 else BACKBONE,
         },
         "model",
@@ -222,7 +228,7 @@ def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConf
 def new_model(
     settings: BackboneConfig, contexts: ContextsConfig, batches: TrainBatches, *, with_statistics: bool
 ) -> AsrModel:
-    """An untrained model: attention adds nothing yet; the features' statistics are those of the training cuts, if asked for."""
+    """An untrained model, whose attention adds nothing yet; ``with_statistics`` measures the features of the training cuts."""
     model = AsrModel(model_spec(settings, batches.tokenizer.vocab_size, contexts))
     for attention in model.encoder.submodels.values():
         attention.silence()  # type: ignore[operator]
@@ -234,12 +240,12 @@ def new_model(
 
 
 def trained_variant(settings: BackboneConfig) -> str:
-    """The one a new model trains in: with its attention, where that is not dropped all the time."""
+    """The variant that a new model is trained in: with attention, unless attention is always dropped."""
     return JOINT if settings.attention_dropout.probability < 1 else BACKBONE
 
 
 def make_tokenizer(run: RunWriter, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig) -> Tokenizer:
-    """The run's tokenizer: what is there already, else a copy of the given one, else one trained on the texts."""
+    """The run's tokenizer: the one that exists already, else a copy of the given one, else one trained on the texts."""
     if given is not None:
         return copy_tokenizer(given, run)
     path = run.path / TOKENIZER

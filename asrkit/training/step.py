@@ -1,4 +1,4 @@
-"""The first half of a training step: the gradients of some batches. It knows no optimizer; ``update.py`` is the other half."""
+"""The first half of a training step: the gradients of some batches, without any optimizer. ``update.py`` is the other half."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from asrkit.training.config import autocast
 
 
 class Metric(NamedTuple):
-    """Logged as the sum of totals over the sum of divisors since the last line; without a divisor, as the total.
+    """Logged as the sum of totals divided by the sum of divisors since the last line; without a divisor, as the total.
 
-    ``total`` is a tensor () of the device that nothing waits for, or a number where it is known anyway.
+    ``total`` is a tensor () on the device, so that nothing waits for it, or a number if that is known anyway.
     """
 
     total: Tensor | float
@@ -30,13 +30,13 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a loss says of a batch.
+    """The loss of a batch.
 
     losses: (B,) differentiable, one for each utterance.
-    count: by how much the sum over all of a step's batches is divided: encoder frames, or symbols of text. A plain number, so
+    count: encoder frames or symbols of text. The sum of a step's losses is divided by the sum of its counts. A plain number, so
         that nothing waits for the device.
-    metrics: what to log, by name.
-    regularizer: a differentiable scalar of the batch as a whole, added to the step's mean.
+    metrics: values to log, by name.
+    regularizer: a differentiable scalar for the whole batch, added to the step's mean.
     """
 
     losses: Tensor
@@ -46,7 +46,7 @@ class LossOutput:
 
 
 class TrainingBatch(Protocol):
-    """What the loop asks of a batch, of audio or of text; ``durations`` are seconds of audio, none of text."""
+    """What the loop needs of a batch of audio or text; ``durations`` are seconds of audio, empty for text."""
 
     @property
     def cut_ids(self) -> list[str]: ...
@@ -58,7 +58,7 @@ class TrainingBatch(Protocol):
 
 
 class TrainingBatches(Protocol):
-    """``batches[number]`` with number = step * slices + slice: a pure function, whoever asks and whenever."""
+    """``batches[number]`` with number = step * slices + slice: a pure function, in every process and at any time."""
 
     @property
     def slices(self) -> int: ...
@@ -73,18 +73,18 @@ class TrainingBatches(Protocol):
 class TrainTask:
     """What a stage gives the loop.
 
-    model: what trains; parameters that must not have ``requires_grad`` off.
+    model: the model to train; frozen parameters have ``requires_grad`` off.
     loss: (model, batch on the device, step) -> LossOutput.
-    frozen: parts of the model that stay in evaluation mode (no dropout) while the rest trains.
-    before_step: (model, optimizer, step, first batch of the step on the device), before its gradients are computed.
-    after_step: (model, step), when the weights have moved, for the model and for its average.
-    measure: the averaged model -> dev metrics, the lowest first one being the best; None when there is nothing to measure on.
-    dev_metrics: (averaged model, dev cuts) -> what to measure beside the error rates.
+    frozen: parts of the model that stay in evaluation mode (no dropout) while the rest is trained.
+    before_step: (model, optimizer, step, first batch of the step on the device); called before the gradients are computed.
+    after_step: (model, step); called after the weights have moved, for the model and for its average.
+    measure: (averaged model) -> dev metrics; the lowest value of the first one is the best. None if there is no dev set.
+    dev_metrics: (averaged model, dev cuts) -> metrics in addition to the error rates.
     not_before: the first step after which the model is what the stage promises; nothing is published earlier.
-    variant: the one that trains, None for the model's default or for a model without.
-    facts: what the stage adds to its entry in the lineage.
-    notes: what the user should know of the model that is about to be trained.
-    check: looks at the finished run's weights; raises when what the stage promises does not hold.
+    variant: the variant to train; None for the model's default, or if it has no variants.
+    facts: entries for the stage's part of the lineage.
+    notes: lines to show the user before training starts.
+    check: raises if the finished run's weights are not what the stage promises.
     """
 
     model: nn.Module
@@ -104,11 +104,11 @@ class TrainTask:
 
 @dataclass
 class StepResult:
-    """What some batches of one step add up to.
+    """The sums over some batches of one step.
 
-    gradients: of the sum of their losses, for each trained parameter in order; None where none came.
+    gradients: of the sum of their losses, for each trained parameter in order; None for a parameter without a gradient.
     count: see ``LossOutput``. audio: seconds. waited: seconds spent waiting for data.
-    finite: for each batch its cut ids and whether each one's loss is finite, (B,) on the device.
+    finite: for each batch, its cut ids and whether the loss of each cut is finite, (B,) on the device.
     """
 
     gradients: list[Tensor | None]
@@ -123,7 +123,7 @@ class StepResult:
         return [cut_id for cut_ids, _ in self.finite for cut_id in cut_ids]
 
     def bad_cut_ids(self) -> list[str]:
-        """The utterances whose loss is not finite; reads the device."""
+        """The cuts whose loss is not finite; waits for the device."""
         return [
             cut_id
             for cut_ids, finite in self.finite
@@ -134,8 +134,8 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Where and how precisely a step is computed; ``scale`` is what losses are multiplied by before the backward pass, (),
-    where gradients of float16 would otherwise vanish."""
+    """The device and precision of a step. ``scale`` scales the loss before the backward pass, so that float16 gradients do not
+    vanish."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -143,12 +143,12 @@ class Arithmetic:
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that learn, in the order that gradients are given in."""
+    """The parameters to train, in the order of ``StepResult.gradients``."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def seed_for(seed: int, number: int, slices: int) -> int:
-    """The seed of everything drawn for the batch ``number``, on whatever process it is computed."""
+    """The seed for everything random in the batch ``number``, in whichever process it is computed."""
     step, part = divmod(number, slices)
     return int(np.random.SeedSequence((seed, part, step)).generate_state(1, np.uint64)[0]) >> 1
 
@@ -158,13 +158,13 @@ def compute_gradients(
 ) -> StepResult:
     """The gradients of the batches ``numbers``, all of one step, summed.
 
-    A pure function of the model's weights and its other arguments: torch's generator is seeded anew for each batch.
+    A pure function of the model's weights and the other arguments: torch's generator is seeded for each batch.
 
     Args:
-        batches: gives batch and waiting time by number, on the device.
+        batches: returns, by number, the batch on the device and the seconds spent waiting for it.
 
     Raises:
-        UserError: memory runs out; names the batch.
+        UserError: out of memory; describes the batch.
     """
     slices = task.batches.slices
     set_training(task, model)
@@ -182,7 +182,7 @@ def compute_gradients(
             total = output.losses.sum()
             metrics = dict(output.metrics)
             if output.regularizer is not None:
-                # The step's sum is divided by its count, so that each batch brings its share of one such term.
+                # The step's sum is divided by its count later, so each batch contributes its share of one such term.
                 total = total + output.regularizer * output.count
                 metrics["regularizer"] = Metric(output.regularizer.detach(), 1.0)
             metrics["loss"] = Metric(total.detach(), output.count)
@@ -198,14 +198,14 @@ def compute_gradients(
 
 
 def set_training(task: TrainTask, model: nn.Module) -> None:
-    """Training mode, but for what is frozen."""
+    """Put the model in training mode, except its frozen parts."""
     model.train()
     for part in task.frozen:
         part.eval()
 
 
 def add_metrics(sums: dict[str, Metric], metrics: Mapping[str, Metric]) -> None:
-    """Add ``metrics`` to ``sums``, in double precision and on their device, so that nothing waits for it."""
+    """Add ``metrics`` to ``sums``, in double precision and on their device, so that nothing waits for the device."""
     for name, (total, divisor) in metrics.items():
         if isinstance(total, Tensor):
             total = total.detach().double()
@@ -216,23 +216,23 @@ def add_metrics(sums: dict[str, Metric], metrics: Mapping[str, Metric]) -> None:
 
 
 def metric_sums(metrics: Mapping[str, Metric]) -> dict[str, tuple[float, float | None]]:
-    """Metrics as plain numbers, by one read of the device."""
+    """Metrics as plain numbers, with a single transfer from the device."""
     waiting = {name: metric.total for name, metric in metrics.items() if isinstance(metric.total, Tensor)}
     read = dict(zip(waiting, torch.stack(list(waiting.values())).tolist(), strict=True)) if waiting else {}
     return {name: (read[name] if name in read else float(total), divisor) for name, (total, divisor) in metrics.items()}
 
 
 class Fetched(Protocol):
-    """Batches on the device by number, each with the seconds it was waited for."""
+    """Batches on the device by number, each with the seconds spent waiting for it."""
 
     def __getitem__(self, number: int) -> tuple[Any, float]: ...
 
 
 class BatchStream:
-    """Batches made ahead, in loader processes, in the order in which training asks for them.
+    """Batches prefetched by loader processes, in the order in which training needs them.
 
     Args:
-        numbers: every number that will be asked for, in order.
+        numbers: all numbers that will be requested, in order.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class BatchStream:
         return batch, waited
 
     def peek(self, number: int) -> tuple[Any, float]:
-        """The batch that is asked for next, which stays there to be asked for."""
+        """The next batch, without consuming it."""
         if self._ahead is None:
             began = time.monotonic()
             try:
@@ -259,16 +259,16 @@ class BatchStream:
             self._ahead = next(self._numbers), batch.to(self._device), time.monotonic() - began
         expected, batch, waited = self._ahead
         if number != expected:
-            raise RuntimeError(f"batch {number} was asked for where {expected} comes next")
+            raise RuntimeError(f"batch {number} was requested, but {expected} is next")
         return batch, waited
 
 
 @contextmanager
 def out_of_memory_named(batch: TrainingBatch, step: int) -> Iterator[None]:
-    """Say which batch was too large where memory runs out."""
+    """If memory runs out, raise a ``UserError`` that describes the batch."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs alone
+    except (MemoryError, RuntimeError) as error:  # torch has a special class for GPUs only
         message = str(error)
         words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of torch, of its CPU, of CUDA's libraries
         if not isinstance(error, MemoryError) and not any(word in message for word in words):

@@ -17,7 +17,7 @@ from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.losses.distillation import counted_nodes, node_divergence
 from asrkit.losses.transducer import gather_pruned, transducer_loss
-from asrkit.methods.distillation.cache import CachedOutputs, heard_arcs
+from asrkit.methods.distillation.cache import CachedOutputs, compute_arcs
 from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
 from asrkit.methods.distillation.loss import Distillation, build_loss, distillation_loss
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
@@ -372,12 +372,12 @@ def test_piecewise() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"kind": "linear", "start": 0.1, "end": 0.2}, "ends at or below"),
+        ({"kind": "linear", "start": 0.1, "end": 0.2}, "cannot rise"),
         ({"kind": "exponential", "end": 0.0}, "never reaches 0"),
-        ({"kind": "linear", "from_step": 5, "to_step": 5}, "must lie after"),
+        ({"kind": "linear", "from_step": 5, "to_step": 5}, "must be greater than from_step"),
         ({"kind": "piecewise"}, "needs points"),
         ({"kind": "piecewise", "points": [[0, 0.5], [3, 0.6]]}, "must not"),
-        ({"clamp": [2.0, 1.0]}, "least, most"),
+        ({"clamp": [2.0, 1.0]}, "minimum, maximum"),
         ({"start": -1.0}, "greater than or equal to 0"),
     ],
 )
@@ -389,7 +389,7 @@ def test_weights_that_make_no_sense(options: dict[str, Any], complaint: str) -> 
 def test_other_frame_rates_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_run(tmp_path / "run")
     monkeypatch.setattr("asrkit.methods.distillation.teachers.load_model", _eighths)
-    with pytest.raises(UserError, match="an encoder frame for 8 feature frames"):
+    with pytest.raises(UserError, match="one encoder frame per 8 feature frames"):
         open_teachers({"en": [path]})
 
 
@@ -445,7 +445,7 @@ def test_what_is_stored_is_what_the_teachers_say(teachers: Teachers, delay: int,
     lens = torch.div(b.feature_lens - 3, 4, rounding_mode="floor")
     common = (b.languages, b.features, b.feature_lens, b.symbols, b.symbol_lens, lens)
     live = TeacherOutputs(teachers, *common, delay=delay)
-    arcs = heard_arcs(teachers, b)
+    arcs = compute_arcs(teachers, b)
     assert [mine.shape for mine in arcs] == [(2, int(t), int(u) + 1) for t, u in zip(lens, b.symbol_lens, strict=True)]
     kept = CachedOutputs(arcs, b.symbol_lens, lens, delay)
     generator = torch.Generator().manual_seed(seed)

@@ -49,7 +49,7 @@ def attention(corpus: Path, backbone: Path) -> Path:
         "--dev", corpus / "dev.jsonl.gz", "--out", run, "--max-duration", 20,
         *sets("training.steps=8", "training.optimizer.name=adamw"),
     )  # fmt: skip
-    assert "parameters learn, the rest is frozen" in said
+    assert "parameters are trained, the rest is frozen" in said
     return run
 
 
@@ -133,12 +133,12 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--name", "joint"], "has it already"),
+        (["--name", "joint"], "already has it"),
         (["--name", "a/b"], "a name is letters"),
         (["--name", "x", "--layers", "0-5"], "layers 0 to 1"),
         (["--name", "x", "--layers", "some"], "write all, a range such as 0-5"),
         (["--name", "x", "--init", "nothing"], "choose from noop, random, joint"),
-        (["--name", "x", "--init", "joint", "--kind", "adapter"], "of another shape"),
+        (["--name", "x", "--init", "joint", "--kind", "adapter"], "has another shape"),
         (["--name", "x", "--context", "left=4"], "write full, or chunk=16,left=64"),
         (["--name", "x", "--kind", "adapter", "--context", "chunk=4,left=4"], "only attention has a context"),
         (["--name", "x", "--active", "other"], "it has joint"),

@@ -257,12 +257,12 @@ def test_bits_within_a_budget(corpus: Path, parent: Path, tmp_path: Path) -> Non
     assert stored <= 0.25 * plain
     bits = {path: layer.how.weights.bits for path, layer in compressed_layers(model).items() if layer.how.weights}
     assert len(set(bits.values())) > 1
-    for path, chosen in bits.items():
-        assert f"{path}: {chosen} bits (loss by itself: 8 bits" in said
-    # What was chosen is in model.yaml, so that a run that goes on chooses nothing anew.
+    for path, layer_bits in bits.items():
+        assert f"{path}: {layer_bits} bits (increase in loss if only this layer is quantized: 8 bits" in said
+    # The bits are in bits.yaml, so a resumed run does not choose them again.
     before = (run / "model.yaml").read_bytes()
     (run / "done").unlink()
-    assert "loss by itself" not in asrkit(*words) and (run / "model.yaml").read_bytes() == before
+    assert "increase in loss" not in asrkit(*words) and (run / "model.yaml").read_bytes() == before
     refused = asrkit(
         "qat", "--from", parent, "--budget", "1%", *data(corpus), "--out", tmp_path / "no", *sets(), code=1
     )
@@ -325,7 +325,7 @@ def test_measuring_leaves_the_model_alone(parent: Path) -> None:
         (["prune", "--sparsity", "2:4", "--block", "8x1"], "needs a share"),
         (["prune", "--sparsity", "0.5", "--block", "7x1"], "blocks of 7x1 do not divide"),
         (["prune", "--shots", "50"], "training.steps is 4"),
-        (["prune", "--schedule", "cubic"], "an N:M mask is found whole"),
+        (["prune", "--schedule", "cubic"], "an N:M mask has a fixed share"),
         (["prune", "--variant", "none"], "there are backbone, joint"),
         (["qat", "--bits", "3"], "Input should be 2, 4 or 8"),
         (["qat", "--bits", "4", "--set", "quantization.weights.scale=block"], "no multiple of block_size 64"),
@@ -338,12 +338,12 @@ def test_measuring_leaves_the_model_alone(parent: Path) -> None:
         (["qat", "--set", "quantization.layers.first=99"], "the encoder has 2 blocks"),
         (["qat", "--bits", "2", "--act-bits", "8", "--set", "quantization.weights.symmetric=false"], "need symmetric"),
         (["prune", "--sparsity", "0.99", "--block", "8x16"], "is all of them"),
-        (["qat", "--bits", "4", "--budget", "30%"], "leave one out"),
+        (["qat", "--bits", "4", "--budget", "30%"], "use one of them"),
         (["qat", "--budget", "30%", "--set", "quantization.bits={'*': 8}"], "leave out quantization.bits"),
         (["qat", "--set", "quantization.weights.scale=block", "--set", "quantization.weights.block_size=7",
           "--set", "quantization.layers.indivisible=skip"], "nothing would be quantized"),
         (["prune", "--sparsity", "2:7", "--set", "layers.indivisible=skip"], "nothing would be pruned"),
-        (["prune", "--sparsity", "0.5", "--schedule", "iterative", "--shots", "3"], "schedule.shots says nothing"),
+        (["prune", "--sparsity", "0.5", "--schedule", "iterative", "--shots", "3"], "ignores schedule.shots"),
         (["prune", "--set", "schedule.straight_through=plain"], "raise schedule.shots"),
     ],
 )  # fmt: skip
@@ -499,9 +499,14 @@ def test_training_on_refuses_what_a_new_model_is_told(corpus: Path, parent: Path
     words = ["--from", parent, "--tokenizer", parent / "tokenizer.model", *data(corpus), "--out", tmp_path / "no"]
     said = asrkit("train-backbone", *words, *sets("model.size=tiny", "tokenizer.kind=char"), code=1)
     lines = said.strip().splitlines()
-    assert len(lines) == 3 and "--tokenizer" in lines[0] and "tokenizer: " in lines[1] and "has its shape" in lines[2]
+    assert (
+        len(lines) == 3
+        and "--tokenizer" in lines[0]
+        and "tokenizer: " in lines[1]
+        and "already has its shape" in lines[2]
+    )
     said = asrkit("train-backbone", *data(corpus), "--variant", "joint", "--out", tmp_path / "no", *sets(), code=1)
-    assert said.count("\n") == 1 and "goes with --from" in said and not (tmp_path / "no").exists()
+    assert said.count("\n") == 1 and "works with --from only" in said and not (tmp_path / "no").exists()
 
 
 def test_training_on_is_resumed(corpus: Path, sparse: Path, tmp_path: Path) -> None:

@@ -410,13 +410,13 @@ def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--lm", "phone={lm-bpe}"], "is a language model of bpe units, not of phone"),
+        (["--lm", "phone={lm-bpe}"], "is a language model of bpe units; name it bpe"),
         (["--lm", "{lm-phone}"], "write NAME=RUN"),
         (["--lm", "phone=nowhere"], "no such run directory"),
         (["--lm", "phone={parent}"], "is a recognizer, not a language model; train one with `asrkit train-lm`"),
         (["--lm", "phone={lm-phone}", "--set", "labels=1.5"], "less than or equal to 1"),
         (["--lm", "phone={lm-phone}", "--lm", "phone={lm-phone}"], "the same name occurs twice"),
-        (["--lm", "phone={lm-phone}", "--lm", "bpe={lm-bpe}", "--mode", "lst"], "give one --lm"),
+        (["--lm", "phone={lm-phone}", "--lm", "bpe={lm-bpe}", "--mode", "lst"], "pass one --lm"),
         (["--lm", "phone={lm-phone}", "--mode", "lst", "--supervised", "bpe"], "cannot be mixed"),
         (["--lm", "phone={lm-phone}", "--set", "heads.phone.layer=9"], "layers 0 to 1"),
         (["--lm", "phone={lm-phone}", "--set", "data.augment.join=0.3"], "data.augment.join=0.3"),

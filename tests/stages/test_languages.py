@@ -484,7 +484,7 @@ def test_students_and_teachers_with_and_without(corpus: Path, told: Path, untold
 
     silent = copied(corpus, tmp_path / "silent.jsonl.gz", hush)
     words = ["distill", "--teacher", told, "--labels", "teacher", "--manifest", silent, "--max-duration", 20, "--out"]
-    assert "the teachers heard" in asrkit(*words, tmp_path / "labels", *sets(*small, BRIEF))
+    assert "the teachers transcribed" in asrkit(*words, tmp_path / "labels", *sets(*small, BRIEF))
 
 
 def _strange(number: int, cut: dict[str, Any]) -> None:

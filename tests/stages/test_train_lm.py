@@ -231,7 +231,7 @@ def test_espeak_pronounces_five_languages(language: str) -> None:
         (["--text", "{text}", "--unit", "syllable"], "unit"),
         (["--text", "{text}", "--unit", "phone"], "--language en"),
         (["--text", "{text}", "--unit", "senone", "--language", "en"], "--senones"),
-        (["--text", "{text}", "--senones", "{text}"], "--senones: is for --unit senone"),
+        (["--text", "{text}", "--senones", "{text}"], "--senones: works with --unit senone only"),
         (["--text", "{text}", "--set", "model.architecture=transformer", "--set", "model.dim=18"], "multiple of heads"),
     ],
 )  # fmt: skip

@@ -147,7 +147,7 @@ def test_processes_that_cannot_share_the_batches_are_refused(corpus: Path, tmp_p
     launched([sys.executable, "-m", "asrkit"], *words, *settings)
     (tmp_path / "run" / "done").unlink()
     said = launched([*TWO, "-m", "asrkit"], *words, *settings, code=1)
-    assert "3 batches a step, which 2 processes cannot share" in said
+    assert "3 batches per step, which 2 processes cannot share" in said
 
 
 @given(st.integers(0, 4), st.integers(1, 3), st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 2), (6, 3)]))

@@ -1,8 +1,8 @@
 """Teachers' posteriors on disk, so that the teachers run once.
 
-A directory of safetensors files: of each cut the log-probabilities of the next symbol and of the blank at every node of its
-lattice, float16 (2, T', U + 1), under a digest of the cut as the manifest has it; ``cache.yaml`` says whose they are.
-safetensors rather than a lhotse array: a file is read in place, one tensor of many, and nothing is added to the manifest.
+A directory of safetensors files. For each cut they hold the log-probabilities of the next symbol and of the blank at every node
+of its lattice, float16 (2, T', U + 1), under a digest of the cut in the manifest; ``cache.yaml`` identifies the teachers.
+safetensors instead of a Lhotse array, because one tensor can be read without the others and the manifest does not change.
 """
 
 from __future__ import annotations
@@ -34,18 +34,15 @@ from asrkit.training.checkpoint import save_tensors
 from asrkit.training.distributed import World, broadcast_object
 
 ABOUT = "cache.yaml"
-SHARD = 500  # cuts in a file
+SHARD = 500  # cuts per file
 CHUNK = 8  # frames whose logits are in memory at once
 
 
 class PosteriorCache:
-    """The posteriors of some teachers, in a directory that is made if it is not there.
-
-    Args:
-        teachers: whose they are, and ``tokenizer``: of whose symbols.
+    """The posteriors of ``teachers`` over the symbols of ``tokenizer``, in a directory that is made if it does not exist.
 
     Raises:
-        UserError: the directory holds something else, or those of other teachers.
+        UserError: the directory holds other files, or the posteriors of other teachers.
     """
 
     def __init__(self, path: Path, teachers: Teachers, tokenizer: Tokenizer) -> None:
@@ -58,14 +55,14 @@ class PosteriorCache:
             "tokenizer": sha256_of(tokenizer.path),
         }
         if path.exists() and not path.is_dir():
-            raise UserError(f"--cache {path}: is a file; give a directory")
+            raise UserError(f"--cache {path}: is a file; choose a directory")
         if (path / ABOUT).is_file():
             if changed := differences(read_yaml(path / ABOUT), about):
                 raise UserError(
-                    f"--cache {path}: holds the posteriors of others ({'; '.join(changed)}); choose another directory"
+                    f"--cache {path}: holds the posteriors of other teachers or another tokenizer ({'; '.join(changed)}); choose another directory"
                 )
         elif path.is_dir() and any(path.iterdir()):
-            raise UserError(f"--cache {path}: holds other files and no posteriors; choose another directory")
+            raise UserError(f"--cache {path}: holds other files; choose an empty or new directory")
         self._about = about
         self._files: dict[str, Any] = {}  # by key, the open file
         self._keys: dict[str, str] = {}  # by cut id
@@ -73,12 +70,12 @@ class PosteriorCache:
     def fill(
         self, teachers: Teachers, table: CutTable, tokenizer: Tokenizer, world: World, max_duration: float
     ) -> Iterator[int]:
-        """Let the teachers hear every cut of ``table`` whose posteriors are not there; yields how many are done.
+        """Run the teachers on every cut of ``table`` without posteriors; yields the number of cuts done so far.
 
         Every process does its share.
 
         Raises:
-            UserError: cuts that differ and have one id; a damaged file.
+            UserError: two different cuts with the same id; a damaged file.
         """
         if world.is_main and not (self.path / ABOUT).is_file():
             write_yaml(self.path / ABOUT, self._about)
@@ -91,7 +88,7 @@ class PosteriorCache:
             cuts = share[first : first + SHARD]
             tensors: dict[str, Tensor] = {}
             for batch in evaluation_batches(cuts, max_duration):
-                arcs = heard_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
+                arcs = compute_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
                 tensors |= {self._keys[cut_id]: arc for cut_id, arc in zip(batch.cut_ids, arcs, strict=True)}
             name = f"{digest(sorted(tensors))[:16]}.safetensors"
             save_tensors(self.path / name, tensors)
@@ -99,48 +96,50 @@ class PosteriorCache:
         broadcast_object(world, None)
 
     def open(self, table: CutTable) -> None:
-        """Find the posteriors of every cut of ``table``.
+        """Look up the posteriors of every cut of ``table``.
 
         Raises:
-            UserError: some are not there; cuts that differ and have one id; a damaged file.
+            UserError: posteriors are missing; two different cuts have the same id; a damaged file.
         """
         if missing := self._missing(table):
             raise UserError(
-                f"--cache {self.path}: the posteriors of {len(missing)} cuts are gone, such as {next(iter(missing))}; "
-                "run the command again"
+                f"--cache {self.path}: the posteriors of {len(missing)} cuts have disappeared, such as {next(iter(missing))}; "
+                "run the command again to compute them"
             )
 
     def _missing(self, table: CutTable) -> dict[str, Cut]:
-        """The cuts that have no posteriors yet, by id; the others are found."""
+        """The cuts that have no posteriors yet, by id."""
         self._find_files()
         missing: dict[str, Cut] = {}
         for index in range(len(table)):
             cut = table[index]
             key = _key(cut)
             if self._keys.setdefault(cut.id, key) != key:
-                raise UserError(f"cut {cut.id}: two manifests have it, and not alike; --cache needs ids that differ")
+                raise UserError(
+                    f"cut {cut.id}: two different cuts have this id; --cache needs unique ids, so rename one"
+                )
             if key not in self._files:
                 missing[cut.id] = cut
         return missing
 
     def outputs(self, batch: Batch, encoder_out_lens: Tensor, symbol_lens: Tensor, delay: int) -> CachedOutputs:
-        """What is stored of a batch's cuts."""
+        """The stored posteriors of a batch's cuts."""
         keys = [self._keys[cut_id] for cut_id in batch.cut_ids]
         arcs = [self._files[key].get_tensor(key) for key in keys]
         return CachedOutputs(arcs, symbol_lens, encoder_out_lens, delay)
 
     def _find_files(self) -> None:
-        """Note in which file each key is; it is the same tensor in whatever file."""
+        """Note which file holds each key. If several do, they hold the same tensor."""
         for file in sorted(self.path.glob("*.safetensors")):
             try:
                 opened = safe_open(file, framework="pt")
                 self._files.update(dict.fromkeys(opened.keys(), opened))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); delete it, and it is made again") from error
+                raise UserError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
 
 
 def needed_settings(data: DataConfig, how: DistillationConfig) -> list[str]:
-    """Which settings contradict posteriors on disk, which are of unchanged audio and of the lattice alone; [] if none does."""
+    """The settings that posteriors on disk cannot serve, as findings; they are those of unperturbed audio and of the lattice only."""
     needed = {
         "data.augment.speed": (data.augment.speed, 0.0),
         "data.augment.tempo": (data.augment.tempo, 0.0),
@@ -155,14 +154,14 @@ def needed_settings(data: DataConfig, how: DistillationConfig) -> list[str]:
         "teacher.encoder_scale": (how.encoder_scale, 0.0),
     }
     return [
-        f"holds next symbol and blank of unchanged audio; set {key}={value}, not {given}"
-        for key, (given, value) in needed.items()
-        if given != value
+        f"holds only the posteriors of next symbol and blank on unperturbed audio; set {key}={value}, not {setting}"
+        for key, (setting, value) in needed.items()
+        if setting != value
     ]
 
 
-def heard_arcs(teachers: Teachers, batch: Batch) -> list[Tensor]:
-    """What the teachers say of each utterance of a plain batch: (2, T', U + 1) float16, on the CPU."""
+def compute_arcs(teachers: Teachers, batch: Batch) -> list[Tensor]:
+    """The teachers' log-probabilities of next symbol and blank for each utterance of an unperturbed batch, (2, T', U + 1) float16, on the CPU."""
     lens = subsampled_lens(batch.feature_lens)
     symbol_lens = torch.minimum(batch.symbol_lens, lens)
     outputs = TeacherOutputs(
@@ -178,19 +177,19 @@ def heard_arcs(teachers: Teachers, batch: Batch) -> list[Tensor]:
     arcs = torch.cat(parts, dim=1).permute(0, 3, 1, 2)
     whole = torch.contiguous_format
     return [
-        mine[:, :frames, :positions].clone(memory_format=whole)
-        for mine, (frames, positions) in zip(arcs, sizes, strict=True)
+        padded[:, :frames, :positions].clone(memory_format=whole)
+        for padded, (frames, positions) in zip(arcs, sizes, strict=True)
     ]
 
 
 class CachedOutputs:
-    """What ``TeacherOutputs`` says of the nodes, in three classes, of each utterance's stored arcs (2, T', U + 1)."""
+    """Stands in for ``TeacherOutputs``: the nodes, in three classes, from each utterance's stored arcs (2, T', U + 1)."""
 
     def __init__(self, arcs: list[Tensor], symbol_lens: Tensor, encoder_out_lens: Tensor, delay: int = 0) -> None:
-        frames, positions = (max(mine.shape[dim] for mine in arcs) for dim in (1, 2))
+        frames, positions = (max(arc.shape[dim] for arc in arcs) for dim in (1, 2))
         together = torch.zeros(2, len(arcs), frames, positions, dtype=torch.float16)
-        for row, mine in enumerate(arcs):
-            together[:, row, : mine.shape[1], : mine.shape[2]] = mine
+        for row, arc in enumerate(arcs):
+            together[:, row, : arc.shape[1], : arc.shape[2]] = arc
         self._arcs = together.to(symbol_lens.device).float()
         self._symbol_lens, self._encoder_out_lens, self._delay = symbol_lens, encoder_out_lens, delay
 
@@ -199,7 +198,7 @@ class CachedOutputs:
         symbol, blank = (
             delayed(arc, self._encoder_out_lens, self._delay)[:, frames].gather(2, ranges) for arc in self._arcs
         )
-        # They were rounded, so that they no longer sum to 1.
+        # Rounding to float16 has changed their sum, so they are normalized again.
         return three_classes(symbol, blank, ranges, self._symbol_lens).log_softmax(dim=-1)
 
     def transducer_losses(self, loss: LossConfig) -> Tensor:
@@ -209,5 +208,5 @@ class CachedOutputs:
 
 
 def _key(cut: Cut) -> str:
-    """A digest of what the manifest says of a cut."""
+    """A digest of the cut in the manifest."""
     return digest(cut.to_dict())

@@ -1,4 +1,4 @@
-"""How teachers teach: the settings of distillation."""
+"""The settings of distillation, and whether they fit the teachers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Step = Annotated[int, Field(ge=0)]
 class WeightConfig:
     """The weight w of an utterance's distillation loss.
 
-    US20220309340A1 names what it depends on (nothing, the step, the teacher's loss, or both losses); the functions are our choice,
-    student-teacher that of the nearest published code (google-research/protoscribe).
+    US20220309340A1 says what it depends on (nothing, the step, the teacher's loss, or both losses). The functions are our choice;
+    student-teacher is that of the closest published code (google-research/protoscribe).
     """
 
     kind: Literal["constant", "linear", "exponential", "piecewise", "teacher-loss", "student-teacher"] = (
@@ -51,16 +51,16 @@ class WeightConfig:
     detach: Advanced[bool] = True
     """Stop the gradient through the weight. The published code lets it flow."""
     clamp: Advanced[tuple[NonNegative, NonNegative] | None] = None
-    """[least, most] the weight may be; null for no limits."""
+    """[minimum, maximum] of the weight; null for no limits."""
 
     @model_validator(mode="after")
     def _decays(self) -> Any:
         if self.kind in ("linear", "exponential") and self.end > self.start:
-            raise ValueError(f"a decaying weight ends at or below its start, not at {self.end} from {self.start}")
+            raise ValueError(f"a decaying weight cannot rise from start={self.start} to end={self.end}; lower end")
         if self.kind == "exponential" and self.end == 0:
             raise ValueError("an exponential decay never reaches 0; set end above 0, or kind=linear")
         if self.kind in ("linear", "exponential") and self.to_step is not None and self.to_step <= self.from_step:
-            raise ValueError(f"to_step={self.to_step} must lie after from_step={self.from_step}")
+            raise ValueError(f"to_step={self.to_step} must be greater than from_step={self.from_step}")
         if self.kind == "piecewise":
             if not self.points or self.points[0][0] != 0:
                 raise ValueError("piecewise needs points such as [[0, 1.0], [1000, 0.1]], the first at step 0")
@@ -68,7 +68,7 @@ class WeightConfig:
                 if later <= step or after > weight:
                     raise ValueError("the steps of points must rise and their weights must not")
         if self.clamp is not None and self.clamp[0] > self.clamp[1]:
-            raise ValueError(f"clamp is [least, most], not {list(self.clamp)}")
+            raise ValueError(f"clamp is [minimum, maximum], not {list(self.clamp)}")
         return self
 
     @property
@@ -78,7 +78,7 @@ class WeightConfig:
 
 @config
 class DistillationConfig:
-    """How the student is taught (arXiv 2011.06110); what the sources leave open is our choice."""
+    """How the student learns from its teachers (arXiv 2011.06110); what the sources leave open is our choice."""
 
     scale: NonNegative = 0.1
     """Weight beta of the transducer's distillation loss; with `combination=convex` the share alpha."""
@@ -120,37 +120,37 @@ class DistillationConfig:
     @model_validator(mode="after")
     def _alpha(self) -> Any:
         if self.combination == "convex" and self.scale > 1:
-            raise ValueError(f"scale is a share of 1 with combination=convex, not {self.scale}")
+            raise ValueError(f"scale is a share with combination=convex, so at most 1, not {self.scale}")
         return self
 
 
 def check_distillation(teachers: Teachers, how: DistillationConfig, stage: StageConfig) -> None:
-    """Refuse teachers that cannot teach a student that trains as ``stage`` says.
+    """Refuse teachers that cannot teach a student trained with the settings ``stage``.
 
     Raises:
-        UserError: all that speaks against it; see ``Distillation.check``.
+        UserError: all findings; see ``Distillation.check``.
     """
     findings, weight, loss = [], how.weight, stage.loss
     if weight.kind in ("linear", "exponential") and weight.from_step >= stage.training.steps:
         findings.append(
-            f"teacher.weight.from_step={weight.from_step}: the decay would begin after "
-            f"training.steps={stage.training.steps}; lower it, or set teacher.weight.kind=constant"
+            f"teacher.weight.from_step={weight.from_step}: the decay would start after the end of the training "
+            f"(training.steps={stage.training.steps}); lower it, or set teacher.weight.kind=constant"
         )
     for teacher in each(teachers):
         option = f"--teacher {teacher.run.path}"
         if stage.data.augment.join > 0 and teacher.model.spec.languages:
             findings.append(
-                f"{option}: takes the language of an utterance as an input, and data.augment.join joins utterances of any "
-                "language; set it to 0"
+                f"{option}: takes the language as an input, but data.augment.join joins utterances of any language; "
+                "set data.augment.join=0"
             )
-        # Stages without training, such as quantize, say nothing of losses.
+        # Stages without training, such as quantize, record no losses.
         losses = next((entry["losses"] for entry in reversed(teacher.run.lineage) if "losses" in entry), None)
         if losses is None:
             continue
         compares_nodes = how.scale > 0 and loss.transducer_scale > 0
         if (compares_nodes or weight.needs_teacher_loss) and "transducer" not in losses:
             findings.append(
-                f"{option}: was trained without a transducer; choose another, or teach by CTC: "
+                f"{option}: was trained without a transducer; choose another teacher, or distill CTC only: set "
                 "teacher.scale=0 and teacher.weight.kind=constant"
             )
         if how.ctc_scale > 0 and loss.ctc_scale > 0 and "ctc" not in losses:

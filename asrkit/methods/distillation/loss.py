@@ -1,7 +1,8 @@
-"""The recognizer's loss plus what frozen teachers add to it.
+"""The recognizer's loss plus the distillation loss of frozen teachers.
 
-Each utterance is taught by the teacher of its language, or by several, whose posteriors are averaged: the divergence from them on
-the transducer's lattice (arXiv 2011.06110), weighted for each utterance (self-adaptive distillation, US20220309340A1).
+The distillation loss of an utterance is the divergence from its teacher's posteriors on the transducer's lattice (arXiv 2011.06110),
+times a weight for the utterance (self-adaptive distillation, US20220309340A1). The teacher is that of the utterance's language; the
+posteriors of several teachers are averaged.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from asrkit.training.step import LossOutput, Metric
 
 @dataclass(frozen=True)
 class Distillation:
-    """Teachers, and how they teach: what every stage that can have teachers uses.
+    """Teachers and the settings of distillation, as used by every stage that can have teachers.
 
-    teachers: by language. cache: their posteriors on disk, read in place of asking them.
+    teachers: by language. cache: their posteriors on disk, read instead of running them.
     """
 
     teachers: Teachers
@@ -53,7 +54,7 @@ class Distillation:
 
     @classmethod
     def of_one(cls, teacher: Path, settings: DistillationConfig, tokenizer: Path) -> Distillation:
-        """One run directory that teaches all languages, with the student's own ``tokenizer``.
+        """One run directory that teaches all languages and has the student's ``tokenizer``.
 
         Raises:
             UserError: it cannot be used, or has another tokenizer.
@@ -61,10 +62,10 @@ class Distillation:
         return cls({ANY: [load_teacher(teacher, tokenizer)]}, settings)
 
     def check(self, stage: StageConfig) -> None:
-        """Refuse what cannot teach a student that trains as ``stage`` says, before any work.
+        """Refuse teachers and settings that do not fit a student trained with the settings ``stage``, before any work.
 
         Raises:
-            UserError: teachers last trained without a head that is to teach; a weight that never begins to decay; joined
+            UserError: teachers last trained without a head that is needed; a weight that never starts to decay; joined
                 utterances for teachers that take a language as an input.
         """
         check_distillation(self.teachers, self.settings, stage)
@@ -74,7 +75,7 @@ class Distillation:
         return check_languages(self.teachers, cuts)
 
     def attach(self, model: AsrModel) -> None:
-        """Give the student a linear map to the encoder of each teacher of another width, where encoders are compared."""
+        """If encoders are compared, give the student a linear map to the encoder of each teacher of another width."""
         if self.settings.encoder_scale > 0:
             dim = model.spec.encoder.dim
             widths = {teacher.name: teacher.model.spec.encoder.dim for teacher in each(self.teachers)}
@@ -83,7 +84,7 @@ class Distillation:
 
     @property
     def needs_clean(self) -> bool:
-        """Whether batches must hold the clean features, for the teachers to hear."""
+        """Whether batches must hold the clean features as input for the teachers."""
         return self.cache is None and self.settings.input == "clean"
 
     @property
@@ -92,7 +93,7 @@ class Distillation:
         return {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(self.teachers)}
 
     def outputs(self, batch: Batch, own: ForwardPass, context: Context) -> TeacherOutputs | CachedOutputs:
-        """What the teachers say of a batch that the student heard in ``context``."""
+        """The teachers' outputs for a batch that the student ran on in ``context``."""
         how = self.settings
         if self.cache is not None:
             return self.cache.outputs(batch, own.encoder_out_lens, own.symbol_lens, how.delay)
@@ -122,7 +123,7 @@ def distillation_loss(
     variant: str | None = None,
     gates: Tensor | None = None,
 ) -> LossOutput:
-    """``asr_loss`` in one context, and what the teachers, each in its default variant, add to it."""
+    """``asr_loss`` in one context plus the distillation loss; each teacher runs in its default variant."""
     how = distillation.settings
     own = forward_losses(model, batch, step, settings, variant, context, gates)
     losses, metrics, frames = own.losses, dict(own.metrics), float(batch.num_encoder_frames)
@@ -141,7 +142,7 @@ def distillation_loss(
         teacher_loss = outputs.transducer_losses(settings)
         log("teacher_loss", _where(own.possible, teacher_loss))
     weights = weights_of(how.weight, step, steps, student_loss, teacher_loss, own.symbol_lens, own.encoder_out_lens)
-    # Nothing is taught where there is no alignment, whose loss would be infinite.
+    # An utterance without an alignment has an infinite loss, so it is not distilled.
     weights = _where(own.possible, weights)
     log("weight", weights * own.encoder_out_lens)
     if compares_nodes:
@@ -151,7 +152,7 @@ def distillation_loss(
             losses = losses - how.scale * own.pruned
         losses = losses + how.scale * (weights * on_lattice)
     if compares_ctc:
-        assert isinstance(outputs, TeacherOutputs)  # a cache has the nodes alone
+        assert isinstance(outputs, TeacherOutputs)  # a cache has the nodes only
         student, teacher = model.ctc_log_probs(own.encoder_out), outputs.ctc_log_probs()
         by_frame = frame_divergence(student, teacher, own.encoder_out_lens, how.direction, how.temperature)
         ctc = _where(own.possible, how.temperature**2 * by_frame)
@@ -173,8 +174,8 @@ def _on_the_lattice(
     outputs: TeacherOutputs | CachedOutputs,
     how: DistillationConfig,
 ) -> Tensor:
-    """The divergence of each utterance, (B,), as ``how`` measures it; times the temperature's square, as the
-    gradient falls with it."""
+    """The divergence of each utterance, (B,), with the settings ``how``; times the square of the temperature, because the
+    gradient shrinks with it."""
     assert own.transducer is not None and own.joiner_in is not None
     lens = (own.encoder_out_lens, own.symbol_lens)
     if how.lattice == "full":
@@ -199,8 +200,10 @@ def _on_the_lattice(
         nodes = counted_nodes(ranges, *lens, how.last_row)
         expected = outputs.node_log_probs(slice(None), ranges)
         with torch.autocast(expected.device.type, enabled=False):
-            found = node_log_probs(own.transducer.logits, batch.symbols, ranges, lens[1], how.classes, how.temperature)
-            total = divergence(found, expected, nodes, how.direction)
+            student = node_log_probs(
+                own.transducer.logits, batch.symbols, ranges, lens[1], how.classes, how.temperature
+            )
+            total = divergence(student, expected, nodes, how.direction)
     if how.reduction == "mean":
         total = total / nodes.sum(dim=(1, 2)).clamp(min=1)
     return total if how.temperature == 1.0 else total * how.temperature**2
@@ -220,21 +223,21 @@ def build_loss(
     variant: str | None = None,
     attention_dropout: AttentionDropoutConfig | None = None,
 ) -> Callable[[Any, Batch, int], LossOutput]:
-    """The loss of a stage that trains ``spec``'s default variant, in ``contexts`` or else those it was trained in.
+    """The loss of a stage that trains the default variant of ``spec`` in ``contexts``, or in those it was trained in.
 
     Args:
-        steps: the length of the training, over which a teacher's weight may decay.
-        variant: the one to train where it is not the default.
+        steps: the length of the training, over which the distillation weight may decay.
+        variant: the variant to train; None is the default.
 
     Raises:
-        UserError: teachers and joint contexts, or a weight by losses that there are not.
+        UserError: teachers with joint contexts, or a weight that needs losses that are off.
     """
     train = contexts.train or spec.variants[spec.variant].contexts
     resolved = from_dict(ContextsConfig, {**to_dict(contexts), "train": train}, "contexts")
     if distillation is None:
         return lambda model, batch, step: asr_loss(model, batch, step, settings, resolved, variant, attention_dropout)
     if resolved.sampling == "joint":
-        raise UserError("a teacher teaches one context a batch; use contexts.sampling=random")
+        raise UserError("distillation uses one context per batch; set contexts.sampling=random")
     if distillation.settings.weight.needs_teacher_loss and settings.transducer_scale == 0:
         raise UserError(
             f"teacher.weight.kind={distillation.settings.weight.kind} compares transducers, but loss.transducer_scale is 0; "

@@ -1,4 +1,4 @@
-"""Texts for cuts that have none: what a teacher hears in them, once, before training."""
+"""Transcripts for cuts without text, made by a teacher once, before training."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def pseudo_label(
     run: RunWriter,
     languages: Sequence[str],
 ) -> list[Path]:
-    """The manifests with every text there is, and the hypothesis of the (first) teacher of its language where there is none.
+    """The manifests, with a transcript by the (first) teacher of its language for each cut that has no text.
 
-    They are written to the run directory, and read from it when the run goes on. A cut in which nothing is heard is left out.
+    They are written to the run directory, and read from there when the run is resumed. A cut with an empty transcript is left out.
 
     Args:
         languages: those the student takes as an input, if any.
@@ -50,12 +50,12 @@ def pseudo_label(
         findings = check_languages(teachers, silent)
         twice = [cut_id for cut_id, count in Counter(cut.id for cut in silent).items() if count > 1]
         if twice:
-            findings.append(f"{len(twice)} cuts are in two manifests, such as {twice[0]}; give each its own id")
+            findings.append(f"{len(twice)} cut ids occur twice, such as {twice[0]}; give each cut its own id")
         if findings:
             raise UserError.of(findings)
         usable = usable_cuts(CutSet.from_cuts(silent), None, policy, run, True, False) if silent else []
         texts = _transcribe(list(usable), teachers, method, max_duration, run)
-        run.note(f"{run.path}: the teachers heard {len(texts)} utterances without a text")
+        run.note(f"{run.path}: the teachers transcribed {len(texts)} utterances that have no text")
         for path, cuts in zip(written, opened, strict=True):
             if run.world.is_main:
                 write_cuts(path, _with_texts(cuts, texts, run))
@@ -66,8 +66,8 @@ def pseudo_label(
 def _transcribe(
     cuts: list[Cut], teachers: Teachers, method: Method, max_duration: float, run: RunWriter
 ) -> dict[str, str]:
-    """Texts by cut id; every process hears its share."""
-    world, heard = run.world, []
+    """Texts by cut id; every process transcribes its share."""
+    world, transcripts = run.world, []
     for batch in evaluation_batches(
         sorted(cuts, key=lambda cut: -cut.duration)[world.rank :: world.size], max_duration
     ):
@@ -76,18 +76,18 @@ def _transcribe(
             context = parse_context(spec.variants[spec.variant].contexts[0])
             model = TorchAcousticModel(teacher.model.to(world.device), None, context)
             tokenizer = Tokenizer(teacher.run.tokenizer_path)
-            told = [batch.languages[row] for row in rows]
+            batch_languages = [batch.languages[row] for row in rows]
             hypotheses = decode(
                 model,
                 batch.features[rows],
                 batch.feature_lens[rows],
                 method,
-                languages=told,
+                languages=batch_languages,
                 special_ids=tokenizer.special_ids,
             )
             for row, hypothesis in zip(rows, hypotheses, strict=True):
-                heard.append(json.dumps([batch.cut_ids[row], tokenizer.decode(hypothesis.tokens)]))
-    return dict(json.loads(line) for line in gather_lists(world, heard))
+                transcripts.append(json.dumps([batch.cut_ids[row], tokenizer.decode(hypothesis.tokens)]))
+    return dict(json.loads(line) for line in gather_lists(world, transcripts))
 
 
 def _with_texts(cuts: CutSet, texts: dict[str, str], run: RunWriter) -> Iterator[Cut]:
@@ -100,4 +100,4 @@ def _with_texts(cuts: CutSet, texts: dict[str, str], run: RunWriter) -> Iterator
             cut.supervisions = [replace(first, text=texts[cut.id], custom=custom)]
             yield cut
         elif cut.id not in run.left_out:
-            run.leave_out(cut.id, "labels: the teacher heard nothing in it")
+            run.leave_out(cut.id, "labels: the teacher's transcript is empty")

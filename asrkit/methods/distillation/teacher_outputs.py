@@ -1,4 +1,4 @@
-"""What teachers say of one batch, from their models or from disk.
+"""The outputs of teachers for one batch.
 
 Shapes: B batch, T' encoder frames, U symbols, S positions, C classes (3 or V), V vocabulary.
 """
@@ -26,8 +26,8 @@ from asrkit.training.asr_loss import LossConfig
 
 
 @dataclass(frozen=True)
-class _Heard:
-    """What one teacher makes of the utterances (N of them) it teaches."""
+class _Forward:
+    """One teacher's forward pass over the N utterances that it teaches."""
 
     teacher: Teacher
     symbols: Tensor  # (N, U)
@@ -40,13 +40,13 @@ class _Heard:
 
 
 class TeacherOutputs:
-    """What the teachers say of a batch: every answer has the batch's own order of utterances, and no gradient.
+    """The teachers' outputs for a batch, in the order of its utterances and without gradients.
 
     Args:
-        features: (B, T, 80), what they hear; feature_lens (B,).
-        symbols: (B, U), the student's; symbol_lens, encoder_out_lens (B,): how much of the lattice there is.
-        context: the one to hear in; None is each teacher's own, the first its variant was trained in.
-        delay: by how many encoder frames the teachers are behind.
+        features: (B, T, 80), the teachers' input; feature_lens (B,).
+        symbols: (B, U), the student's; symbol_lens, encoder_out_lens (B,): the size of each lattice.
+        context: the context to run in; None is each teacher's own, the first its variant was trained in.
+        delay: encoder frames by which the teachers are delayed.
     """
 
     @torch.no_grad()
@@ -67,23 +67,25 @@ class TeacherOutputs:
     ) -> None:
         self.classes: Classes = classes
         self.temperature = temperature
-        self._groups: list[tuple[Tensor, list[_Heard]]] = []
-        for places, several in route(teachers, languages):
-            rows = torch.tensor(places, device=features.device)
-            heard = []
+        self._groups: list[tuple[Tensor, list[_Forward]]] = []
+        for indices, several in route(teachers, languages):
+            rows = torch.tensor(indices, device=features.device)
+            forwards = []
             for teacher in several:
                 model = teacher.model.to(features.device)
                 own = parse_context(model.spec.variants[model.spec.variant].contexts[0])
-                told = model.language_ids([languages[place] for place in places])
-                encoder_out, _ = model.encode(features[rows], feature_lens[rows], None, context or own, languages=told)
+                language_ids = model.language_ids([languages[index] for index in indices])
+                encoder_out, _ = model.encode(
+                    features[rows], feature_lens[rows], None, context or own, languages=language_ids
+                )
                 later = delayed(encoder_out, encoder_out_lens[rows], delay)
-                theirs = teacher.symbols(symbols[rows])
-                predicted = model.predictor(model.predictor.contexts_of(theirs))
+                teacher_symbols = teacher.symbols(symbols[rows])
+                predicted = model.predictor(model.predictor.contexts_of(teacher_symbols))
                 joiner_in = (model.joiner.project_encoder(later), model.joiner.project_predictor(predicted))
-                heard.append(
-                    _Heard(
+                forwards.append(
+                    _Forward(
                         teacher,
-                        theirs,
+                        teacher_symbols,
                         symbol_lens[rows],
                         encoder_out,
                         later,
@@ -92,20 +94,20 @@ class TeacherOutputs:
                         joiner_in,
                     )
                 )
-            self._groups.append((rows, heard))
+            self._groups.append((rows, forwards))
 
     def node_log_probs(self, frames: slice, ranges: Tensor) -> Tensor:
         """At the nodes ``ranges`` (B, c, S) of the ``frames``: log-probabilities (B, c, S, C)."""
 
-        def of(heard: _Heard, rows: Tensor) -> Tensor:
-            encoded, predicted = heard.joiner_in
-            logits = heard.teacher.model.joiner(*gather_pruned(encoded[:, frames], predicted, ranges[rows]))
+        def of(forward: _Forward, rows: Tensor) -> Tensor:
+            encoded, predicted = forward.joiner_in
+            logits = forward.teacher.model.joiner(*gather_pruned(encoded[:, frames], predicted, ranges[rows]))
             with torch.autocast(logits.device.type, enabled=False):
                 return node_log_probs(
                     logits,
-                    heard.symbols,
+                    forward.symbols,
                     ranges[rows],
-                    heard.symbol_lens,
+                    forward.symbol_lens,
                     self.classes,
                     self.temperature,
                 )
@@ -114,22 +116,22 @@ class TeacherOutputs:
 
     def ctc_log_probs(self) -> Tensor:
         """(B, T', V)"""
-        return self._gather(lambda heard, rows: heard.teacher.model.ctc_log_probs(heard.delayed_out))
+        return self._gather(lambda forward, rows: forward.teacher.model.ctc_log_probs(forward.delayed_out))
 
     def transducer_losses(self, loss: LossConfig) -> Tensor:
         """Each utterance's pruned transducer loss (B,), on the teacher's own lattice; the mean of several teachers'."""
 
-        def of(heard: _Heard, rows: Tensor) -> Tensor:
-            model = heard.teacher.model
+        def of(forward: _Forward, rows: Tensor) -> Tensor:
+            model = forward.teacher.model
             return transducer_loss(
-                model.joiner.project_encoder(heard.encoder_out),
-                heard.joiner_in[1],
+                model.joiner.project_encoder(forward.encoder_out),
+                forward.joiner_in[1],
                 model.joiner,
-                model.simple_encoder(heard.encoder_out),
-                model.simple_predictor(heard.predicted),
-                heard.symbols,
-                heard.encoder_out_lens,
-                heard.symbol_lens,
+                model.simple_encoder(forward.encoder_out),
+                model.simple_predictor(forward.predicted),
+                forward.symbols,
+                forward.encoder_out_lens,
+                forward.symbol_lens,
                 prune_range=loss.prune_range,
                 lm_scale=loss.lm_scale,
                 am_scale=loss.am_scale,
@@ -140,26 +142,26 @@ class TeacherOutputs:
         return self._gather(of, lambda losses: torch.stack(losses).mean(dim=0))
 
     def encoder_distances(self, encoder_out: Tensor, maps: nn.ModuleDict, kind: Distance) -> Tensor:
-        """How far the student's encoder frames (B, T', D), mapped where there is a map, are from the teachers': (B,)."""
+        """Distance of the student's encoder frames (B, T', D), mapped if there is a map, from the teachers', (B,)."""
         total = encoder_out.new_zeros(len(encoder_out), dtype=torch.float32)
         for rows, several in self._groups:
-            for heard in several:
-                mine = encoder_out[rows]
-                if heard.teacher.name in maps:
-                    mine = maps[heard.teacher.name](mine)
-                far = encoder_distance(mine, heard.delayed_out, heard.encoder_out_lens, kind)
-                total = total.index_add(0, rows, far / len(several))
+            for forward in several:
+                student_out = encoder_out[rows]
+                if forward.teacher.name in maps:
+                    student_out = maps[forward.teacher.name](student_out)
+                distance = encoder_distance(student_out, forward.delayed_out, forward.encoder_out_lens, kind)
+                total = total.index_add(0, rows, distance / len(several))
         return total
 
     @torch.no_grad()
     def _gather(
-        self, of: Callable[[_Heard, Tensor], Tensor], mean: Callable[[list[Tensor]], Tensor] = mean_log_probs
+        self, of: Callable[[_Forward, Tensor], Tensor], mean: Callable[[list[Tensor]], Tensor] = mean_log_probs
     ) -> Tensor:
-        """What ``of`` says of each group's rows, the mean of its teachers, in the batch's order."""
-        said = [(rows, mean([of(heard, rows) for heard in several])) for rows, several in self._groups]
-        if len(said) == 1:
-            return said[0][1]
-        answer = said[0][1].new_empty(sum(len(rows) for rows, _ in said), *said[0][1].shape[1:])
-        for rows, part in said:
-            answer[rows] = part
-        return answer
+        """``of`` for each group's rows, averaged over its teachers, in the order of the batch."""
+        parts = [(rows, mean([of(forward, rows) for forward in several])) for rows, several in self._groups]
+        if len(parts) == 1:
+            return parts[0][1]
+        output = parts[0][1].new_empty(sum(len(rows) for rows, _ in parts), *parts[0][1].shape[1:])
+        for rows, part in parts:
+            output[rows] = part
+        return output

@@ -1,4 +1,4 @@
-"""Who teaches whom: frozen models by language, and whether they can teach this student on these cuts at all."""
+"""Teachers: frozen models by language, and checks that they can teach the student on the given cuts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from asrkit.errors import UserError
 from asrkit.models import AsrModel, load_model
 from asrkit.run_dir import RunDir, open_run, sha256_of
 
-ANY = "*"  # the language of teachers for all that have none of their own
-LISTED = 10  # of many cuts with the same trouble
+ANY = "*"  # stands for all languages that have no teacher of their own
+LISTED = 10  # cuts that an error names
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model, and its own token for each of the student's (V,); None where they share a tokenizer.
+    """A frozen model. ``tokens`` (V,) maps each of the student's tokens to the teacher's; None if they share a tokenizer.
 
-    ``name`` is its place among the teachers given, from 0 on.
+    ``name`` is its index among the teachers, from 0.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Teacher:
     tokens: Tensor | None = None
 
     def symbols(self, symbols: Tensor) -> Tensor:
-        """The student's ``symbols`` (B, U) as the teacher's."""
+        """The student's ``symbols`` (B, U) in the teacher's tokens."""
         return symbols if self.tokens is None else self.tokens.to(symbols.device)[symbols]
 
 
@@ -42,10 +42,10 @@ Teachers = Mapping[str, Sequence[Teacher]]  # by language
 
 
 def open_teachers(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Teacher]]:
-    """Load the models of run directories, each once, to teach whoever speaks the language.
+    """Load the models of run directories, each once, by language.
 
     Raises:
-        UserError: directories that cannot be used, or models with another encoder frame rate; all of them.
+        UserError: directories that cannot be used, or models with another encoder frame rate; names all of them.
     """
     findings: list[str] = []
     loaded: dict[Path, Teacher] = {}
@@ -61,8 +61,8 @@ def open_teachers(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Teacher
             continue
         if (rate := loaded[path].model.subsampling) != AsrModel.subsampling:
             findings.append(
-                f"{option}: has an encoder frame for {rate} feature frames, the student one for "
-                f"{AsrModel.subsampling}; a teacher's frames must be the student's"
+                f"{option}: has one encoder frame per {rate} feature frames, but the student has one per "
+                f"{AsrModel.subsampling}; choose a teacher with the same rate"
             )
     if findings:
         raise UserError.of(findings)
@@ -70,16 +70,16 @@ def open_teachers(paths: Mapping[str, Sequence[Path]]) -> dict[str, list[Teacher
 
 
 def load_teacher(path: Path, tokenizer: Path) -> Teacher:
-    """The model of a run directory, to teach one with this very ``tokenizer``.
+    """The model of a run directory, as the teacher of a student with this ``tokenizer``.
 
     Raises:
-        UserError: unusable, or of another tokenizer.
+        UserError: the run directory is unusable or has another tokenizer.
     """
     (teacher,) = open_teachers({ANY: [path]})[ANY]
     if sha256_of(teacher.run.tokenizer_path) != sha256_of(tokenizer):
         raise UserError(
             f"--teacher {path}: has another tokenizer than {tokenizer.parent}, so its tokens mean something else; "
-            "a teacher must have been trained with the student's (train-backbone --tokenizer)"
+            "choose a teacher trained with the student's tokenizer (train-backbone --tokenizer)"
         )
     return teacher
 
@@ -90,10 +90,10 @@ def each(teachers: Teachers) -> list[Teacher]:
 
 
 def shared_tokenizer(teachers: Teachers) -> Path:
-    """The tokenizer that all teachers have.
+    """The tokenizer that all teachers share.
 
     Raises:
-        UserError: they have several.
+        UserError: they have different ones.
     """
     files = {sha256_of(teacher.run.tokenizer_path): teacher.run.tokenizer_path for teacher in each(teachers)}
     if len(files) > 1:
@@ -105,7 +105,7 @@ def shared_tokenizer(teachers: Teachers) -> Path:
 
 
 def route(teachers: Teachers, languages: Sequence[str]) -> list[tuple[list[int], Sequence[Teacher]]]:
-    """The rows of a batch that share their teachers, and these."""
+    """Groups of rows of a batch with the same teachers, and these teachers."""
     groups: dict[tuple[int, ...], tuple[list[int], Sequence[Teacher]]] = {}
     for row, language in enumerate(languages):
         taught_by = teachers[language] if language in teachers else teachers[ANY]
@@ -114,7 +114,7 @@ def route(teachers: Teachers, languages: Sequence[str]) -> list[tuple[list[int],
 
 
 def check_languages(teachers: Teachers, cuts: Iterable[Cut]) -> list[str]:
-    """Why the cuts cannot all be taught by these teachers; [] if they can."""
+    """Findings about cuts that these teachers cannot teach because of their language; [] if there are none."""
     untaught: Counter[str] = Counter()
     unnamed: list[str] = []
     unknown: dict[str, list[str]] = {}
@@ -145,8 +145,8 @@ def check_languages(teachers: Teachers, cuts: Iterable[Cut]) -> list[str]:
 
 
 def check_texts(teachers: Teachers, tokenizer: Tokenizer, cuts: Iterable[Cut]) -> list[str]:
-    """Why teachers with another tokenizer cannot teach these cuts' texts: a text must be segmented into the same pieces, so that
-    symbol u of the lattice is the same, and have no character unknown to the teacher; [] if all can."""
+    """Findings about texts that teachers with another tokenizer cannot teach; [] if there are none. A teacher must segment a text
+    into the same pieces, so that symbol u of the lattice is the same, and must know all its characters."""
     own = sha256_of(tokenizer.path)
     others = {id(t): t for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own}
     tokenizers = {key: Tokenizer(t.run.tokenizer_path) for key, t in others.items()}
@@ -155,7 +155,7 @@ def check_texts(teachers: Teachers, tokenizer: Tokenizer, cuts: Iterable[Cut]) -
         for teacher in teachers.get(language_of(cut), teachers.get(ANY, ())):
             if id(teacher) in others:
                 text, other = text_of(cut), tokenizers[id(teacher)]
-                # A character that is unknown to the teacher is spelled in its pieces all the same.
+                # The pieces of a text also show characters that the teacher's tokenizer does not know.
                 if tokenizer.pieces(text) != other.pieces(text) or other.missing_characters(text):
                     differing[id(teacher)].append(cut.id)
     return [
@@ -168,7 +168,7 @@ def check_texts(teachers: Teachers, tokenizer: Tokenizer, cuts: Iterable[Cut]) -
 
 
 def match_tokenizer(teachers: Teachers, tokenizer: Tokenizer) -> dict[str, list[Teacher]]:
-    """The teachers as this tokenizer's: those with another teach by the pieces that are the same."""
+    """The teachers with ``tokens`` set for students with this tokenizer: equal pieces stand for each other."""
     own = sha256_of(tokenizer.path)
     matched = {id(t): t for t in each(teachers)}
     for key, teacher in matched.items():

@@ -1,4 +1,4 @@
-"""How much of each utterance's distillation loss counts: constant, by schedule, or by how well student and teacher know it
+"""The weight of each utterance's distillation loss: constant, by schedule, or from the losses of student and teacher
 (US20220309340A1).
 """
 
@@ -19,7 +19,7 @@ def weights_of(
     symbol_lens: Tensor,
     encoder_out_lens: Tensor,
 ) -> Tensor:
-    """The weight of each utterance, (B,), of the transducer losses (B,); ``steps`` is the length of the training."""
+    """The weight of each utterance, (B,), from the transducer losses, (B,); ``steps`` is the length of the training."""
     if settings.needs_teacher_loss:
         if settings.per != "sum":
             lens = (symbol_lens if settings.per == "token" else encoder_out_lens).clamp(min=1)
@@ -35,7 +35,7 @@ def weights_of(
 
 
 def scheduled_weight(settings: WeightConfig, step: int, steps: int) -> float:
-    """The weight of a kind that knows nothing but the step."""
+    """The weight for kinds that depend only on the step."""
     if settings.kind == "constant":
         return 1.0
     if settings.kind == "piecewise":

@@ -1,4 +1,4 @@
-"""How language models teach: the settings of distill-lm."""
+"""The settings of distill-lm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from asrkit.training.session import FineTuneConfig
 
 @config
 class HeadConfig:
-    """One head on the encoder, taught by a language model (arXiv 2110.10429)."""
+    """One head on the encoder that learns from a language model (arXiv 2110.10429)."""
 
     weight: Annotated[float, Field(ge=0.0)] | None = None
     """Weight of the head's loss (w_j); null gives J heads 1/J each, as in the paper."""
@@ -50,6 +50,6 @@ class DistillLmConfig(FineTuneConfig):
     silence: Advanced[Literal["ignore", "own", "previous"]] = "ignore"
     """Target of frames between two units: ignore (no target), own (class 0), or previous (the unit before)."""
     repeats: Advanced[Literal["keep", "merge"]] = "keep"
-    """keep counts a unit said twice as two; merge takes neighbors with one label for one segment."""
+    """keep counts a unit spoken twice as two segments; merge joins neighbors with the same label into one."""
     unaligned: Literal["refuse", "allow"] = "refuse"
     """Cuts without an alignment: refuse to start, or allow them, which then train the recognizer alone."""

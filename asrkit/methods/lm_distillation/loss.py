@@ -1,4 +1,4 @@
-"""What the heads learn from labels and language models, beside the loss of the recognizer (arXiv 2110.10429)."""
+"""The loss of distill-lm: the recognizer's own, and what its heads learn from labels and language models (arXiv 2110.10429)."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def lm_distillation_loss(
     settings: DistillLmConfig,
     plain_loss: Callable[[Any, Batch, int], LossOutput],
 ) -> LossOutput:
-    """The recognizer's own ``plain_loss`` of an annotated batch, and what its heads learn from labels and language models.
+    """The recognizer's own ``plain_loss`` of an annotated batch plus the losses of its heads.
 
-    Sums over an utterance's frames, (B,), like the recognizer's own loss: equation 4 for mtl, equation 3 for lst.
+    Losses are sums over an utterance's frames, (B,), like the recognizer's own loss: equation 4 for mtl, equation 3 for lst.
     """
     layers = {name: head_layer(head.layer, model) for name, head in model.spec.heads.items()}
     with tapped(model, {*layers.values()}) as taps:
@@ -81,7 +81,7 @@ def lm_distillation_loss(
 
 
 def frame_posteriors(lm: LanguageModel, segments: Segments, temperature: float) -> Tensor:
-    """What the language model expects of each frame's unit given the units before, (B, T', V); silence where there is none."""
+    """The language model's posteriors of each frame's unit given the units before it, (B, T', V); silence for frames without a unit."""
     with torch.no_grad():
         logits = lm(segments.symbols)[:, :-1]
     posteriors = lm_posteriors(logits, temperature)
@@ -90,12 +90,12 @@ def frame_posteriors(lm: LanguageModel, segments: Segments, temperature: float) 
 
 
 def frame_labels(segments: Segments) -> Tensor:
-    """The unit of each frame, (B, T') int64; 0, silence, where there is none."""
+    """The unit of each frame, (B, T') int64; 0, which is silence, for frames without one."""
     return rearrange(segments.symbols, segments.frames).masked_fill(segments.frames < 0, 0)
 
 
 def counted_frames(segments: Segments, silence: str) -> Tensor:
-    """Which frames a head learns from, (B, T') bool: those of units, and of silence where that is a class of its own."""
+    """Which frames a head learns from, (B, T') bool: those with a unit, and silence if it is a class of its own."""
     return segments.frames >= (SILENT if silence == "own" else 0)
 
 
@@ -110,12 +110,12 @@ def with_heads(spec: ModelSpec, inventories: Mapping[str, Inventory], settings: 
 
 
 def head_layer(layer: int | None, model: AsrModel) -> int:
-    """The number of the block a head hangs on."""
+    """The index of the encoder block that a head reads."""
     return len(model.encoder.blocks) - 1 if layer is None else layer
 
 
 def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[Any, CutSet], dict[str, float]]:
-    """A function from a model and aligned cuts to the supervised head's frame accuracy, as the paper reports it."""
+    """A function from a model and aligned cuts to the supervised head's frame accuracy, as reported in the paper."""
     supervised = replace(annotator, inventories={SUPERVISED: annotator.inventories[SUPERVISED]})
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Language models as teachers, and whether the alignments of the cuts are in their units."""
+"""Language models as teachers, and checks that the alignments of the cuts are in their units."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from asrkit.models.registry import load_lm
 from asrkit.run_dir import open_run
 
 SUPERVISED = "supervised"  # the head trained on the alignment's own labels
-
-
-SHOWN = 10  # cuts or symbols named in a finding
+SHOWN = 10  # cuts or symbols that an error names
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,15 @@ class LmTeacher:
 def check_alignments(
     table: CutTable, inventories: Mapping[str, Inventory], tokenizers: Mapping[str, Tokenizer], unaligned: str
 ) -> dict[Unit, list[str]]:
-    """Refuse training cuts whose alignment is missing, or of other units than the language models'.
+    """Refuse training cuts whose alignment is missing or has units that a language model does not know.
 
-    Returns the ids of the cuts without an alignment, by unit, where these are allowed.
+    Returns the ids of the cuts without an alignment, by unit, if these are allowed.
 
     Args:
-        tokenizers: of the language models of bpe, by name: the pieces of an alignment must be those it segments the text into.
+        tokenizers: of the bpe language models, by name. They must segment each text into the pieces of its alignment.
 
     Raises:
-        UserError: which cuts, which units.
+        UserError: names the cuts and units.
     """
     bare: dict[Unit, dict[str, None]] = {}
     strange: dict[str, dict[str, None]] = {}
@@ -73,11 +71,11 @@ def check_alignments(
             if unit not in aligned
         ]
     for name, missing in strange.items():
-        # What the supervised head cannot know, the language model of its unit does not know either.
+        # A unit unknown to the supervised head is unknown to the language model of that unit, which is named instead.
         if missing and name != SUPERVISED:
             findings.append(
                 f"--lm {name}: does not know {len(missing)} of the alignments' {inventories[name].unit} units, such as "
-                f"{' '.join(list(missing)[:SHOWN])}; it must have been trained on the units that align wrote"
+                f"{' '.join(list(missing)[:SHOWN])}; train it on the units that align wrote"
             )
     for name, cut_ids in differing.items():
         findings.append(
@@ -101,8 +99,8 @@ def load_lm_teacher(path: Path) -> LmTeacher:
 
 
 def inventories_of(teachers: Mapping[str, LmTeacher], unit: Unit | None, table: CutTable) -> dict[str, Inventory]:
-    """What each head distinguishes, by name: its language model's units; and what the supervised head does, if ``unit`` is
-    given: the units of a language model of that kind where there is one, else those of the alignments."""
+    """The units of each head, by name: those of its language model. The supervised head, if ``unit`` is given, has the units of
+    the language model of that unit, or those of the alignments if there is none."""
     inventories = {name: teacher.inventory for name, teacher in teachers.items()}
     if unit is None:
         return inventories
@@ -114,7 +112,7 @@ def inventories_of(teachers: Mapping[str, LmTeacher], unit: Unit | None, table: 
 
 
 def check_dev(dev: Path, unit: Unit) -> None:
-    """Refuse dev cuts that no frame accuracy can be measured on."""
+    """Refuse a dev manifest with cuts that have no alignment to measure frame accuracy on."""
     bare = [cut.id for cut in open_cuts(dev) if symbols_of(cut, unit) is None]
     if bare:
         raise UserError(
