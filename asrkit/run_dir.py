@@ -57,7 +57,7 @@ def _temporary(path: Path) -> Path:
             with suppress(OSError):
                 left.unlink()
         except (PermissionError, ValueError):
-            pass  # it runs, as another user; or the file is not ours
+            pass  # the process runs as another user, or asrkit did not write the file
     # The suffixes stay last: writers choose the format (.jsonl.gz) by them.
     return path.parent / f".tmp-{os.getpid()}-{path.name}"
 
@@ -139,7 +139,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); mend or regenerate it") from error
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix it or make it again") from error
 
 
 def write_yaml(path: Path, content: Any) -> None:

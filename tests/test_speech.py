@@ -62,7 +62,7 @@ def test_four_prompts_are_learned_without_an_error(four: Path, tmp_path: Path) -
 
 @needs_apt
 def test_recordings_in_two_languages(four: Path, tmp_path: Path) -> None:
-    """The encoder is told which; that the words are English is no matter here."""
+    """The encoder takes the language as an input; it does not matter that the words are English."""
     cuts = list(open_cuts(four))
     for cut, language in zip(cuts, ("en", "fr", "en", "fr"), strict=True):
         cut.supervisions[0].language = language

@@ -26,7 +26,7 @@ def align(
     out: Annotated[Path, io(help="Manifest to write, .jsonl.gz: the cuts with their alignments.")],
     unit: Annotated[
         list[str] | None,
-        alignment(help="Unit to align besides words: bpe, phone or senone. Repeatable. [default: bpe]"),
+        alignment(help="Unit to align in addition to words: bpe, phone or senone. Repeatable. [default: bpe]"),
     ] = None,
     phones: Annotated[
         str | None,

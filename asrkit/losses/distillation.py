@@ -39,7 +39,7 @@ def node_divergence(
     Both logits are (B, T, S, V), at the nodes of the same ``ranges`` (B, T, S); symbols (B, U). The teacher gets no
     gradient. ``three``: of each node the next symbol, the blank and all the rest are compared (equation 7); ``all``: the
     whole vocabulary (equation 3). Nodes beyond the utterance's frames or symbols count nothing; after the last symbol
-    only the blank and the rest are told apart.
+    only the blank and the rest are compared.
     """
     student_log_probs, teacher_log_probs = (
         node_log_probs(logits, symbols, ranges, symbol_lens, classes) for logits in (student, teacher.detach())

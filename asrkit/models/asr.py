@@ -70,7 +70,7 @@ class Joiner(nn.Module):
 
 
 class Head(nn.Module):
-    """Two linear layers from a backbone layer to the classes of a unit (arXiv 2110.10429); the ReLU between them is ours."""
+    """Two linear layers from a backbone layer to the classes of a unit (arXiv 2110.10429); the ReLU between them is our choice."""
 
     def __init__(self, dim: int, spec: HeadSpec) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class AsrModel(nn.Module):
             self.select(self.selected)
 
     def language_ids(self, languages: Sequence[str] | None) -> Tensor | None:
-        """The names of utterances' languages as ``encode`` takes them, (B,) int64; None for a model that is told none.
+        """The names of utterances' languages as ``encode`` takes them, (B,) int64; None for a model without a language input.
 
         Raises:
             ValueError: the model does not know one; cuts are checked before work starts.

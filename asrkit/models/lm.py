@@ -1,7 +1,7 @@
 """Language models over units of speech: what comes next, given all that came before.
 
 Shapes: B sequences, N symbols, V vocabulary (with 0, which begins and ends every sequence), D model dim.
-Source: the LSTM of arXiv 2110.10429 (an embedding and 4 LSTM layers); the Transformer is ours.
+Source: the LSTM of arXiv 2110.10429 (an embedding and 4 LSTM layers); the Transformer is our choice.
 """
 
 from __future__ import annotations

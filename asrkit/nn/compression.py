@@ -4,7 +4,7 @@ that what is trained is what is exported.
 Shapes: N rows of activations, I inputs, O outputs, n blocks of an output's inputs, b bits.
 Sources: native-integer quantization-aware training (arXiv 2203.15952, US20230298569A1), 2-bit and asymmetric weights
 (arXiv 2305.16619 and the code its authors released), prune-then-quantize fine-tuning with N:M masks (arXiv 2312.08553,
-US20250078815A1). Where these leave a choice, it is an option below and its default is ours.
+US20250078815A1). What these leave open is an option below, and its default is our choice.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class AlignConfig:
     """Settings of align."""
 
     units: list[Unit] = field(default_factory=lambda: ["bpe"])  # type: ignore[arg-type, unused-ignore]
-    """Units to align besides words: bpe, phone, senone."""
+    """Units to align in addition to words: bpe, phone, senone."""
     variant: str | None = None
     """Variant whose CTC head aligns, in the first context it was trained in; null is the model's default."""
     bad_cuts: Literal["refuse", "skip"] = "refuse"

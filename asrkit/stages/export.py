@@ -57,7 +57,7 @@ def export(
         quantize: a key of QUANTIZED, for a model whose weights are float.
         dequantize: integer weights become the float32 numbers they stand for, masks zeros in dense weights.
         report: cuts to measure the WER on: of the files, of the float model, and of each part quantized alone.
-        pack: a .tar of the directory besides. It appears after the directory; where only the directory is there, as after
+        pack: also write the directory as this .tar. It appears after the directory; where only the directory is there, as after
             a kill between the two, the same call completes it.
         license: of the model, for its card; an SPDX name.
         warn: is given a line where the model will run in a way it was not trained for, and for what could not be checked.

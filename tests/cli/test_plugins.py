@@ -1,4 +1,4 @@
-"""A method in a package of its own: installed, it is a command like any other; what is wrong with it is said in one line."""
+"""A method in a package of its own: installed, it is a command like any other; a mistake in it is one line."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def test_augmentation_off_is_the_plain_features(corpus: tuple[CutSet, Tokenizer]
 
 
 def test_the_silence_that_was_added_is_known(corpus: tuple[CutSet, Tokenizer]) -> None:
-    """Where a recording lies in its perturbed features: between silence of the length that is told."""
+    """Where a recording lies in its perturbed features: between silence of the returned length."""
     shifting = AugmentConfig(speed=0.1, tempo=0.3, silence=1.0, volume_db=0.0, spec_augment=None)
     for seed, cut in enumerate(corpus[0]):
         heard, _, (before, after) = perturbed_features(cut, shifting, np.random.default_rng(seed), None, clean=False)

@@ -239,7 +239,7 @@ def test_a_supervision_of_a_small_part_is_told(tmp_path):
 )
 @pytest.mark.parametrize("rate", [8000, 16000, 48000])
 def test_lengths_of_other_formats(tmp_path, suffix, options, rate):
-    """What is too short is said in plain words; else the samples are those lhotse reads."""
+    """A cut that is too short gets a plain message; otherwise the samples are those that lhotse reads."""
     path = tmp_path / f"a{suffix}"
     soundfile.write(path, np.resize(noise(), rate + 1), rate, **options)
     facts = {"sampling_rate": rate, "text": "a word"}

@@ -500,16 +500,16 @@ def test_exported_and_original_evaluate_alike(
     run: Path, offline: Path, streaming: Path, manifest: Path, tmp_path: Path
 ) -> None:
     for path, context in ((offline, None), (streaming, ContextChoice(chunk=4))):
-        ours = evaluate(
+        run_results = evaluate(
             run, manifest, methods=METHODS, variant="all", context=context, out=tmp_path / f"run-{path.name}"
         )
         theirs = evaluate(path, manifest, methods=METHODS, out=tmp_path / path.name)
-        for expected, found in zip(ours, theirs, strict=True):
+        for expected, found in zip(run_results, theirs, strict=True):
             assert [u.hyp for u in found.utterances] == [u.hyp for u in expected.utterances]
             assert found.result["variant"] == "all" and found.result["context"] == expected.result["context"]
             assert found.result["weights_sha256"] == sha256_of(path / "export.yaml")
         (alone,) = evaluate(path, manifest, methods=["ctc"], out=tmp_path / f"ctc-{path.name}", max_duration=1.0)
-        assert [u.hyp for u in alone.utterances] == [u.hyp for u in ours[METHODS.index("ctc")].utterances]
+        assert [u.hyp for u in alone.utterances] == [u.hyp for u in run_results[METHODS.index("ctc")].utterances]
 
 
 def test_exported_and_original_transcribe_alike(

@@ -329,15 +329,15 @@ def test_sherpa_runs_integers_and_masks(
         heard = [tokens for tokens, _ in client(tmp_path / "onnx", audio, method)]
         for one in (load_recognizer(tmp_path / "onnx").model, TorchAcousticModel(model, context=context)):
             encoded = [whole_chunks(one, mine) for mine in features] if context.streaming else [together(one, features)]
-            ours = [
+            torch_tokens = [
                 hypothesis.tokens
                 for output in encoded
                 for hypothesis in search(one, output, method, special_ids=SPECIAL)
             ]
             if kind == "int8-inputs":  # features that differ by 1e-6 round to other codes now and then
-                assert errors(ours, heard) <= 0.1 * sum(map(len, ours))
+                assert errors(torch_tokens, heard) <= 0.1 * sum(map(len, torch_tokens))
             else:
-                assert heard == ours
+                assert heard == torch_tokens
         assert sum(map(len, heard)) > 3
 
 

@@ -99,20 +99,20 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the numbers inside; refuse what CUDA refuses."""
     name = func._schema.name
     leaves = [*_leaves(args), *kwargs.values()]
-    ours = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
+    device_leaves = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
     asked = kwargs.get("device")
-    if asked is None and not ours:
+    if asked is None and not device_leaves:
         return func(*args, **kwargs)
-    to_device = bool(ours) if asked is None else torch.device(asked).type == GPU.type
+    to_device = bool(device_leaves) if asked is None else torch.device(asked).type == GPU.type
     if name == "aten::copy_":
         to_device = isinstance(args[0], DeviceTensor)
-    if asked is not None and not ours and not to_device:
+    if asked is not None and not device_leaves and not to_device:
         return func(*args, **kwargs)
     if name in ("aten::_to_copy", "aten::copy_"):
         source = args[1] if name == "aten::copy_" else args[0]
         if isinstance(source, DeviceTensor) != to_device and not kwargs.get("non_blocking"):
             _counts.waits[name] += 1
-    elif ours:
+    elif device_leaves:
         guests = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, DeviceTensor) and x.ndim > 0]
         if guests and not (name in INDEXING and isinstance(args[0], DeviceTensor)):
             shapes = ", ".join(str(tuple(guest.shape)) for guest in guests)
@@ -124,7 +124,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = _map(_inside, args), {key: _inside(value) for key, value in kwargs.items()}
     if asked is not None:
         plain_kwargs["device"] = CPU
-    given = {id(leaf.numbers): leaf for leaf in ours}
+    given = {id(leaf.numbers): leaf for leaf in device_leaves}
     result = func(*plain_args, **plain_kwargs)
     if not to_device or name == "aten::_local_scalar_dense":
         return result

@@ -47,5 +47,5 @@ def killed(at: str, *words: object) -> None:
 
 
 def sets(*settings: str) -> list[str]:
-    """--set options: QUICK, and what is given besides."""
+    """--set options: QUICK and the given ones."""
     return [word for setting in (*QUICK, *settings) for word in ("--set", setting)]

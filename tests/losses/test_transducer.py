@@ -127,9 +127,11 @@ def test_everything_equals_k2(dtype: torch.dtype) -> None:
     pytest.importorskip("k2")
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
 
-    def check(name: str, ours: Tensor, theirs: Tensor) -> None:
-        assert ours.dtype == theirs.dtype, name
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+    def check(name: str, torch_values: Tensor, k2_values: Tensor) -> None:
+        assert torch_values.dtype == k2_values.dtype, name
+        torch.testing.assert_close(
+            torch_values, k2_values, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
+        )
 
     @given(cases(dtype, k2=True), st.integers(2, 6), st.sampled_from([(0.25, 0.0), (0.0, 0.0), (0.2, 0.3)]))
     @example(Case(7, 4, 150, 40, dtype), 5, (0.25, 0.0))
@@ -468,8 +470,8 @@ def test_modified_losses_equal_k2(seed: int, frames: int, symbols: int, prune_ra
         full = full_loss(case.full_logits, case.symbols, *case.lens, backend, "modified")
         gradients = (*weighted_grads(simple, *inputs), *weighted_grads(full, case.full_logits))
         results.append((simple, px_grad, py_grad, full, *gradients))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for torch_values, k2_values in zip(*results, strict=True):
+        torch.testing.assert_close(torch_values, k2_values, rtol=1e-9, atol=1e-9)
     _, px_grad, py_grad = results[1][:3]
     ranges = prune_ranges(px_grad, py_grad, *case.lens, prune_range, "torch", "modified")
     assert torch.equal(ranges, prune_ranges(px_grad, py_grad, *case.lens, prune_range, "k2", "modified"))

@@ -273,7 +273,7 @@ def test_convex_gives_up_its_share_of_the_pruned_loss(teachers: Teachers, studen
     convex = taught(student, teachers, batch(), combination="convex", **common)
     own = forward_losses(student, batch(), 0, LOSS, None, FULL, None)
     torch.testing.assert_close(added.losses - convex.losses, 0.25 * own.pruned)
-    with pytest.raises(UserError, match="share of 1"):
+    with pytest.raises(UserError, match="at most 1"):
         taught(student, teachers, batch(), combination="convex", scale=2.0)
 
 

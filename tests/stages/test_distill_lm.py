@@ -118,7 +118,7 @@ def test_frames_of_a_batch_are_the_encoders(corpus: Path) -> None:
 
 
 def test_silence_around_a_recording_has_no_label(corpus: Path) -> None:
-    """Put before and after each recording, it is told apart from the units, which keep their places and lengths."""
+    """Silence before and after each recording is not part of any unit; the units keep their order and lengths."""
     plain, padded = (
         Setup(corpus, ("phone",), {"speed": 0.0, "silence": seconds, "spec_augment": None}).batch
         for seconds in (0.0, 1.0)

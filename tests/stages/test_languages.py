@@ -1,4 +1,4 @@
-"""A model that is told the language of what it hears: what the vectors do, and every command that meets such a model."""
+"""A model with a language input: what the vectors do, and every command that uses such a model."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_evaluate_and_transcribe_take_the_language(
     assert len(refused) == 3 and not (tmp_path / "no").exists()
     assert refused[0].endswith("cut cut-0: language: de; the model knows en, fr, it")
     assert refused[1].endswith("cut cut-2: language: none; the model knows en, fr, it")
-    heard(plain, manifest, tmp_path / "plain")  # one that is told none does not ask
+    heard(plain, manifest, tmp_path / "plain")  # a model without a language input ignores the cuts' languages
 
 
 def test_dev_and_labels_are_heard_in_their_language(run: Path, spoken: Callable[..., Path], tmp_path: Path) -> None:

@@ -532,11 +532,11 @@ def test_backbone_digest(near: Path) -> None:
     before = backbone_digest(tensors)
     assert before == backbone_digest(dict(reversed(tensors.items())))
     assert before == backbone_digest(load_model(open_run(near)).state_dict())
-    ours = [key for key in tensors if key.startswith("encoder.") and ".submodels." not in key]
-    assert "encoder.normalize.mean" in ours
+    backbone_keys = [key for key in tensors if key.startswith("encoder.") and ".submodels." not in key]
+    assert "encoder.normalize.mean" in backbone_keys
     for key, tensor in tensors.items():
         changed = backbone_digest(tensors | {key: -tensor - 1})
-        assert (changed != before) == (key in ours), key
+        assert (changed != before) == (key in backbone_keys), key
     key = "encoder.blocks.0.conv.depthwise.weight"
     for other in (tensors[key].double(), tensors[key].flatten(), tensors[key].t()):
         assert backbone_digest(tensors | {key: other}) != before

@@ -37,7 +37,7 @@ def test_scaled_adam_is_adam_times_the_root_mean_square() -> None:
     torch.manual_seed(1)
     weight = torch.nn.Parameter(torch.randn(5, 4))
     plain = torch.nn.Parameter(weight.detach().clone())
-    ours = ScaledAdam([weight], lr=0.01, betas=(0.9, 0.98), scale_rate=0.0)
+    scaled = ScaledAdam([weight], lr=0.01, betas=(0.9, 0.98), scale_rate=0.0)
     adam = torch.optim.Adam([plain], lr=0.01, betas=(0.9, 0.98), eps=1e-8)
     for _ in range(4):
         size = float(weight.detach().square().mean().sqrt())
@@ -46,7 +46,7 @@ def test_scaled_adam_is_adam_times_the_root_mean_square() -> None:
         adam.param_groups[0]["lr"] = 0.01 * size
         plain.grad = weight.grad.clone()
         adam.step()
-        ours.step()
+        scaled.step()
         torch.testing.assert_close(weight.detach(), plain.detach(), rtol=1e-4, atol=1e-6)
 
 

@@ -289,7 +289,9 @@ def _read(row: Row, language: str | None, style: str, splitting: Splitting) -> t
     try:
         text = as_written(written) if style == "raw" else normalize(written, language or "")
     except TextError as error:
-        raise ValueError(f"text: {error}; write it as it is said, or take texts as they are with --text raw") from error
+        raise ValueError(
+            f"text: {error}; write it as it is spoken, or keep texts as they are with --text raw"
+        ) from error
     split = splitting.split_of(row, text)
     if not re.fullmatch(r"[\w.-]+", split):
         raise ValueError(f"split '{clip(split)}' becomes a file name; use letters, digits, - and _")

@@ -37,7 +37,7 @@ _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
 
 @dataclass(frozen=True)
 class Draw:
-    """How one utterance is said: words a minute, pitch and its range in 0..100 (50 is the voice's own), seed of its noise."""
+    """How one utterance is spoken: words per minute, pitch and its range in 0..100 (50 is the voice's own), seed of its noise."""
 
     voice: str
     rate: int

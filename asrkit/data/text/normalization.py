@@ -41,10 +41,10 @@ def normalize(text: str, language: str) -> str:
     """Spoken form of a text: NFC, lower case, words of letters and the marks within them, single spaces.
 
     A number of one or two digits is spelled in the language. What has several readings is refused, not guessed:
-    longer numbers, digits beside letters, symbols that are said (#, *, %), notes in brackets.
+    longer numbers, digits beside letters, spoken symbols (#, *, %), notes in brackets.
 
     Raises:
-        TextError: nothing is said, or the words cannot be known.
+        TextError: the text has no words, or they cannot be known for certain.
     """
     text = unicodedata.normalize("NFC", text).translate(_APOSTROPHES)
     text = _without_brackets(text)
@@ -53,7 +53,7 @@ def normalize(text: str, language: str) -> str:
         text = text.replace("I", "\u0131").replace("\u0130", "i")  # dotless and dotted i
     text = _HEBREW_MARK.sub(lambda match: _HEBREW[match[0]], _NEVER_HEARD.sub("", text))
     if symbol := _SAID.search(text):
-        raise TextError("symbol that is said", f"'{symbol[0]}'")
+        raise TextError("spoken symbol", f"'{symbol[0]}'")
     words = _BETWEEN_WORDS.sub(" ", _LOOSE_JOINER.sub("", text)).lower().split()
     if not words:
         raise TextError("no words", f"'{text.strip()}'")
