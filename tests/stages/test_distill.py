@@ -370,8 +370,9 @@ def test_cuts_without_text_are_labeled_by_their_teacher(corpus: Path, teacher: P
             assert text_of(cut) == given[cut_id]
             continue
         features = cut_features(cut)[None]
-        (hypothesis,) = decode(model, features, torch.tensor([features.shape[1]]), "beam")
         tokenizer = Tokenizer(open_run(teacher).tokenizer_path)
+        lens = torch.tensor([features.shape[1]])
+        (hypothesis,) = decode(model, features, lens, "beam", special_ids=tokenizer.special_ids)
         assert text_of(cut) == tokenizer.decode(hypothesis.tokens) != ""
         assert cut.supervisions[0].custom["labeled_by"] == "teacher"
 
