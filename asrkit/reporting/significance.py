@@ -163,7 +163,7 @@ def _signs_p_value(differences: np.ndarray) -> float:
 def segment_errors(first: Spans, second: Spans) -> list[tuple[int, int]]:
     """Errors of both systems in each segment of an utterance; segments without any error are left out.
 
-    A segment ends where both systems recognize two or more words in a row, or with the utterance: what is said beyond
+    A segment ends where both systems recognize two or more words in a row, or with the utterance: what is spoken beyond
     that does not depend on its errors any more, so segments are independent where words are not.
 
     Args:
