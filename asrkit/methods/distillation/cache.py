@@ -31,7 +31,7 @@ from asrkit.nn.conformer import subsampled_lens
 from asrkit.run_dir import MODEL, WEIGHTS, read_yaml, sha256_of, write_yaml
 from asrkit.training.asr_loss import LossConfig
 from asrkit.training.checkpoint import save_tensors
-from asrkit.training.distributed import World, broadcast_object
+from asrkit.training.distributed import World, broadcast_object, gather_lists
 
 ABOUT = "cache.yaml"
 SHARD = 500  # cuts per file
@@ -77,6 +77,7 @@ class PosteriorCache:
         Raises:
             UserError: two different cuts with the same id; a damaged file.
         """
+        gather_lists(world, [])  # until every process has looked at the directory, as it was, nothing is written there
         if world.is_main and not (self.path / ABOUT).is_file():
             write_yaml(self.path / ABOUT, self._about)
         broadcast_object(world, None)
