@@ -340,6 +340,7 @@ class _LatticeSum(torch.autograd.Function):
         return px_post * grad, py_post * grad, None, None, None, None, None
 
 
+# long: both directions share a dozen views of the same two tensors, which is what makes it fast
 def _forward_backward(
     px: Tensor,
     py: Tensor,
@@ -357,7 +358,6 @@ def _forward_backward(
     symbol arc goes to the next one, circularly. In the modified topology every arc leads to the next frame, so
     the steps are the frames, and the slots are the same.
     """
-    # Longer than other functions here: both directions share a dozen views of the same two tensors, which is what makes it fast.
     batch, num_frames, width = px.shape
     regular = topology == "regular"
     num_steps = num_frames + 1 + (num_symbols if regular else 0)

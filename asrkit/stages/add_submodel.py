@@ -33,10 +33,7 @@ from asrkit.training.session import FineTuneConfig, fine_tune
 from asrkit.training.step import TrainTask
 
 NOOP, RANDOM = "noop", "random"
-PARTS = {
-    "decoder": ("predictor", "joiner", "simple_encoder", "simple_predictor"),
-    "ctc_head": ("ctc_head",),
-}
+PARTS = {"decoder": ("predictor", "joiner", "simple_encoder", "simple_predictor"), "ctc_head": ("ctc_head",)}
 
 
 @config
