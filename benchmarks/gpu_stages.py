@@ -24,7 +24,8 @@ from lhotse import CutSet, Recording, SupervisionSegment
 from safetensors.torch import load_file
 
 from asrkit.run_dir import METRICS, WEIGHTS
-from helpers.lm_runs import SHAPE, asrkit, sets
+from helpers.aligned import SHAPE
+from helpers.commands import asrkit, sets
 from helpers.tones import RATE, WORDS, make_corpus, say
 
 DEVICE = os.environ.get("DEVICE", "cuda")

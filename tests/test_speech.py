@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from asrkit.data.manifests import open_cuts, text_of, write_cuts
 from asrkit.run_dir import open_run
+from helpers.commands import asrkit, sets
 
 needs_apt = pytest.mark.skipif(
     shutil.which("apt-get") is None, reason="the recordings come through apt-get, and this machine has none"
 )
-
-
-def asrkit(*words: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "asrkit", *map(str, words)], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +39,13 @@ def test_four_prompts_are_learned_without_an_error(four: Path, tmp_path: Path) -
         "training.optimizer.warm_up_steps=20", "training.average_decay=0.9", "training.evaluate_every=125",
         "training.tensorboard=false", "training.precision=float32",
     ]  # fmt: skip
-    asrkit(
-        "train-backbone", "--manifest", four, "--dev", four, "--out", run, *(x for s in settings for x in ("--set", s))
-    )
+    asrkit("train-backbone", "--manifest", four, "--dev", four, "--out", run, *sets(*settings))
     asrkit("evaluate", "--from", run, "--manifest", four, "--method", "all")
     for method in ("greedy", "beam", "ctc"):
         result = json.loads((run / "evaluation" / f"four-backbone-full-{method}" / "result.json").read_text())
         assert result["total"]["words"] >= 12 and result["total"]["wer"] == 0, method
     cut = next(iter(open_cuts(four)))
-    heard = asrkit("transcribe", "--from", run, cut.recording.sources[0].source).stdout
+    heard = asrkit("transcribe", "--from", run, cut.recording.sources[0].source)
     assert text_of(cut) in heard
 
 
@@ -72,13 +61,10 @@ def test_recordings_in_two_languages(four: Path, tmp_path: Path) -> None:
         "model.size=tiny", "model.num_layers=2", "model.languages=[en, fr]", "tokenizer.vocab_size=40", "data.num_workers=0",
         "data.num_buckets=1", "training.steps=10", "training.tensorboard=false", "training.precision=float32",
     ]  # fmt: skip
-    asrkit(
-        "train-backbone", "--manifest", manifest, "--dev", manifest, "--out", run,
-        *(x for s in settings for x in ("--set", s)),
-    )  # fmt: skip
+    asrkit("train-backbone", "--manifest", manifest, "--dev", manifest, "--out", run, *sets(*settings))
     assert bool(open_run(run).weights()["encoder.languages.weight"].any(dim=1).all())
     asrkit("evaluate", "--from", run, "--manifest", manifest)
     result = json.loads((run / "evaluation" / "two-backbone-full-greedy" / "result.json").read_text())
     assert {language: found["utterances"] for language, found in result["languages"].items()} == {"en": 2, "fr": 2}
     audio = cuts[0].recording.sources[0].source
-    assert asrkit("transcribe", "--from", run, "--language", "fr", audio).stdout.startswith(f"{audio}:")
+    assert asrkit("transcribe", "--from", run, "--language", "fr", audio).startswith(f"{audio}:")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from asrkit.cli import app
+from helpers.commands import asrkit
 
 FILES = ["--manifest", "m.jsonl.gz", "--out", "exp/out"]
 
@@ -33,8 +33,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, stage: str, *words: str) -> tup
         calls.append((positional, named))
 
     monkeypatch.setattr(f"asrkit.stages.{module}.{module}", record)
-    result = CliRunner().invoke(app, [stage, *words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    asrkit(stage, *words)
     (call,) = calls
     return call
 
@@ -92,9 +91,10 @@ def test_masks_and_budgets_are_read_from_their_short_forms(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("path", "function"), [pytest.param(*each, id=" ".join(each[0])) for each in commands()])
-def test_the_help_has_an_example_and_panels(path: list[str], function: Any) -> None:
+def test_the_help_has_an_example_and_panels(path: list[str], function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert f"asrkit {' '.join(path)}" in function.__doc__, "show how the command is called"
-    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"}).output
+    shown = asrkit(*path, "--help")
     panels = [line.strip("╭─╮ ") for line in shown.splitlines() if line.startswith("╭")]
     assert panels[-1] == "Help" and "Options" not in panels, "every option has a panel"
     if "overrides" in inspect.signature(function).parameters:

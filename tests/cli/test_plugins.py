@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from asrkit.cli import main, plugins
+from asrkit.cli import plugins
+from helpers import commands
+from helpers.commands import ONE, launched, quick
 from helpers.small_runs import write_run
-from helpers.stage_runs import sets
 from helpers.tones import make_corpus
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text(encoding="utf-8")
@@ -35,20 +35,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asrkit(site: Path, *words: object, code: int = 0) -> str:
-    command = [sys.executable, "-m", "asrkit", *map(str, words)]
     # A wide terminal, so that no line of the help is broken.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(site),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "400",
-        "TERMINAL_WIDTH": "400",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return launched(ONE, *words, code=code, PYTHONPATH=str(site), COLUMNS="400", TERMINAL_WIDTH="400")
 
 
+@pytest.mark.slow
 def test_the_page_is_a_stage_like_any_other(installed: Path, tmp_path: Path) -> None:
     parent = tmp_path / "parent"
     parent.mkdir()
@@ -72,7 +63,7 @@ def test_the_page_is_a_stage_like_any_other(installed: Path, tmp_path: Path) -> 
         "--out",
         tmp_path / "run",
     ]
-    short = ["--max-duration", 10, "--seed", 3, *sets("training.steps=2", "training.log_every=1", "penalty=0.5")]
+    short = ["--max-duration", 10, "--seed", 3, *quick("training.steps=2", "training.log_every=1", "penalty=0.5")]
     asrkit(installed, *train, *short)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("entropy", 0) > 0 for line in lines) and (tmp_path / "run" / "done").is_file()
@@ -135,22 +126,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     sys.modules.pop("mine", None)
 
 
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str, code: int = 0) -> str:
-    """What ``asrkit`` prints, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["asrkit", *words])
+def said(monkeypatch: pytest.MonkeyPatch, *words: str, code: int = 0) -> str:
+    """What ``asrkit`` prints in a wide terminal, run in this process."""
     monkeypatch.setenv("COLUMNS", "400")
-    with pytest.raises(SystemExit) as stop:
-        main()
-        raise SystemExit(0)
-    out, err = capsys.readouterr()
-    assert (stop.value.code or 0) == code, out + err
-    return out + err
+    return commands.asrkit(*words, code=code)
 
 
-def test_a_stage_needs_little(package: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_a_stage_needs_little(package: Any, monkeypatch: Any) -> None:
     package(GOOD)
-    assert said(capsys, monkeypatch, "mine", "--out", "x", "--set", "x=2") == "3\n"
-    assert "--seed" not in said(capsys, monkeypatch, "mine", "--help")
+    assert said(monkeypatch, "mine", "--out", "x", "--set", "x=2") == "3\n"
+    assert "--seed" not in said(monkeypatch, "mine", "--help")
 
 
 @pytest.mark.parametrize(
@@ -169,26 +154,26 @@ def test_a_stage_needs_little(package: Any, capsys: Any, monkeypatch: Any) -> No
     ],
 )
 def test_what_is_missing_is_said_in_one_line(
-    package: Any, capsys: Any, monkeypatch: Any, change: tuple[str, str], says: str
+    package: Any, monkeypatch: Any, change: tuple[str, str], says: str
 ) -> None:
     assert change[0] in GOOD
     package("from __future__ import annotations\n" + GOOD.replace(*change))
-    lines = said(capsys, monkeypatch, "mine", "--out", "x", code=1).splitlines()
+    lines = said(monkeypatch, "mine", "--out", "x", code=1).splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: mine, entry point mine = mine:mine: ") and says in lines[0]
-    assert says in said(capsys, monkeypatch, "--help")
-    assert says in said(capsys, monkeypatch, "config", "mine", code=1)
-    assert "quantization.weights.bits" in said(capsys, monkeypatch, "config", "qat")
+    assert says in said(monkeypatch, "--help")
+    assert says in said(monkeypatch, "config", "mine", code=1)
+    assert "quantization.weights.bits" in said(monkeypatch, "config", "qat")
 
 
-def test_a_built_in_command_is_not_replaced(package: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_a_built_in_command_is_not_replaced(package: Any, monkeypatch: Any) -> None:
     package(GOOD, "config = mine:mine")
-    lines = said(capsys, monkeypatch, "config").splitlines()
+    lines = said(monkeypatch, "config").splitlines()
     assert "config is a built-in command, which runs instead; rename the entry point" in lines[-1]
     assert lines[0].startswith("asrkit config STAGE") and sum(line.startswith("error: ") for line in lines) == 1
 
 
-def test_two_stages_of_one_name_are_refused(package: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_two_stages_of_one_name_are_refused(package: Any, monkeypatch: Any) -> None:
     package(GOOD)
     package(GOOD, name="other")
-    (line,) = said(capsys, monkeypatch, "mine", "--out", "x", code=1).splitlines()
+    (line,) = said(monkeypatch, "mine", "--out", "x", code=1).splitlines()
     assert line.startswith("error: mine: is a stage of ") and line.endswith("; uninstall one")

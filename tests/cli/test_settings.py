@@ -6,18 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from asrkit.cli import app
 from asrkit.cli.settings import SETTINGS, settings_class
 from asrkit.config import resolve
-from asrkit.errors import UserError
+from helpers.commands import asrkit
 
 
 def listed(*words: str) -> str:
-    result = CliRunner().invoke(app, ["config", *words])
-    assert result.exit_code == 0, result.exception
-    return result.output
+    return asrkit("config", *words)
 
 
 @pytest.mark.parametrize("stage", SETTINGS)
@@ -75,8 +71,7 @@ def test_advanced_settings_are_shown_when_asked_for() -> None:
     ],
 )
 def test_the_nearest_name_is_suggested(words: list[str], says: str) -> None:
-    result = CliRunner().invoke(app, ["config", *words])
-    assert isinstance(result.exception, UserError) and result.exception.lines == (says,)
+    assert asrkit("config", *words, code=1) == f"error: {says}\n"
 
 
 def test_without_a_stage_the_stages_are_listed() -> None:

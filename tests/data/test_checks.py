@@ -10,13 +10,12 @@ import soundfile
 import torch
 from lhotse import Fbank, FbankConfig, NumpyFilesWriter, SupervisionSegment
 from lhotse.cut import MultiCut
-from typer.testing import CliRunner
 
-from asrkit.cli import app
 from asrkit.data.checks import alignment_need, coverage, encoder_frames, find_bad_cuts, find_overlap, survey
 from asrkit.data.cut_audio import CutError, cut_features, read_samples
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.tokenizer import train_tokenizer
+from helpers.commands import asrkit
 
 RATE = 16000
 
@@ -125,17 +124,14 @@ def test_command(tmp_path):
     write_cuts(tmp_path / "train.jsonl.gz", [cut(tmp_path, "good", noise()), cut(tmp_path, "gone")])
     write_cuts(tmp_path / "test.jsonl.gz", [cut(tmp_path, "fine", noise(), text="other")])
     command = ["data", "check", str(tmp_path / "train.jsonl.gz"), "--test", str(tmp_path / "test.jsonl.gz")]
-    result = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "report.json")])
-    assert result.exit_code == 1
-    assert f"{tmp_path / 'train.jsonl.gz'}: cut gone: unreadable: no file" in result.output
-    assert result.output.splitlines()[-1] == "1 unusable cuts"
+    printed = asrkit(*command, "--json", tmp_path / "report.json", code=1)
+    assert f"{tmp_path / 'train.jsonl.gz'}: cut gone: unreadable: no file" in printed
+    assert printed.splitlines()[-1] == "1 unusable cuts"
     report = json.loads((tmp_path / "report.json").read_text())
     assert [f["cut_id"] for f in report["findings"]] == ["gone"]
     assert report["manifests"][str(tmp_path / "train.jsonl.gz")]["cuts"] == 2
     assert report["overlaps"][0]["speakers"] == ["x"]
-    result = CliRunner().invoke(app, [*command, "--no-audio"])
-    assert result.exit_code == 0
-    assert result.output.splitlines()[-1] == "every cut can be used"
+    assert asrkit(*command, "--no-audio").splitlines()[-1] == "every cut can be used"
 
 
 def test_a_recording_on_both_sides_is_an_error(tmp_path):
@@ -143,9 +139,8 @@ def test_a_recording_on_both_sides_is_an_error(tmp_path):
     write_cuts(tmp_path / "train.jsonl.gz", [one])
     write_cuts(tmp_path / "test.jsonl.gz", [one.with_id("renamed")])
     paths = [str(tmp_path / f"{name}.jsonl.gz") for name in ("train", "test")]
-    result = CliRunner().invoke(app, ["data", "check", paths[0], "--test", paths[1]])
-    assert result.exit_code == 1
-    assert "recordings in both: 1 of 1 cuts: renamed" in result.output
+    printed = asrkit("data", "check", paths[0], "--test", paths[1], code=1)
+    assert "recordings in both: 1 of 1 cuts: renamed" in printed
 
 
 def features_of(cut, folder, **changes):
@@ -228,9 +223,8 @@ def test_a_supervision_of_a_small_part_is_told(tmp_path):
     assert [round(coverage(one), 3) for one in (part, whole, two)] == [0.3, 1.0, 0.7]
     assert survey([part, whole, two]).sparse == ["part"]
     write_cuts(tmp_path / "m.jsonl.gz", [part, whole, two])
-    result = CliRunner().invoke(app, ["data", "check", str(tmp_path / "m.jsonl.gz")])
-    assert result.exit_code == 0
-    assert "less than half of the audio, all of which is trained on, in 1 of 3 cuts: part" in result.output
+    printed = asrkit("data", "check", tmp_path / "m.jsonl.gz")
+    assert "less than half of the audio, all of which is trained on, in 1 of 3 cuts: part" in printed
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import pytest
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from asrkit.cli import app
 from asrkit.data.checks import find_bad_cuts
 from asrkit.data.corpora.importing import Splitting, import_recordings
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.names import file_name
 from asrkit.errors import UserError
+from helpers.commands import asrkit, finish
 
 
 def wav(path, seconds=0.2, rate=16000, channels=1):
@@ -139,9 +138,8 @@ def test_bad_rows_are_all_reported_and_nothing_is_written(bad_rows, tmp_path):
 
 
 def test_bad_rows_can_be_skipped_and_are_listed(bad_rows, tmp_path):
-    result = CliRunner().invoke(app, ["data", "import", str(bad_rows), "--out", str(tmp_path / "out"), "--bad", "skip"])
-    assert result.exit_code == 0, result.output
-    assert "skipped 7 bad rows" in result.output
+    printed = asrkit("data", "import", bad_rows, "--out", tmp_path / "out", "--bad", "skip")
+    assert "skipped 7 bad rows" in printed
     assert [cut.id for cut in read(tmp_path / "out", "all")] == ["x"]
     assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 7
 
@@ -175,9 +173,8 @@ def test_options_that_do_not_fit(corpus, tmp_path):
         (["--where", "speaker"], "column=value"),
         (["--bad", "maybe"], "choose from refuse, skip"),
     ):
-        result = CliRunner().invoke(app, ["data", "import", str(corpus), "--out", str(tmp_path / "out"), *options])
-        assert result.exit_code != 0
-        assert said in result.output + str(result.exception)
+        finished = finish("data", "import", corpus, "--out", tmp_path / "out", *options)
+        assert finished.code != 0 and said in finished.err
     with pytest.raises(UserError, match="no such file"):
         import_recordings(tmp_path / "none.tsv", tmp_path / "out")
 

@@ -13,13 +13,12 @@ import tarfile
 import numpy as np
 import pytest
 import soundfile
-from typer.testing import CliRunner
 
-from asrkit.cli import app
 from asrkit.data.corpora.debian import fetch_packages, members_of
 from asrkit.data.corpora.prompts import decode_g722, fetch_prompts, parse_listing
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.errors import UserError
+from helpers.commands import asrkit
 
 LISTING = """\ufeff; Core sounds
 activated: Activated.
@@ -151,15 +150,11 @@ def test_apt_uses_no_folder_of_the_system_and_leaves_none(archive):
 def test_a_second_run_does_nothing_and_another_language_reuses_packages(archive):
     cache = archive / "cache"
     command = ["data", "prompts", "--out", str(archive / "out"), "--cache", str(cache), "--lang", "en"]
-    first = CliRunner().invoke(app, command)
-    assert first.exit_code == 0, first.output
-    assert "dropped 7: " in first.output
+    assert "dropped 7: " in asrkit(*command)
     before = {path: path.stat().st_mtime_ns for path in (archive / "out").rglob("*")}
-    second = CliRunner().invoke(app, command)
-    assert "already complete" in second.output
+    assert "already complete" in asrkit(*command)
     assert before == {path: path.stat().st_mtime_ns for path in (archive / "out").rglob("*")}
-    third = CliRunner().invoke(app, [*command, "--lang", "fr"])
-    assert third.exit_code == 0, third.output
+    asrkit(*command, "--lang", "fr")
     assert (archive / "out" / "train-fr.jsonl.gz").exists()
     downloads = [line for line in (archive / "calls").read_text().splitlines() if "download" in line]
     assert len(downloads) == 2

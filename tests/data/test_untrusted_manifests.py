@@ -15,14 +15,13 @@ import pytest
 import soundfile
 from lhotse import AudioSource, CutSet, Recording
 from lhotse.cut import MonoCut
-from typer.testing import CliRunner
 
-from asrkit.cli import app
 from asrkit.data.checks import find_bad_cuts
 from asrkit.data.cut_audio import CutError, read_samples
 from asrkit.data.manifest_schema import ALLOW
 from asrkit.data.manifests import make_cut, open_cuts
 from asrkit.errors import UserError, clip
+from helpers.commands import asrkit
 
 FEATURES = {
     "type": "kaldi-fbank", "num_frames": 100, "num_features": 80, "frame_shift": 0.01, "sampling_rate": 16000, "start": 0,
@@ -86,8 +85,8 @@ def test_nothing_is_run_or_fetched(
     for line in (data, {"type": "MixedCut", "id": "a", "tracks": [{"type": "MonoCut", "cut": data, "offset": 0.0}]}):
         complaint = refusal(tmp_path / "m.jsonl", json.dumps(line))
         assert complaint.startswith(f"{tmp_path / 'm.jsonl'}:1: cut a: ") and says in complaint
-        result = CliRunner().invoke(app, ["data", "check", str(tmp_path / "m.jsonl")])
-        assert result.exit_code == 1 and not (tmp_path / "ran").exists()
+        asrkit("data", "check", tmp_path / "m.jsonl", code=1)
+        assert not (tmp_path / "ran").exists()
 
 
 def test_the_user_can_allow_a_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,8 +251,7 @@ def test_a_report_cannot_control_the_terminal(tmp_path: Path) -> None:
     }
     (tmp_path / "m.jsonl").write_text(json.dumps(cut(tmp_path, **changes)))
     paths = [str(tmp_path / "m.jsonl"), "--tokenizer", str(tmp_path / "none.model")]
-    missing = CliRunner().invoke(app, ["data", "check", str(tmp_path / "gone.jsonl"), *paths[1:]])
-    assert "gone.jsonl: no such manifest" in str(missing.exception) and "none.model: no such" in str(missing.exception)
-    result = CliRunner().invoke(app, ["data", "check", paths[0], "--json", str(tmp_path / "report.json")])
-    assert result.exit_code == 0 and not {"\x1b", "\x07"} & {*result.output}
+    missing = asrkit("data", "check", tmp_path / "gone.jsonl", *paths[1:], code=1)
+    assert "gone.jsonl: no such manifest" in missing and "none.model: no such" in missing
+    assert not {"\x1b", "\x07"} & {*asrkit("data", "check", paths[0], "--json", tmp_path / "report.json")}
     assert json.loads((tmp_path / "report.json").read_text())["manifests"][paths[0]]["cuts"] == 1

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stages.test_evaluate import command
 from torch import Tensor
 
 from asrkit.data.batch import evaluation_batches
@@ -38,6 +36,7 @@ from asrkit.reporting.live import CLEAR_LINE, show_final, show_partial
 from asrkit.run_dir import TOKENIZER
 from asrkit.stages.evaluate import evaluate
 from asrkit.stages.transcribe import transcribe_stream
+from helpers.commands import ONE, finish, standard_input
 from helpers.small_runs import SUBMODELS, noise, write_run
 
 NEVER = Endpoint(pause=1e9, longest=1e9)
@@ -283,19 +282,17 @@ def test_a_terminal_shows_the_end_of_a_long_text(monkeypatch: pytest.MonkeyPatch
     assert file.getvalue() == "    1.25  partial  ein zwei drei 日本\n    2.50  final    ein zwei drei 日本\n"
 
 
-def test_the_command_streams_files(
-    points: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_streams_files(points: Path, manifest: Path, tmp_path: Path) -> None:
     paths = [Path(cut.recording.sources[0].source) for cut in open_cuts(manifest)][2:4]
     words = ("transcribe", "--from", points, "--stream", "--fast", *paths, "--pause", 9, tmp_path / "missing.wav")
-    code, out, err = command(monkeypatch, capsys, *words)
+    code, out, err = finish(*words)
     assert code == 1 and err == f"error: {tmp_path / 'missing.wav'}: no such file\n"
     lines = out.splitlines()
     headings = [number for number, line in enumerate(lines) if line.endswith(".wav:")]
     assert [lines[number] for number in headings] == [f"{path}:" for path in paths]
     marks = [line.split()[1] for line in lines if not line.endswith(".wav:")]
     assert marks.count("final") == 2 and marks[-1] == "final" and marks.count("partial") >= 4
-    code, out, err = command(monkeypatch, capsys, *words, "--json")
+    code, out, err = finish(*words, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and rows[-1] == {
         "path": str(tmp_path / "missing.wav"),
@@ -308,12 +305,10 @@ def test_the_command_streams_files(
     assert [word["text"] for word in finals[0]["words"]] == finals[0]["text"].split()
 
 
-def test_a_stream_of_a_variant_never_trained_for_it(
-    points: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stream_of_a_variant_never_trained_for_it(points: Path, manifest: Path) -> None:
     path = next(iter(open_cuts(manifest))).recording.sources[0].source
     words = ("transcribe", "--from", points, "--stream", "--fast", path)
-    code, out, err = command(monkeypatch, capsys, *words, "--variant", "wide")
+    code, out, err = finish(*words, "--variant", "wide")
     assert (
         code == 0
         and out
@@ -321,7 +316,7 @@ def test_a_stream_of_a_variant_never_trained_for_it(
         and "wide was never trained in context chunk=16,left=64, only in full" in err
     )
     # `all` was first trained in full context, but in a streaming one too.
-    code, out, err = command(monkeypatch, capsys, *words, "--variant", "all")
+    code, out, err = finish(*words, "--variant", "all")
     assert code == 0 and out and err == ""
 
 
@@ -338,31 +333,28 @@ def test_a_stream_of_a_variant_never_trained_for_it(
         (["--variant", "far", "--stream", "a.wav"], "there are backbone, near, wide, all"),
     ],
 )
-def test_options_that_do_not_go_together(
-    points: Path, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, err = command(monkeypatch, capsys, "transcribe", "--from", points, *words)
+def test_options_that_do_not_go_together(points: Path, words: list[str], said: str) -> None:
+    code, out, err = finish("transcribe", "--from", points, *words)
     assert code == 1 and out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
-def test_transcribe_in_a_variant_and_context(
-    points: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_transcribe_in_a_variant_and_context(points: Path, manifest: Path, tmp_path: Path) -> None:
     path = next(iter(open_cuts(manifest))).recording.sources[0].source
     (evaluation,) = evaluate(points, manifest, variant="wide", context=ContextChoice(chunk=8, left=4), out=tmp_path)
     words = ("transcribe", "--from", points, path, "--variant", "wide", "--chunk", "8", "--left", "4")
-    code, out, err = command(monkeypatch, capsys, *words)
+    code, out, err = finish(*words)
     assert code == 0 and out == f"{path}: {evaluation.utterances[0].hyp}\n"
     assert err.startswith("warning: ") and "never trained" in err
 
 
 def start(*words: object, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "asrkit", *map(str, words)],
+        [*ONE, *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_standard_input_is_raw_pcm(points: Path, manifest: Path, tmp_path: Path) -> None:
     """The same text from a pipe, in a process of its own, as from evaluate."""
     cut = list(open_cuts(manifest))[3]
@@ -386,12 +378,13 @@ def test_standard_input_is_raw_pcm(points: Path, manifest: Path, tmp_path: Path)
     ],
 )
 def test_standard_input_that_is_not_raw_pcm(points: Path, sent: bytes, said: str) -> None:
-    process = start("transcribe", "--from", points, "--stream", "-", stdin=subprocess.PIPE)
-    out, err = process.communicate(sent, timeout=120)
-    assert process.returncode == 1 and out == b""
-    assert err.decode().startswith(f"error: {said}") and err.count(b"\n") == 1
+    with standard_input(sent):
+        code, out, err = finish("transcribe", "--from", points, "--stream", "-")
+    assert code == 1 and out == ""
+    assert err.startswith(f"error: {said}") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["file", "pipe"])
 def test_ctrl_c_keeps_what_was_heard(points: Path, tmp_path: Path, source: str) -> None:
     """Interrupted in the middle of a minute, or while a pipe says nothing: the text so far is finished."""

@@ -21,10 +21,8 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stages.test_evaluate import command
 from torch.nn.functional import pad
 
-from asrkit.cli import main
 from asrkit.config import from_dict
 from asrkit.data.features import fbank
 from asrkit.data.manifests import make_cut, open_cuts, write_cuts
@@ -46,6 +44,7 @@ from asrkit.stages.quantize import quantize
 from asrkit.stages.transcribe import transcribe, transcribe_stream
 from asrkit.training.checkpoint import save_weights
 from asrkit.training.run_writer import stage_entry
+from helpers.commands import asrkit, finish, launched
 from helpers.sherpa_client import client
 from helpers.small_runs import TEXTS, noise, write_run
 
@@ -158,6 +157,7 @@ def initializers(path: Path) -> dict[str, torch.Tensor]:
 # What is written
 
 
+@pytest.mark.slow
 def test_the_directory_is_complete_and_knows_itself(run: Path, offline: Path, streaming: Path) -> None:
     names = [
         *(f"{file}.onnx" for file in FILES),
@@ -244,6 +244,7 @@ def test_metadata_is_what_the_runtime_reads(offline: Path, streaming: Path) -> N
     assert "all" in found["comment"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "context"),
     [("backbone", Context(4, 0)), ("near", Context(1, 0)), ("all", Context(7, 3))],
@@ -346,6 +347,7 @@ def together(parts: list[EncoderOutput]) -> EncoderOutput:
     return EncoderOutput(joiner_in, torch.tensor([joiner_in.shape[1]]), log_probs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True], ids=["offline", "streaming"])
 def test_special_pieces_of_a_foreign_tokenizer_are_never_heard(
     run: Path, audio: list[Path], tmp_path: Path, streams: bool
@@ -427,6 +429,7 @@ def favor(model: AsrModel, after: dict[tuple[int, int], dict[int, float]]) -> No
         model.joiner.out.bias.zero_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True], ids=["offline", "streaming"])
 def test_hotwords_by_the_readme(run: Path, audio: list[Path], tmp_path: Path, streams: bool) -> None:
     """A model that slightly prefers `ten` to `two` says `two` where that is a hotword."""
@@ -480,6 +483,7 @@ def test_the_readme_of_torchscript_tells_its_inputs(run: Path, tmp_path: Path, s
         assert [(list(out.shape), out.dtype == torch.int64) for out in outputs] == shapes(gives)
 
 
+@pytest.mark.slow
 def test_the_readme_names_the_client_that_two_bits_need(run: Path, tmp_path: Path) -> None:
     cases: list[tuple[ActivationQuantization | None, bool, bool]] = [
         (None, False, True), (None, True, False), (ActivationQuantization(bits=8), False, False),
@@ -770,11 +774,8 @@ def test_the_directory_and_its_pack_are_both_there_or_neither(
 ) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    words = ["asrkit", "export", "--from", str(run), "--variant", "wide", "--report", str(manifest)]
-    monkeypatch.setattr("sys.argv", [*words, "--out", ".", "--pack", "../x.tar"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
+    words = ["export", "--from", run, "--variant", "wide", "--report", manifest]
+    asrkit(*words, "--out", ".", "--pack", "../x.tar")
     with tarfile.open(tmp_path / "x.tar") as archive:
         assert set(archive.getnames()) == {"empty", *(f"empty/{file.name}" for file in (tmp_path / "empty").iterdir())}
     monkeypatch.chdir(tmp_path)
@@ -804,8 +805,7 @@ def test_a_kill_between_the_directory_and_its_pack(run: Path, tmp_path: Path, mo
     )
     out, pack = tmp_path / "onnx", tmp_path / "x.tar"
     words = ["export", "--from", str(run), "--variant", "wide", "--out", str(out), "--pack", str(pack)]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert done.returncode == -9
+    launched([sys.executable, "-c", code], *words, code=-9)
     assert open_exported(out).variant == "wide" and not pack.exists()
     before = (out / "export.yaml").read_bytes()
     with pytest.raises(UserError, match="exists and is not empty"):
@@ -819,9 +819,7 @@ def test_a_kill_between_the_directory_and_its_pack(run: Path, tmp_path: Path, mo
         export(run, out, variant="wide", pack=pack)
 
 
-def test_a_report_on_recordings_in_which_nobody_speaks(
-    run: Path, audio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_on_recordings_in_which_nobody_speaks(run: Path, audio: list[Path], tmp_path: Path) -> None:
     cut = make_cut("quiet", audio[1], sampling_rate=16000, num_samples=soundfile.info(audio[1]).frames, text="")
     write_cuts(tmp_path / "quiet.jsonl.gz", [cut])
     words = (
@@ -835,7 +833,7 @@ def test_a_report_on_recordings_in_which_nobody_speaks(
         "--report",
         tmp_path / "quiet.jsonl.gz",
     )
-    code, out, _ = command(monkeypatch, capsys, *words)
+    code, out, _ = finish(*words)
     assert code == 0 and "WER - % greedy, - % beam  exported" in out
     assert "| exported | - | - |" in (tmp_path / "onnx" / "README.md").read_text()
 
@@ -906,7 +904,6 @@ def test_an_export_that_differs_is_not_published(
 
 def test_the_documented_commands_run(
     run: Path, audio: list[Path], manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "exp").mkdir()
     (tmp_path / "exp" / "near").symlink_to(run)
@@ -918,19 +915,13 @@ def test_the_documented_commands_run(
     lines = [shlex.split(line, comments=True) for line in "".join(blocks).replace("\\\n", " ").splitlines()]
     commands = [line for line in lines if line and line[0] == "asrkit"]
     assert {line[1] for line in commands} == {"export", "transcribe", "evaluate"}
-    for line in commands:
-        monkeypatch.setattr("sys.argv", line)
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert not stop.value.code, f"{shlex.join(line)}\n{capsys.readouterr().err}"
+    printed = [asrkit(*line[1:]) for line in commands]
     for name in ("onnx", "onnx-streaming", "onnx-int4", "onnx-dynamic"):
         assert yaml.safe_load((tmp_path / "exp" / name / "export.yaml").read_text())["format"] == "onnx"
-    assert "final" in capsys.readouterr().out
+    assert any("final" in text for text in printed)
 
 
-def test_a_recording_of_the_run_is_heard(
-    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recording_of_the_run_is_heard(run: Path, manifest: Path, tmp_path: Path) -> None:
     """The check listens to the run's own recordings where they still are, and says so where they are not."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -952,6 +943,6 @@ def test_a_recording_of_the_run_is_heard(
     for number, (stages, reason) in enumerate(cases):
         write_yaml(copy / LINEAGE, [first | {"manifests": {str(path): "0" for path in paths}} for paths in stages])
         words = ("export", "--from", copy, "--out", tmp_path / f"onnx-{number}", "--variant", "wide")
-        code, out, err = command(monkeypatch, capsys, *words)
+        code, out, err = finish(*words)
         assert code == 0 and f"checked on: random log-mel{'' if reason else '; cut-2, cut-0, cut-1'}\n" in out
         assert err.count("\n") == bool(reason) and reason in err

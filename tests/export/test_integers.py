@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asrkit.cli import main
 from asrkit.config import from_dict
 from asrkit.data.features import fbank
 from asrkit.data.manifests import make_cut, write_cuts
@@ -49,6 +48,7 @@ from asrkit.run_dir import LINEAGE, WEIGHTS, digests_of, open_run, read_yaml, wr
 from asrkit.stages.export import export
 from asrkit.stages.quantize import quantize
 from asrkit.training.checkpoint import save_weights
+from helpers.commands import asrkit
 from helpers.sherpa_client import client
 from helpers.small_runs import TEXTS, noise, write_run
 
@@ -469,6 +469,7 @@ def test_layers_that_stay_float_are_told(run: Path, tmp_path: Path) -> None:
         export(tmp_path / "inputs", tmp_path / "again", dequantize=True)
 
 
+@pytest.mark.slow
 def test_a_runtime_without_the_operator(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(run, tmp_path / "int2", KINDS["int2"])
     original = onnxruntime.InferenceSession
@@ -488,6 +489,7 @@ def test_a_runtime_without_the_operator(run: Path, tmp_path: Path, monkeypatch: 
 # What else an export can be
 
 
+@pytest.mark.slow
 def test_torchscript(run: Path, audio: list[Path], tmp_path: Path) -> None:
     quantize(run, tmp_path / "int4", KINDS["int4"])
     for streaming in (False, True):
@@ -510,17 +512,8 @@ def test_torchscript(run: Path, audio: list[Path], tmp_path: Path) -> None:
         export(tmp_path / "inputs", tmp_path / "onnx", format="torchscript")
 
 
-def test_report_and_pack(
-    run: Path, audio: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def asrkit(*arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["asrkit", *arguments])
-        try:
-            main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
+@pytest.mark.slow
+def test_report_and_pack(run: Path, audio: list[Path], tmp_path: Path) -> None:
     manifest = tmp_path / "test.jsonl.gz"
     cuts = [
         make_cut(f"cut-{k}", path, sampling_rate=16000, num_samples=soundfile.info(path).frames, text=TEXTS[k])
@@ -530,8 +523,7 @@ def test_report_and_pack(
     quantize(run, tmp_path / "int4", KINDS["int4"])
     out, pack = tmp_path / "onnx", tmp_path / "model.tar"
     arguments = ["export", "--from", str(tmp_path / "int4"), "--out", str(out), "--report", str(manifest)]
-    assert asrkit(*arguments, "--pack", str(pack), "--license", "cc-by-4.0", "--streaming") == 0
-    printed = capsys.readouterr().out
+    printed = asrkit(*arguments, "--pack", pack, "--license", "cc-by-4.0", "--streaming")
     measured = json.loads((out / "report.json").read_text())
     assert list(measured["systems"]) == ["exported", "float", "backbone alone", "submodel near alone"]
     for name, found in measured["systems"].items():
@@ -553,12 +545,16 @@ def test_report_and_pack(
         assert inside is not None and inside.read() == (out / "encoder.onnx").read_bytes()
     assert open_exported(out).license == "cc-by-4.0"
 
-    assert asrkit(*arguments[:4], str(tmp_path / "other"), "--pack", str(pack)) == 1
-    assert f"{pack}: exists" in capsys.readouterr().err and not (tmp_path / "other").exists()
-    assert asrkit(*arguments[:4], str(tmp_path / "other"), "--pack", str(tmp_path / "other" / "m.tar")) == 1
-    assert "lies in --out" in capsys.readouterr().err and not (tmp_path / "other").exists()
-    assert asrkit(*arguments[:4], str(tmp_path / "other"), "--report", str(tmp_path / "none.jsonl.gz")) == 1
-    assert "none.jsonl.gz" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert f"{pack}: exists" in asrkit(*arguments[:4], tmp_path / "other", "--pack", str(pack), code=1)
+    assert not (tmp_path / "other").exists()
+    assert "lies in --out" in asrkit(
+        *arguments[:4], tmp_path / "other", "--pack", str(tmp_path / "other" / "m.tar"), code=1
+    )
+    assert not (tmp_path / "other").exists()
+    assert "none.jsonl.gz" in asrkit(
+        *arguments[:4], tmp_path / "other", "--report", str(tmp_path / "none.jsonl.gz"), code=1
+    )
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_presets_are_offered_by_the_command() -> None:

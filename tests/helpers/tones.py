@@ -3,7 +3,12 @@ test is about machinery; recognition itself is tested on recordings."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -45,3 +50,28 @@ def make_corpus(folder: Path, count: int, seed: int = 0, name: str = "train", la
     manifest = folder / f"{name}.jsonl.gz"
     CutSet.from_cuts(cuts).to_file(manifest)
     return manifest
+
+
+def data(folder: Path) -> list[object]:
+    """The options of a stage for the manifests ``train`` and ``dev`` of a folder."""
+    return ["--manifest", folder / "train.jsonl.gz", "--dev", folder / "dev.jsonl.gz", "--max-duration", 20]
+
+
+Change = Callable[[int, dict[str, Any]], None]
+
+
+def rewrite(path: Path, change: Change) -> Path:
+    """The manifest with ``change`` (number, cut as a dictionary) applied to each line, in place."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        cuts = [json.loads(line) for line in file]
+    for number, cut in enumerate(cuts):
+        change(number, cut)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(cut) + "\n" for cut in cuts)
+    return path
+
+
+def copied(folder: Path, path: Path, change: Change) -> Path:
+    """A copy of a folder's ``train`` with ``change`` applied to each line."""
+    shutil.copy(folder / "train.jsonl.gz", path)
+    return rewrite(path, change)

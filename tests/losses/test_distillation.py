@@ -278,6 +278,7 @@ def most_allocated(chunk: int, vocab: int, trace: Path) -> int:
     return max(totals) - min(totals)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_chunk(tmp_path: Path) -> None:
     """A few times the logits of one chunk, whatever the vocabulary; not of the lattice."""
     for vocab in (200, 2000):

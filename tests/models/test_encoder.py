@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from asrkit.config import from_dict
 from asrkit.decoding.acoustic import encode_by_chunks
@@ -23,9 +23,9 @@ from asrkit.nn.compression import Compression, compress, find_mask
 from asrkit.nn.conformer import BackboneBlock, Branch, DepthwiseConv, LayerNorm, subsampled_lens
 from asrkit.nn.context import FULL, Context, parse_context, visible
 from asrkit.nn.submodels import Adapter, Attention
+from helpers.encoders import assert_same_frames, contexts, randomize
 
 NAMES = ("first", "second", "third")
-contexts = st.builds(Context, st.integers(1, 5), st.integers(0, 7))
 some = settings(deadline=None, max_examples=40)
 
 
@@ -59,29 +59,13 @@ class Case:
             "variant": "chosen",
         }
         model = AsrModel(from_dict(ModelSpec, spec, "case")).double().eval()
-        randomise(model, self.seed)
+        randomize(model, self.seed)
         return model
 
     def features(self, *lens: int) -> tuple[Tensor, Tensor]:
         """Noise (B, T, 80) that goes on beyond every utterance's end, and the lengths."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randn(len(lens), max(lens), 80, generator=generator).double() * 3 - 6, torch.tensor(lens)
-
-
-def randomise(module: nn.Module, seed: int) -> None:
-    """Draw every parameter and statistic anew: gains and biases too, so that none can be forgotten unnoticed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-            if tensor.ndim > 1:
-                tensor.copy_(noise * 1.2 / math.sqrt(tensor[0].numel()))
-            elif name.endswith("mean"):
-                tensor.copy_(noise - 6)
-            elif name.endswith("std"):
-                tensor.copy_(3 + noise.abs())
-            else:  # gains of norms about 1, biases about 0
-                tensor.copy_(0.4 * noise + float(tensor.mean().round()))
 
 
 @st.composite
@@ -113,13 +97,6 @@ def cases(draw: st.DrawFn, least: int = 0) -> Case:
     )
 
 
-def assert_same_frames(one: Tensor, other: Tensor, lens: Tensor) -> None:
-    """Equal on every utterance's own frames (up to the float32 of rotations)."""
-    assert one.shape == other.shape
-    for row, length in enumerate(lens.tolist()):
-        torch.testing.assert_close(one[row, :length], other[row, :length], rtol=1e-4, atol=1e-4)
-
-
 def valid(x: Tensor, lens: Tensor) -> Tensor:
     """The frames (N, D) of a batch that belong to an utterance."""
     return x[torch.arange(x.shape[1]) < lens.unsqueeze(1)]
@@ -148,6 +125,7 @@ COMPRESSIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @some
 @given(cases(), contexts, st.sampled_from(COMPRESSIONS), st.lists(st.integers(1, 90), min_size=1, max_size=2))
 def test_integers_and_masks_stream_as_they_are_trained(
@@ -244,7 +222,7 @@ def test_attention_sees_what_both_contexts_allow(
 def test_where_submodels_attach(frames: int, streaming: bool, per_mode: bool, factors: list[float], seed: int) -> None:
     """The block's equations, with branches that are not linear so that order and input count."""
     block = BackboneBlock(6, 9, 5, 0.0, per_mode).double().eval()
-    randomise(block, seed)
+    randomize(block, seed)
     generator = torch.Generator().manual_seed(seed)
     x, history = (torch.randn(2, n, 6, generator=generator).double() for n in (frames, 2))
     branches: list[Branch] = [lambda x, factor=factor: factor * x.square() for factor in factors]  # type: ignore[misc]
@@ -416,7 +394,7 @@ def test_gradients_reach_every_part() -> None:
 def test_causal_filter_uses_its_left_taps(half: int, frames: int, seed: int) -> None:
     """(K + 1) / 2 of them, each at its place: a loop's numbers, and no gradient for the others."""
     layer = DepthwiseConv(3, 2 * half + 1).double()
-    randomise(layer, seed)
+    randomize(layer, seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, half + frames, 3, generator=generator, dtype=torch.float64)
     out = layer(x[:, half:], x[:, :half])
@@ -458,7 +436,7 @@ def test_a_streaming_model_ignores_the_taps_ahead(case: Case, context: Context, 
 @pytest.mark.parametrize("per_mode", [False, True])
 def test_norms_by_mode(per_mode: bool) -> None:
     norm = LayerNorm(4, per_mode)
-    randomise(norm, 1)
+    randomize(norm, 1)
     x = torch.randn(2, 3, 4)
     reference = torch.nn.functional.layer_norm(x, (4,))
     torch.testing.assert_close(norm(x), reference * norm.weight + norm.bias)
@@ -504,7 +482,7 @@ def turn(vector: Tensor, position: int) -> Tensor:
 def test_attention_by_definition(frames: int, heads: int, pairs: int, first: int, seed: int) -> None:
     """Equal to the loops wherever the positions begin: only differences count."""
     module = Attention(6, 2 * pairs * heads, heads, 0.0).double().eval()
-    randomise(module, seed)
+    randomize(module, seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, frames, 6, generator=generator, dtype=torch.float64)
     seen = (torch.rand(2, frames, frames, generator=generator) < 0.5) | torch.eye(frames, dtype=torch.bool)
@@ -522,7 +500,7 @@ def test_attention_by_definition(frames: int, heads: int, pairs: int, first: int
 def test_attention_knows_order() -> None:
     """Without positions, what a frame gets would not depend on the order of the others."""
     module = Attention(6, 8, 2, 0.0).double().eval()
-    randomise(module, 2)
+    randomize(module, 2)
     x = torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(0)).double()
     everything = torch.ones(1, 5, 5, dtype=torch.bool)
     with torch.no_grad():

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from asrkit.cli import main
 from asrkit.config import from_dict
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT, migrate
@@ -39,6 +38,7 @@ from asrkit.run_dir import (
 from asrkit.stages.info import describe_run
 from asrkit.stages.quantize import quantize
 from asrkit.training.checkpoint import save_weights
+from helpers.commands import asrkit, finish
 from helpers.small_runs import SUBMODELS, write_run
 
 STORED = Path(__file__).parents[1] / "data" / "runs-format-0.tar.xz"  # asr, compressed, lm-lstm, lm-transformer
@@ -47,20 +47,6 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 Run = Callable[..., tuple[int, str, list[str]]]
-
-
-@pytest.fixture
-def asrkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit code, standard output, lines of standard error."""
-
-    def run(*words: object) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr("sys.argv", ["asrkit", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, [line for line in captured.err.splitlines() if line]
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +135,7 @@ def test_stages_read_runs_of_format_0_and_write_todays(stored: Path, tmp_path: P
     assert {path: path.read_bytes() for path in (stored / "compressed").iterdir()} == before
 
 
-def test_evaluations_of_format_0_are_shown(stored: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_evaluations_of_format_0_are_shown(stored: Path, tmp_path: Path) -> None:
     """Their result.json says configuration where today's says variant."""
     run = tmp_path / "run"
     shutil.copytree(stored / "asr", run)
@@ -168,7 +154,7 @@ def test_evaluations_of_format_0_are_shown(stored: Path, tmp_path: Path, asrkit:
     (run / "evaluation" / "dev-near" / "result.json").write_text(json.dumps(result))
     (row,) = [row for row in describe_run(run)["variants"] if row["variant"] == "near"]
     assert row["default"] and row["best"][0]["wer"] == 0.25
-    code, shown, _ = asrkit("summary", run)
+    code, shown, _ = finish("summary", run)
     assert code == 0 and "25.00" in shown
 
 
@@ -195,15 +181,13 @@ def test_a_file_of_format_0_that_was_changed_is_refused(stored: Path, tmp_path: 
         open_run(run)
 
 
-def test_a_run_of_format_0_is_not_resumed(stored: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_a_run_of_format_0_is_not_resumed(stored: Path, tmp_path: Path) -> None:
     """Its config.yaml has other words, so that nothing but a line about the version would be said of it."""
     run = tmp_path / "lm"
     shutil.copytree(stored / "lm-lstm", run)
     (tmp_path / "text.txt").write_text("the cat sat\n" * 9)
-    code, _, (line,) = asrkit("train-lm", "--text", tmp_path / "text.txt", "--out", run)
-    assert code == 1 and line.startswith(
-        f"error: {run}: was begun by an older version of asrkit (format 0, now {FORMAT})"
-    )
+    (line,) = asrkit("train-lm", "--text", tmp_path / "text.txt", "--out", run, code=1).splitlines()
+    assert line.startswith(f"error: {run}: was begun by an older version of asrkit (format 0, now {FORMAT})")
 
 
 # --- kinds
@@ -217,7 +201,7 @@ def edited(run: Path, out: Path, **changes: Any) -> Path:
     return out
 
 
-def test_other_formats_and_kinds_are_refused_in_one_line(tmp_path: Path, asrkit: Run) -> None:
+def test_other_formats_and_kinds_are_refused_in_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     cases: list[tuple[dict[str, Any], str]] = [
         (
@@ -233,15 +217,9 @@ def test_other_formats_and_kinds_are_refused_in_one_line(tmp_path: Path, asrkit:
     for number, (changes, said) in enumerate(cases):
         changed = edited(run, tmp_path / f"changed-{number}", **changes)
         for words in (["info", changed], ["evaluate", "--from", changed, "--manifest", tmp_path / "no.jsonl.gz"]):
-            code, _, said_lines = asrkit(*words)
-            lines = [line for line in said_lines if "no.jsonl.gz" not in line]
-            assert (
-                code == 1
-                and len(lines) == 1
-                and lines[0].startswith("error: ")
-                and str(changed) in lines[0]
-                and said in lines[0]
-            )
+            lines = asrkit(*words, code=1).splitlines()
+            (line,) = (line for line in lines if "no.jsonl.gz" not in line)
+            assert line.startswith("error: ") and str(changed) in line and said in line
 
 
 @pytest.fixture
@@ -270,18 +248,16 @@ def test_an_encoder_alone_has_the_names_of_a_recognizers(encoder_run: Path, tmp_
     assert {name: tensor.shape for name, tensor in module.state_dict().items()} == theirs
 
 
-def test_info_shows_an_encoder_alone(encoder_run: Path, asrkit: Run) -> None:
+def test_info_shows_an_encoder_alone(encoder_run: Path) -> None:
     described = describe_run(encoder_run)
     assert described["kind"] == ENCODER and described["vocabulary"] is None and described["variants"] == []
     assert [part["part"] for part in described["parts"]] == ["backbone"]
     assert described["features"]["num_mel_bins"] == 80
-    code, shown, _ = asrkit("info", encoder_run)
+    code, shown, _ = finish("info", encoder_run)
     assert code == 0 and "pretrain" in shown and "num_mel_bins 80" in shown and "None" not in shown
 
 
-def test_where_a_recognizer_is_needed_an_encoder_is_refused_in_one_line(
-    encoder_run: Path, tmp_path: Path, asrkit: Run
-) -> None:
+def test_where_a_recognizer_is_needed_an_encoder_is_refused_in_one_line(encoder_run: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "cuts.jsonl.gz"
     out = ["--out", tmp_path / "out"]
     commands: list[list[Any]] = [
@@ -297,9 +273,8 @@ def test_where_a_recognizer_is_needed_an_encoder_is_refused_in_one_line(
         ["summary", encoder_run],
     ]
     for words in commands:
-        code, _, said = asrkit(*words)
-        assert code == 1, words
-        assert [line for line in said if str(manifest) not in line] == [
+        lines = asrkit(*words, code=1).splitlines()
+        assert [line for line in lines if str(manifest) not in line] == [
             f"error: {encoder_run}: is a pretrained encoder, not a recognizer; make a recognizer of it first with "
             f"`asrkit train-backbone --from {encoder_run}`"
         ], words

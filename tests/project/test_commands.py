@@ -6,14 +6,13 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from helpers.commands import asrkit, sets
 from helpers.tones import RATE, WORDS, make_corpus, say
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -49,11 +48,12 @@ def corpus(folder: Path) -> None:
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
     ],
 )
-def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -> None:
+def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, expected: set[str]) -> None:
     """Every command of the page, in its order; training is cut short and small."""
     if page in ("align", "distill-lm"):
         pytest.importorskip("espeakng_loader")
     corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     assert {words[1] for words in listed} == expected
@@ -66,7 +66,7 @@ def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -
     )
     for words in listed:
         if words[1] == "train-lm":
-            words += [part for setting in LM.split() for part in ("--set", setting)]
+            words += sets(*LM.split())
         if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm"):
             steps = 12 if "iterative" in words else 1
             brief = f"training.steps={steps} training.tensorboard=false data.num_workers=0 loss.backend=torch"
@@ -74,9 +74,8 @@ def test_the_commands_of_a_page(tmp_path: Path, page: str, expected: set[str]) -
                 *brief.split(),
                 *(small.split() if words[1] == "train-backbone" and "--from" not in words else []),
             ]
-            words += ["--max-duration", "10", *(part for setting in settings for part in ("--set", setting))]
-        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+            words += ["--max-duration", "10", *sets(*settings)]
+        asrkit(*words[1:])
 
 
 def commands(heading: str) -> list[list[str]]:
@@ -87,7 +86,8 @@ def commands(heading: str) -> list[list[str]]:
     return [line for line in lines if line and line[0] == "asrkit"]
 
 
-def test_your_own_recordings(tmp_path: Path) -> None:
+def test_your_own_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     rows = ["path\ttext\tsplit"]
     for number in range(14):
@@ -101,14 +101,13 @@ def test_your_own_recordings(tmp_path: Path) -> None:
     assert [words[1] for words in listed] == ["data", "data", "train-backbone", "evaluate", "transcribe"]
     for words in listed:
         if words[1] == "train-backbone":
-            words += [part for setting in SHORT.split() for part in ("--set", setting)]
-        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+            words += sets(*SHORT.split())
+        printed = asrkit(*words[1:])
     (file,) = (tmp_path / "exp/mine/evaluation").glob("test-*-backbone-full-greedy/result.json")
-    assert done.stdout.startswith("a.wav: ") and "\nb.flac: " in done.stdout
+    assert printed.startswith("a.wav: ") and "\nb.flac: " in printed
 
-    summary = [sys.executable, "-m", "asrkit", "summary", "exp/mine", "--out", "summary.json"]
-    assert subprocess.run(summary, cwd=tmp_path, capture_output=True, timeout=300).returncode == 0
+    summary = ["summary", "exp/mine", "--out", "summary.json"]
+    asrkit(*summary)
     result = json.loads(file.read_text())
     (row,) = json.loads((tmp_path / "summary.json").read_text())
     assert (row["stage"], row["variant"], row["method"]) == ("train-backbone", "backbone", "greedy")
@@ -117,5 +116,4 @@ def test_your_own_recordings(tmp_path: Path) -> None:
     assert 0 < row["bytes"] < 0.99 * (tmp_path / "exp/mine/model.safetensors").stat().st_size
     result["weights_sha256"] = "of other weights"
     file.write_text(json.dumps(result))
-    refused = subprocess.run(summary, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert refused.returncode == 1 and "not evaluated with its present weights" in refused.stderr
+    assert "not evaluated with its present weights" in asrkit(*summary, code=1)

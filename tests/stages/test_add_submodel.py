@@ -12,7 +12,8 @@ from asrkit.models import load_model
 from asrkit.models.digests import backbone_digest
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import open_run
-from helpers.stage_runs import asrkit, killed, sets
+from helpers.commands import asrkit, killed, quick
+from helpers.run_dirs import weights_equal
 from helpers.tones import make_corpus
 
 # Of a new variant: all the compression there is.
@@ -33,7 +34,7 @@ def backbone(corpus: Path) -> Path:
     run = corpus / "backbone"
     asrkit(
         "train-backbone", "--manifest", corpus / "train.jsonl.gz", "--dev", corpus / "dev.jsonl.gz", "--out", run,
-        "--max-duration", 20, *sets(
+        "--max-duration", 20, *quick(
             "model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=32", "tokenizer.vocab_size=18",
             "model.attention_dropout.probability=0.5", "contexts.train=[full,'chunk=4,left=8']", "training.steps=4",
         ),
@@ -47,7 +48,7 @@ def attention(corpus: Path, backbone: Path) -> Path:
     said = asrkit(
         "add-submodel", "--from", backbone, "--name", "attention", "--manifest", corpus / "train.jsonl.gz",
         "--dev", corpus / "dev.jsonl.gz", "--out", run, "--max-duration", 20,
-        *sets("training.steps=8", "training.optimizer.name=adamw"),
+        *quick("training.steps=8", "training.optimizer.name=adamw"),
     )  # fmt: skip
     assert "parameters are trained, the rest is frozen" in said
     return run
@@ -90,7 +91,7 @@ def test_a_second_one_of_another_kind_on_the_first(corpus: Path, attention: Path
     asrkit(
         "add-submodel", "--from", attention, "--name", "near", "--kind", "adapter", "--layers", "1", "--position", "parallel",
         "--active", "attention", "--manifest", corpus / "train.jsonl.gz", "--out", run, "--max-duration", 20,
-        *sets("training.steps=2", "contexts.train=['chunk=4,left=8']", "also_train=[ctc_head]"),
+        *quick("training.steps=2", "contexts.train=['chunk=4,left=8']", "also_train=[ctc_head]"),
     )  # fmt: skip
     spec = open_run(run).model_spec
     assert spec["submodels"]["near"]["layers"] == [1] and spec["submodels"]["near"]["position"] == "parallel"
@@ -105,7 +106,7 @@ def test_a_copy_of_the_jointly_trained_part(corpus: Path, backbone: Path, tmp_pa
     run = tmp_path / "copy"
     asrkit(
         "add-submodel", "--from", backbone, "--name", "copy", "--init", "joint", "--manifest", corpus / "train.jsonl.gz",
-        "--out", run, "--max-duration", 20, *sets("training.steps=1", "training.optimizer.learning_rate=1e-12"),
+        "--out", run, "--max-duration", 20, *quick("training.steps=1", "training.optimizer.learning_rate=1e-12"),
     )  # fmt: skip
     weights = open_run(run).weights()
     for name, tensor in weights.items():
@@ -113,6 +114,7 @@ def test_a_copy_of_the_jointly_trained_part(corpus: Path, backbone: Path, tmp_pa
             torch.testing.assert_close(tensor, weights[name.replace(".copy.", ".joint.")], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     corpus: Path, attention: Path, backbone: Path, tmp_path: Path
 ) -> None:
@@ -121,13 +123,12 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     words = [
         "add-submodel", "--from", backbone, "--name", "attention", "--manifest",
         corpus / "train.jsonl.gz", "--dev", corpus / "dev.jsonl.gz", "--out", run, "--max-duration", 20,
-        *sets("training.steps=8", "training.optimizer.name=adamw"),
+        *quick("training.steps=8", "training.optimizer.name=adamw"),
     ]  # fmt: skip
     killed("step 4", *words)
     assert not (run / "done").exists()
     asrkit(*words)
-    expected = open_run(attention).weights()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in open_run(run).weights().items())
+    assert weights_equal(run, attention)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     corpus: Path, backbone: Path, tmp_path: Path, options: list[str], complaint: str
 ) -> None:
     manifest = [] if "--manifest" in options else ["--manifest", corpus / "train.jsonl.gz"]
-    said = asrkit("add-submodel", "--from", backbone, "--out", tmp_path / "run", *manifest, *options, *sets(), code=1)
+    said = asrkit("add-submodel", "--from", backbone, "--out", tmp_path / "run", *manifest, *options, *quick(), code=1)
     assert complaint in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
@@ -158,10 +159,10 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_a_frozen_model_that_never_streamed_warns(corpus: Path, tmp_path: Path) -> None:
     common = ["--manifest", corpus / "train.jsonl.gz", "--max-duration", 20]
     small = ["model.size=tiny", "model.num_layers=1", "model.dim=16", "tokenizer.vocab_size=18", "training.steps=1"]
-    asrkit("train-backbone", "--out", tmp_path / "a", *common, *sets(*small))
+    asrkit("train-backbone", "--out", tmp_path / "a", *common, *quick(*small))
     said = asrkit(
         "add-submodel", "--from", tmp_path / "a", "--name", "near", "--context", "left=8,chunk=4", "--out", tmp_path / "b",
-        *common, *sets("training.steps=1"),
+        *common, *quick("training.steps=1"),
     )  # fmt: skip
     assert "never trained for streaming" in said
     assert yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())["submodel"]["context"] == "chunk=4,left=8"

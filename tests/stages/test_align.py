@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from asrkit.data.senones import SenoneConfig, cepstra_of, grow_tree, in_context,
 from asrkit.data.text.tokenizer import train_tokenizer
 from asrkit.decoding.alignment import ctc_align, even_parts, fit_gaussians, forced_parts, spans_of, viterbi
 from asrkit.errors import UserError
-from helpers.lm_runs import asrkit, make_aligned_corpus, sets
+from helpers.aligned import make_aligned_corpus
+from helpers.commands import asrkit, sets
+from helpers.run_dirs import metrics
 
 
 def collapse(labels: tuple[int, ...]) -> list[int]:
@@ -375,7 +376,5 @@ def test_the_senones_of_a_text_and_of_an_alignment_are_the_same(corpus: Path, tm
     for name, source in (("text", ["--text", text, "--language", "en"]), ("cuts", ["--manifest", aligned])):
         tree = ["--senones", tmp_path / "aligned.senones.yaml"]
         asrkit("train-lm", "--unit", "senone", *source, *tree, "--out", tmp_path / name, *brief)
-        losses.append(
-            [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        )
+        losses.append([row["loss"] for row in metrics(tmp_path / name)])
     assert losses[0] == losses[1]

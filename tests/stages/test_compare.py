@@ -23,8 +23,8 @@ from asrkit.run_dir import EXPORT, WEIGHTS, sha256_of
 from asrkit.stages.compare import compare_runs
 from asrkit.stages.evaluate import evaluate
 from asrkit.stages.summary import summarize_runs
+from helpers.commands import asrkit
 from helpers.small_runs import noise, write_run
-from helpers.stage_runs import asrkit
 
 TEXT = "one two three four five"
 

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +12,21 @@ import yaml
 from lhotse import CutSet
 from safetensors.torch import load_file
 
-from asrkit.cli import main
 from asrkit.data.cut_audio import cut_features
 from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import decode
-from asrkit.models import AsrModel, load_model
+from asrkit.models import load_model
 from asrkit.models.compression import compressed_layers
 from asrkit.run_dir import open_run, sha256_of
 from asrkit.training.run_writer import write_untrained_run
-from helpers.stage_runs import TWO, killed
-from helpers.tones import make_corpus
+from helpers.commands import TORCHRUN, TWO, asrkit, killed, launched, quick
+from helpers.run_dirs import metrics, model_of, weights_equal
+from helpers.tones import copied, data, make_corpus, rewrite
 
-QUICK = [
-    "data.num_workers=0", "data.num_buckets=1", "training.log_every=1", "training.evaluate_every=2",
-    "training.tensorboard=false", "training.precision=float32", "training.save_every=2", "loss.backend=torch",
-    "training.steps=4",
-]  # fmt: skip
 SHAPE = ["model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=48"]
 SMALLER = ["model.size=tiny", "model.num_layers=1", "model.dim=16", "model.feedforward_dim=24", "model.joiner_dim=24"]
-
-
-def asrkit(*words: object, code: int = 0) -> str:
-    """The command line in this process, which spares the imports; what it said."""
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-        patch.setattr(sys, "argv", ["asrkit", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-    assert end.value.code == code, said.getvalue()
-    return said.getvalue()
-
-
-def sets(*settings: str) -> list[str]:
-    return [word for setting in (*QUICK, *settings) for word in ("--set", setting)]
-
-
-def data(corpus: Path) -> list[object]:
-    return ["--manifest", corpus / "train.jsonl.gz", "--dev", corpus / "dev.jsonl.gz", "--max-duration", 20]
-
-
-def rewrite(path: Path, change: Any) -> Path:
-    """The manifest with ``change`` (number, cut as a dictionary) applied to each line."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        cuts = [json.loads(line) for line in file]
-    for number, cut in enumerate(cuts):
-        change(number, cut)
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(cut) + "\n" for cut in cuts)
-    return path
-
-
-def copied(corpus: Path, path: Path, change: Any) -> Path:
-    shutil.copy(corpus / "train.jsonl.gz", path)
-    return rewrite(path, change)
 
 
 def speak(number: int, cut: dict[str, Any]) -> None:
@@ -93,7 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(corpus: Path) -> Path:
     run = corpus / "teacher"
     shape = (*SHAPE, "tokenizer.vocab_size=18", "model.attention_dropout.probability=0")
-    asrkit("train-backbone", *data(corpus), "--out", run, *sets(*shape))
+    asrkit("train-backbone", *data(corpus), "--out", run, *quick(*shape))
     return run
 
 
@@ -109,21 +62,8 @@ def second(corpus: Path, teacher: Path) -> Path:
 def student(corpus: Path, teacher: Path, second: Path) -> Path:
     run = corpus / "student"
     asrkit("distill", "--teacher", f"en={teacher}", "--teacher", f"fr={second}", "--teacher", f"fr={teacher}",
-           "--teacher", f"*={second}", *data(corpus), "--out", run, *sets(*SMALLER))  # fmt: skip
+           "--teacher", f"*={second}", *data(corpus), "--out", run, *quick(*SMALLER))  # fmt: skip
     return run
-
-
-def model_of(run: Path) -> AsrModel:
-    return load_model(open_run(run))
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights_equal(one: Path, other: Path) -> bool:
-    (a, b) = (open_run(run).weights() for run in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def test_a_new_student_of_its_own_size(corpus: Path, teacher: Path, second: Path, student: Path) -> None:
@@ -146,7 +86,7 @@ def test_a_new_student_of_its_own_size(corpus: Path, teacher: Path, second: Path
 def test_a_student_that_was_trained_before(corpus: Path, teacher: Path, student: Path, tmp_path: Path) -> None:
     run = tmp_path / "again"
     asrkit("distill", "--from", student, "--teacher", teacher, "--weight", "constant", *data(corpus), "--out", run,
-           *sets("teacher.lattice=full", "teacher.classes=all"))  # fmt: skip
+           *quick("teacher.lattice=full", "teacher.classes=all"))  # fmt: skip
     assert model_of(run).spec == model_of(student).spec and not weights_equal(run, student)
     found = open_run(run)
     assert [entry["stage"] for entry in found.lineage] == ["distill", "distill"]
@@ -158,41 +98,42 @@ def test_a_student_that_was_trained_before(corpus: Path, teacher: Path, student:
 @pytest.fixture(scope="module")
 def sparse(corpus: Path, teacher: Path) -> Path:
     run = corpus / "sparse"
-    asrkit("prune", "--from", teacher, "--sparsity", "2:4", *data(corpus), "--out", run, *sets("training.steps=1"))
+    asrkit("prune", "--from", teacher, "--sparsity", "2:4", *data(corpus), "--out", run, *quick("training.steps=1"))
     return run
 
 
 def test_a_sparse_student_stays_sparse(corpus: Path, teacher: Path, sparse: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    asrkit("distill", "--from", sparse, "--teacher", teacher, *data(corpus), "--out", run, *sets("training.steps=2"))
+    asrkit("distill", "--from", sparse, "--teacher", teacher, *data(corpus), "--out", run, *quick("training.steps=2"))
     layers = compressed_layers(model_of(run))
     assert layers and all(bool((layer.weight[~layer.mask] == 0).all()) for layer in layers.values())
 
 
 def test_a_quantized_student_of_a_sparse_teacher(corpus: Path, second: Path, sparse: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    asrkit("distill", "--from", second, "--teacher", sparse, *data(corpus), "--out", run, *sets("training.steps=2"))
+    asrkit("distill", "--from", second, "--teacher", sparse, *data(corpus), "--out", run, *quick("training.steps=2"))
     spec = model_of(run).spec
     assert spec.compression and spec == model_of(second).spec and not weights_equal(run, second)
     assert any(row.get("kd_lattice", 0) > 0 for row in metrics(run))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_uninterrupted_run(corpus: Path, teacher: Path, second: Path, student: Path, tmp_path: Path) -> None:  # fmt: skip
     run = tmp_path / "again"
     words = ["distill", "--teacher", f"en={teacher}", "--teacher", f"fr={second}", "--teacher", f"fr={teacher}",
-             "--teacher", f"*={second}", *data(corpus), "--out", run, *sets(*SMALLER)]  # fmt: skip
+             "--teacher", f"*={second}", *data(corpus), "--out", run, *quick(*SMALLER)]  # fmt: skip
     killed("step 2:", *words)
     assert not (run / "done").exists()
     asrkit(*words)
     assert weights_equal(run, student)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_two_parts(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     common = ["distill", "--teacher", teacher, "--manifest", corpus / "train.jsonl.gz", "--max-duration", "10"]
     still = ("training.steps=2", "model.dropout=0", "model.predictor_dropout=0", *SMALLER)
-    words = [*TWO, "-m", "asrkit", *common, "--out", tmp_path / "two", *sets(*still)]
-    subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300)
-    asrkit(*common, "--out", tmp_path / "one", *sets(*still, "training.accumulate=2"))
+    launched(TWO, *common, "--out", tmp_path / "two", *quick(*still))
+    asrkit(*common, "--out", tmp_path / "one", *quick(*still, "training.accumulate=2"))
     one, two = (open_run(tmp_path / name).weights() for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
@@ -203,18 +144,18 @@ def test_a_teacher_of_another_tokenizer_that_spells_alike(corpus: Path, teacher:
     chars = ("tokenizer.kind=char", "training.steps=1", *SMALLER)
     few = copied(corpus, tmp_path / "few.jsonl.gz", _reword("alpha bravo"))
     more = copied(corpus, tmp_path / "more.jsonl.gz", _by_language)
-    asrkit("train-backbone", "--manifest", few, "--out", tmp_path / "few", *sets(*chars))
+    asrkit("train-backbone", "--manifest", few, "--out", tmp_path / "few", *quick(*chars))
     common = ["--teacher", f"fr={tmp_path / 'few'}", "--teacher", f"*={tmp_path / 'many'}", "--manifest", more]
-    asrkit("train-backbone", "--manifest", more, "--out", tmp_path / "many", *sets(*chars))
-    said = asrkit("distill", *common, "--out", tmp_path / "run", *sets(*SMALLER), code=1)
+    asrkit("train-backbone", "--manifest", more, "--out", tmp_path / "many", *quick(*chars))
+    said = asrkit("distill", *common, "--out", tmp_path / "run", *quick(*SMALLER), code=1)
     assert "different tokenizers" in said and not (tmp_path / "run").exists()
-    said = asrkit("distill", *common, "--out", tmp_path / "run", *sets(*chars), code=1)
+    said = asrkit("distill", *common, "--out", tmp_path / "run", *quick(*chars), code=1)
     assert "set teacher.ctc_scale=0" in said and str(tmp_path / "few") in said
-    asrkit("distill", *common, "--out", tmp_path / "run", *sets(*chars, "teacher.ctc_scale=0"))
+    asrkit("distill", *common, "--out", tmp_path / "run", *quick(*chars, "teacher.ctc_scale=0"))
     assert any(row.get("kd_lattice", 0) > 0 for row in metrics(tmp_path / "run"))
     # In pieces of several letters the labels differ: the cuts are named.
     other = [*common[:1], f"fr={tmp_path / 'few'}", "--teacher", f"*={teacher}", *common[4:]]
-    said = asrkit("distill", *other, "--out", tmp_path / "no", *sets(*chars, "teacher.ctc_scale=0"), code=1)
+    said = asrkit("distill", *other, "--out", tmp_path / "no", *quick(*chars, "teacher.ctc_scale=0"), code=1)
     assert "texts differently from the student's, or lacks characters of them: cuts train-0" in said
     assert not (tmp_path / "no").exists()
 
@@ -223,10 +164,10 @@ def test_a_teacher_that_lacks_a_character_is_refused(corpus: Path, tmp_path: Pat
     """An unknown character by itself is spelled alike, but teaches as <unk>."""
     few, more = (copied(corpus, tmp_path / f"{text}.jsonl.gz", _reword(text)) for text in ("bravo", "bravd"))
     for manifest, out in ((few, "few"), (more, "more")):
-        chars = sets("tokenizer.kind=char", "training.steps=1", *SMALLER)
+        chars = quick("tokenizer.kind=char", "training.steps=1", *SMALLER)
         asrkit("train-backbone", "--manifest", manifest, "--out", tmp_path / out, *chars)
     words = ["--teacher", tmp_path / "few", "--tokenizer", tmp_path / "more" / "tokenizer.model", "--manifest", more]
-    said = asrkit("distill", *words, "--out", tmp_path / "run", *sets("teacher.ctc_scale=0", *SMALLER), code=1)
+    said = asrkit("distill", *words, "--out", tmp_path / "run", *quick("teacher.ctc_scale=0", *SMALLER), code=1)
     assert "segments 12 texts differently from the student's, or lacks characters of them: cuts train-0" in said
     assert not (tmp_path / "run").exists()
 
@@ -236,7 +177,7 @@ def ctc_only(corpus: Path, teacher: Path) -> Path:
     """A teacher whose transducer never learned, rounded after its training."""
     run = corpus / "ctc-only"
     files = ["--tokenizer", teacher / "tokenizer.model", "--manifest", corpus / "train.jsonl.gz", "--out", run]
-    asrkit("train-backbone", *files, *sets(*SHAPE, "loss.transducer_scale=0", "loss.ctc_scale=1", "training.steps=1"))
+    asrkit("train-backbone", *files, *quick(*SHAPE, "loss.transducer_scale=0", "loss.ctc_scale=1", "training.steps=1"))
     asrkit("quantize", "--from", run, "--bits", 8, "--out", corpus / "ctc-only-int8")
     return corpus / "ctc-only-int8"
 
@@ -246,7 +187,7 @@ def test_a_transducer_that_never_learned_does_not_teach(
     corpus: Path, teacher: Path, ctc_only: Path, tmp_path: Path, words: list[str]
 ) -> None:
     files = ["--from", teacher, "--teacher", ctc_only, *data(corpus), "--out", tmp_path / "run"]
-    said = asrkit(*words, *files, *sets(), code=1)
+    said = asrkit(*words, *files, *quick(), code=1)
     assert f"--teacher {ctc_only}: was trained without a transducer" in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -282,7 +223,7 @@ def test_refusals_are_one_line(
     corpus: Path, teacher: Path, tmp_path: Path, words: list[str], settings: list[str], complaint: str
 ) -> None:
     given = [word.replace("{teacher}", str(teacher)) for word in words]
-    said = asrkit("distill", *given, *data(corpus), "--out", tmp_path / "run", *sets(*settings), code=1)
+    said = asrkit("distill", *given, *data(corpus), "--out", tmp_path / "run", *quick(*settings), code=1)
     lines = said.strip().splitlines()
     assert len(lines) == 1 and complaint in lines[0], said
     assert not (tmp_path / "run").exists()
@@ -294,7 +235,7 @@ def test_all_findings_at_once(corpus: Path, teacher: Path, tmp_path: Path) -> No
             cut["supervisions"][0]["language"] = None
 
     silent = copied(corpus, tmp_path / "silent.jsonl.gz", change)
-    words = ["distill", "--teacher", f"en={teacher}", "--manifest", silent, "--out", tmp_path / "run", *sets()]
+    words = ["distill", "--teacher", f"en={teacher}", "--manifest", silent, "--out", tmp_path / "run", *quick()]
     said = asrkit(*words, code=1).strip().splitlines()
     assert (
         len(said) == 2 and "fr (4 cuts)" in said[0] and "2 cuts without a language, such as train-2, train-5" in said[1]
@@ -314,31 +255,53 @@ def test_posteriors_are_kept_and_the_teachers_run_once(
         "data.augment.spec_augment=null", "data.augment.volume_db=0", "model.dropout=0", "model.predictor_dropout=0", *SMALLER
     )  # fmt: skip
     live = ("data.augment.speed=0", "teacher.ctc_scale=0")
-    said = asrkit("distill", *stored, "--out", tmp_path / "one", *sets(*still))
+    said = asrkit("distill", *stored, "--out", tmp_path / "one", *quick(*still))
     assert "stored the posteriors of 12 utterances" in said
     files = {path: path.stat().st_mtime_ns for path in store.iterdir()}
     assert len(files) == 2
-    assert "stored the posteriors" not in asrkit("distill", *stored, "--out", tmp_path / "two", *sets(*still))
+    assert "stored the posteriors" not in asrkit("distill", *stored, "--out", tmp_path / "two", *quick(*still))
     assert {path: path.stat().st_mtime_ns for path in store.iterdir()} == files
     assert weights_equal(tmp_path / "one", tmp_path / "two")
-    asrkit("distill", *common, "--out", tmp_path / "live", *sets(*still, *live))
+    asrkit("distill", *common, "--out", tmp_path / "live", *quick(*still, *live))
     for mine, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "live"), strict=True):
         for name in {"kd_lattice", "kd_weight", "kd_teacher_loss", "pruned"} & mine.keys():
             # The stored teacher's loss is over the whole lattice, the live one's over its pruned band.
             assert mine[name] == pytest.approx(theirs[name], rel=0.02), name
     # The same directory for other teachers, and what it cannot know.
-    said = asrkit("distill", "--teacher", teacher, *data(corpus), "--cache", store, "--out", tmp_path / "no", *sets(*SMALLER), code=1)  # fmt: skip
+    said = asrkit("distill", "--teacher", teacher, *data(corpus), "--cache", store, "--out", tmp_path / "no", *quick(*SMALLER), code=1)  # fmt: skip
     assert "holds the posteriors of other teachers or another tokenizer (teachers.fr" in said
-    said = asrkit("distill", *stored, "--out", tmp_path / "no", *sets("data.augment.speed=0.1", "teacher.classes=all"), code=1)  # fmt: skip
+    said = asrkit("distill", *stored, "--out", tmp_path / "no", *quick("data.augment.speed=0.1", "teacher.classes=all"), code=1)  # fmt: skip
     assert said.count("\n") == 2 and "set data.augment.speed=0.0" in said and "set teacher.classes=three" in said
     assert not (tmp_path / "no").exists()
 
 
+# The command with a second process that looks at the directory while the first is about to write there.
+LATE = """
+import os, time
+from pathlib import Path
+from asrkit.cli import main
+from asrkit.methods.distillation import cache
+from asrkit.stages import distill
+opened, write_yaml = distill.PosteriorCache, cache.write_yaml
+def late(*arguments):
+    time.sleep(int(os.environ["RANK"]))
+    return opened(*arguments)
+def slow(path, content):
+    path.parent.mkdir()
+    (path.parent / "half").touch()
+    time.sleep(3)
+    (path.parent / "half").unlink()
+    write_yaml(path, content)
+distill.PosteriorCache, cache.write_yaml = late, slow
+main()
+"""
+
+
+@pytest.mark.slow
 def test_two_processes_share_the_listening(corpus: Path, teacher: Path, tmp_path: Path) -> None:
-    words = [*TWO, "-m", "asrkit", "distill", "--teacher", teacher, "--manifest", corpus / "train.jsonl.gz", "--max-duration", "10",
-             "--cache", tmp_path / "store", "--out", tmp_path / "two", *sets("training.steps=1", *SMALLER)]  # fmt: skip
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "late.py").write_text(LATE)
+    launched([*TORCHRUN, str(tmp_path / "late.py")], "distill", "--teacher", teacher, "--manifest", corpus / "train.jsonl.gz", "--max-duration", "10",
+             "--cache", tmp_path / "store", "--out", tmp_path / "two", *quick("training.steps=1", *SMALLER))  # fmt: skip
     files = list((tmp_path / "store").glob("*.safetensors"))
     assert [len(load_file(file)) for file in files] == [6, 6]
 
@@ -352,7 +315,7 @@ def _hush(number: int, cut: dict[str, Any]) -> None:
 
 def test_cuts_without_text_are_labeled_by_their_teacher(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     half = copied(corpus, tmp_path / "half.jsonl.gz", _hush)
-    words = ["--manifest", half, "--max-duration", 20, "--out", tmp_path / "run", *sets(*SMALLER, "training.steps=2")]
+    words = ["--manifest", half, "--max-duration", 20, "--out", tmp_path / "run", *quick(*SMALLER, "training.steps=2")]
     said = asrkit("distill", "--teacher", biased(teacher, tmp_path / "some", 2.0), *words, code=1)
     assert "the text is empty" in said and "no supervision" in said
     said = asrkit("distill", "--teacher", f"en={teacher}", "--teacher", f"fr={teacher}", "--teacher", f"it={teacher}",
@@ -377,11 +340,12 @@ def test_cuts_without_text_are_labeled_by_their_teacher(corpus: Path, teacher: P
         assert cut.supervisions[0].custom["labeled_by"] == "teacher"
 
 
+@pytest.mark.slow
 def test_resumed_with_texts_and_posteriors_of_the_teacher(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     """What was heard before the run was killed is not heard again, and the run ends as if it had not been."""
     half = copied(corpus, tmp_path / "half.jsonl.gz", _hush)
     words = ["--teacher", biased(teacher, tmp_path / "some", 2.0), "--labels", "teacher", "--cache", tmp_path / "store"]
-    words = ["distill", *words, *data(corpus), "--manifest", half, *sets(*SMALLER), "--out"]
+    words = ["distill", *words, *data(corpus), "--manifest", half, *quick(*SMALLER), "--out"]
     killed("step 2:", *words, tmp_path / "parted")
     assert not (tmp_path / "parted" / "done").exists()
     again = asrkit(*words, tmp_path / "parted")
@@ -397,7 +361,7 @@ def test_labels_that_cannot_be_used_are_left_out(
     half = copied(corpus, tmp_path / "half.jsonl.gz", _hush)
     deaf = biased(teacher, tmp_path / "deaf", towards_blank)
     said = asrkit("distill", "--teacher", deaf, "--labels", "teacher", "--manifest", half, "--out", tmp_path / "run",
-                  *sets(*SMALLER, "training.steps=1"))  # fmt: skip
+                  *quick(*SMALLER, "training.steps=1"))  # fmt: skip
     assert said.count(reason) == 6
     assert len(yaml.safe_load((tmp_path / "run" / "left_out.yaml").read_text())) == 6
 
@@ -415,7 +379,7 @@ def test_encoders_of_other_widths_are_met_through_maps_that_are_not_kept(
     corpus: Path, teacher: Path, tmp_path: Path
 ) -> None:
     words = ["distill", "--teacher", teacher, *data(corpus)]
-    asrkit(*words, "--out", tmp_path / "run", *sets(*SMALLER, "teacher.encoder_scale=1"))
+    asrkit(*words, "--out", tmp_path / "run", *quick(*SMALLER, "teacher.encoder_scale=1"))
     assert all(row["kd_encoder"] > 0 for row in metrics(tmp_path / "run") if "kd_lattice" in row)
     assert not any(name.startswith("teacher_maps") for name in open_run(tmp_path / "run").weights())
     state = load_file(tmp_path / "run" / "state" / "latest.safetensors")
@@ -428,7 +392,7 @@ def test_sound_in_a_shar_directory_is_heard_once_too(corpus: Path, teacher: Path
     (tmp_path / "shar").mkdir()
     CutSet.from_file(corpus / "train.jsonl.gz").to_shar(tmp_path / "shar", fields={"recording": "wav"}, shard_size=6)
     words = ["distill", "--teacher", teacher, "--manifest", tmp_path / "shar", "--cache", tmp_path / "store"]
-    settings = sets(*SMALLER, "training.steps=1")
+    settings = quick(*SMALLER, "training.steps=1")
     assert "stored the posteriors of 12 utterances" in asrkit(*words, "--out", tmp_path / "one", *settings)
     assert "stored the posteriors" not in asrkit(*words, "--out", tmp_path / "two", *settings)
     asrkit(*words[:5], "--labels", "teacher", "--out", tmp_path / "labeled", *settings)

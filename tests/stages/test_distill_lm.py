@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,9 @@ from asrkit.nn.context import FULL
 from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.training.asr_loss import LossConfig
 from asrkit.training.contexts import ContextsConfig
-from helpers.lm_runs import asrkit, make_aligned_corpus, quick, sets
+from helpers.aligned import make_aligned_corpus
+from helpers.commands import asrkit, launched, quick, sets
+from helpers.run_dirs import metrics, weights_equal
 
 pytest.importorskip("espeakng_loader")
 UNITS = ("bpe", "phone", "senone")
@@ -251,7 +252,7 @@ def test_a_run_learns_labels_and_posteriors(taught: Path) -> None:
     run = open_run(taught)
     assert run.lineage[-1]["stage"] == "distill-lm" and run.lineage[-1]["metrics"]["frame_accuracy"] > 0.5
     assert set(run.model_spec["heads"]) == {*UNITS, SUPERVISED}
-    rows = [json.loads(line) for line in (taught / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(taught)
     logged = [row for row in rows if "lm_phone" in row]
     for name in ("lm_bpe", "lm_phone", "lm_senone", SUPERVISED):
         assert logged[-1][name] < logged[0][name]
@@ -349,18 +350,15 @@ app()
 """
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(corpus: Path, tmp_path: Path) -> None:
     more = [*lm_options(corpus, "phone", "bpe"), "--supervised", "senone"]
     distill(corpus, tmp_path / "whole", *more)
     files = ["--from", corpus / "parent", "--manifest", corpus / "aligned.jsonl.gz", "--out", tmp_path / "parted"]
     words = ["distill-lm", *files, "--max-duration", 20, *quick("training.steps=4"), *more]
-    stopped = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *map(str, words)], capture_output=True, text=True, timeout=300
-    )
-    assert stopped.returncode == 143, stopped.stderr
+    launched([sys.executable, "-c", INTERRUPTED], *words, code=143)
     distill(corpus, tmp_path / "parted", *more)
-    whole, parted = (open_run(tmp_path / name).weights() for name in ("whole", "parted"))
-    assert all(torch.equal(tensor, parted[name]) for name, tensor in whole.items())
+    assert weights_equal(tmp_path / "whole", tmp_path / "parted")
 
 
 def test_cuts_without_alignment(corpus: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import soundfile
 from lhotse.supervision import AlignmentItem
 from rich.console import Console
 
-from asrkit.cli import main
 from asrkit.data.batch import evaluation_batches
 from asrkit.data.manifests import digest_of, make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
@@ -38,6 +37,7 @@ from asrkit.stages.evaluate import Evaluation, evaluate
 from asrkit.stages.info import describe_run
 from asrkit.stages.summary import summarize_runs
 from asrkit.stages.transcribe import transcribe
+from helpers.commands import finish
 from helpers.small_runs import SUBMODELS, TEXTS, noise, write_run
 
 
@@ -83,17 +83,6 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     write_cuts(folder / "test.jsonl.gz", cuts)
     return folder / "test.jsonl.gz"
-
-
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
-) -> tuple[int, str, str]:
-    """Run the command line in this process: exit code, standard output, standard error."""
-    monkeypatch.setattr("sys.argv", ["asrkit", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -155,15 +144,13 @@ def test_evaluate_prints_a_table(
     run: Path,
     manifest: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("evaluate", "--from", run, "--manifest", manifest, "--out", tmp_path, "--method", "all")
-    code, out, _ = command(monkeypatch, capsys, *words)
+    code, out, _ = finish(*words)
     assert code == 0
     for text in ("greedy", "beam", "ctc", "en", "fr", "WER %", "RTF", "-backbone-full-ctc"):
         assert text in out
-    code, out, _ = command(monkeypatch, capsys, *words[:-1], "beam", "--json", "--beam", "2")
+    code, out, _ = finish(*words[:-1], "beam", "--json", "--beam", "2")
     assert code == 0 and json.loads(out)["beam"] == 2
 
 
@@ -171,8 +158,6 @@ def test_evaluate_reports_every_mistake_before_work(
     run: Path,
     manifest: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
@@ -182,7 +167,7 @@ def test_evaluate_reports_every_mistake_before_work(
     cuts = list(open_cuts(manifest))
     lines = [json.dumps(cut.to_dict()) for cut in cuts]
     broken.write_text("\n".join([lines[0], lines[1][:40], lines[2]]))
-    code, out, err = command(monkeypatch, capsys, "evaluate", "--from", damaged, "--manifest", broken)
+    code, out, err = finish("evaluate", "--from", damaged, "--manifest", broken)
     assert code == 1 and out == "" and "Traceback" not in err
     assert f"error: {damaged / WEIGHTS}: digest" in err and f"error: {broken}:2:" in err
     assert not (damaged / "evaluation").exists()
@@ -206,9 +191,7 @@ def test_evaluate_names_bad_cuts(run: Path, manifest: Path, tmp_path: Path, faul
     assert not (tmp_path / "results").exists()
 
 
-def test_a_silent_cut_counts_and_is_told(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_silent_cut_counts_and_is_told(run: Path, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "silence.wav", np.zeros(16000), 16000)
     cut = make_cut("quiet", tmp_path / "silence.wav", sampling_rate=16000, num_samples=16000, text="one two")
     write_cuts(tmp_path / "silent.jsonl.gz", [cut])
@@ -222,7 +205,7 @@ def test_a_silent_cut_counts_and_is_told(
         tmp_path,
         "--json",
     )
-    code, out, err = command(monkeypatch, capsys, *words)
+    code, out, err = finish(*words)
     assert code == 0 and json.loads(out)["total"]["words"] == 2
     assert "warning" in err and "cut quiet: silent" in err
 
@@ -246,9 +229,7 @@ def test_transcribe_takes_any_format(run: Path, tmp_path: Path) -> None:
     assert [word.text for word in found[0].words] == found[0].text.split()
 
 
-def test_transcribe_survives_files_it_cannot_read(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_transcribe_survives_files_it_cannot_read(run: Path, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "tiny.wav", np.full(5, 0.1), 16000)
     soundfile.write(tmp_path / "good.wav", noise(np.random.default_rng(2), 16000), 16000)
@@ -257,7 +238,7 @@ def test_transcribe_survives_files_it_cannot_read(
     (tmp_path / "folder.wav").mkdir()
     names = ["empty.wav", "tiny.wav", "missing.wav", "text.wav", "nan.wav", "good.wav", "folder.wav"]
     words = ("transcribe", "--from", run, *(tmp_path / name for name in names))
-    code, out, err = command(monkeypatch, capsys, *words)
+    code, out, err = finish(*words)
     assert code == 1 and "Traceback" not in err
     assert [line.partition(": ")[0] for line in out.splitlines()] == [
         str(tmp_path / name) for name in ("tiny.wav", "good.wav")
@@ -269,14 +250,14 @@ def test_transcribe_survives_files_it_cannot_read(
         "nan": "numbers",
         "folder": "is a directory; give the files in it",
     }
-    code, _, streamed = command(monkeypatch, capsys, *words, "--stream", "--fast")
+    code, _, streamed = finish(*words, "--stream", "--fast")
     assert code == 1
     for said in (err, streamed):
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(errors) == len(reasons)
         for name, reason in reasons.items():
             assert any(f"{name}.wav: " in line and reason in line for line in errors)
-    code, out, _ = command(monkeypatch, capsys, *words, "--json")
+    code, out, _ = finish(*words, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and [Path(row["path"]).name for row in rows] == names
     assert ["error" in row for row in rows] == [True, False, True, True, True, False, True]
@@ -315,11 +296,9 @@ def test_words_begin_at_their_first_sound(run: Path) -> None:
     assert [(word.text, word.start) for word in words] == [("one", 10.2), ("two", 10.8)]
 
 
-def test_timestamps_are_one_line_a_word(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_timestamps_are_one_line_a_word(run: Path, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", noise(np.random.default_rng(1), 16000), 16000)
-    code, out, _ = command(monkeypatch, capsys, "transcribe", "--from", run, tmp_path / "a.wav", "--timestamps")
+    code, out, _ = finish("transcribe", "--from", run, tmp_path / "a.wav", "--timestamps")
     heading, *lines = out.splitlines()
     assert code == 0 and heading == f"{tmp_path / 'a.wav'}:" and lines
     starts = [float(line.split(maxsplit=1)[0]) for line in lines]
@@ -330,8 +309,6 @@ def test_info_counts_every_parameter(
     run: Path,
     manifest: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -342,11 +319,11 @@ def test_info_counts_every_parameter(
     assert sum(part["bytes"] for part in description["parts"]) == 4 * description["parameters"]
     assert [row["method"] for row in description["evaluations"]] == ["greedy"]
     assert description["evaluations"][0]["current"]
-    code, out, _ = command(monkeypatch, capsys, "info", copy)
+    code, out, _ = finish("info", copy)
     assert code == 0
     for text in ("train-backbone", "wer 0.5", "backbone", "joiner", "kaldi-fbank", "greedy", "backbone"):
         assert text in out
-    code, out, _ = command(monkeypatch, capsys, "info", copy, "--json")
+    code, out, _ = finish("info", copy, "--json")
     assert code == 0 and json.loads(out) == json.loads(json.dumps(description))
 
 
@@ -354,18 +331,17 @@ def test_info_counts_every_parameter(
     "words", [("info",), ("transcribe", "a.wav", "--from"), ("evaluate", "--manifest", "x", "--from")]
 )
 def test_a_damaged_run_is_refused_in_one_line(
-    run: Path, tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, tmp_path: Path, words: tuple[str, ...],
 ) -> None:  # fmt: skip
     shutil.copytree(run, tmp_path / "damaged")
     weights = bytearray((tmp_path / "damaged" / WEIGHTS).read_bytes())
     weights[-1] ^= 1
     (tmp_path / "damaged" / WEIGHTS).write_bytes(weights)
-    code, _, err = command(monkeypatch, capsys, *words, tmp_path / "damaged")
+    code, _, err = finish(*words, tmp_path / "damaged")
     lines = err.splitlines()
     assert code == 1 and all(line.startswith("error: ") for line in lines)
     assert sum("digest" in line for line in lines) == 1
-    code, _, err = command(monkeypatch, capsys, *words, tmp_path / "nowhere")
+    code, _, err = finish(*words, tmp_path / "nowhere")
     assert code == 1 and "no such run directory" in err
 
 
@@ -470,25 +446,20 @@ def test_left_is_asked_for_where_it_cannot_be_known() -> None:
 )
 def test_a_context_that_cannot_be_meant_is_refused(
     points: Path, manifest: Path, tmp_path: Path, words: list[str], said: list[str],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    code, out, err = command(
-        monkeypatch, capsys, "evaluate", "--from", points, "--manifest", manifest, "--out", tmp_path / "out", *words
-    )
+    code, out, err = finish("evaluate", "--from", points, "--manifest", manifest, "--out", tmp_path / "out", *words)
     assert code == 1 and out == "" and not (tmp_path / "out").exists()
     assert all(line.startswith("error: ") for line in err.splitlines())
     assert all(text in err for text in said)
 
 
-def test_a_context_never_trained_is_decoded_and_told(
-    points: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_context_never_trained_is_decoded_and_told(points: Path, manifest: Path, tmp_path: Path) -> None:
     words = ("evaluate", "--from", points, "--manifest", manifest, "--out", tmp_path, "--json")
-    code, out, err = command(monkeypatch, capsys, *words, "--mode", "full")
+    code, out, err = finish(*words, "--mode", "full")
     (warning,) = json.loads(out)["warnings"]
     assert code == 0 and "near was never trained in context full" in warning and f"warning: {warning}" in err
     # Without attention the frames before the chunk do not matter, so 0 and 64 are one context.
-    code, out, err = command(monkeypatch, capsys, *words, "--variant", "backbone", "--chunk", "4", "--left", "64")
+    code, out, err = finish(*words, "--variant", "backbone", "--chunk", "4", "--left", "64")
     assert code == 0 and json.loads(out)["warnings"] == [] and err == ""
 
 
@@ -556,9 +527,7 @@ def table_text(results: list[dict[str, Any]]) -> str:
     return cast(io.StringIO, console.file).getvalue()
 
 
-def test_info_tells_variants_apart(
-    points: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_tells_variants_apart(points: Path, manifest: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(points, copy)
     results = [evaluation.result for evaluation in evaluate(copy, manifest, methods=METHODS)]
@@ -585,7 +554,7 @@ def test_info_tells_variants_apart(
     (best,) = rows["near"]["best"]
     assert best["wer"] == min(result["total"]["wer"] for result in results) and best["context"] == "chunk=4,left=8"
     assert rows["wide"]["best"][0]["wer"] == wide.result["total"]["wer"] and rows["backbone"]["best"] == []
-    code, out, _ = command(monkeypatch, capsys, "info", copy)
+    code, out, _ = finish("info", copy)
     assert code == 0
     for text in (
         "near (default)",
@@ -610,9 +579,7 @@ def test_summary_has_a_row_for_each_variant_and_context(points: Path, manifest: 
     assert found == {("near", "chunk=4,left=8"), ("backbone", "full"), ("backbone", "chunk=4,left=0")}
 
 
-def test_evaluations_of_manifests_of_one_name_stand_side_by_side(
-    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluations_of_manifests_of_one_name_stand_side_by_side(run: Path, manifest: Path, tmp_path: Path) -> None:
     """So do those of beams of several sizes; the same again replaces only itself."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -632,7 +599,7 @@ def test_evaluations_of_manifests_of_one_name_stand_side_by_side(
     }
     assert len(rows) == 4 and len(describe_run(copy)["variants"][0]["best"]) == 2
     for words in (("summary", copy), ("info", copy)):
-        code, out, _ = command(monkeypatch, capsys, *words)
+        code, out, _ = finish(*words)
         assert code == 0 and all(text in out for text in (digests["en"][:8], digests["fr"][:8], "beam 2", "beam 3"))
 
 
@@ -648,9 +615,7 @@ def test_a_shar_directory_is_known_by_its_sound_too(manifest: Path, tmp_path: Pa
     assert digest_of(tmp_path / "one") != digest_of(tmp_path / "same")
 
 
-def test_nobody_speaks(
-    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nobody_speaks(run: Path, manifest: Path, tmp_path: Path) -> None:
     """What is recognized in a recording with an empty reference is inserted; the rate stays over the set's words."""
     cuts = list(open_cuts(manifest))
     spoken = evaluate(run, manifest, out=tmp_path / "spoken")[0].result["total"]
@@ -671,7 +636,7 @@ def test_nobody_speaks(
 
     write_cuts(tmp_path / "none.jsonl.gz", cuts[:4])
     words = ("evaluate", "--from", run, "--manifest", tmp_path / "none.jsonl.gz", "--out", tmp_path / "none")
-    code, out, err = command(monkeypatch, capsys, *words)
+    code, out, err = finish(*words)
     assert code == 0 and "empty reference" in err and "inf" not in out and "nan" not in out
     (file,) = (tmp_path / "none").glob("*/result.json")
     total = json.loads(file.read_text())["total"]

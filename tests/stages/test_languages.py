@@ -14,8 +14,6 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.test_encoder import assert_same_frames, contexts, randomise
-from stages.test_distill import asrkit, copied, data, metrics, model_of, rewrite, sets, weights_equal
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,10 +39,12 @@ from asrkit.stages.transcribe import transcribe
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.checkpoint import save_weights
 from asrkit.training.distributed import join_world
+from helpers.commands import asrkit, killed, quick
+from helpers.encoders import assert_same_frames, contexts, randomize
+from helpers.run_dirs import metrics, model_of, weights_equal
 from helpers.sherpa_client import client
 from helpers.small_runs import SUBMODELS, TEXTS, noise, write_run
-from helpers.stage_runs import killed
-from helpers.tones import make_corpus
+from helpers.tones import copied, data, make_corpus, rewrite
 
 VECTORS = "encoder.languages.weight"
 KNOWN = ["en", "fr", "it"]
@@ -71,7 +71,7 @@ def new_model(languages: list[str], norms: str = "shared") -> AsrModel:
 def speaking(norms: str = "shared") -> AsrModel:
     """One whose every weight is its own."""
     model = new_model(KNOWN, norms)
-    randomise(model, 5)
+    randomize(model, 5)
     return model
 
 
@@ -426,14 +426,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(corpus: Path) -> Path:
-    asrkit("train-backbone", *data(corpus), "--out", corpus / "told", *sets(*TOLD))
+    asrkit("train-backbone", *data(corpus), "--out", corpus / "told", *quick(*TOLD))
     return corpus / "told"
 
 
 @pytest.fixture(scope="module")
 def untold(corpus: Path, told: Path) -> Path:
     asrkit("train-backbone", *data(corpus), "--tokenizer", told / "tokenizer.model", "--out", corpus / "untold",
-           *sets(*TINY, BRIEF))  # fmt: skip
+           *quick(*TINY, BRIEF))  # fmt: skip
     return corpus / "untold"
 
 
@@ -443,12 +443,12 @@ def test_training_moves_the_vectors_and_later_stages_keep_them(corpus: Path, tol
     assert model.spec.languages == ["en", "fr"] and bool(vectors.any(dim=1).all())
     assert not torch.equal(vectors[0], vectors[1])
     common = [*data(corpus), "--out"]
-    asrkit("add-submodel", "--from", told, "--name", "near", *common, tmp_path / "near", *sets(BRIEF))
+    asrkit("add-submodel", "--from", told, "--name", "near", *common, tmp_path / "near", *quick(BRIEF))
     assert torch.equal(model_of(tmp_path / "near").get_parameter(VECTORS), vectors)
-    asrkit("prune", "--from", told, "--sparsity", "2:4", "--teacher", told, *common, tmp_path / "sparse", *sets(BRIEF))
-    asrkit("qat", "--from", tmp_path / "sparse", "--bits", 8, *common, tmp_path / "int8", *sets(BRIEF))
+    asrkit("prune", "--from", told, "--sparsity", "2:4", "--teacher", told, *common, tmp_path / "sparse", *quick(BRIEF))
+    asrkit("qat", "--from", tmp_path / "sparse", "--bits", 8, *common, tmp_path / "int8", *quick(BRIEF))
     assert model_of(tmp_path / "int8").spec.languages == ["en", "fr"]
-    asrkit("train-backbone", "--from", told, *common, tmp_path / "on", *sets(BRIEF))
+    asrkit("train-backbone", "--from", told, *common, tmp_path / "on", *quick(BRIEF))
     assert not torch.equal(model_of(tmp_path / "on").get_parameter(VECTORS), vectors)
     manifest = corpus / "dev.jsonl.gz"
     asrkit("evaluate", "--from", tmp_path / "int8", "--manifest", manifest)
@@ -456,9 +456,10 @@ def test_training_moves_the_vectors_and_later_stages_keep_them(corpus: Path, tol
     asrkit("align", "--from", told, "--manifest", manifest, "--out", tmp_path / "aligned.jsonl.gz")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_uninterrupted_run(corpus: Path, told: Path, tmp_path: Path) -> None:
     run = tmp_path / "again"
-    words = ["train-backbone", *data(corpus), "--out", run, *sets(*TOLD)]
+    words = ["train-backbone", *data(corpus), "--out", run, *quick(*TOLD)]
     killed("step 2:", *words)
     assert not (run / "done").exists()
     asrkit(*words)
@@ -469,12 +470,12 @@ def test_students_and_teachers_with_and_without(corpus: Path, told: Path, untold
     common = [*data(corpus), "--out"]
     small = [setting for setting in TOLD if not setting.startswith("tokenizer")]
     plain = small[:-1]
-    asrkit("distill", "--teacher", untold, *common, tmp_path / "told", *sets(*small, BRIEF))
+    asrkit("distill", "--teacher", untold, *common, tmp_path / "told", *quick(*small, BRIEF))
     assert model_of(tmp_path / "told").spec.languages == ["en", "fr"]
-    asrkit("distill", "--teacher", told, *common, tmp_path / "untold", *sets(*plain, BRIEF))
+    asrkit("distill", "--teacher", told, *common, tmp_path / "untold", *quick(*plain, BRIEF))
     assert model_of(tmp_path / "untold").spec.languages == []
     asrkit("distill", "--from", told, "--teacher", f"en={told}", "--teacher", f"fr={untold}", *common, tmp_path / "both",
-           "--cache", tmp_path / "store", *sets(BRIEF))  # fmt: skip
+           "--cache", tmp_path / "store", *quick(BRIEF))  # fmt: skip
     for name in ("told", "untold", "both"):
         assert any(row.get("kd_lattice", 0) > 0 for row in metrics(tmp_path / name)), name
 
@@ -484,7 +485,7 @@ def test_students_and_teachers_with_and_without(corpus: Path, told: Path, untold
 
     silent = copied(corpus, tmp_path / "silent.jsonl.gz", hush)
     words = ["distill", "--teacher", told, "--labels", "teacher", "--manifest", silent, "--max-duration", 20, "--out"]
-    assert "the teachers transcribed" in asrkit(*words, tmp_path / "labels", *sets(*small, BRIEF))
+    assert "the teachers transcribed" in asrkit(*words, tmp_path / "labels", *quick(*small, BRIEF))
 
 
 def _strange(number: int, cut: dict[str, Any]) -> None:
@@ -500,14 +501,14 @@ def test_cuts_of_other_languages_are_refused_before_training(
     out = tmp_path / "run"
     good = corpus / "train.jsonl.gz"
     refused: list[list[object]] = [
-        ["train-backbone", "--manifest", strange, *sets(*TOLD)],
-        ["train-backbone", "--manifest", good, "--dev", strange, *sets(*TOLD)],
-        ["train-backbone", "--from", told, "--manifest", strange, *sets()],
-        ["qat", "--from", told, "--bits", 8, "--manifest", strange, *sets()],
-        ["prune", "--from", told, "--manifest", strange, *sets()],
-        ["add-submodel", "--from", told, "--name", "near", "--manifest", strange, *sets()],
-        ["distill", "--from", told, "--teacher", untold, "--manifest", strange, *sets()],
-        ["distill", "--from", told, "--teacher", untold, "--labels", "teacher", "--manifest", strange, *sets()],
+        ["train-backbone", "--manifest", strange, *quick(*TOLD)],
+        ["train-backbone", "--manifest", good, "--dev", strange, *quick(*TOLD)],
+        ["train-backbone", "--from", told, "--manifest", strange, *quick()],
+        ["qat", "--from", told, "--bits", 8, "--manifest", strange, *quick()],
+        ["prune", "--from", told, "--manifest", strange, *quick()],
+        ["add-submodel", "--from", told, "--name", "near", "--manifest", strange, *quick()],
+        ["distill", "--from", told, "--teacher", untold, "--manifest", strange, *quick()],
+        ["distill", "--from", told, "--teacher", untold, "--labels", "teacher", "--manifest", strange, *quick()],
         ["align", "--from", told, "--manifest", strange],
     ]
     for words in refused:
@@ -517,9 +518,9 @@ def test_cuts_of_other_languages_are_refused_before_training(
         assert not place.exists()
     # They may be left out instead.
     said = asrkit("train-backbone", "--manifest", strange, "--max-duration", 20, "--out", out,
-                  *sets(*TOLD, "bad_cuts=skip", "training.steps=1"))  # fmt: skip
+                  *quick(*TOLD, "bad_cuts=skip", "training.steps=1"))  # fmt: skip
     assert "left out: cut train-2: language: de" in said and "6 utterances" in said
-    said = asrkit("train-backbone", "--manifest", good, "--out", tmp_path / "no", *sets(*TINY, "model.languages=[en, en]"), code=1)  # fmt: skip
+    said = asrkit("train-backbone", "--manifest", good, "--out", tmp_path / "no", *quick(*TINY, "model.languages=[en, en]"), code=1)  # fmt: skip
     assert "model.languages" in said and "named more than once" in said
 
 
@@ -535,11 +536,11 @@ def test_cuts_a_teacher_does_not_know_are_refused(corpus: Path, told: Path, unto
         f"--teacher {told}: takes the language as an input, one of en, fr; 2 cuts have another or none: "
         "train-2 (de), train-5 (none)"
     )
-    student = sets(*TINY[:-2])
+    student = quick(*TINY[:-2])
     refused: list[list[object]] = [
         ["distill", "--teacher", told, "--manifest", strange, *student],
         ["distill", "--teacher", told, "--labels", "teacher", "--manifest", hushed, *student],
-        ["qat", "--from", untold, "--bits", 8, "--teacher", told, "--manifest", strange, *sets()],
+        ["qat", "--from", untold, "--bits", 8, "--teacher", told, "--manifest", strange, *quick()],
     ]
     for words in refused:
         said = lines_of(asrkit(*words, "--out", out, code=1))
@@ -550,7 +551,7 @@ def test_joins_would_mix_languages(corpus: Path, told: Path, tmp_path: Path) -> 
     common: list[object] = ["--manifest", corpus / "train.jsonl.gz", "--out", tmp_path / "no"]
     join = "data.augment.join=0.5"
     for said in (
-        asrkit("train-backbone", *common, *sets(*TOLD, join), code=1),
-        asrkit("distill", "--teacher", told, *common, *sets(*TINY[:-2], join), code=1),
+        asrkit("train-backbone", *common, *quick(*TOLD, join), code=1),
+        asrkit("distill", "--teacher", told, *common, *quick(*TINY[:-2], join), code=1),
     ):
         assert len(lines_of(said)) == 1 and "set it to 0" in said and not (tmp_path / "no").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from asrkit.cli import main
 from asrkit.cli.submodel import _ranges
 from asrkit.config import digest, from_dict, to_dict
 from asrkit.data.text.tokenizer import train_tokenizer
@@ -54,8 +52,8 @@ from asrkit.stages.submodel import (
 )
 from asrkit.training.checkpoint import save_weights
 from asrkit.training.run_writer import DONE, write_untrained_run
+from helpers.commands import finish
 
-Run = Callable[..., tuple[int, str, str]]
 SUBMODELS = {
     "attention": {"kind": "attention", "layers": [0, 1, 2], "dim": 16, "heads": 2},
     "near": {"kind": "attention", "layers": [0, 2], "dim": 8, "heads": 2, "context": "chunk=4,left=8"},
@@ -121,20 +119,6 @@ def backbone(near: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def asrkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["asrkit", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -173,19 +157,19 @@ def assert_complete(run: Path, parent: Path, stage: str) -> dict[str, Any]:
     return entry
 
 
-def refused(asrkit: Run, *words: object, saying: str, out: Path | None = None) -> None:
+def refused(*words: object, saying: str, out: Path | None = None) -> None:
     """Exactly one line that says it, exit code 1, and nothing written."""
     folder = None if out is None else out.parent
     before = {} if folder is None else contents(folder)
-    code, printed, err = asrkit("submodel", *words)
+    code, printed, err = finish("submodel", *words)
     assert code == 1 and printed == ""
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and saying in err, err
     if folder is not None:
         assert contents(folder) == before
 
 
-def test_list(near: Path, backbone: Path, asrkit: Run) -> None:
-    code, out, _ = asrkit("submodel", "list", near)
+def test_list(near: Path, backbone: Path) -> None:
+    code, out, _ = finish("submodel", "list", near)
     assert code == 0
     rows = [line.split() for line in out.splitlines()]
     assert ["name", "kind", "layers", "position", "dim", "context", "parameters", "variants"] in rows
@@ -195,14 +179,14 @@ def test_list(near: Path, backbone: Path, asrkit: Run) -> None:
     assert ["bottle", "adapter", "1", "parallel", "4", "-", str(adapter), "none"] in rows
     assert any(row[:6] == ["near", "attention", "0,2", "serial", "8", "chunk=4,left=8"] for row in rows)
     assert "default variant: near" in out
-    code, out, _ = asrkit("submodel", "list", near, "--json")
+    code, out, _ = finish("submodel", "list", near, "--json")
     description = json.loads(out)
     assert description == describe_submodels(near)
     assert sum(part["parameters"] for part in description["submodels"]) == sum(
         parameter.numel() for parameter in load_model(open_run(near)).encoder.submodels.parameters()
     )
     assert list(description["variants"]) == list(VARIANTS)
-    code, out, _ = asrkit("submodel", "list", backbone)
+    code, out, _ = finish("submodel", "list", backbone)
     assert code == 0 and "no sub-models" in out and "default variant: backbone" in out
 
 
@@ -214,8 +198,8 @@ def test_layers_are_written_as_ranges(layers: set[int]) -> None:
     assert all(later[0] > part[-1] + 1 for part, later in pairwise(parts))
 
 
-def test_remove(near: Path, tmp_path: Path, asrkit: Run) -> None:
-    code, out, _ = asrkit("submodel", "remove", "--from", near, "--name", "attention", "--out", tmp_path / "x")
+def test_remove(near: Path, tmp_path: Path) -> None:
+    code, out, _ = finish("submodel", "remove", "--from", near, "--name", "attention", "--out", tmp_path / "x")
     assert code == 0 and "removed sub-model attention and what used it: attention, all" in out
     assert "default" not in out  # near stays it
     entry = assert_complete(tmp_path / "x", near, "submodel remove")
@@ -229,8 +213,8 @@ def test_remove(near: Path, tmp_path: Path, asrkit: Run) -> None:
         assert_same_outputs(near, tmp_path / "x", variant)
 
 
-def test_remove_the_default(near: Path, tmp_path: Path, asrkit: Run) -> None:
-    code, out, _ = asrkit("submodel", "remove", "--from", near, "--name", "near", "--out", tmp_path / "x")
+def test_remove_the_default(near: Path, tmp_path: Path) -> None:
+    code, out, _ = finish("submodel", "remove", "--from", near, "--name", "near", "--out", tmp_path / "x")
     assert code == 0 and "near, near-late, all" in out and "was near and is now backbone" in out
     assert_complete(tmp_path / "x", near, "submodel remove")
     spec = load_model(open_run(tmp_path / "x")).spec
@@ -252,10 +236,10 @@ def test_remove_says_which_submodels_are_left_idle(tmp_path: Path) -> None:
     assert any("near is in no variant" in note for note in notes)
 
 
-def test_there_and_back(near: Path, backbone: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_there_and_back(near: Path, backbone: Path, tmp_path: Path) -> None:
     """Extracted and attached to the bare backbone, a sub-model gives what it gave."""
     file = tmp_path / "near.safetensors"
-    code, out, _ = asrkit("submodel", "extract", "--from", near, "--name", "near", "--out", file)
+    code, out, _ = finish("submodel", "extract", "--from", near, "--name", "near", "--out", file)
     assert code == 0 and "variants near, near-late" in out and str(file) in out
     with safe_open(file, framework="pt") as opened:
         content = json.loads(opened.metadata()["content"])
@@ -265,7 +249,7 @@ def test_there_and_back(near: Path, backbone: Path, tmp_path: Path, asrkit: Run)
     assert content["variants"]["near"]["contexts"] == ["chunk=4,left=8", "chunk=8,left=8"]
     assert content["lineage"] == open_run(near).lineage
 
-    code, out, err = asrkit("submodel", "attach", "--from", backbone, "--file", file, "--out", tmp_path / "y")
+    code, out, err = finish("submodel", "attach", "--from", backbone, "--file", file, "--out", tmp_path / "y")
     assert code == 0 and err == "" and "default variant is still backbone" in out
     entry = assert_complete(tmp_path / "y", backbone, "submodel attach")
     assert entry["manifests"] == {str(file): sha256_of(file)} and entry["submodel_lineage"] == open_run(near).lineage
@@ -309,7 +293,7 @@ def test_attach_what_was_never_alone(near: Path, backbone: Path, tmp_path: Path)
     assert_same_outputs(tmp_path / "before", tmp_path / "z", "bottle")
 
 
-def test_attach_warns_of_another_decoder(near: Path, backbone: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_attach_warns_of_another_decoder(near: Path, backbone: Path, tmp_path: Path) -> None:
     """The encoder is the same, what reads its frames is not."""
     other = tmp_path / "other"
     run, model = open_run(backbone), load_model(open_run(backbone))
@@ -318,12 +302,12 @@ def test_attach_warns_of_another_decoder(near: Path, backbone: Path, tmp_path: P
     write_untrained_run(other, run, "test", {}, model)
     extract_submodel(near, "near", tmp_path / "near.safetensors")
     words = ("submodel", "attach", "--from", other, "--file", tmp_path / "near.safetensors", "--out", tmp_path / "y")
-    code, _, err = asrkit(*words)
+    code, _, err = finish(*words)
     assert code == 0 and err.startswith("warning: ") and "predictor, joiner or CTC head" in err
     assert_same_outputs(near, tmp_path / "y", "near")
 
 
-def test_combine(near: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_combine(near: Path, tmp_path: Path) -> None:
     words = (
         "submodel",
         "combine",
@@ -336,7 +320,7 @@ def test_combine(near: Path, tmp_path: Path, asrkit: Run) -> None:
         "--submodel",
         "near",
     )
-    code, out, err = asrkit(*words, "--context", "left=8, chunk=4", "--context", "full", "--out", tmp_path / "z")
+    code, out, err = finish(*words, "--context", "left=8, chunk=4", "--context", "full", "--out", tmp_path / "z")
     assert code == 0 and "variant both: bottle, near; contexts chunk=4,left=8; full" in out
     assert "default variant is still near" in out
     assert [line for line in err.splitlines() if "near was never trained in context full" in line]
@@ -357,16 +341,16 @@ def test_combine(near: Path, tmp_path: Path, asrkit: Run) -> None:
         assert_same_outputs(near, tmp_path / "z", variant)
 
 
-def test_combine_takes_the_contexts_all_were_trained_in(near: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_combine_takes_the_contexts_all_were_trained_in(near: Path, tmp_path: Path) -> None:
     words = ("combine", "--from", near, "--variant", "both", "--submodel")
-    code, _, err = asrkit("submodel", *words, "attention", "--submodel", "near", "--out", tmp_path / "z")
+    code, _, err = finish("submodel", *words, "attention", "--submodel", "near", "--out", tmp_path / "z")
     assert code == 0 and err == ""
     assert load_model(open_run(tmp_path / "z")).spec.variants["both"].contexts == ["chunk=4,left=8"]
     out = tmp_path / "none" / "z"
-    refused(asrkit, *words, "bottle", "--submodel", "near", "--out", out, saying="bottle in none; near in", out=out)
+    refused(*words, "bottle", "--submodel", "near", "--out", out, saying="bottle in none; near in", out=out)
 
 
-def test_refusals(near: Path, backbone: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_refusals(near: Path, backbone: Path, tmp_path: Path) -> None:
     """Each in one line with what to do, and nothing is written."""
     out = tmp_path / "out"
     file = tmp_path / "files" / "near.safetensors"
@@ -377,7 +361,7 @@ def test_refusals(near: Path, backbone: Path, tmp_path: Path, asrkit: Run) -> No
     there = "it has attention, near, bottle"
 
     def case(*words: object, saying: str) -> None:
-        refused(asrkit, *words, saying=saying, out=out)
+        refused(*words, saying=saying, out=out)
 
     case(
         "remove",
@@ -408,33 +392,33 @@ def test_refusals(near: Path, backbone: Path, tmp_path: Path, asrkit: Run) -> No
     case("list", tmp_path / "nowhere", saying="no such run directory")
     assert not out.exists()
 
-    code, _, err = asrkit("submodel", *attach[:2], file, "--from", near, "--file", file)
+    code, _, err = finish("submodel", *attach[:2], file, "--from", near, "--file", file)
     assert code == 1 and [line[:6] for line in err.splitlines()] == ["error:"] * 3  # all findings at once
     for text in (f"{file}: is a file", "sub-model near already", "variant near-late already"):
         assert text in err
 
 
 @pytest.mark.parametrize("words", [("remove", "--name", "near"), ("combine", "--variant", "c", "--submodel", "near")])
-def test_an_occupied_place(near: Path, tmp_path: Path, asrkit: Run, words: tuple[str, ...]) -> None:
+def test_an_occupied_place(near: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    refused(asrkit, *words, "--from", near, "--out", out, saying="not empty", out=out)
+    refused(*words, "--from", near, "--out", out, saying="not empty", out=out)
     (out / "notes.txt").unlink()
-    code, _, _ = asrkit("submodel", *words, "--from", near, "--out", out)  # an empty directory will do
+    code, _, _ = finish("submodel", *words, "--from", near, "--out", out)  # an empty directory will do
     assert code == 0 and (out / DONE).is_file()
-    refused(asrkit, *words, "--from", near, "--out", out, saying="not empty", out=out)
+    refused(*words, "--from", near, "--out", out, saying="not empty", out=out)
     beneath = near / WEIGHTS / "out"
-    refused(asrkit, *words, "--from", near, "--out", beneath, saying="cannot write", out=near / "out")
+    refused(*words, "--from", near, "--out", beneath, saying="cannot write", out=near / "out")
 
 
-def test_a_damaged_run(near: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_a_damaged_run(near: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", variants=VARIANTS)
     weights = bytearray((run / WEIGHTS).read_bytes())
     weights[-1] ^= 1
     (run / WEIGHTS).write_bytes(weights)
     for words in (("list", run), ("remove", "--from", run, "--name", "near", "--out", tmp_path / "x")):
-        refused(asrkit, *words, saying="digest", out=tmp_path / "x")
+        refused(*words, saying="digest", out=tmp_path / "x")
 
 
 @settings(deadline=None, max_examples=30)
@@ -465,20 +449,20 @@ def test_a_damaged_file(
         assert part.spec == whole.spec and part.lineage == whole.lineage
 
 
-def test_a_file_of_another_kind(near: Path, backbone: Path, tmp_path: Path, asrkit: Run) -> None:
+def test_a_file_of_another_kind(near: Path, backbone: Path, tmp_path: Path) -> None:
     words = ("attach", "--from", backbone, "--out", tmp_path / "y", "--file")
-    refused(asrkit, *words, near / WEIGHTS, saying="is no sub-model", out=tmp_path / "y")
-    refused(asrkit, *words, near / MODEL, saying="damaged or no sub-model", out=tmp_path / "y")
+    refused(*words, near / WEIGHTS, saying="is no sub-model", out=tmp_path / "y")
+    refused(*words, near / MODEL, saying="damaged or no sub-model", out=tmp_path / "y")
     extract_submodel(near, "bottle", tmp_path / "bottle.safetensors")
     part = read_submodel(tmp_path / "bottle.safetensors")
     with safe_open(tmp_path / "bottle.safetensors", framework="pt") as opened:
         header = opened.metadata()
     changed = {key: tensor + 1 for key, tensor in part.tensors.items()}
     save_file(changed, tmp_path / "changed.safetensors", header)
-    refused(asrkit, *words, tmp_path / "changed.safetensors", saying="digests differ", out=tmp_path / "y")
+    refused(*words, tmp_path / "changed.safetensors", saying="digests differ", out=tmp_path / "y")
     edited = header | {"content": header["content"].replace(part.backbone_sha256, "0" * 64)}
     save_file(part.tensors, tmp_path / "edited.safetensors", edited)
-    refused(asrkit, *words, tmp_path / "edited.safetensors", saying="digests differ", out=tmp_path / "y")
+    refused(*words, tmp_path / "edited.safetensors", saying="digests differ", out=tmp_path / "y")
 
 
 def test_a_failure_leaves_nothing(near: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,9 +528,9 @@ def test_backbone_digest(near: Path) -> None:
     assert backbone_digest(tensors | {key: tensors[key].t().contiguous().t()}) == before  # strides are no content
 
 
-def test_help_shows_examples(asrkit: Run) -> None:
+def test_help_shows_examples() -> None:
     for name in ("list", "remove", "extract", "attach", "combine"):
-        code, out, _ = asrkit("submodel", name, "--help")
+        code, out, _ = finish("submodel", name, "--help")
         assert code == 0 and f"asrkit submodel {name} " in " ".join(out.split()), name
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,8 +21,8 @@ from asrkit.models import load_model
 from asrkit.models.lm import LanguageModel, LmSpec
 from asrkit.models.registry import load_lm
 from asrkit.run_dir import open_run
-from helpers.lm_runs import asrkit, sets
-from helpers.stage_runs import TWO, launched
+from helpers.commands import TWO, asrkit, launched, sets
+from helpers.run_dirs import metrics, weights_equal
 
 SMALL = ["model.dim=16", "model.num_layers=1", "vocab_size=30", "training.tensorboard=false", "training.precision=float32",
          "training.optimizer.warm_up_steps=5", "training.optimizer.learning_rate=0.01"]  # fmt: skip
@@ -140,20 +138,17 @@ def test_a_model_learns_what_follows(text: Path, tmp_path: Path, architecture: s
     assert math.exp(total / count) == pytest.approx(perplexity, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(text: Path, tmp_path: Path) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     words = ["train-lm", "--text", text, *sets(*SMALL, "training.save_every=3", "training.log_every=1")]
     asrkit(*words, "--out", whole, *sets("training.steps=8"))
-    command = [sys.executable, "-c", INTERRUPTED, *map(str, words), "--out", str(parted), *sets("training.steps=8")]
-    stopped = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert stopped.returncode == 143, stopped.stderr
+    launched([sys.executable, "-c", INTERRUPTED], *words, "--out", parted, *sets("training.steps=8"), code=143)
     assert not (parted / "done").exists()
     asrkit(*words, "--out", parted, *sets("training.steps=8"))
-    first, second = (open_run(path).weights() for path in (whole, parted))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    rows = [[json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-            for path in (whole, parted)]  # fmt: skip
-    assert rows[0] == rows[1] and len(rows[0]) == 8
+    assert weights_equal(whole, parted)
+    losses = [[row["loss"] for row in metrics(path) if "loss" in row] for path in (whole, parted)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
 # The command with SIGTERM sent in its fifth step.
@@ -172,11 +167,12 @@ app()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_model(text: Path, tmp_path: Path) -> None:
     """A step's sentences are shared out, as among the parts of one process."""
     words = ["train-lm", "--text", text, *sets(*SMALL, "training.steps=6", "model.dropout=0", "max_symbols=100")]
     asrkit(*words, "--out", tmp_path / "one", *sets("training.accumulate=2"))
-    launched([*TWO, "-m", "asrkit"], *words, "--out", tmp_path / "two", "--device", "cpu")
+    launched(TWO, *words, "--out", tmp_path / "two", "--device", "cpu")
     one, two = (open_run(tmp_path / name).weights() for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-5)

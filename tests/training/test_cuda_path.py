@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,14 +18,16 @@ from asrkit.data.batch import Batch
 from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec
-from asrkit.run_dir import METRICS, WEIGHTS
+from asrkit.run_dir import WEIGHTS
 from asrkit.training import checkpoint, distributed, update
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.config import TrainingConfig
 from asrkit.training.step import TrainTask, compute_gradients
-from helpers.lm_runs import SHAPE, asrkit, quick, sets
+from helpers.aligned import SHAPE
+from helpers.commands import asrkit, quick, sets
 from helpers.pretend_gpu import GPU, Counts, pretend_gpu
-from helpers.tones import make_corpus
+from helpers.run_dirs import metrics
+from helpers.tones import data, make_corpus
 
 # A state is loaded into parameters that torch takes for ones without numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
@@ -53,10 +54,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def data(folder: Path) -> list[object]:
-    return ["--manifest", folder / "train.jsonl.gz", "--dev", folder / "dev.jsonl.gz", "--max-duration", 20]
-
-
 def short(*settings: str) -> list[str]:
     return quick(*settings, "training.steps=2")
 
@@ -73,8 +70,7 @@ def on_both(folder: Path, tmp_path: Path, *words: object) -> Counts:
 def same_run(expected: Path, found: Path) -> None:
     weights, others = load_file(expected / WEIGHTS), load_file(found / WEIGHTS)
     torch.testing.assert_close(others, weights, rtol=1e-4, atol=1e-6)  # attention takes another way there
-    logs = [[json.loads(line) for line in (run / METRICS).read_text().splitlines()] for run in (expected, found)]
-    for row, same in zip(*logs, strict=True):
+    for row, same in zip(metrics(expected), metrics(found), strict=True):
         assert row.pop("timing") and same.pop("timing") and same == pytest.approx(row, rel=1e-4)
 
 
@@ -134,6 +130,7 @@ def test_language_models(folder: Path, tmp_path: Path, shape: str) -> None:
     on_both(folder, tmp_path, "train-lm", "--text", tmp_path / "text", *settings)
 
 
+@pytest.mark.slow
 def test_pseudo_labels_and_posteriors_on_disk(folder: Path, tmp_path: Path) -> None:
     cached = ["--teacher", folder / "parent", "--cache", tmp_path / "cache", *short(*SHAPE, "teacher.ctc_scale=0")]
     on_both(folder, tmp_path / "cached", "distill", *cached, *still(), *data(folder))

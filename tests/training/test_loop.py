@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import json
-import os
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from asrkit.migration import FORMAT
 from asrkit.models import load_model
 from asrkit.run_dir import LINEAGE, MODEL, open_run, sha256_of, write_yaml
 from asrkit.training.ema import MovingAverage
-from helpers.stage_runs import TWO
+from helpers.commands import ONE, TWO, Finished, asrkit, finish, launched, sets
+from helpers.run_dirs import metrics, weights_equal
 from helpers.tones import make_corpus
 
 TINY = [
@@ -40,24 +39,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(corpus: Path, out: Path, *changes: str, prefix: list[str] | None = None, **options: object) -> list[str]:
+def command(corpus: Path, out: Path, *changes: str, **options: object) -> list[str]:
+    """The words after ``asrkit``."""
     flags = {"manifest": corpus / "train.jsonl.gz", "out": out, "max_duration": 8, **options}
-    words = [*(prefix or [sys.executable]), "-m", "asrkit", "train-backbone"]
-    for name, value in flags.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    for change in [*TINY, *changes]:
-        words += ["--set", change]
-    return words
-
-
-def run(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return ["train-backbone", *words, *sets(*TINY, *changes)]
 
 
 def rows(out: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "timing"} for row in lines]
+    return [{key: value for key, value in row.items() if key != "timing"} for row in metrics(out)]
 
 
 RHYTHM = ["training.steps=30", "training.log_every=3", "training.save_every=4", "training.evaluate_every=10"]
@@ -66,8 +57,7 @@ RHYTHM = ["training.steps=30", "training.log_every=3", "training.save_every=4", 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = run(command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz"))
-    assert done.returncode == 0, done.stderr
+    asrkit(*command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz"))
     return out
 
 
@@ -84,13 +74,14 @@ def test_a_run_directory_is_complete(uninterrupted: Path, corpus: Path) -> None:
     assert not [path for path in uninterrupted.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait_for", [6, 13, 21])
 def test_killed_and_resumed_equals_uninterrupted(
     wait_for: int, uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
     words = command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz")
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*ONE, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     while process.poll() is None and time.monotonic() - began < 120:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= wait_for // 3:
@@ -101,43 +92,38 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert not (out / "done").exists(), "the run ended before it could be killed"
     if (out / "model.safetensors").exists():
         open_run(out)  # whatever was published is whole
-    again = run(words)
-    assert again.returncode == 0, again.stderr
+    again = asrkit(*words)
     if (out / "state").exists() and wait_for > 6:
-        assert "resuming after step" in again.stderr
+        assert "resuming after step" in again
     assert rows(out) == rows(uninterrupted)
-    expected, found = load_file(uninterrupted / "model.safetensors"), load_file(out / "model.safetensors")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert weights_equal(out, uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigint_saves_and_says_so(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     words = command(corpus, out, *RHYTHM, "training.save_every=1000", dev=corpus / "dev.jsonl.gz")
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*ONE, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "run the same command again to resume" in errors and "Traceback" not in errors
-    again = run(words)
-    assert again.returncode == 0 and "resuming after step" in again.stderr
-    expected, found = load_file(uninterrupted / "model.safetensors"), load_file(out / "model.safetensors")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert "resuming after step" in asrkit(*words)
+    assert weights_equal(out, uninterrupted)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(corpus: Path, tmp_path: Path) -> None:
     same = [
         "training.steps=6", "training.log_every=2", "model.dropout=0", "model.predictor_dropout=0",
         "data.augment.spec_augment=null",
     ]  # fmt: skip
-    two = run([*command(corpus, tmp_path / "two", *same, prefix=TWO)], OMP_NUM_THREADS="1")
-    assert two.returncode == 0, two.stderr
+    launched(TWO, *command(corpus, tmp_path / "two", *same))
     # accumulating two parts is the third way to the same batch
-    one = run(command(corpus, tmp_path / "one", *same, "training.accumulate=2"))
-    assert one.returncode == 0, one.stderr
-    wide = run(command(corpus, tmp_path / "wide", *same, max_duration=16))
-    assert wide.returncode == 0, wide.stderr
+    asrkit(*command(corpus, tmp_path / "one", *same, "training.accumulate=2"))
+    asrkit(*command(corpus, tmp_path / "wide", *same, max_duration=16))
     weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "wide")}
     for name, tensor in weights["one"].items():
         torch.testing.assert_close(tensor, weights["two"][name], rtol=1e-3, atol=1e-5)
@@ -154,18 +140,17 @@ def test_non_finite_losses_name_the_cuts_and_touch_nothing(corpus: Path, tmp_pat
         corpus, out, "training.steps=40", "training.optimizer.name=adamw", "training.optimizer.learning_rate=1e30",
         "training.max_skipped_in_a_row=3",
     )  # fmt: skip
-    done = run(words)
-    assert done.returncode == 1
-    assert "3 steps in a row" in done.stderr and "train-" in done.stderr and "Traceback" not in done.stderr
+    error = lines_of(finish(*words))
+    assert "3 steps in a row" in error and "train-" in error
     skipped = [row for row in rows(out) if "skipped_cuts" in row]
     assert len(skipped) == 3 and all(cut.startswith("train-") for cut in skipped[0]["skipped_cuts"])
 
 
-def lines_of(done: subprocess.CompletedProcess[str]) -> str:
+def lines_of(done: Finished) -> str:
     """The error lines; nothing but lines, and exit code 1."""
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return "\n".join(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert done.code == 1, done.err
+    assert "Traceback" not in done.err
+    return "\n".join(line for line in done.err.splitlines() if line.startswith("error: "))
 
 
 def test_bad_input_ends_in_one_line(corpus: Path, tmp_path: Path, uninterrupted: Path) -> None:
@@ -188,7 +173,7 @@ def test_bad_input_ends_in_one_line(corpus: Path, tmp_path: Path, uninterrupted:
         "kernel_size": command(corpus, out, "model.kernel_size=4"),
     }
     for expected, words in cases.items():
-        assert expected in lines_of(run(words)), expected
+        assert expected in lines_of(finish(*words)), expected
         assert not out.exists(), "something half written was left"
 
 
@@ -200,11 +185,10 @@ def test_bad_cuts_are_refused_or_left_out(tmp_path: Path) -> None:
     samples, rate = soundfile.read(audio)
     soundfile.write(audio, samples * 0, rate)
     (tmp_path / "train" / "5.wav").write_bytes(b"RIFF")
-    refused = lines_of(run(command(tmp_path, tmp_path / "refused", "training.steps=2")))
+    refused = lines_of(finish(*command(tmp_path, tmp_path / "refused", "training.steps=2")))
     assert "train-3" in refused and "train-5" in refused and "2 unusable cuts" in refused
-    skipped = run(command(tmp_path, tmp_path / "skipped", "training.steps=2", "bad_cuts=skip"))
-    assert skipped.returncode == 0, skipped.stderr
-    assert "left out: cut train-3" in skipped.stderr and "6 utterances" in skipped.stderr
+    skipped = asrkit(*command(tmp_path, tmp_path / "skipped", "training.steps=2", "bad_cuts=skip"))
+    assert "left out: cut train-3" in skipped and "6 utterances" in skipped
 
 
 def test_a_directory_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -214,12 +198,10 @@ def test_a_directory_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
     out.mkdir()
     with open(out / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another run is training there" in lines_of(run(command(corpus, out)))
+        assert "another run is training there" in lines_of(finish(*command(corpus, out)))
 
 
 def test_a_damaged_checkpoint_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(uninterrupted, copy)
     weights = copy / "model.safetensors"
@@ -232,8 +214,6 @@ def test_a_damaged_checkpoint_is_refused(uninterrupted: Path, tmp_path: Path) ->
 
 
 def test_a_model_of_another_version_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(uninterrupted, copy)
     found = open_run(copy)
@@ -249,22 +229,24 @@ def test_a_model_of_another_version_is_refused(uninterrupted: Path, tmp_path: Pa
 def test_a_truncated_state_is_refused(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "truncated"
     words = command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz")
-    assert run(words).returncode == 0
+    shutil.copytree(uninterrupted, out)
     (out / "done").unlink()
     state = out / "state" / "latest.safetensors"
     state.write_bytes(state.read_bytes()[:500])
-    assert "cannot resume" in lines_of(run(words))
+    assert "cannot resume" in lines_of(finish(*words))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_state(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "full"
     words = command(corpus, out, "training.steps=8", "training.save_every=4", "training.log_every=2")
     # files may not grow past 40 blocks: the metrics fit, the state does not
-    limited = run(["bash", "-c", "ulimit -f 40; trap '' XFSZ; exec \"$@\"", "bash", *words])
-    text = lines_of(limited)
+    limit = ["bash", "-c", "ulimit -f 40; trap '' XFSZ; exec \"$@\"", "bash", *ONE]
+    text = launched(limit, *words, code=1)
+    assert "Traceback" not in text
     assert "cannot write" in text and "free some space" in text
     assert not list(out.rglob(".tmp-*"))
-    assert run(words).returncode == 0
+    asrkit(*words)
     assert rows(out)[-1]["step"] == 8
 
 

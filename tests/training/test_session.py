@@ -19,14 +19,15 @@ from hypothesis import strategies as st
 from asrkit.config import resolve
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.text.tokenizer import train_tokenizer
-from asrkit.run_dir import TOKENIZER, open_run
+from asrkit.run_dir import TOKENIZER
 from asrkit.stages import add_submodel, distill, prune, qat, train_backbone
 from asrkit.training.dev_eval import even_subset
 from asrkit.training.distributed import World
 from asrkit.training.loop import OwnNumbers
 from asrkit.training.session import TaskRecipe
 from asrkit.training.step import Arithmetic, compute_gradients
-from helpers.stage_runs import TWO, launched, sets
+from helpers.commands import TWO, asrkit, launched, quick
+from helpers.run_dirs import weights_equal
 from helpers.tones import make_corpus
 
 SHAPE = [
@@ -46,10 +47,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def parent(corpus: Path) -> Path:
     """A small model with attention in a variant of its own, trained for two steps."""
-    launched(
-        [sys.executable, "-m", "asrkit"], "train-backbone", "--manifest", corpus / "train.jsonl.gz", "--out",
+    asrkit(
+        "train-backbone", "--manifest", corpus / "train.jsonl.gz", "--out",
         corpus / "parent", "--max-duration", 10,
-        *sets(*SHAPE, "training.steps=2", "tokenizer.vocab_size=18", "model.attention_dropout.probability=0.5"),
+        *quick(*SHAPE, "training.steps=2", "tokenizer.vocab_size=18", "model.attention_dropout.probability=0.5"),
     )  # fmt: skip
     return corpus / "parent"
 
@@ -118,14 +119,13 @@ def test_a_run_goes_on_with_another_number_of_processes(corpus: Path, tmp_path: 
     """Two processes are stopped and one goes on with the batches of both: the weights are those of either alone, dropout and all."""
 
     def words(out: Path, *more: str) -> list[str]:
-        settings = sets(*SHAPE, "tokenizer.vocab_size=18", "training.steps=6", "training.log_every=1", *more)
+        settings = quick(*SHAPE, "tokenizer.vocab_size=18", "training.steps=6", "training.log_every=1", *more)
         manifest = corpus / "train.jsonl.gz"
         return ["train-backbone", "--manifest", str(manifest), "--max-duration", "5", "--out", str(out), *settings]
 
-    one, two = [sys.executable, "-m", "asrkit"], [*TWO, "-m", "asrkit"]
-    launched(two, *words(tmp_path / "two"))
-    launched(one, *words(tmp_path / "one", "training.accumulate=2"))
-    with subprocess.Popen([*two, *words(tmp_path / "mixed")], stderr=subprocess.PIPE, text=True) as process:
+    launched(TWO, *words(tmp_path / "two"))
+    asrkit(*words(tmp_path / "one", "training.accumulate=2"))
+    with subprocess.Popen([*TWO, *words(tmp_path / "mixed")], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("step 3/"):
@@ -133,20 +133,18 @@ def test_a_run_goes_on_with_another_number_of_processes(corpus: Path, tmp_path: 
                 break
         process.stderr.read()
     assert not (tmp_path / "mixed" / "done").exists()
-    assert "resuming after step" in launched(one, *words(tmp_path / "mixed"))
-    expected = open_run(tmp_path / "two").weights()
+    assert "resuming after step" in asrkit(*words(tmp_path / "mixed"))
     for name in ("one", "mixed"):
-        weights = open_run(tmp_path / name).weights()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in weights.items()), name
+        assert weights_equal(tmp_path / name, tmp_path / "two"), name
 
 
 @pytest.mark.slow
 def test_processes_that_cannot_share_the_batches_are_refused(corpus: Path, tmp_path: Path) -> None:
     words = ["train-backbone", "--manifest", corpus / "train.jsonl.gz", "--max-duration", 5, "--out", tmp_path / "run"]
-    settings = sets(*SHAPE, "tokenizer.vocab_size=18", "training.steps=2", "training.accumulate=3")
-    launched([sys.executable, "-m", "asrkit"], *words, *settings)
+    settings = quick(*SHAPE, "tokenizer.vocab_size=18", "training.steps=2", "training.accumulate=3")
+    asrkit(*words, *settings)
     (tmp_path / "run" / "done").unlink()
-    said = launched([*TWO, "-m", "asrkit"], *words, *settings, code=1)
+    said = launched(TWO, *words, *settings, code=1)
     assert "3 batches per step, which 2 processes cannot share" in said
 
 
