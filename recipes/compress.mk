@@ -23,7 +23,8 @@ COMPRESSED := $(UNTRAINED) $(UNTRAINED:%=%-trained) $(PRUNED) sparse-int4
 
 .PHONY: compress
 compress: $(SMALLER)/float/evaluation/done $(COMPRESSED:%=$(SMALLER)/%/evaluation/done) $(SMALLER)/onnx/evaluation/done
-	$(ASRKIT) summary $(SMALLER)/float $(COMPRESSED:%=$(SMALLER)/%) $(SMALLER)/onnx --out $(SMALLER)/summary.json
+	$(ASRKIT) summary $(SMALLER)/float $(COMPRESSED:%=$(SMALLER)/%) $(SMALLER)/onnx \
+	    --baseline $(SMALLER)/float --out $(SMALLER)/summary.json
 
 $(SMALLER)/float/done: | $(FLOAT)/done
 	mkdir -p $(SMALLER)

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from asrkit.config import resolve
+from asrkit.data.manifests import open_cuts, speaker_of, text_of
 from asrkit.stages.add_submodel import AddSubModelConfig
 from asrkit.stages.distill import DistillConfig
 from asrkit.stages.prune import PruneConfig
@@ -54,6 +55,7 @@ def recipe(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 def test_every_variant_is_valid(path: Path) -> None:
     stages = {
         "modular": (AddSubModelConfig, PruneConfig, QatConfig),
+        "later": (AddSubModelConfig, PruneConfig, QatConfig, TrainBackboneConfig),
         "compress": (PruneConfig, QatConfig),
         "student": (TrainBackboneConfig, DistillConfig),
     }
@@ -61,12 +63,35 @@ def test_every_variant_is_valid(path: Path) -> None:
         resolve(settings, path)
 
 
-@pytest.mark.parametrize("recipe", ["prompts", "fsdd"], indirect=True)
-@pytest.mark.parametrize("target", ["all", "five", "modular", "compress", "lm", "lm-fresh", "taught"])
+# How many models each target writes.
+TARGETS = {
+    "prompts": {"all": 5, "five": 1, "modular": 7, "compress": 13, "lm": 6, "lm-fresh": 7, "taught": 12},
+    "fsdd": {"all": 2, "compress": 13},
+    "minilibrispeech": {
+        "all": 1,
+        "attention": 2,
+        "conformer": 2,
+        "streaming": 2,
+        "distill": 4,
+        "compress": 13,
+        "compare": 5,
+    },
+}
+# Models that a target needs and does not evaluate: the demo has, or it compares others.
+UNEVALUATED = {
+    "lm": {"exp/backbone"},
+    "lm-fresh": {"exp/backbone", "exp/fresh"},
+    "distill": {"exp/backbone", "exp/attention"},
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [(recipe, target) for recipe, targets in TARGETS.items() for target in targets],
+    indirect=["recipe"],
+)
 def test_the_targets_run_dry(recipe: Path, target: str) -> None:
     """What a target reads it has written before, and what it has trained it evaluates."""
-    if recipe.name == "fsdd" and target in ("five", "modular", "lm", "lm-fresh", "taught"):
-        return
     outcome = make(recipe, "-n", target, "ASRKIT=/opt/bin/asrkit", "NPROC=1", "SEED=7")
     assert outcome.returncode == 0, outcome.stderr
     lines = [
@@ -89,14 +114,8 @@ def test_the_targets_run_dry(recipe: Path, target: str) -> None:
                         evaluated.add(same.get(read, read))
         if " --out " in line and not any(f" {word} " in line for word in ("data", "align", "train-lm", "summary")):
             written.add(line.split(" --out ")[1].split()[0])
-    counts = {
-        "prompts": {"all": 5, "five": 1, "modular": 7, "compress": 13, "lm": 6, "lm-fresh": 7, "taught": 12},
-        "fsdd": {"all": 2, "compress": 13},
-    }
-    assert len(written) == counts[recipe.name][target]
-    assert evaluated == written - {"lm": {"exp/backbone"}, "lm-fresh": {"exp/backbone", "exp/fresh"}}.get(
-        target, set()
-    )  # it was, by the demo
+    assert len(written) == TARGETS[recipe.name][target]
+    assert evaluated == written - UNEVALUATED.get(target, set())
     reading = [line for line in lines if any(f" {word} " in line for word in ("train-backbone", "distill", "evaluate"))]
     assert all(" --manifest " in line for line in reading)
     for line in reading:
@@ -105,9 +124,9 @@ def test_the_targets_run_dry(recipe: Path, target: str) -> None:
     assert all((recipe / line.split("--config ")[1].split()[0]).is_file() for line in lines if "--config " in line)
 
 
-@pytest.mark.parametrize("recipe", ["fsdd", "speechocean762", "librispeech"], indirect=True)
+@pytest.mark.parametrize("recipe", ["fsdd", "speechocean762", "minilibrispeech", "librispeech"], indirect=True)
 def test_the_whole_chain_runs_dry(recipe: Path) -> None:
-    outcome = make(recipe, "-n", "ASRKIT=/opt/bin/asrkit")
+    outcome = make(recipe, "-n", "ASRKIT=/opt/bin/asrkit", "NPROC=1")
     assert outcome.returncode == 0, outcome.stderr
     trained = [line for line in outcome.stdout.splitlines() if line.startswith("/opt/bin/asrkit train-backbone ")]
     assert trained and "/opt/bin/asrkit evaluate" in outcome.stdout
@@ -128,12 +147,12 @@ def test_a_finished_run_is_not_started_again(recipe: Path) -> None:
     assert "evaluate" in planned
 
 
-@pytest.mark.parametrize("recipe", ["fsdd", "speechocean762"], indirect=True)
+@pytest.mark.parametrize("recipe", ["fsdd", "speechocean762", "minilibrispeech"], indirect=True)
 def test_a_tsv_takes_the_place_of_the_corpus(recipe: Path, tmp_path: Path) -> None:
     tsv = tmp_path / "transcripts.tsv"
     tsv.touch()
     planned = make(recipe, "-n", f"TSV={tsv}").stdout
-    assert "git clone" not in planned
+    assert "git clone" not in planned and "lhotse" not in planned
     assert str(tsv) in planned
 
 
@@ -159,6 +178,26 @@ def test_librispeech_parts_sizes_and_processes_are_choices(recipe: Path) -> None
     )
     assert "--manifest data/train-clean-100.jsonl.gz --dev data/dev-clean+dev-other.jsonl.gz" in train
     assert "--config small.yaml --out exp/small" in train
+
+
+@pytest.mark.parametrize("recipe", ["minilibrispeech"], indirect=True)
+def test_mini_librispeech_splits_from_the_public_layout(recipe: Path, tmp_path: Path) -> None:
+    """Four training speakers are the dev set, and the official dev set is the test set; texts are in lower case."""
+    corpus, random = tmp_path / "LibriSpeech", np.random.default_rng(0)
+    for part, speakers in (("train-clean-5", ("1088", "1737", "32", "3272")), ("dev-clean-2", ("84",))):
+        for speaker in speakers:
+            folder = corpus / part / speaker / "1"
+            folder.mkdir(parents=True)
+            soundfile.write(folder / f"{speaker}-1-0000.flac", random.normal(0.0, 0.1, 8000), 16000)
+            (folder / f"{speaker}-1.trans.txt").write_text(f"{speaker}-1-0000 AS YOU KNOW\n")
+    done = make(recipe, "data", f"CORPUS={corpus}", f"ASRKIT={Path(sys.executable).parent / 'asrkit'}")
+    assert done.returncode == 0, done.stderr
+    speakers_of = {}
+    for name in ("train", "dev", "test"):
+        cuts = list(open_cuts(recipe / "data" / f"{name}.jsonl.gz"))
+        speakers_of[name] = {speaker_of(cut) for cut in cuts}
+        assert {text_of(cut) for cut in cuts} == {"as you know"}
+    assert speakers_of == {"train": {"1088", "3272"}, "dev": {"1737", "32"}, "test": {"84"}}
 
 
 def test_fsdd_splits_from_the_public_layout(tmp_path: Path) -> None:
