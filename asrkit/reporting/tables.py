@@ -33,7 +33,7 @@ def points(difference: float) -> str:
 def table_console() -> Console:
     """Standard output as a console that cuts no column off, in a file or in a narrow terminal."""
     console = Console()
-    return Console(width=max(console.width, 120))
+    return Console(width=max(console.width, 140))
 
 
 def latency(milliseconds: float | None) -> str:
@@ -244,8 +244,8 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
         )
     if compared:
         table.caption = (
-            "change: points of WER from the baseline on the same manifest by the same search, below 0 is better; "
-            "* certain, as `asrkit compare` says\n(its interval leaves out 0, and its p, corrected for all rows, is below 0.05)"
+            "change: points of WER from the baseline on the same manifest by the same search, below 0 is better\n"
+            "*: certain, as `asrkit compare` says (its interval leaves out 0, and p, corrected for all rows, is below 0.05)"
         )
         table.caption_justify = "left"
     return table
