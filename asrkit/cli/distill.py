@@ -26,7 +26,7 @@ distillation = partial(typer.Option, rich_help_panel="Distillation")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands that train under a teacher."""
+    """Add the commands that train with a teacher."""
     app.command("distill")(distill)
     app.command("distill-lm")(distill_lm)
 
@@ -74,7 +74,7 @@ def distill(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a student under one teacher or several: other languages, a smaller size, or both.
+    """Train a student with one or several teachers: for more languages, a smaller model, or both.
 
     Examples:
 
@@ -149,14 +149,14 @@ def distill_lm(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a model's encoder under language models, which are not needed in use.
+    """Distill language models into a model's encoder. Only training needs them.
 
     Example:
 
         asrkit distill-lm --from exp/backbone --lm phone=exp/lm-phone --lm bpe=exp/lm-bpe --lambda 0.9 \\
             --supervised phone --manifest exp/aligned.jsonl.gz --dev exp/aligned-dev.jsonl.gz --out exp/lmkd
 
-    The heads that the language models teach are dropped by whatever reads the run directory next.
+    Commands that read the run directory afterwards drop the heads that learned from the language models.
     """
     from asrkit.config import resolve
     from asrkit.methods.lm_distillation.config import DistillLmConfig

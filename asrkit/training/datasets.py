@@ -1,4 +1,4 @@
-"""From manifests to the cuts a run trains on: opened, checked, and left out or refused where they cannot be used."""
+"""From manifests to the cuts a run trains on: opened, checked, and left out or refused if they cannot be used."""
 
 from __future__ import annotations
 
@@ -45,17 +45,19 @@ def read_datasets(
     languages: Sequence[str],
     check_cuts: Callable[[Iterable[Cut]], list[str]] | None = None,
 ) -> Datasets:
-    """Open the manifests and leave out, or refuse, the cuts that no tokenizer could make trainable.
+    """Open the manifests and leave out, or refuse, the cuts that cannot be trained on with any tokenizer.
 
     Args:
         languages: those the model takes as an input, if any.
-        check_cuts: why the stage cannot train on some of the cuts; [] where it can on all.
+        check_cuts: returns findings about cuts that the stage cannot train on; [] if there are none.
 
     Raises:
         UserError: unusable manifests or cuts.
     """
     if data.augment.join > 0 and languages:
-        raise UserError("data.augment.join joins utterances of any language, and this model takes one; set it to 0")
+        raise UserError(
+            "data.augment.join joins utterances of any language, but this model takes one per utterance; set it to 0"
+        )
 
     def usable(path: Path) -> CutSet:
         return usable_cuts(open_cuts(path), None, policy, run, languages=languages)
@@ -81,7 +83,7 @@ def training_batches(manifest: Path, data: DataConfig, out: Path, slices: int, s
     """The batches of a run, from its manifests without the cuts that its directory ``out`` leaves out.
 
     Args:
-        slices: batches in a step, of all processes together.
+        slices: batches per step, over all processes.
     """
     left_out = read_yaml(out / LEFT_OUT) if (out / LEFT_OUT).is_file() else {}
     main, *others = (
@@ -90,7 +92,7 @@ def training_batches(manifest: Path, data: DataConfig, out: Path, slices: int, s
     )
     table = CutTable(chain(main, *others))
     noise = None if data.noise is None else CutTable(open_cuts(data.noise))
-    # What the slowest perturbation makes of a batch still fits; joins count as they come on average.
+    # A batch fits even with the slowest perturbation; joins count with their average length.
     longest = (1 + data.augment.speed) * (1 + data.augment.tempo) * (1 + data.augment.join)
     plan = BucketPlan(table.durations, data.max_duration * slices / longest, data.num_buckets, slices, seed)
     return TrainBatches(table, plan, slices, data, Tokenizer(out / TOKENIZER), noise, seed)
@@ -105,10 +107,10 @@ def usable_cuts(
     need_text: bool = True,
     languages: Sequence[str] = (),
 ) -> CutSet:
-    """The cuts that can be trained on; the others are listed by id, and refused or left out as ``policy`` says; those
-    whose text is a teacher's are left out, as nobody can fix them.
+    """The cuts that can be trained on; the others are listed by id, and refused or left out according to ``policy``. Cuts that a
+    teacher has transcribed are always left out, because nobody can fix their texts.
 
-    A resumed run leaves out what the run left out when it began, without looking again.
+    A resumed run leaves out the same cuts as at its start, without checking again.
 
     Raises:
         UserError: bad cuts under ``refuse``, or none left.
