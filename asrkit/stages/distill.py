@@ -218,7 +218,7 @@ def _check(
         findings.append("distillation uses one context per batch; set contexts.sampling=random")
     if settings.data.augment.join > 0 and set(teachers) != {ANY}:
         findings.append(
-            "data.augment.join joins utterances of any language, but each teacher knows only its own; set it to 0"
+            "data.augment.join joins utterances of any language, but each teacher knows only its own; set data.augment.join=0"
         )
     if cache is not None:
         findings += [f"--cache {cache}: {line}" for line in needed_settings(settings.data, settings.teacher)]

@@ -56,7 +56,7 @@ def read_datasets(
     """
     if data.augment.join > 0 and languages:
         raise UserError(
-            "data.augment.join joins utterances of any language, but this model takes one per utterance; set it to 0"
+            "data.augment.join joins utterances of any language, but this model takes one per utterance; set data.augment.join=0"
         )
 
     def usable(path: Path) -> CutSet:

@@ -554,4 +554,4 @@ def test_joins_would_mix_languages(corpus: Path, told: Path, tmp_path: Path) -> 
         asrkit("train-backbone", *common, *quick(*TOLD, join), code=1),
         asrkit("distill", "--teacher", told, *common, *quick(*TINY[:-2], join), code=1),
     ):
-        assert len(lines_of(said)) == 1 and "set it to 0" in said and not (tmp_path / "no").exists()
+        assert len(lines_of(said)) == 1 and "set data.augment.join=0" in said and not (tmp_path / "no").exists()
