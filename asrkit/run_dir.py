@@ -176,15 +176,33 @@ class RunDir:
 
     def tensor_sizes(self) -> dict[str, tuple[int, int]]:
         """By parameter name, how many numbers each tensor has and how many bytes they take, from the file's header alone."""
+        return {
+            name: (math.prod(shape), math.prod(shape) * _bytes_of(dtype))
+            for name, (shape, dtype) in self._header().items()
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By parameter name, the shape of each tensor, from the file's header alone."""
+        return {name: shape for name, (shape, _) in self._header().items()}
+
+    def kept_weights(self) -> dict[str, int]:
+        """By path, how many weights the mask of each masked layer leaves."""
         from safetensors import safe_open
 
-        sizes = {}
         with safe_open(self.path / WEIGHTS, framework="numpy") as file:
-            for stored, name in self.stored_names.items():
-                tensor = file.get_slice(stored)
-                numbers = math.prod(tensor.get_shape())
-                sizes[name] = (numbers, numbers * _bytes_of(tensor.get_dtype()))
-        return sizes
+            return {
+                name.removesuffix(".mask"): int(file.get_tensor(stored).sum())
+                for stored, name in self.stored_names.items()
+                if name.endswith(".mask")
+            }
+
+    def _header(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """By parameter name, the shape of each tensor and safetensors' name of its type."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / WEIGHTS, framework="numpy") as file:
+            slices = {name: file.get_slice(stored) for stored, name in self.stored_names.items()}
+            return {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in slices.items()}
 
 
 def _bytes_of(dtype: str) -> int:

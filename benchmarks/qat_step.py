@@ -21,7 +21,8 @@ from asrkit.data.batch import Batch
 from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.models.compression import LayerChoice, choose_layers, compressed_layers
 from asrkit.models.surgery import rebuild
-from asrkit.nn.compression import Compression, find_mask
+from asrkit.nn.compression import find_mask
+from asrkit.nn.compression_config import Compression
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.config import TrainingConfig, resolve_precision
 from asrkit.training.optim import OptimizerConfig, make_optimizer

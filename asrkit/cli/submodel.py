@@ -42,7 +42,7 @@ def list_(
 
         asrkit submodel list exp/near
     """
-    from asrkit.stages.submodel import describe_submodels
+    from asrkit.stages.submodel_list import describe_submodels
 
     description = describe_submodels(run)
     if as_json:

@@ -16,8 +16,7 @@ from asrkit.decoding.exported import ExportedAcousticModel
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.search import Method, search
 from asrkit.errors import UserError
-from asrkit.export.directory import ParityRecord, TokenRecord
-from asrkit.export.graphs import CTC, ENCODER
+from asrkit.export.directory import CTC, ENCODER, ParityRecord, TokenRecord
 from asrkit.export.parity import (
     Differences,
     compare_layers,

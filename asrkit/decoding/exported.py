@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from asrkit.data.features import LOG_EPS
 from asrkit.decoding.acoustic import EncoderOutput
-from asrkit.export.graphs import CTC, ENCODER
+from asrkit.export.directory import CTC, ENCODER
 from asrkit.export.runtime import ExportedModel
 from asrkit.frames import SUBSAMPLING, count_window
 from asrkit.nn.conformer import subsampled_lens

@@ -16,8 +16,7 @@ from asrkit.decoding.search import METHODS, Method
 from asrkit.decoding.streaming import StreamingModel
 from asrkit.devices import choose_device
 from asrkit.errors import UserError
-from asrkit.export.directory import is_exported, open_exported
-from asrkit.export.graphs import CTC, FILES
+from asrkit.export.directory import CTC, FILES, is_exported, open_exported
 from asrkit.export.runtime import ExportedModel
 from asrkit.frames import ENCODER_SHIFT_MS
 from asrkit.models import load_model

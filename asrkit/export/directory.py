@@ -23,11 +23,12 @@ from pydantic import Field
 
 from asrkit.config import Positive, config, digest, from_dict, to_dict
 from asrkit.errors import UserError
-from asrkit.export.graphs import FILES
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import Context, parse_context
 from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, read_yaml, sha256_of, write_yaml
 
+ENCODER, DECODER, JOINER, CTC = "encoder", "decoder", "joiner", "ctc"
+FILES = (ENCODER, DECODER, JOINER, CTC)  # without their suffix
 README, REPORT, BPE_VOCAB = "README.md", "report.json", "bpe.vocab"
 Format = Literal["onnx", "torchscript"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torchscript": ".pt"}

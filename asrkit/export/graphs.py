@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from asrkit.errors import UserError
+from asrkit.export.directory import CTC, DECODER, ENCODER, JOINER
 from asrkit.frames import RECEPTIVE_FIELD, SUBSAMPLING, count_window
 from asrkit.models.asr import AsrModel
 from asrkit.models.encoder import Caches
 from asrkit.nn.context import Context, parse_context
 
-ENCODER, DECODER, JOINER, CTC = "encoder", "decoder", "joiner", "ctc"
-FILES = (ENCODER, DECODER, JOINER, CTC)
 # A frame counter lives in a float32 state: whole numbers up to here are exact.
 MAX_COUNT = 1 << 24
 

@@ -24,7 +24,8 @@ import numpy as np
 from torch import Tensor
 
 from asrkit.errors import UserError
-from asrkit.nn.compression import ActivationQuantization, Codes, CompressedLinear
+from asrkit.nn.compression import Codes, CompressedLinear
+from asrkit.nn.compression_config import ActivationQuantization
 
 OPSET = 17  # the newest that torch 1.13 writes; LayerNormalization is an operator from here on
 IR_VERSION = 8  # of that opset's time

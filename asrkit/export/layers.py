@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from asrkit.export.directory import PartRecord
-from asrkit.export.graphs import CTC
+from asrkit.export.directory import CTC, PartRecord
 from asrkit.export.onnx_file import GRAPH
 from asrkit.models import AsrModel
 from asrkit.models.compression import LayerChoice, QuantizationConfig, choose_layers, compressed_layers, quantized_spec
 from asrkit.models.sizes import part_of, sizes
 from asrkit.models.surgery import rebuild
-from asrkit.nn.compression import ActivationQuantization, CompressedLinear, WeightQuantization
+from asrkit.nn.compression import CompressedLinear
+from asrkit.nn.compression_config import ActivationQuantization, WeightQuantization
 
 SILENT = -1e4  # a logit whose probability is 0 in float32
 

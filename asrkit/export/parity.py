@@ -17,8 +17,8 @@ from torch import Tensor
 
 from asrkit.data.features import LOG_EPS
 from asrkit.errors import UserError
-from asrkit.export.directory import DifferenceRecord
-from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER, StateLayout
+from asrkit.export.directory import CTC, DECODER, ENCODER, JOINER, DifferenceRecord
+from asrkit.export.graphs import StateLayout
 from asrkit.export.integers import layer_alone, layer_constants
 from asrkit.export.runtime import ExportedModel, run_graph
 from asrkit.frames import SUBSAMPLING, count_encoder_frames, count_window

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from asrkit.errors import UserError
-from asrkit.export.directory import SUFFIXES, Format
-from asrkit.export.graphs import DECODER, ENCODER, FILES, JOINER, zipformer2_states
+from asrkit.export.directory import DECODER, ENCODER, FILES, JOINER, SUFFIXES, Format
+from asrkit.export.graphs import zipformer2_states
 from asrkit.export.safety import check_onnx, check_operators, check_script
 from asrkit.extras import require
 from asrkit.run_dir import EXPORT

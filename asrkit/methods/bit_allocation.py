@@ -14,7 +14,8 @@ from torch import nn
 from asrkit.config import from_dict, to_dict
 from asrkit.data.batch import Batch
 from asrkit.errors import UserError
-from asrkit.nn.compression import WeightQuantization, weight_codes
+from asrkit.nn.compression import weight_codes
+from asrkit.nn.compression_config import WeightQuantization
 from asrkit.training.step import LossOutput
 
 BITS = (8, 4, 2)

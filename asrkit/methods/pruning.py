@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from asrkit.config import Advanced, config, from_dict, to_dict
 from asrkit.models.compression import compressed_layers, masked_layers
-from asrkit.nn.compression import Mask, find_mask
+from asrkit.nn.compression import find_mask
+from asrkit.nn.compression_config import Mask
 
 Score = Literal["magnitude", "activation"]
 

@@ -14,20 +14,11 @@ from torch import nn
 from asrkit.config import Advanced, config, from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.models.asr import AsrModel
-from asrkit.models.spec import ModelSpec
-from asrkit.nn.compression import (
-    ActivationQuantization,
-    CompressedLinear,
-    Compression,
-    Mask,
-    WeightQuantization,
-)
+from asrkit.models.spec import TRAINING_ONLY, ModelSpec
+from asrkit.nn.compression import CompressedLinear
+from asrkit.nn.compression_config import ActivationQuantization, Compression, Mask, WeightQuantization
 
 Part = Literal["encoder", "submodels", "joiner", "ctc_head"]
-
-
-# Layers that only serve training are never compressed: no export holds them.
-TRAINING_ONLY = ("simple_encoder", "simple_predictor", "heads")
 
 
 @config

@@ -6,52 +6,14 @@ Source: the LSTM of arXiv 2110.10429 (an embedding and 4 LSTM layers); the Trans
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from asrkit.config import Positive, Probability, config
-from asrkit.data.text.units import Unit
+from asrkit.models.spec import LmShape, LmSpec
 from asrkit.nn.conformer import FeedForward, LayerNorm
 from asrkit.nn.submodels import Attention
 
 END = 0  # what every sequence begins and ends with: the tokenizer's blank, which is no unit
-
-
-@config
-class LmShape:
-    """Shape of a language model. The paper leaves the widths open; the defaults are our choice."""
-
-    architecture: Literal["lstm", "transformer"] = "lstm"
-    """lstm (the paper's) or a causal transformer."""
-    dim: Annotated[int, Field(ge=2)] = 256
-    """Width of the embedding and of the layers."""
-    num_layers: Positive = 4
-    """Number of layers."""
-    heads: Positive = 4
-    """Attention heads of the transformer; dim must be an even multiple of them."""
-    dropout: Probability = 0.1
-    """Dropout in the layers."""
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> Any:
-        if self.architecture == "transformer" and self.dim % (2 * self.heads):
-            raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
-        return self
-
-
-@config
-class LmSpec:
-    """A language model; its units are the pieces of the run's tokenizer.model."""
-
-    unit: Unit
-    """The unit of speech it is a model of."""
-    vocab_size: Annotated[int, Field(ge=2)]
-    """Size of the unit's inventory, with 0 for the end of a sequence."""
-    shape: LmShape
-    """The network."""
 
 
 class LanguageModel(nn.Module):

@@ -1,23 +1,27 @@
-"""What a run directory can hold: its kinds, and the way from model.yaml to a spec and from there to a module."""
+"""What a run directory can hold: its kinds, and the way from model.yaml to a spec and from there to a module.
+
+torch is imported only to build a module.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, overload
 
 from asrkit.config import from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT
-from asrkit.models.asr import AsrModel
-from asrkit.models.encoder import PretrainedEncoder
-from asrkit.models.lm import LanguageModel, LmSpec
-from asrkit.models.spec import ModelSpec, PretrainedEncoderSpec
+from asrkit.models.spec import LmSpec, ModelSpec, PretrainedEncoderSpec
 from asrkit.run_dir import MODEL, RunDir, write_yaml
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from asrkit.models.asr import AsrModel
+    from asrkit.models.encoder import PretrainedEncoder
+    from asrkit.models.lm import LanguageModel
 
 ASR, LM, ENCODER = "asr", "lm", "encoder"
 Spec = ModelSpec | LmSpec | PretrainedEncoderSpec
@@ -40,11 +44,29 @@ class Kind:
     next: str
 
 
+def _recognizer(spec: ModelSpec) -> AsrModel:
+    from asrkit.models.asr import AsrModel
+
+    return AsrModel(spec)
+
+
+def _language_model(spec: LmSpec) -> LanguageModel:
+    from asrkit.models.lm import LanguageModel
+
+    return LanguageModel(spec)
+
+
+def _pretrained_encoder(spec: PretrainedEncoderSpec) -> PretrainedEncoder:
+    from asrkit.models.encoder import PretrainedEncoder
+
+    return PretrainedEncoder(spec)
+
+
 KINDS = {
     ASR: Kind(
         "a recognizer",
         ModelSpec,
-        AsrModel,
+        _recognizer,
         True,
         "asrkit train-backbone",
         "evaluate it with `asrkit evaluate --from {path}`",
@@ -52,7 +74,7 @@ KINDS = {
     LM: Kind(
         "a language model",
         LmSpec,
-        LanguageModel,
+        _language_model,
         True,
         "asrkit train-lm",
         "let it teach a recognizer with `asrkit distill-lm --lm NAME={path}`",
@@ -60,7 +82,7 @@ KINDS = {
     ENCODER: Kind(
         "a pretrained encoder",
         PretrainedEncoderSpec,
-        PretrainedEncoder,
+        _pretrained_encoder,
         False,
         "asrkit pretrain",
         "make a recognizer of it first with `asrkit train-backbone --from {path}`",
@@ -155,6 +177,8 @@ def load(run: RunDir, kind: str) -> Any:
     Raises:
         UserError: the run is of another kind, or its weights do not fit the spec.
     """
+    import torch
+
     spec, weights = spec_of_kind(run, kind), run.weights()
     if kind == ASR:
         spec = replace(spec, heads={})

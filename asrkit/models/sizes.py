@@ -1,24 +1,24 @@
-"""What the parts of a model take when stored for use."""
+"""What the parts of a model take when stored for use, of a module or of a run directory, whose weights are then not read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from asrkit.models.spec import TRAINING_ONLY, ModelSpec
+from asrkit.nn.compression_config import Compression, stored_bits
+from asrkit.run_dir import RunDir
 
-from asrkit.models.asr import AsrModel
-from asrkit.models.compression import (
-    TRAINING_ONLY,
-    QuantizationConfig,
-    choose_layers,
-    compressed_layers,
-    linear_layers,
-    quantized_spec,
-)
-from asrkit.models.surgery import rebuild
-from asrkit.nn.compression import CompressedLinear, size_in_bits
+if TYPE_CHECKING:
+    from torch import nn
+
+    from asrkit.models.asr import AsrModel
+    from asrkit.models.compression import QuantizationConfig
+
+# Matrices that belong to no linear layer, by the last part of their module's path.
+NOT_LINEAR = ("embedding", "languages", "depthwise")
 
 
 def part_of(path: str) -> str:
@@ -30,39 +30,69 @@ def part_of(path: str) -> str:
 
 
 def sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """``part_sizes`` of a module; of a recognizer with variants: as the one that is selected."""
+    from asrkit.models.compression import compressed_layers
+    from asrkit.nn.compression import kept_weights
+
+    layers = compressed_layers(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    kept = {path: kept_weights(layer) for path, layer in layers.items()}
+    return part_sizes(shapes, {path: layer.active for path, layer in layers.items()}, kept)
+
+
+def stored_sizes(run: RunDir, spec: ModelSpec, variant: str) -> dict[str, dict[str, Any]]:
+    """``part_sizes`` of a run directory's recognizer in one of its variants, without building it."""
+    masks, integers = spec.variants[variant].masks, spec.variants[variant].integers
+    active = {path: how.restricted(masks, integers) for path, how in spec.compression.items()}
+    return part_sizes(run.tensor_shapes(), active, run.kept_weights() if masks else {})
+
+
+def part_sizes(
+    shapes: Mapping[str, tuple[int, ...]], compression: Mapping[str, Compression], kept: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
     """What each part takes when stored for use, and what it would as float32: ``backbone``, ``submodel NAME``, ``predictor``,
-    ``joiner``, ``ctc_head``. Of a recognizer with variants: as the one that is selected.
+    ``joiner``, ``ctc_head``.
 
     ``bytes`` and ``float_bytes``; ``weights``, how many are masked or quantized, and of those ``kept``; ``bits`` of the
-    quantized ones, all that occur. What the variant switches off does not count. Compressed layers count as ``size_in_bits``
-    says, all else 4 bytes a number; layers that only serve training are left out.
+    quantized ones, all that occur. Compressed layers count as ``stored_bits`` says, all else 4 bytes a number; layers that
+    only serve training are left out.
+
+    Args:
+        shapes: of every tensor of the model, by name.
+        compression: what is switched on of it, by layer path.
+        kept: how many weights the mask of a layer leaves; all of them where it is not named.
     """
     counted: dict[str, dict[str, Any]] = {}
-
-    def row(path: str) -> dict[str, Any]:
-        empty = {"bytes": 0.0, "float_bytes": 0, "weights": 0, "kept": 0, "bits": []}
-        return counted.setdefault(part_of(path), empty)
-
-    layers, inside = linear_layers(model), set()
-    for path, layer in layers.items():
-        part = row(path)
-        inside |= {f"{path}.{name}" for name, _ in layer.named_parameters()}
-        part["bytes"] += size_in_bits(layer) / 8
-        part["float_bytes"] += 4 * sum(parameter.numel() for parameter in layer.parameters())
-        if isinstance(layer, CompressedLinear) and (layer.active.mask or layer.active.weights):
-            part["weights"] += layer.weight.numel()
-            part["kept"] += int(layer.mask.sum()) if layer.active.mask is not None else layer.weight.numel()
-            if layer.active.weights is not None and layer.active.weights.bits not in part["bits"]:
-                part["bits"] = sorted([*part["bits"], layer.active.weights.bits])
-    plain = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if not n.endswith(".mask"))]
-    for name, tensor in plain:
-        if name not in inside and name.partition(".")[0] not in TRAINING_ONLY:
-            part = row(name)
-            part["bytes"] += 4 * tensor.numel()
-            part["float_bytes"] += 4 * tensor.numel()
+    for name, shape in shapes.items():
+        layer, _, tensor = name.rpartition(".")
+        if name.partition(".")[0] in TRAINING_ONLY or tensor == "mask":
+            continue
+        part = counted.setdefault(part_of(name), {"bytes": 0.0, "float_bytes": 0, "weights": 0, "kept": 0, "bits": []})
+        numbers = math.prod(shape)
+        part["float_bytes"] += 4 * numbers
+        how = compression.get(layer, Compression())
+        if tensor != "weight" or not (how.mask or how.weights):
+            part["bytes"] += 4 * numbers
+            continue
+        outputs, inputs = shape
+        left = kept.get(layer, numbers)
+        part["bytes"] += stored_bits((outputs, inputs), 0, how, left) / 8  # its bias is a tensor of its own
+        part["weights"] += numbers
+        part["kept"] += left
+        if how.weights is not None:
+            part["bits"] = sorted({*part["bits"], how.weights.bits})
     for part in counted.values():
         part["bytes"] = round(part["bytes"])
     return counted
+
+
+def linear_paths(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """The paths of the linear layers that an export could hold, from the shapes of a recognizer's tensors by name."""
+    for name, shape in shapes.items():
+        path, _, tensor = name.rpartition(".")
+        other = path.rpartition(".")[2] in NOT_LINEAR or path.partition(".")[0] in TRAINING_ONLY
+        if tensor == "weight" and len(shape) == 2 and not other:
+            yield path
 
 
 def layer_sizes(
@@ -70,6 +100,10 @@ def layer_sizes(
 ) -> tuple[dict[str, dict[int, float]], float, float]:
     """Bytes of each layer to be quantized with 8, 4 and 2 bits; and, of the whole model, the bytes of all else and those of
     float32. Sub-models that are not active do not count."""
+    from asrkit.models.compression import choose_layers, compressed_layers, quantized_spec
+    from asrkit.models.surgery import rebuild
+    from asrkit.nn.compression import size_in_bits
+
     layers = choose_layers(model, settings.layers, active)
     by_bits: dict[str, dict[int, float]] = {path: {} for path in layers}
     rest, plain = 0.0, 0.0

@@ -1,4 +1,6 @@
-"""The specs of recognizers and encoders: all that is needed, beside the weights, to rebuild a model; model.yaml holds one."""
+"""The specs of recognizers, encoders and language models: all that is needed, beside the weights, to rebuild a model;
+model.yaml holds one. Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,14 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from asrkit.config import Positive, Probability, config
 from asrkit.data.text.units import Unit
-from asrkit.nn.compression import Compression
+from asrkit.nn.compression_config import Compression
 from asrkit.nn.context import parse_context
 
 # "full", or "chunk=16,left=64": written in one way only.
 ContextText = Annotated[str, AfterValidator(lambda text: str(parse_context(text)))]
 BACKBONE = "backbone"
+# Layers that only serve training are never compressed: no export holds them.
+TRAINING_ONLY = ("simple_encoder", "simple_predictor", "heads")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -208,6 +212,40 @@ class PretrainedEncoderSpec:
     """The backbone."""
     features: FeatureSpec = field(default_factory=FeatureSpec)
     """What the encoder takes."""
+
+
+@config
+class LmShape:
+    """Shape of a language model. The paper leaves the widths open; the defaults are our choice."""
+
+    architecture: Literal["lstm", "transformer"] = "lstm"
+    """lstm (the paper's) or a causal transformer."""
+    dim: Annotated[int, Field(ge=2)] = 256
+    """Width of the embedding and of the layers."""
+    num_layers: Positive = 4
+    """Number of layers."""
+    heads: Positive = 4
+    """Attention heads of the transformer; dim must be an even multiple of them."""
+    dropout: Probability = 0.1
+    """Dropout in the layers."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Any:
+        if self.architecture == "transformer" and self.dim % (2 * self.heads):
+            raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
+        return self
+
+
+@config
+class LmSpec:
+    """A language model; its units are the pieces of the run's tokenizer.model."""
+
+    unit: Unit
+    """The unit of speech it is a model of."""
+    vocab_size: Annotated[int, Field(ge=2)]
+    """Size of the unit's inventory, with 0 for the end of a sequence."""
+    shape: LmShape
+    """The network."""
 
 
 Size = Literal["tiny", "small", "medium", "large"]

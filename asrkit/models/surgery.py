@@ -14,7 +14,7 @@ from asrkit.models.compression import compressed_layers
 from asrkit.models.encoder import PretrainedEncoder
 from asrkit.models.registry import build
 from asrkit.models.spec import ModelSpec, PretrainedEncoderSpec
-from asrkit.nn.compression import Compression
+from asrkit.nn.compression_config import Compression
 
 # Which tensors are meant: those whose names begin so, or those a function says yes to.
 Names = Sequence[str] | Callable[[str], bool]

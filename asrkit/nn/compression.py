@@ -10,148 +10,26 @@ US20250078815A1). What these leave open is an option below, and its default is o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asrkit.config import Advanced, config
 from asrkit.errors import UserError
+from asrkit.nn.compression_config import (
+    ActivationQuantization,
+    Compression,
+    Mask,
+    Rounding,
+    WeightQuantization,
+    stored_bits,
+)
 
-Rounding = Literal["half_up", "half_even"]
 # A float32 holds every whole number up to this exactly, so sums of products below it are those of integers.
 EXACT = 2**24
 CLIP_GRID = 11  # shares of the largest weight that a clip search tries, from 1 down to 0.5
-
-
-@config
-class WeightQuantization:
-    """How a layer's weights become integers (arXiv 2203.15952; asymmetric 2-bit levels of arXiv 2305.16619)."""
-
-    bits: Literal[2, 4, 8] = 8
-    """Bits per weight: 8, 4 or 2."""
-    scale: Literal["tensor", "channel", "block"] = "channel"
-    """What shares a scale: the whole tensor, each output channel (the paper's way), or each block of `block_size`
-    inputs of an output."""
-    block_size: Annotated[int, Field(ge=2)] = 64
-    """Inputs per scale with `scale=block`."""
-    bound: Advanced[Literal["center", "edge"]] = "center"
-    """What the largest weight maps to: center, the last integer 2^(b-1) - 1 (the paper's way), or edge, the outer edge
-    of its step, 2^(b-1) - 0.5."""
-    rounding: Advanced[Rounding] = "half_up"
-    """How a value halfway between two integers is rounded: half_up (the paper's way) or half_even (to the even one, as
-    torch and ONNX round)."""
-    symmetric: bool = True
-    """Use symmetric integers without a zero point, which keep zeros exact. Set to false, with 2 bits only, to use all
-    four levels."""
-    scale_gradient: Advanced[bool] = False
-    """Let the gradient flow through the scale to the largest weight. The paper stops it."""
-    clip: Literal["none", "search"] = "none"
-    """How to choose each scale: none covers the largest weight; search tries 11 ranges from 1 to 0.5 of it and takes
-    the one with the smallest squared error."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Any:
-        if not self.symmetric and self.bits != 2:
-            raise ValueError(f"asymmetric weights are for 2 bits; with {self.bits} bits use symmetric=true")
-        if not self.symmetric and self.bound == "edge":
-            raise ValueError(
-                "asymmetric weights use every level from the smallest to the largest; leave out bound=edge"
-            )
-        return self
-
-    @property
-    def largest(self) -> int:
-        """The largest code: 127, 7 or 1; asymmetric codes run from -2 to 1."""
-        return int(2 ** (self.bits - 1)) - 1
-
-
-@config
-class ActivationQuantization:
-    """How a layer's inputs become integers. Scales are computed anew in every pass."""
-
-    bits: Literal[4, 8] = 8
-    """Bits per input value: 8 or 4."""
-    scale: Literal["token", "tensor", "onnx"] = "token"
-    """What shares a scale: token (each frame has its own), tensor (the whole batch), or onnx (the whole batch,
-    asymmetric, as ONNX's DynamicQuantizeLinear computes it). With tensor and onnx an utterance's result depends on
-    what it is batched with."""
-    rounding: Advanced[Rounding] = "half_up"
-    """How a value halfway between two integers is rounded: half_up or half_even. `scale=onnx` needs half_even."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Any:
-        if self.scale == "onnx" and (self.bits != 8 or self.rounding != "half_even"):
-            raise ValueError("scale=onnx is 8 bits with rounding=half_even, as the runtime's operator")
-        return self
-
-
-@config
-class Mask:
-    """Which weights stay: N of every M inputs (`keep` of `group`), or a share of the weights (`sparsity`), in blocks.
-
-    The mask itself is a buffer of the layer; this says what shape it has.
-    """
-
-    keep: Annotated[int, Field(ge=1)] | None = None
-    """N of N:M: how many weights to keep of every `group` consecutive inputs of an output."""
-    group: Annotated[int, Field(ge=2)] | None = None
-    """M of N:M: the number of consecutive inputs that are pruned together."""
-    pad: bool = False
-    """Prune a last group of fewer than `group` inputs as if it were filled up with weights that go first."""
-    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Share of the weights to prune, between 0 and 1. Give this or `keep` and `group`."""
-    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 1)
-    """Outputs and inputs pruned as one block, with `sparsity`: [8, 1] is 8 outputs x 1 input."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Any:
-        if (self.keep is None) != (self.group is None) or (self.keep is None) == (self.sparsity is None):
-            raise ValueError("give either keep and group (N:M), or sparsity")
-        if self.keep is not None and self.group is not None and self.keep > self.group:
-            raise ValueError(f"cannot keep {self.keep} of {self.group}")
-        return self
-
-
-@config
-class Compression:
-    """What is done to one linear layer; with nothing set it is an ordinary layer."""
-
-    weights: WeightQuantization | None = None
-    """How the weights become integers; null keeps them float."""
-    activations: ActivationQuantization | None = None
-    """How the inputs become integers; null keeps them float."""
-    mask: Mask | None = None
-    """Which weights stay; null keeps them all."""
-    product: Literal["native", "fake"] = "native"
-    """native multiplies the integers and scales the result (the papers' way); fake scales the weights before the
-    product, for comparison."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Any:
-        weights = self.weights
-        if self.mask is not None and weights is not None and not weights.symmetric:
-            raise ValueError(
-                "asymmetric weights have no exact zero, so pruned ones would come back; use symmetric=true with a mask"
-            )
-        if self.activations is not None and (weights is None or not weights.symmetric):
-            raise ValueError("integer activations need symmetric integer weights")
-        return self
-
-    def restricted(self, masks: bool, integers: bool) -> Compression:
-        """What is left without the mask, or without the integers of weights and inputs."""
-        if masks and integers:
-            return self
-        return replace(
-            self,
-            mask=self.mask if masks else None,
-            weights=self.weights if integers else None,
-            activations=self.activations if integers else None,
-        )
 
 
 class Codes(NamedTuple):
@@ -472,22 +350,16 @@ def find_mask(scores: Tensor, how: Mask) -> Tensor:
 
 
 def size_in_bits(layer: nn.Linear) -> int:
-    """What a layer's weights take when stored: codes at their bits, float32 scales (and offsets), a bit a weight for an N:M
-    mask or a bit a block, and its bias in float32 (arXiv 2312.08553's account, with what it leaves out). What is switched off
-    does not count."""
-    bias = 0 if layer.bias is None else 32 * layer.bias.numel()
+    """What a layer's weights take when stored; see ``stored_bits``. What is switched off does not count."""
+    shape, bias = (layer.out_features, layer.in_features), 0 if layer.bias is None else layer.bias.numel()
     if not isinstance(layer, CompressedLinear):
-        return 32 * layer.weight.numel() + bias
-    mask = layer.active.mask
-    kept, extra = layer.weight.numel(), 0
-    if mask is not None:
-        kept = int(layer.mask.sum())
-        extra = layer.weight.numel() // (1 if mask.keep is not None else mask.block[0] * mask.block[1])
-    if layer.active.weights is None:
-        return 32 * kept + extra + bias
-    codes = layer.codes()
-    scales = codes.scale.numel() + (0 if codes.offset is None else codes.offset.numel())
-    return layer.active.weights.bits * kept + extra + 32 * scales + bias
+        return stored_bits(shape, bias, Compression(), layer.weight.numel())
+    return stored_bits(shape, bias, layer.active, kept_weights(layer))
+
+
+def kept_weights(layer: CompressedLinear) -> int:
+    """How many weights the layer's mask leaves; all of them where it is off or there is none."""
+    return int(layer.mask.sum()) if layer.active.mask is not None else layer.weight.numel()
 
 
 def compress(model: nn.Module, how: Mapping[str, Compression]) -> None:

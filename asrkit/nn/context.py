@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from asrkit.frames import ENCODER_SHIFT_MS, LOOK_AHEAD_MS
+
+if TYPE_CHECKING:  # run directories are described without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

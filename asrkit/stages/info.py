@@ -1,4 +1,4 @@
-"""info: what a run directory holds, how it came about, and how good it is known to be."""
+"""info: what a run directory holds, how it came about, and how good it is known to be. Read from its files, without torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.config import to_dict
-from asrkit.models import load_model
-from asrkit.models.compression import linear_layers
 from asrkit.models.registry import ASR, kind_of, spec_of_kind
-from asrkit.models.sizes import sizes
+from asrkit.models.sizes import linear_paths, stored_sizes
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_results
@@ -57,17 +55,16 @@ def _compression(run: RunDir, spec: ModelSpec) -> dict[str, Any] | None:
     float; None where nothing is compressed."""
     if not spec.compression:
         return None
-    model = load_model(run)
-    by_variant = {}
-    for name in spec.variants:
-        model.select(name)
-        by_variant[name] = [{"part": part, **row} for part, row in sorted(sizes(model).items())]
+    by_variant = {
+        name: [{"part": part, **row} for part, row in sorted(stored_sizes(run, spec, name).items())]
+        for name in spec.variants
+    }
     return {
         "parts": by_variant[spec.variant],
         "variants": by_variant,
         "layers": {path: {"bits": how.weights and how.weights.bits, "masked": how.mask is not None}
                    for path, how in spec.compression.items()},
-        "float_layers": [path for path in linear_layers(model) if path not in spec.compression],
+        "float_layers": [path for path in linear_paths(run.tensor_shapes()) if path not in spec.compression],
     }  # fmt: skip
 
 

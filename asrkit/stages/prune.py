@@ -23,7 +23,7 @@ from asrkit.methods.pruning import MaskSchedule, last_update, pruned_decay, spar
 from asrkit.models import load_model
 from asrkit.models.compression import LayerChoice, compressed_layers, keep_pruned, pruned_spec
 from asrkit.models.surgery import with_variant
-from asrkit.nn.compression import Mask
+from asrkit.nn.compression_config import Mask
 from asrkit.run_dir import open_run
 from asrkit.training.distributed import all_sum
 from asrkit.training.step import LossOutput, TrainTask

@@ -1,17 +1,14 @@
-"""submodel: look at the sub-models of a run, take them out, put them in, and name combinations of them. Nothing learns."""
+"""submodel: take the sub-models of a run out, put them in, and name combinations of them. Nothing learns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from asrkit.config import to_dict
 from asrkit.errors import UserError
 from asrkit.models import ModelSpec, load_model
 from asrkit.models.digests import backbone_digest
-from asrkit.models.registry import spec_of
 from asrkit.models.spec import BACKBONE, NAME, VariantSpec
 from asrkit.models.submodel_file import decoder_digest, left_behind, prefix, read_submodel, take_out, write_submodel
 from asrkit.models.surgery import rebuild
@@ -27,27 +24,6 @@ class Derived:
     out: Path
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-
-def describe_submodels(path: Path) -> dict[str, Any]:
-    """The sub-models and variants of a run, as plain data.
-
-    Raises:
-        UserError: the directory is incomplete or damaged.
-    """
-    run = open_run(path)
-    spec = spec_of(run)
-    sizes = run.tensor_sizes()
-    submodels = [
-        {
-            "name": name,
-            **to_dict(submodel),
-            "parameters": sum(numbers for key, (numbers, _) in sizes.items() if key.startswith(prefix(name))),
-            "variants": [key for key, variant in spec.variants.items() if name in variant.submodels],
-        }
-        for name, submodel in spec.submodels.items()
-    ]
-    return {"path": str(path), "submodels": submodels, "variants": to_dict(spec)["variants"], "variant": spec.variant}
 
 
 def remove_submodel(parent: Path, name: str, out: Path, *, command: str = "") -> Derived:

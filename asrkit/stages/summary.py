@@ -1,4 +1,4 @@
-"""summary: one table of what a chain of stages achieved, on the screen and as JSON."""
+"""summary: one table of what a chain of stages achieved, on the screen and as JSON. Read from files, without torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 from asrkit.config import to_dict
 from asrkit.errors import UserError
-from asrkit.export.directory import SUFFIXES, is_exported, open_exported
-from asrkit.export.graphs import CTC, DECODER, ENCODER, JOINER
-from asrkit.models import load_model
-from asrkit.models.sizes import sizes
+from asrkit.export.directory import CTC, DECODER, ENCODER, JOINER, SUFFIXES, is_exported, open_exported
+from asrkit.models.registry import spec_of
+from asrkit.models.sizes import stored_sizes
 from asrkit.reporting.compare import compare, corrected
 from asrkit.reporting.evaluations import counterpart, current_evaluations, load_system, matched
 from asrkit.reporting.results import Result, manifest_name
@@ -103,13 +102,12 @@ class _System:
 
 def _trained(path: Path) -> _System:
     run = open_run(path)
-    model, entry = load_model(run), run.lineage[-1]
+    spec, entry = spec_of(run), run.lineage[-1]
 
     def size(variant: str, method: str) -> int:
-        model.select(variant)
-        unused = {f"submodel {name}" for name in set(model.spec.submodels) - set(model.submodels_of(variant))}
+        unused = {f"submodel {name}" for name in set(spec.submodels) - set(spec.variants[variant].submodels)}
         unused |= {"predictor", "joiner"} if method == "ctc" else {"ctc_head"}
-        return sum(part["bytes"] for name, part in sizes(model).items() if name not in unused)
+        return sum(part["bytes"] for name, part in stored_sizes(run, spec, variant).items() if name not in unused)
 
     return _System(entry["stage"], entry["seconds"], size)
 

@@ -31,7 +31,8 @@ from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.data.text.units import Inventory, Unit, write_inventory
 from asrkit.errors import UserError
 from asrkit.losses.language_model import sequence_nll
-from asrkit.models.lm import LanguageModel, LmShape, LmSpec
+from asrkit.models.lm import LanguageModel
+from asrkit.models.spec import LmShape, LmSpec
 from asrkit.run_dir import TOKENIZER
 from asrkit.training.config import TrainingConfig
 from asrkit.training.distributed import broadcast_object

@@ -36,7 +36,7 @@ from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compression import QuantizationConfig
 from asrkit.models.sizes import part_of
-from asrkit.nn.compression import ActivationQuantization, WeightQuantization
+from asrkit.nn.compression_config import ActivationQuantization, WeightQuantization
 from asrkit.nn.context import Context, visible
 from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
 from asrkit.stages.evaluate import evaluate
@@ -55,8 +55,18 @@ import onnx
 from onnx import numpy_helper
 
 from asrkit.export import writer
-from asrkit.export.directory import SUFFIXES, Exported, open_exported, save_exported
-from asrkit.export.graphs import CTC, DECODER, ENCODER, FILES, JOINER, StateLayout
+from asrkit.export.directory import (
+    CTC,
+    DECODER,
+    ENCODER,
+    FILES,
+    JOINER,
+    SUFFIXES,
+    Exported,
+    open_exported,
+    save_exported,
+)
+from asrkit.export.graphs import StateLayout
 from asrkit.export.layers import SILENT
 from asrkit.export.parity import random_log_mel
 from asrkit.export.readme import tail_seconds

@@ -34,15 +34,8 @@ from asrkit.models import load_model
 from asrkit.models.compression import LayerChoice, QuantizationConfig, compressed_layers, pruned_spec
 from asrkit.models.registry import write_model
 from asrkit.models.surgery import is_mask, rebuild
-from asrkit.nn.compression import (
-    ActivationQuantization,
-    CompressedLinear,
-    Compression,
-    Mask,
-    WeightQuantization,
-    find_mask,
-    size_in_bits,
-)
+from asrkit.nn.compression import CompressedLinear, find_mask, size_in_bits
+from asrkit.nn.compression_config import ActivationQuantization, Compression, Mask, WeightQuantization
 from asrkit.reporting.wer import align, count
 from asrkit.run_dir import LINEAGE, WEIGHTS, digests_of, open_run, read_yaml, write_yaml
 from asrkit.stages.export import export

@@ -19,7 +19,8 @@ from asrkit.decoding.acoustic import encode_by_chunks
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.models.compression import compressed_layers, linear_layers
 from asrkit.models.encoder import Caches, join_streams
-from asrkit.nn.compression import Compression, compress, find_mask
+from asrkit.nn.compression import compress, find_mask
+from asrkit.nn.compression_config import Compression
 from asrkit.nn.conformer import BackboneBlock, Branch, DepthwiseConv, LayerNorm, subsampled_lens
 from asrkit.nn.context import FULL, Context, parse_context, visible
 from asrkit.nn.submodels import Adapter, Attention

@@ -15,18 +15,8 @@ from torch.nn import functional as F
 from asrkit.config import from_dict
 from asrkit.errors import UserError
 from asrkit.nn import compression
-from asrkit.nn.compression import (
-    ActivationQuantization,
-    CompressedLinear,
-    Compression,
-    Mask,
-    WeightQuantization,
-    find_mask,
-    input_codes,
-    integer_product,
-    size_in_bits,
-    weight_codes,
-)
+from asrkit.nn.compression import CompressedLinear, find_mask, input_codes, integer_product, size_in_bits, weight_codes
+from asrkit.nn.compression_config import ActivationQuantization, Compression, Mask, WeightQuantization
 
 BITS = st.sampled_from([2, 4, 8])
 SCALES = st.sampled_from(["tensor", "channel", "block"])

@@ -15,7 +15,8 @@ from asrkit.methods.bit_allocation import choose_bits, measure
 from asrkit.models import AsrModel
 from asrkit.models.compression import LayerChoice, choose_layers, compressed_layers
 from asrkit.models.sizes import sizes
-from asrkit.nn.compression import CompressedLinear, Mask, WeightQuantization, find_mask
+from asrkit.nn.compression import CompressedLinear, find_mask
+from asrkit.nn.compression_config import Mask, WeightQuantization
 from asrkit.run_dir import open_run
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from helpers.commands import TORCHRUN, TWO, asrkit, killed, launched, quick

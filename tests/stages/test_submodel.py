@@ -46,10 +46,10 @@ from asrkit.stages.info import describe_run
 from asrkit.stages.submodel import (
     attach_submodel,
     combine_submodels,
-    describe_submodels,
     extract_submodel,
     remove_submodel,
 )
+from asrkit.stages.submodel_list import describe_submodels
 from asrkit.training.checkpoint import save_weights
 from asrkit.training.run_writer import DONE, write_untrained_run
 from helpers.commands import finish

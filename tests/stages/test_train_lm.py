@@ -18,8 +18,9 @@ from asrkit.data.text.units import Inventory, write_inventory
 from asrkit.errors import UserError
 from asrkit.losses.language_model import sequence_nll
 from asrkit.models import load_model
-from asrkit.models.lm import LanguageModel, LmSpec
+from asrkit.models.lm import LanguageModel
 from asrkit.models.registry import load_lm
+from asrkit.models.spec import LmSpec
 from asrkit.run_dir import open_run
 from helpers.commands import TWO, asrkit, launched, sets
 from helpers.run_dirs import metrics, weights_equal
