@@ -41,7 +41,7 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def train_or_stop(out: Path, stage: Callable[[], object]) -> None:
     """Run a training stage; one that was asked to stop has saved its state and ends with the signal's exit code."""
-    from asrkit.training.loop import Interrupted
+    from asrkit.training.stopping import Interrupted
 
     try:
         stage()

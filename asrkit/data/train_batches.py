@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -160,22 +160,3 @@ def perturbed_features(
         features, untouched = stretch(features, factor), stretch(untouched, factor)
         added = (added[0] / factor, added[1] / factor)
     return features, untouched, added
-
-
-def loader(batches: Any, indices: Sequence[int], num_workers: int) -> Any:
-    """A DataLoader over the given indices, in order, prefetching in ``num_workers`` processes (0: in this one)."""
-    # Without worker processes torch 2 wants no prefetch_factor, and torch 1 its default.
-    options: dict[str, Any] = {"prefetch_factor": 4} if num_workers else {}
-    return torch.utils.data.DataLoader(
-        batches,
-        batch_size=None,
-        sampler=indices,
-        num_workers=num_workers,
-        worker_init_fn=_single_thread,
-        generator=torch.Generator(),  # else it draws from the one that seeds dropout
-        **options,
-    )
-
-
-def _single_thread(worker: int) -> None:
-    torch.set_num_threads(1)

@@ -21,7 +21,11 @@ STATE_FILE = "latest.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands. ``metrics`` are the sums, and what they are divided by, since the last logged step."""
+    """Where a run stands.
+
+    metrics: the sums, and what they are divided by, since the last logged step.
+    measure_due: the step is done, but a signal cut its measurement short.
+    """
 
     step: int = 0
     slices: int = 1
@@ -31,6 +35,7 @@ class Progress:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
+    measure_due: bool = False
 
 
 def save_state(

@@ -6,9 +6,7 @@ instant and started again ends with the very weights of the uninterrupted one.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,15 +15,8 @@ from asrkit.training.checkpoint import Progress
 from asrkit.training.config import TrainingConfig, autocast
 from asrkit.training.distributed import World, all_sum, sum_gradients
 from asrkit.training.step import BatchStream, StepResult, TrainTask, compute_gradients, seed_for, set_training
+from asrkit.training.stopping import Interrupted, watched_signals
 from asrkit.training.update import Publish, Updater
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; ``code`` is the process's exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"interrupted by signal {code - 128}")
-        self.code = code
 
 
 def train(
@@ -45,25 +36,27 @@ def train(
         publish: (averaged model, step, metrics): writes the run's weights and lineage; called in the main process alone.
 
     Raises:
-        UserError: losses that stay non-finite, an unusable state, no room to write.
+        UserError: losses that stay non-finite, an unusable state, no room to write, a loader process that died.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     updater = Updater(task, run, settings, task.batches.slices, world, publish)
     numbers = OwnNumbers(updater.step, settings.steps, task.batches.slices, world)
-    with _signals() as stop_code, updater.log:
+    with watched_signals() as stopping, updater.log:
         stream = BatchStream(task.batches, numbers, num_workers, world.device)
-        while updater.step < settings.steps:
-            mine = numbers.of_step(updater.step)
-            updater.set_rate()
-            if task.before_step is not None:
-                _before_step(task, updater, stream, mine[0], seed)
-            result = compute_gradients(task, updater.model, stream, mine, seed, updater.arithmetic)
-            # Asked once a step: a signal after this waits for the next, so none is obeyed without a saved state.
-            stop = _sum(world, result, stop_code(), list(updater.model.parameters()))
-            updater.apply(result)
-            updater.finish_step(stop)
-            if stop:
-                raise Interrupted(stop)
+        with stream.deaths_named():
+            stop = updater.measure(stopping) if updater.progress.measure_due else 0
+            while not stop and updater.step < settings.steps:
+                mine = numbers.of_step(updater.step)
+                updater.set_rate()
+                if task.before_step is not None:
+                    _before_step(task, updater, stream, mine[0], seed)
+                result = compute_gradients(task, updater.model, stream, mine, seed, updater.arithmetic)
+                # Asked once a step: a signal after this waits for the next, so none is obeyed without a saved state.
+                stop = _sum(world, result, stopping.code, list(updater.model.parameters()))
+                updater.apply(result)
+                stop = updater.finish_step(stop, stopping)
+    if stop:
+        raise Interrupted(stop)
     return updater.progress
 
 
@@ -111,22 +104,3 @@ def _sum(world: World, result: StepResult, stop: int, parameters: list[torch.Ten
     totals = all_sum(torch.tensor(numbers, dtype=torch.float64, device=world.device)).tolist()
     result.count, result.audio = totals[:2]
     return int(totals[2])
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], int]]:
-    """Yield a function that tells the exit code a SIGINT (130) or SIGTERM (143) asked for, 0 before."""
-    code = 0
-
-    def remember(number: int, frame: object) -> None:
-        nonlocal code
-        if code:  # asked twice: at once
-            raise KeyboardInterrupt
-        code = 128 + number
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: code
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from asrkit.data.bucketing import BucketPlan
-from asrkit.data.train_batches import loader
+from asrkit.data.loader import death_of, start_loader
 from asrkit.errors import UserError
 from asrkit.training.config import autocast
 
@@ -239,7 +239,7 @@ class BatchStream:
         self, batches: TrainingBatches, numbers: Sequence[int], num_workers: int, device: torch.device
     ) -> None:
         self._numbers = iter(numbers)
-        self._source = iter(loader(batches, numbers, num_workers))
+        self._source, self._processes = start_loader(batches, numbers, num_workers)
         self._device = device
         self._ahead: tuple[int, Any, float] | None = None
 
@@ -247,6 +247,20 @@ class BatchStream:
         batch, waited = self.peek(number)
         self._ahead = None
         return batch, waited
+
+    @contextmanager
+    def deaths_named(self) -> Iterator[None]:
+        """Say what happened where a loader process dies, of which torch tells wherever the training happens to be.
+
+        Raises:
+            UserError: a loader process died.
+        """
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            if (death := death_of(self._processes)) is None:
+                raise
+            raise UserError(death) from error
 
     def peek(self, number: int) -> tuple[Any, float]:
         """The next batch, without consuming it."""

@@ -29,6 +29,7 @@ from asrkit.training.step import (
     metric_sums,
     trained_parameters,
 )
+from asrkit.training.stopping import Stopped, Stopping
 
 Publish = Callable[[nn.Module, int, dict[str, float]], None]
 
@@ -105,20 +106,43 @@ class Updater:
         self.progress.step += 1
         self.log.count(self.step, result.audio, result.waited)
 
-    def finish_step(self, stop: int) -> None:
-        """Log, measure, save and publish what is due after the step; ``stop``, an exit code, asks for a saved state."""
-        settings, task = self.settings, self.task
-        last = self.step == settings.steps
+    def finish_step(self, stop: int, stopping: Stopping) -> int:
+        """Log, measure, save and publish what is due after the step.
+
+        Args:
+            stop: the exit code that a signal asked for, which asks for a saved state; 0 for none.
+
+        Returns:
+            The exit code to end with, 0 to go on.
+        """
+        settings, last = self.settings, self.step == self.settings.steps
         if last or self.step % settings.log_every == 0:
             self._log_step()
-        if task.measure is not None and (last or self.step % settings.evaluate_every == 0):
-            self._measure()
+        if self.task.measure is not None and (last or self.step % settings.evaluate_every == 0):
+            return self.measure(stopping, stop)
+        if last or self.step % settings.save_every == 0 or stop:
+            self._publish_unmeasured()
             self.save()
-        elif last or self.step % settings.save_every == 0 or stop:
-            unmeasured = task.measure is None or settings.keep == "last" or not self.progress.best
-            if self.world.is_main and unmeasured and self.step >= task.not_before:
-                self._publish(self.average, self.step, self.progress.last_dev)
-            self.save()
+        return stop
+
+    def measure(self, stopping: Stopping, stop: int = 0) -> int:
+        """Measure the average, publish it if it is the best, and save; a signal puts the measurement off to the next start.
+
+        Returns:
+            The exit code to end with, 0 to go on.
+        """
+        stop = stop or self._measure(stopping)
+        self.progress.measure_due = bool(stop)
+        if stop:
+            self._publish_unmeasured()
+        self.save()
+        return stop
+
+    def _publish_unmeasured(self) -> None:
+        """Publish the average where no measurement decides which one to publish."""
+        unmeasured = self.task.measure is None or self.settings.keep == "last" or not self.progress.best
+        if self.world.is_main and unmeasured and self.step >= self.task.not_before:
+            self._publish(self.average, self.step, self.progress.last_dev)
 
     def save(self) -> None:
         """Write all that resuming needs."""
@@ -165,20 +189,31 @@ class Updater:
         means = {name: total if count is None else total / count for name, (total, count) in sums.items() if count != 0}
         self.log.step(self.progress, means, self._rate)
 
-    def _measure(self) -> None:
-        """Measure the average on the dev manifest, in the main process; the best is published."""
-        task, progress = self.task, self.progress
-        measured: dict[str, float] = {}
+    def _measure(self, stopping: Stopping) -> int:
+        """Measure the average on the dev manifest, in the main process; the best is published. Returns the exit code that a
+        signal asked for meanwhile, 0 for none."""
+        task, progress, stop = self.task, self.progress, 0
         if self.world.is_main and task.measure is not None:
             began = time.monotonic()
-            measured = task.measure(self.average)
-            ready = self.step >= task.not_before
-            first = next(iter(measured))
-            better = ready and (not progress.best or measured[first] <= progress.best[first])
-            if better:
-                progress.best = {**measured, "step": self.step}
-            progress.last_dev = measured
-            if better or (ready and self.settings.keep == "last"):
-                self._publish(self.average, self.step, measured)
-            self.log.dev(progress, measured, time.monotonic() - began)
-        progress.last_dev, progress.best = broadcast_object(self.world, (progress.last_dev, progress.best))  # type: ignore[misc]
+            try:
+                with stopping.at_once():
+                    measured = task.measure(self.average)
+            except Stopped:
+                stop = stopping.code
+            else:
+                self._judge(measured)
+                self.log.dev(progress, measured, time.monotonic() - began)
+        everywhere = broadcast_object(self.world, (progress.last_dev, progress.best, stop))
+        progress.last_dev, progress.best, stop = everywhere  # type: ignore[misc]
+        return stop
+
+    def _judge(self, measured: dict[str, float]) -> None:
+        """Publish the average if it is the best yet, or if the last is to be kept."""
+        progress, ready = self.progress, self.step >= self.task.not_before
+        first = next(iter(measured))
+        better = ready and (not progress.best or measured[first] <= progress.best[first])
+        if better:
+            progress.best = {**measured, "step": self.step}
+        progress.last_dev = measured
+        if better or (ready and self.settings.keep == "last"):
+            self._publish(self.average, self.step, measured)

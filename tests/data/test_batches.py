@@ -29,7 +29,8 @@ from asrkit.data.cut_table import CutTable
 from asrkit.data.features import LOG_EPS, SILENCE, fbank
 from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
-from asrkit.data.train_batches import DataConfig, TrainBatches, loader, perturbed_features
+from asrkit.data.loader import start_loader
+from asrkit.data.train_batches import DataConfig, TrainBatches, perturbed_features
 from asrkit.errors import UserError
 from helpers.tones import make_corpus
 
@@ -99,8 +100,8 @@ def test_processes_share_the_very_batch_of_one(corpus: tuple[CutSet, Tokenizer])
 
 def test_loader_processes_do_not_change_the_batches(corpus: tuple[CutSet, Tokenizer]) -> None:
     batches = _batches(corpus, bpe_dropout=0.3)
-    here = list(loader(batches, range(4, 9), 0))
-    there = list(loader(batches, range(4, 9), 2))
+    here = list(start_loader(batches, range(4, 9), 0)[0])
+    there = list(start_loader(batches, range(4, 9), 2)[0])
     for mine, theirs in zip(here, there, strict=True):
         assert mine.cut_ids == theirs.cut_ids
         assert torch.equal(mine.features, theirs.features)
