@@ -32,6 +32,9 @@ class UserError(Exception):
         self.lines = tuple(map(printable, lines))
         super().__init__("\n".join(self.lines))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, ...]]:
+        return type(self), self.lines  # it crosses the borders of processes
+
     @classmethod
     def of(cls, lines: Sequence[str]) -> UserError:
         """Join several findings into one error, so that the user sees all of them at once."""

@@ -11,19 +11,14 @@ state/             what resuming needs
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from asrkit.disk import atomic_write, sha256_of
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT, Migrated, migrate
 
@@ -35,103 +30,14 @@ TOKENIZER, TOKENS, LINEAGE = "tokenizer.model", "tokens.txt", "lineage.yaml"
 EXPORT = "export.yaml"  # not of a run directory: what marks an exported model
 METRICS, STATE = "metrics.jsonl", "state"
 # The files whose digests the last entry of the lineage holds; a run without a tokenizer has none of it.
-DIGESTS = {"weights_sha256": WEIGHTS, "model_spec_sha256": MODEL, "tokenizer_sha256": TOKENIZER}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _temporary(path: Path) -> Path:
-    """Where this process writes what becomes ``path``; what killed processes left there is removed."""
-    for left in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
-        process = left.name.split("-")[1]
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-            with suppress(OSError):
-                left.unlink()
-        except (PermissionError, ValueError):
-            pass  # the process runs as another user, or asrkit did not write the file
-    # The suffixes stay last: writers choose the format (.jsonl.gz) by them.
-    return path.parent / f".tmp-{os.getpid()}-{path.name}"
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it becomes ``path`` only when the block succeeds.
-
-    The bytes are on disk before the rename, so a reader sees the old file or the new one, never a part.
-
-    Raises:
-        UserError: the disk is full or the location cannot be written; ``path`` is as it was.
-    """
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write ({error.strerror or error}); free some space or choose another location"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def occupied(out: Path) -> list[str]:
-    """Why ``out`` cannot become a new directory, for a stage to report among its other findings; [] if it can."""
-    if out.is_dir() and any(out.iterdir()):
-        return [f"{out}: exists and is not empty; remove it or choose another --out"]
-    if out.exists() and not out.is_dir():
-        return [f"{out}: is a file; choose another --out"]
-    return []
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside ``path``; it becomes ``path`` only when the block succeeds.
-
-    Its files are on disk before the rename. ``path`` must not be there, or be an empty directory.
-
-    Raises:
-        UserError: the path is taken or cannot be written, or the disk is full; nothing is left behind.
-    """
-    if findings := occupied(path):
-        raise UserError.of(findings)
-    path = Path(path).absolute()
-    temporary = _temporary(path)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for written in (*temporary.iterdir(), temporary):
-            _sync(written)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write ({error.strerror or error}); free some space or choose another location"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+DIGESTS = {
+    "weights_sha256": WEIGHTS,
+    "model_spec_sha256": MODEL,
+    "tokenizer_sha256": TOKENIZER,
+    "tokens_sha256": TOKENS,
+    "config_file_sha256": CONFIG,
+}
+LATER_DIGESTS = ("tokens_sha256", "config_file_sha256")  # what earlier versions wrote has none of these
 
 
 def read_yaml(path: Path) -> Any:
@@ -297,6 +203,8 @@ def _check_digests(path: Path, entry: dict[str, Any]) -> None:
         if not (path / name).is_file():
             if expected is not None:
                 findings.append(f"{path / name}: is missing; restore it or train again")
+            continue
+        if expected is None and key in LATER_DIGESTS:
             continue
         digest = sha256_of(path / name)
         if digest not in accepted_digests(entry, key):

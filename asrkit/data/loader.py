@@ -20,7 +20,9 @@ from asrkit.errors import UserError
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-_LESS = "or load data in the training process with --set data.num_workers=0; the same command goes on from the last save"
+_LESS = (
+    "or load data in the training process with --set data.num_workers=0; the same command goes on from the last save"
+)
 
 
 def start_loader(batches: Any, places: Sequence[int], num_workers: int) -> tuple[Iterator[Any], list[BaseProcess]]:

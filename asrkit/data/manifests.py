@@ -16,8 +16,8 @@ from lhotse.serialization import deserialize_item
 from asrkit.config import digest
 from asrkit.data.manifest_schema import MAX_DEPTH, check_cut, deeper_than, has_surrogates, without_nulls
 from asrkit.data.shar import FIELDS, attach, members_of, shards_of, tar_of
+from asrkit.disk import atomic_write, sha256_of
 from asrkit.errors import UserError, clip
-from asrkit.run_dir import atomic_write, sha256_of
 
 MAX_FINDINGS = 20  # a file of another format is wrong on every line: the first few say it all
 MAX_LINE = 64 << 20  # characters
@@ -232,9 +232,15 @@ def is_labeled(cut: Cut) -> bool:
     return any("labeled_by" in (supervision.custom or {}) for supervision in cut.supervisions)
 
 
-def digest_of(path: Path) -> str:
-    """A SHA-256 that tells manifests apart by their content: of a file, its bytes; of a Shar directory, all its shards' files."""
+def digest_of(path: Path, sound: bool = True) -> str:
+    """A SHA-256 that tells manifests apart by their content: of a file, its bytes; of a Shar directory, all its shards' files.
+
+    Args:
+        sound: False takes the tar files of a Shar directory by name and size, and reads the cuts alone.
+    """
     if path.is_file():
         return sha256_of(path)
-    files = [*shards_of(path), *(tar_of(shard, field) for shard in shards_of(path) for field in FIELDS)]
-    return digest([[file.name, sha256_of(file)] for file in files if file.is_file()])
+    shards = shards_of(path)
+    tars = [tar for shard in shards for field in FIELDS if (tar := tar_of(shard, field)).is_file()]
+    known = [[tar.name, sha256_of(tar) if sound else tar.stat().st_size] for tar in tars]
+    return digest([*([shard.name, sha256_of(shard)] for shard in shards), *known])

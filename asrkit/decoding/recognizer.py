@@ -15,6 +15,7 @@ from asrkit.decoding.exported import ExportedAcousticModel
 from asrkit.decoding.search import METHODS, Method
 from asrkit.decoding.streaming import StreamingModel
 from asrkit.devices import choose_device
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.export.directory import CTC, FILES, is_exported, open_exported
 from asrkit.export.runtime import ExportedModel
@@ -22,7 +23,7 @@ from asrkit.frames import ENCODER_SHIFT_MS
 from asrkit.models import load_model
 from asrkit.models.surgery import in_language
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run, sha256_of
+from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run
 
 
 @dataclass(frozen=True)

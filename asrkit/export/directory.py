@@ -22,10 +22,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from asrkit.config import Positive, config, digest, from_dict, to_dict
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, read_yaml, write_yaml
 
 ENCODER, DECODER, JOINER, CTC = "encoder", "decoder", "joiner", "ctc"
 FILES = (ENCODER, DECODER, JOINER, CTC)  # without their suffix

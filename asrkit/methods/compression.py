@@ -9,11 +9,12 @@ from typing import TypeVar
 
 from asrkit.config import config
 from asrkit.data.train_batches import TrainBatches
+from asrkit.disk import sha256_of
 from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
 from asrkit.methods.distillation.loss import Distillation, build_loss
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.models.surgery import is_mask, rebuild, reinitialized
-from asrkit.run_dir import RunDir, sha256_of
+from asrkit.run_dir import RunDir
 from asrkit.training.asr_loss import LossConfig
 from asrkit.training.config import TrainingConfig
 from asrkit.training.run_writer import RunWriter

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asrkit.config import digest, from_dict, to_dict
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError
 from asrkit.models.asr import AsrModel
 from asrkit.models.digests import ENCODER, SUBMODELS, backbone_digest, tensors_digest
 from asrkit.models.spec import SubModelSpec, VariantSpec
-from asrkit.run_dir import atomic_write
 
 # What the header says the file is; another layout has another number.
 KIND = "asrkit sub-model 2"

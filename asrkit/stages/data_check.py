@@ -12,8 +12,8 @@ from lhotse.cut import Cut
 from asrkit.data.checks import Finding, Overlap, Survey, find_bad_cuts, find_overlap, survey
 from asrkit.data.manifests import open_cuts
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError, printable
-from asrkit.run_dir import atomic_write
 
 EXAMPLES, SHOWN = 5, 50  # names and findings on the screen; the JSON has all
 

@@ -19,6 +19,7 @@ from asrkit.data.manifests import language_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.decoding.search import Method
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.methods.distillation.cache import PosteriorCache, needed_settings
 from asrkit.methods.distillation.config import DistillationConfig
@@ -33,7 +34,7 @@ from asrkit.methods.distillation.teachers import (
     open_teachers,
     shared_tokenizer,
 )
-from asrkit.run_dir import WEIGHTS, sha256_of
+from asrkit.run_dir import WEIGHTS
 from asrkit.training.asr_loss import check_contexts
 from asrkit.training.datasets import Datasets, read_datasets
 from asrkit.training.run_writer import RunWriter

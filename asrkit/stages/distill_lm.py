@@ -14,6 +14,7 @@ from pathlib import Path
 from asrkit.data.alignment import Annotator
 from asrkit.data.text.units import UNITS, Unit
 from asrkit.data.train_batches import TrainBatches
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.methods.distillation.loss import build_loss
 from asrkit.methods.lm_distillation.config import DistillLmConfig
@@ -29,7 +30,7 @@ from asrkit.methods.lm_distillation.teachers import (
 )
 from asrkit.models import AsrModel, load_model
 from asrkit.models.surgery import rebuild, with_variant
-from asrkit.run_dir import WEIGHTS, open_run, sha256_of
+from asrkit.run_dir import WEIGHTS, open_run
 from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import fine_tune
 from asrkit.training.step import TrainTask

@@ -21,6 +21,7 @@ from asrkit.decoding.evaluation import score
 from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import Method, search
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError
 from asrkit.reporting.progress import progress
 from asrkit.reporting.results import (
@@ -42,7 +43,6 @@ from asrkit.reporting.wer import (
     format_summary,
     total_words,
 )
-from asrkit.run_dir import atomic_write
 
 ALIGNMENTS, CONFUSIONS = "alignments.txt", "confusions.txt"
 

@@ -16,6 +16,7 @@ from asrkit.decoding.choice import ContextChoice, export_context
 from asrkit.decoding.export_check import check_export, recordings_of
 from asrkit.decoding.export_report import measure_export
 from asrkit.decoding.exported import ExportedAcousticModel
+from asrkit.disk import atomic_directory, atomic_write, occupied, sha256_of
 from asrkit.errors import UserError
 from asrkit.export.directory import Exported, Format, finished_without_pack, pack_directory
 from asrkit.export.graphs import StateLayout
@@ -26,7 +27,7 @@ from asrkit.extras import require
 from asrkit.models import load_model
 from asrkit.models.surgery import in_language, in_variant
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import WEIGHTS, RunDir, atomic_directory, atomic_write, occupied, open_run, sha256_of
+from asrkit.run_dir import WEIGHTS, RunDir, open_run
 
 LARGE_STATE = 500_000  # numbers; copying a million takes 5 ms
 

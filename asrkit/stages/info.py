@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.config import to_dict
+from asrkit.disk import sha256_of
 from asrkit.models.registry import ASR, kind_of, spec_of_kind
 from asrkit.models.sizes import linear_paths, stored_sizes
 from asrkit.models.spec import ModelSpec
 from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_results
-from asrkit.run_dir import WEIGHTS, RunDir, open_run, sha256_of
+from asrkit.run_dir import WEIGHTS, RunDir, open_run
 
 # Beside the encoder, what recognizing needs; the rest only serves training.
 DECODER = ("predictor", "joiner", "ctc_head")

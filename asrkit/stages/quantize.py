@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from asrkit.config import to_dict
+from asrkit.disk import occupied
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.models.compression import QuantizationConfig, quantized_spec
 from asrkit.models.surgery import rebuild
-from asrkit.run_dir import occupied, open_run
+from asrkit.run_dir import open_run
 from asrkit.training.run_writer import write_untrained_run
 
 

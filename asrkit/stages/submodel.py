@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from asrkit.disk import occupied
 from asrkit.errors import UserError
 from asrkit.models import ModelSpec, load_model
 from asrkit.models.digests import backbone_digest
@@ -13,7 +14,7 @@ from asrkit.models.spec import BACKBONE, NAME, VariantSpec
 from asrkit.models.submodel_file import decoder_digest, left_behind, prefix, read_submodel, take_out, write_submodel
 from asrkit.models.surgery import rebuild
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import occupied, open_run
+from asrkit.run_dir import open_run
 from asrkit.training.run_writer import write_untrained_run
 
 

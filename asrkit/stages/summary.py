@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.config import to_dict
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError
 from asrkit.export.directory import CTC, DECODER, ENCODER, JOINER, SUFFIXES, is_exported, open_exported
 from asrkit.models.registry import spec_of
@@ -16,7 +17,7 @@ from asrkit.models.sizes import stored_sizes
 from asrkit.reporting.compare import compare, corrected
 from asrkit.reporting.evaluations import counterpart, current_evaluations, load_system, matched
 from asrkit.reporting.results import Result, manifest_name
-from asrkit.run_dir import atomic_write, open_run
+from asrkit.run_dir import open_run
 
 
 def summarize_runs(runs: Sequence[Path], out: Path | None = None, baseline: Path | None = None) -> list[dict[str, Any]]:

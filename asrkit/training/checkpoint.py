@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError
-from asrkit.run_dir import STATE, atomic_write
+from asrkit.run_dir import STATE
 
 STATE_FILE = "latest.safetensors"
 
@@ -49,7 +53,37 @@ def save_state(
     # clone: safetensors refuses tensors that share memory
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_write(run / STATE / STATE_FILE) as temporary:
-        _save(plain, temporary, {"progress": json.dumps(asdict(progress))})
+        text = json.dumps(asdict(progress))
+        _save(plain, temporary, {"progress": text, "sha256": _digest(plain, text)})
+
+
+def _digest(tensors: Mapping[str, Tensor], progress: str) -> str:
+    """Of all that a state says: names, types, shapes and bytes of its tensors, and its progress."""
+    digest = hashlib.sha256(progress.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_finite(models: Mapping[str, nn.Module], step: int) -> None:
+    """Refuse weights that nobody could use, before they replace those that somebody can.
+
+    Raises:
+        UserError: names the tensors with values that are not finite.
+    """
+    bad = [
+        f"{name} ({which})"
+        for which, model in models.items()
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(
+            f"after step {step}: weights are not finite: {', '.join(bad[:3])}{more}; nothing of this step is saved: lower "
+            "training.optimizer.learning_rate in a new run, or run the command again to resume from the last save"
+        )
 
 
 def saved_slices(run: Path) -> int | None:
@@ -59,7 +93,7 @@ def saved_slices(run: Path) -> int | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return int(json.loads(file.metadata()["progress"])["slices"])
+            return int(json.loads(file.metadata()["progress"])["slices"]) or None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None  # damaged: what resumes from it says so
 
@@ -77,6 +111,8 @@ def load_state(run: Path, model: nn.Module, average: nn.Module, optimizer: torch
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration)
+        if _digest(tensors, metadata["progress"]) != metadata["sha256"]:
+            raise ValueError("its digest differs from what was saved: the file is damaged")
         progress = Progress(**json.loads(metadata["progress"]))
         model.load_state_dict(_below("model.", tensors))
         average.load_state_dict(_below("average.", tensors))
@@ -111,7 +147,9 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         save_file(tensors, path, metadata)
         path.chmod(0o666 & ~_umask())  # it writes files that only their owner may read
     except SafetensorError as error:  # it wraps the operating system's error in its own
-        raise OSError(None, str(error)) from error
+        code = re.search(r"\bcode: (\d+)", str(error))
+        number = int(code[1]) if code else None
+        raise OSError(number, os.strerror(number) if number else str(error)) from error
 
 
 def _umask() -> int:

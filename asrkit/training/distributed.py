@@ -8,9 +8,11 @@ processes the same bit by bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -18,6 +20,12 @@ from torch import Tensor
 
 from asrkit.devices import choose_device
 from asrkit.errors import UserError
+
+T = TypeVar("T")
+
+# How long processes wait for each other. The main one may measure, hash or check for hours while the others wait, and one that
+# dies need not be waited for: torchrun then ends them all.
+TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ def join_world(device: str) -> Iterator[World]:
     Raises:
         UserError: a device that torch does not have here, or fewer GPUs than processes.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size, rank = _from_torchrun("WORLD_SIZE", 1), _from_torchrun("RANK", 0)
     torch_device, backend = choose_device(device), "gloo"
     if torch_device.type == "cuda":
         if device in ("auto", "cuda"):
@@ -50,7 +58,7 @@ def join_world(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, torch_device)
         return
-    torch.distributed.init_process_group(backend)
+    torch.distributed.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield World(rank, size, torch_device)
         torch.distributed.barrier()
@@ -58,9 +66,17 @@ def join_world(device: str) -> Iterator[World]:
         torch.distributed.destroy_process_group()
 
 
+def _from_torchrun(name: str, default: int) -> int:
+    """A number that torchrun sets in the environment of each process."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name}={text}: is no number; unset it, or let torchrun set it")
+    return int(text)
+
+
 def _own_gpu() -> torch.device:
     """This process's GPU among those of its machine, by the number torchrun gave it there."""
-    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    index, count = _from_torchrun("LOCAL_RANK", 0), torch.cuda.device_count()
     if index >= count:
         raise UserError(
             f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', 'more')} processes on a machine with {count} GPU(s); "
@@ -131,3 +147,21 @@ def broadcast_object(world: World, value: object) -> object:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main(world: World, compute: Callable[[], T]) -> T:
+    """What ``compute`` gives in the main process, everywhere.
+
+    Raises:
+        UserError: the main process's, everywhere, so that none waits for one that has ended.
+    """
+    value: object = None
+    if world.is_main:
+        try:
+            value = compute()
+        except UserError as error:
+            value = error
+    value = broadcast_object(world, value)
+    if isinstance(value, UserError):
+        raise value
+    return value  # type: ignore[return-value]

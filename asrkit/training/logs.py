@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Display
 
+from asrkit.disk import atomic_write, cannot_write
 from asrkit.errors import UserError
 from asrkit.extras import require
-from asrkit.run_dir import METRICS, atomic_write
+from asrkit.run_dir import METRICS
 from asrkit.training.checkpoint import Progress
 
 
@@ -146,7 +147,7 @@ class RunLog:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(f"{self._path}: cannot write ({error.strerror}); free some space, then resume") from error
+            raise cannot_write(self._path, error) from error
         if self._writer is not None:
             for name, value in row.items():
                 if isinstance(value, float | int) and name != "step":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,34 +15,30 @@ from rich.console import Console
 from torch import nn
 
 from asrkit import __version__
-from asrkit.config import differences, digest
-from asrkit.data.shar import shards_of
+from asrkit.config import digest
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.disk import atomic_directory, atomic_write, cannot_write, replace, sha256_of
 from asrkit.errors import UserError
-from asrkit.migration import FORMAT
 from asrkit.models.asr import AsrModel
 from asrkit.models.registry import Spec, write_model
 from asrkit.models.spec import PretrainedEncoderSpec
 from asrkit.run_dir import (
     CONFIG,
     LINEAGE,
-    MODEL,
+    STATE,
     TOKENIZER,
-    TOKENS,
     WEIGHTS,
     RunDir,
-    atomic_directory,
     digests_of,
     open_run,
     read_yaml,
-    sha256_of,
-    stored_model,
     write_yaml,
 )
-from asrkit.training.checkpoint import STATE_FILE, save_weights
-from asrkit.training.distributed import World, broadcast_object
+from asrkit.training.checkpoint import save_weights
+from asrkit.training.claim import DONE, LOCK, Inputs, claim, clear, known_inputs, unmake
+from asrkit.training.distributed import World, broadcast_object, from_main
 
-DONE, LEFT_OUT = "done", "left_out.yaml"
+LEFT_OUT = "left_out.yaml"
 LABELED = "labeled-*.jsonl.gz"  # manifests whose missing texts are a teacher's
 
 
@@ -80,43 +74,39 @@ class RunWriter:
         """Claim ``path`` for ``stage``; an earlier run of the very same settings and inputs is continued.
 
         Raises:
-            UserError: another process trains there, or what lies there is of another stage, settings or inputs.
+            UserError: files that are not there, another process trains there, or what lies there is of another stage, settings
+                or inputs.
         """
-        missing = [
-            f"{file}: no such file (--{name})"
-            for name, file in inputs.items()
-            if file is not None and not file.exists()
-        ]
-        if missing:
-            raise UserError.of(missing)
-        manifests = {name: str(file) for name, file in inputs.items() if file is not None}
-        content = {"stage": stage, **settings, "inputs": manifests}
-        with _lock(path, world):
-            existing = _existing(path, stage, content)
-            run = cls(
-                path,
-                stage,
-                digest(content),
-                existing is None or not (path / "state" / STATE_FILE).is_file(),
-                (path / DONE).is_file(),
-                world,
-            )
-            run.lineage = [] if parent is None else open_run(parent).lineage
-            run.lineage = [*run.lineage, stage_entry(stage, run.config_sha256, inputs, command)]
-            if world.is_main and existing is None:
-                write_yaml(path / CONFIG, content)
-            if not run.fresh and (path / LINEAGE).is_file():
-                run._began -= read_yaml(path / LINEAGE)[-1]["seconds"]  # what the run took before it stopped
-            if not run.fresh and (path / LEFT_OUT).is_file():
-                run.left_out = read_yaml(path / LEFT_OUT)
-            if run.finished:
-                run.note(f"{path}: already trained to the last step; nothing to do (another --out trains anew)")
+        files = {**inputs, "from": None if parent is None else parent / WEIGHTS}
+        known = from_main(world, lambda: known_inputs(files))
+        content = {"stage": stage, **settings, "inputs": known}
+        with ExitStack() as lock:
+            claimed = from_main(world, lambda: claim(path, content, lock))
+            run = cls(path, stage, digest(claimed.config), claimed.fresh, claimed.finished, world)
             try:
+                run._read(parent, stage_entry(stage, run.config_sha256, known, command))
+                for note in claimed.notes:
+                    run.note(note)
                 yield run
             except UserError:
-                if world.is_main and existing is None and not run.began:
-                    _clear(path)
+                if world.is_main and claimed.new and not run.began:
+                    clear(path)
+                    if claimed.made:
+                        unmake(claimed.made)
+                    else:
+                        (path / LOCK).unlink(missing_ok=True)
                 raise
+
+    def _read(self, parent: Path | None, entry: dict[str, Any]) -> None:
+        """Take over what the parent, and an earlier start of this run, left."""
+        path = self.path
+        self.lineage = [*([] if parent is None else open_run(parent).lineage), entry]
+        if not self.fresh and (path / LINEAGE).is_file():
+            self._began -= read_yaml(path / LINEAGE)[-1].get("seconds", 0.0)  # what the run took before it stopped
+        if not self.fresh and (path / LEFT_OUT).is_file():
+            self.left_out = read_yaml(path / LEFT_OUT)
+        if self.finished:
+            self.note(f"{path}: already trained to the last step; nothing to do (another --out trains anew)")
 
     def note(self, text: str) -> None:
         """A line on the screen, from the main process alone."""
@@ -147,86 +137,40 @@ class RunWriter:
 
         The lineage accepts the new digest and the one before it, so whatever instant the run dies at, the weights
         on disk are whole and known.
+
+        Raises:
+            UserError: no room to write.
         """
         weights = self.path / WEIGHTS
-        staged = self.path / "state" / f"next-{WEIGHTS}"
+        before = sha256_of(weights) if weights.is_file() else None
+        staged = self.path / STATE / f"next-{WEIGHTS}"
         save_weights(staged, model)
-        before = digests_of(self.path)
         entry = {
             **self.lineage[-1],
             **self.facts,
             "step": step,
             "metrics": {name: float(value) for name, value in metrics.items()},
             "seconds": round(time.monotonic() - self._began, 1),
-            **before,
+            **digests_of(self.path),
             "weights_sha256": sha256_of(staged),
-            "previous_weights_sha256": before.get("weights_sha256"),
+            "previous_weights_sha256": before,
         }
         write_yaml(self.path / LINEAGE, [*self.lineage[:-1], entry])
-        os.replace(staged, weights)
+        try:
+            replace(staged, weights)
+        except OSError as error:
+            raise cannot_write(weights, error) from error
 
     def finish(self) -> None:
-        """Mark the run as complete; recipes take this file as their target."""
+        """Mark the run as complete; recipes take this file as their target.
+
+        Raises:
+            UserError: its files are damaged or gone.
+        """
         if self.world.is_main:
-            (self.path / DONE).write_text("")
-
-
-@contextmanager
-def _lock(path: Path, world: World) -> Iterator[None]:
-    """Hold the directory's lock in the main process; the file stays, the lock goes with the process."""
-    refused = ""
-    handle = None
-    if world.is_main:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            handle = open(path / ".lock", "w")  # noqa: SIM115 (held until the run ends)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refused = f"{path}: another run is training there; wait for it or choose another --out"
-        except OSError as error:
-            refused = f"{path}: cannot write there ({error.strerror}); choose another --out"
-    refused = str(broadcast_object(world, refused))
-    if refused:
-        raise UserError(refused)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.close()
-
-
-def _existing(path: Path, stage: str, content: dict[str, Any]) -> dict[str, Any] | None:
-    """The configuration already in ``path``, which must be this one; None in an unused directory."""
-    if not (path / CONFIG).is_file():
-        strangers = [item.name for item in path.iterdir() if item.name != ".lock" and not item.name.startswith(".tmp-")]
-        if strangers:
-            raise UserError(
-                f"{path}: holds other files ({', '.join(sorted(strangers)[:3])}) and no run; choose another --out"
-            )
-        return None
-    found = read_yaml(path / CONFIG)
-    if not isinstance(found, dict) or found.get("stage") != stage:
-        other = found.get("stage") if isinstance(found, dict) else "unknown"
-        raise UserError(f"{path}: is a run of {other}, not of {stage}; choose another --out")
-    if (path / MODEL).is_file() and (number := stored_model(path).get("format", 0)) != FORMAT:
-        raise UserError(
-            f"{path}: was begun by an older version of asrkit (format {number}, now {FORMAT}) and cannot be resumed; start from it "
-            "with --from in another --out, or go on with that version"
-        )
-    if changed := differences(found, content):
-        raise UserError.of(
-            [f"{path}: was begun with other settings: {line}" for line in changed]
-            + [f"{path}: repeat the settings to resume, or choose another --out"]
-        )
-    return found
-
-
-def _clear(path: Path) -> None:
-    """Leave no trace of a run that was refused before it began."""
-    for file in (*(path / name for name in (CONFIG, TOKENIZER, TOKENS, LEFT_OUT, ".lock")), *path.glob(LABELED)):
-        file.unlink(missing_ok=True)
-    if not any(path.iterdir()):
-        path.rmdir()
+            open_run(self.path)
+            with atomic_write(self.path / DONE) as temporary:
+                temporary.touch()
 
 
 def write_untrained_run(
@@ -253,13 +197,13 @@ def write_untrained_run(
         UserError: ``out`` is taken or cannot be written.
     """
     began = time.monotonic()
-    files: dict[str, Path | None] = dict(inputs or {})
+    known = known_inputs(inputs or {})
     content = {
         "stage": stage,
         "from": str(parent.path),
         "from_weights_sha256": sha256_of(parent.path / WEIGHTS),
         **settings,
-        "inputs": {name: str(file) for name, file in files.items()},
+        "inputs": known,
     }
     with atomic_directory(out) as folder:
         write_yaml(folder / CONFIG, content)
@@ -267,7 +211,7 @@ def write_untrained_run(
         Tokenizer(parent.tokenizer_path).copy_to(folder / TOKENIZER)
         save_weights(folder / WEIGHTS, model)
         entry = {
-            **stage_entry(stage, digest(content), files, command),
+            **stage_entry(stage, digest(content), known, command),
             **(extra or {}),
             "metrics": {},
             "seconds": round(time.monotonic() - began, 1),
@@ -278,15 +222,15 @@ def write_untrained_run(
     return out
 
 
-def stage_entry(stage: str, config_sha256: str, inputs: dict[str, Path | None], command: str) -> dict[str, Any]:
-    """A stage's entry in the lineage, as far as it is known before the weights are; a Shar directory has no digest."""
-    given = [file for file in inputs.values() if file is not None and (file.is_file() or shards_of(file))]
+def stage_entry(stage: str, config_sha256: str, inputs: Inputs, command: str) -> dict[str, Any]:
+    """A stage's entry in the lineage, as far as it is known before the weights are."""
     return {
         "stage": stage,
         "command": command or " ".join(["asrkit", *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "config_sha256": config_sha256,
-        "manifests": {str(file): sha256_of(file) if file.is_file() else None for file in given},
+        # The parent has entries of its own, with its digests.
+        "manifests": {entry["path"]: entry["sha256"] for name, entry in inputs.items() if not name.startswith("from")},
         "versions": _versions(),
     }
 

@@ -21,13 +21,14 @@ from torch import nn
 from asrkit.config import Positive, config, to_dict
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import AsrModel
 from asrkit.models.compression import keep_pruned
 from asrkit.models.digests import submodels_left_behind
 from asrkit.models.registry import spec_of
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
+from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run
 from asrkit.training.asr_loss import LossConfig, check_contexts
 from asrkit.training.checkpoint import saved_slices
 from asrkit.training.config import TrainingConfig
@@ -131,8 +132,9 @@ def open_training(
 
 
 def input_files(settings: StageConfig, **files: Path | None) -> dict[str, Path | None]:
-    """The files a run depends on, by option: those given and the manifests of ``data.also``."""
-    return {**files, **{f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}}
+    """The files a run depends on, by option: those given and the manifests of ``data``."""
+    also = {f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}
+    return {**files, **also, "set data.noise": settings.data.noise}
 
 
 def copy_tokenizer(source: Path, run: RunWriter) -> Tokenizer:

@@ -15,12 +15,13 @@ from asrkit.data.cut_audio import feature_statistics
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from asrkit.data.train_batches import TrainBatches
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
 from asrkit.models.spec import BACKBONE, Languages, Size, VariantSpec
 from asrkit.models.surgery import rebuild, with_variant
 from asrkit.nn.context import FULL
-from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run, sha256_of
+from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run
 from asrkit.training.checkpoint import saved_slices
 from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig
 from asrkit.training.distributed import broadcast_object

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from asrkit.errors import UserError
-from asrkit.training.checkpoint import Progress, load_state, save_state
+from asrkit.training.checkpoint import Progress, check_finite, load_state, save_state
 from asrkit.training.config import TrainingConfig, make_scaler, resolve_precision
 from asrkit.training.distributed import World, all_sum, broadcast_object, gather_lists, sum_over_processes
 from asrkit.training.ema import MovingAverage, average_decay
@@ -118,9 +118,13 @@ class Updater:
         settings, last = self.settings, self.step == self.settings.steps
         if last or self.step % settings.log_every == 0:
             self._log_step()
-        if self.task.measure is not None and (last or self.step % settings.evaluate_every == 0):
+        measure_due = self.task.measure is not None and (last or self.step % settings.evaluate_every == 0)
+        save_due = last or self.step % settings.save_every == 0 or bool(stop)
+        if measure_due or save_due:
+            check_finite({"model": self.model, "average": self.average}, self.step)
+        if measure_due:
             return self.measure(stopping, stop)
-        if last or self.step % settings.save_every == 0 or stop:
+        if save_due:
             self._publish_unmeasured()
             self.save()
         return stop

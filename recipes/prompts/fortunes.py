@@ -11,7 +11,7 @@ from pathlib import Path
 
 from asrkit.data.corpora.debian import fetch_packages, members_of
 from asrkit.data.text.normalization import TextError, normalize
-from asrkit.run_dir import atomic_write
+from asrkit.disk import atomic_write
 
 # Debian has no package of French fortunes.
 PACKAGES = {"en": "fortunes", "es": "fortunes-es", "it": "fortunes-it", "ru": "fortunes-ru"}

@@ -27,9 +27,9 @@ from asrkit.data.bucketing import BucketPlan
 from asrkit.data.cut_audio import cut_features, feature_statistics
 from asrkit.data.cut_table import CutTable
 from asrkit.data.features import LOG_EPS, SILENCE, fbank
+from asrkit.data.loader import start_loader
 from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
-from asrkit.data.loader import start_loader
 from asrkit.data.train_batches import DataConfig, TrainBatches, perturbed_features
 from asrkit.errors import UserError
 from helpers.tones import make_corpus

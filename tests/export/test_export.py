@@ -25,24 +25,26 @@ from torch.nn.functional import pad
 
 from asrkit.config import from_dict
 from asrkit.data.features import fbank
-from asrkit.data.manifests import make_cut, open_cuts, write_cuts
+from asrkit.data.manifests import digest_of, make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import UNK_ID, Tokenizer
 from asrkit.decoding.acoustic import EncoderOutput, TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import METHODS, Method, search
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compression import QuantizationConfig
 from asrkit.models.sizes import part_of
 from asrkit.nn.compression_config import ActivationQuantization, WeightQuantization
 from asrkit.nn.context import Context, visible
-from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, write_yaml
 from asrkit.stages.evaluate import evaluate
 from asrkit.stages.quantize import quantize
 from asrkit.stages.transcribe import transcribe, transcribe_stream
 from asrkit.training.checkpoint import save_weights
+from asrkit.training.claim import known_inputs
 from asrkit.training.run_writer import stage_entry
 from helpers.commands import asrkit, finish, launched
 from helpers.sherpa_client import client
@@ -938,7 +940,9 @@ def test_a_recording_of_the_run_is_heard(run: Path, manifest: Path, tmp_path: Pa
     shar, broken = tmp_path / "shar", tmp_path / "moved.jsonl.gz"
     shar.mkdir()
     open_cuts(manifest).to_shar(shar, fields={"recording": "wav"})
-    assert stage_entry("s", "0", {"manifest": shar, "dev": tmp_path}, "")["manifests"] == {str(shar): None}
+    assert stage_entry("s", "0", known_inputs({"manifest": shar}), "")["manifests"] == {
+        str(shar): digest_of(shar, sound=False)
+    }
     cut = make_cut("lost", tmp_path / "lost.wav", sampling_rate=16000, num_samples=16000, text="one")
     write_cuts(broken, [cut])
     gone = tmp_path / "gone.jsonl.gz"

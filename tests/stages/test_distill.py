@@ -17,9 +17,10 @@ from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import decode
+from asrkit.disk import sha256_of
 from asrkit.models import load_model
 from asrkit.models.compression import compressed_layers
-from asrkit.run_dir import open_run, sha256_of
+from asrkit.run_dir import open_run
 from asrkit.training.run_writer import write_untrained_run
 from helpers.commands import TORCHRUN, TWO, asrkit, killed, launched, quick
 from helpers.run_dirs import metrics, model_of, weights_equal

@@ -20,6 +20,7 @@ from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
+from asrkit.disk import sha256_of
 from asrkit.methods.distillation.loss import build_loss
 from asrkit.methods.lm_distillation.config import DistillLmConfig
 from asrkit.methods.lm_distillation.loss import (
@@ -33,7 +34,7 @@ from asrkit.methods.lm_distillation.teachers import SUPERVISED, check_alignments
 from asrkit.models import AsrModel, load_model
 from asrkit.models.lm import LanguageModel
 from asrkit.nn.context import FULL
-from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import MODEL, WEIGHTS, open_run, read_yaml, write_yaml
 from asrkit.training.asr_loss import LossConfig
 from asrkit.training.contexts import ContextsConfig
 from helpers.aligned import make_aligned_corpus

@@ -28,11 +28,12 @@ from asrkit.decoding.search import METHODS, Method, decode
 from asrkit.decoding.transducer import greedy_search
 from asrkit.decoding.windows import read_pieces
 from asrkit.decoding.words import timed_words, word_frames
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.nn.context import FULL, Context
 from asrkit.reporting.tables import evaluation_table
-from asrkit.run_dir import TOKENIZER, WEIGHTS, open_run, sha256_of
+from asrkit.run_dir import TOKENIZER, WEIGHTS, open_run
 from asrkit.stages.evaluate import Evaluation, evaluate
 from asrkit.stages.info import describe_run
 from asrkit.stages.summary import summarize_runs

@@ -24,6 +24,7 @@ from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel, encode_by_chunks
 from asrkit.decoding.evaluation import measure_wer
 from asrkit.decoding.recognizer import load_recognizer
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.methods.distillation.pseudo_labels import _transcribe
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
@@ -33,7 +34,7 @@ from asrkit.models.digests import backbone_digest
 from asrkit.models.surgery import in_language
 from asrkit.nn.conformer import subsampled_lens
 from asrkit.nn.context import FULL, Context
-from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, open_run, read_yaml, write_yaml
 from asrkit.stages.evaluate import evaluate
 from asrkit.stages.transcribe import transcribe
 from asrkit.training.asr_loss import LossConfig, asr_loss

@@ -21,6 +21,7 @@ from asrkit.cli.submodel import _ranges
 from asrkit.config import digest, from_dict, to_dict
 from asrkit.data.text.tokenizer import train_tokenizer
 from asrkit.decoding.recognizer import load_recognizer
+from asrkit.disk import atomic_directory, atomic_write, sha256_of
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.digests import backbone_digest, tensors_digest
@@ -34,12 +35,9 @@ from asrkit.run_dir import (
     TOKENIZER,
     TOKENS,
     WEIGHTS,
-    atomic_directory,
-    atomic_write,
     digests_of,
     open_run,
     read_yaml,
-    sha256_of,
     write_yaml,
 )
 from asrkit.stages.info import describe_run

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT
 from asrkit.models import load_model
-from asrkit.run_dir import LINEAGE, MODEL, open_run, sha256_of, write_yaml
+from asrkit.run_dir import LINEAGE, MODEL, open_run, write_yaml
 from asrkit.training.ema import MovingAverage
 from helpers.commands import ONE, TWO, Finished, asrkit, finish, launched, sets
 from helpers.run_dirs import metrics, weights_equal

@@ -130,8 +130,21 @@ def test_a_loader_process_that_is_killed_is_named(whole: Path, corpus: Path, tmp
 
 @pytest.mark.slow
 def test_a_small_shared_memory_is_named(corpus: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "asrkit", *words(corpus, tmp_path / "run", "training.steps=4", "data.num_workers=1")]
-    mounted = ["unshare", "--mount", "--map-root-user", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+    command = [
+        sys.executable,
+        "-m",
+        "asrkit",
+        *words(corpus, tmp_path / "run", "training.steps=4", "data.num_workers=1"),
+    ]
+    mounted = [
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"',
+        "sh",
+    ]
     if subprocess.run([*mounted, "true"], capture_output=True).returncode:
         pytest.skip("no mounts are allowed here")
     done = subprocess.run([*mounted, *command], capture_output=True, text=True, timeout=300)

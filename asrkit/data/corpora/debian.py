@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from asrkit.disk import atomic_write, sha256_of
 from asrkit.errors import UserError
-from asrkit.run_dir import atomic_write, sha256_of
 
 SUMS = "SHA256SUMS"
 ELSEWHERE = "'asrkit data import' takes recordings of your own"

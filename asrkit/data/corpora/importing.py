@@ -19,9 +19,9 @@ from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.names import file_name
 from asrkit.data.text.normalization import TextError, as_written, normalize, split_of
 from asrkit.data.text.tokenizer import single_spaces
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError, clip
 from asrkit.frames import SAMPLE_RATE
-from asrkit.run_dir import atomic_write
 
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph", ".caf", ".w64", ".rf64")
 OTHER_AUDIO = (

@@ -21,9 +21,9 @@ from asrkit.data.corpora.debian import ELSEWHERE, fetch_packages, members_of
 from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.normalization import SPLITS, TextError, as_written, normalize, split_of
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError
 from asrkit.frames import SAMPLE_RATE
-from asrkit.run_dir import atomic_write
 
 LANGUAGES = ("en", "es", "fr", "it", "ru")
 MAX_CHARACTERS_A_SECOND = 25  # the fastest of these speakers says 22

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asrkit.run_dir import atomic_write
+from asrkit.disk import atomic_write
 
 
 def already_made(record: Path, wanted: Mapping[str, Any]) -> bool:

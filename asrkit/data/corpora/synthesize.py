@@ -24,9 +24,9 @@ from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.text.normalization import TextError, normalize, sentence_key
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.frames import SAMPLE_RATE
-from asrkit.run_dir import sha256_of
 
 VARIANTS = ("", *(f"+f{i}" for i in range(1, 6)), *(f"+m{i}" for i in range(1, 9)))
 BASE_VOICES = {"en": ("en-us", "en-us", "en", "en-gb-x-rp")}  # en is British; twice is twice as often

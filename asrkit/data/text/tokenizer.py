@@ -9,8 +9,8 @@ from typing import Literal
 
 import sentencepiece
 
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError, clip
-from asrkit.run_dir import atomic_write
 
 TokenizerKind = Literal["bpe", "unigram", "char"]
 BLANK_ID, UNK_ID = 0, 1

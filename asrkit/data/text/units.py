@@ -13,7 +13,7 @@ from typing import Literal
 import sentencepiece
 
 from asrkit.data.text.tokenizer import BLANK_ID, UNK_ID, WORD_START, Tokenizer
-from asrkit.run_dir import atomic_write
+from asrkit.disk import atomic_write
 
 Unit = Literal["bpe", "phone", "senone"]
 FIRST = max(BLANK_ID, UNK_ID) + 1  # the id of the first unit

@@ -21,6 +21,7 @@ from asrkit.data.batch import Batch, evaluation_batches, with_symbols
 from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.losses.distillation import delayed, three_classes
 from asrkit.losses.transducer import arc_loss
@@ -28,7 +29,7 @@ from asrkit.methods.distillation.config import DistillationConfig
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
 from asrkit.methods.distillation.teachers import Teachers
 from asrkit.nn.conformer import subsampled_lens
-from asrkit.run_dir import MODEL, WEIGHTS, read_yaml, sha256_of, write_yaml
+from asrkit.run_dir import MODEL, WEIGHTS, read_yaml, write_yaml
 from asrkit.training.asr_loss import LossConfig
 from asrkit.training.checkpoint import save_tensors
 from asrkit.training.distributed import World, broadcast_object, gather_lists

@@ -90,7 +90,8 @@ class Distillation:
     @property
     def weights(self) -> dict[str, Path]:
         """The teachers' weights, by option: files that the run depends on."""
-        return {f"teacher {teacher.run.path}": teacher.run.path / WEIGHTS for teacher in each(self.teachers)}
+        paths = [teacher.run.path / WEIGHTS for teacher in each(self.teachers)]
+        return {f"teacher {number}" if number > 1 else "teacher": path for number, path in enumerate(paths, start=1)}
 
     def outputs(self, batch: Batch, own: ForwardPass, context: Context) -> TeacherOutputs | CachedOutputs:
         """The teachers' outputs for a batch that the student ran on in ``context``."""

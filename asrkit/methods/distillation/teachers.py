@@ -13,9 +13,10 @@ from torch import Tensor
 
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, load_model
-from asrkit.run_dir import RunDir, open_run, sha256_of
+from asrkit.run_dir import RunDir, open_run
 
 ANY = "*"  # stands for all languages that have no teacher of their own
 LISTED = 10  # cuts that an error names

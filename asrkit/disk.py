@@ -1,0 +1,152 @@
+"""Files that are whole or not there, whenever the process or the machine dies, and what is said where they cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from asrkit.errors import UserError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# What file systems such as CIFS and some of FUSE say to the sync of a directory: they have none.
+NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The line to end with where ``path`` cannot be written."""
+    remedy = "free some space" if error.errno in NO_SPACE else "put that right"
+    return UserError(f"{path}: cannot write ({error.strerror or error}); {remedy} or choose another location")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on disk, where the file system can do that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_SUCH_SYNC):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def replace(source: Path, path: Path) -> None:
+    """Let ``source``, whose bytes are on disk, become ``path``."""
+    os.replace(source, path)
+    sync(path.parent)
+
+
+@cache
+def _this_host() -> str:
+    """This machine in eight letters; on a shared disk its process numbers say nothing of other machines' processes."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+@cache  # once a process: a directory may hold many files
+def _remove_left_behind(folder: Path) -> None:
+    """Remove what killed processes of this machine were writing in a directory."""
+    with suppress(OSError):
+        for left in os.listdir(folder):
+            match = re.match(rf"\.tmp-(\d+)-{_this_host()}-", left)
+            if match is not None and not _runs(int(match[1])):
+                remove(folder / left)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # it runs as another user; or nobody can say
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all in it, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """Where this process writes what becomes ``path``."""
+    _remove_left_behind(path.parent.absolute())
+    # The suffixes stay last: writers choose the format (.jsonl.gz) by them.
+    return path.parent / f".tmp-{os.getpid()}-{_this_host()}-{path.name}"
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it becomes ``path`` only when the block succeeds.
+
+    The bytes are on disk before the rename, so a reader sees the old file or the new one, never a part.
+
+    Raises:
+        UserError: the disk is full or the location cannot be written; ``path`` is as it was.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def occupied(out: Path) -> list[str]:
+    """Why ``out`` cannot become a new directory, for a stage to report among its other findings; [] if it can."""
+    if out.is_dir() and any(out.iterdir()):
+        return [f"{out}: exists and is not empty; remove it or choose another --out"]
+    if out.exists() and not out.is_dir():
+        return [f"{out}: is a file; choose another --out"]
+    return []
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside ``path``; it becomes ``path`` only when the block succeeds.
+
+    Its files are on disk before the rename. ``path`` must not be there, or be an empty directory.
+
+    Raises:
+        UserError: the path is taken or cannot be written, or the disk is full; nothing is left behind.
+    """
+    if findings := occupied(path):
+        raise UserError.of(findings)
+    path = Path(path).absolute()
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for written in (*temporary.iterdir(), temporary):
+            sync(written)
+        replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""A stage's claim to a run directory: what it holds, whether this very run may write there, and the lock that keeps others out.
+
+Nothing is written before all of that is known, and a run that is refused before its training begins leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from asrkit.config import differences
+from asrkit.data.manifests import digest_of
+from asrkit.disk import cannot_write, remove
+from asrkit.errors import UserError
+from asrkit.run_dir import CONFIG, LINEAGE, MODEL, STATE, TOKENIZER, WEIGHTS, open_run, read_yaml, write_yaml
+from asrkit.training.checkpoint import STATE_FILE
+
+DONE, LOCK = "done", ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that have none
+FREE = ("data.num_workers",)  # settings that a run may go on with otherwise, as they change no number of it
+
+Inputs = Mapping[str, Mapping[str, str]]  # by option: path and sha256
+
+
+@dataclass
+class Claim:
+    """What a run directory is to the run that has claimed it.
+
+    config: content of config.yaml, as the run was begun. fresh: there is no state to go on from. new: config.yaml was written now.
+    finished: trained to the last step. made: directories that were made for it, outermost first. notes: what to tell the user.
+    """
+
+    config: dict[str, Any]
+    fresh: bool
+    new: bool
+    finished: bool
+    made: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def known_inputs(files: Mapping[str, Path | None]) -> dict[str, dict[str, str]]:
+    """Path and SHA-256 of what a run depends on, by option; the weights of a run directory bring its model.yaml and tokenizer.
+
+    Raises:
+        UserError: files that are not there or cannot be read.
+    """
+    every = {name: path for name, path in files.items() if path is not None}
+    for name, path in list(every.items()):
+        if path.name == WEIGHTS:
+            parts = {f"{name} {part}": path.with_name(part) for part in (MODEL, TOKENIZER)}
+            every |= {option: part for option, part in parts.items() if part.is_file()}
+    inputs, findings = {}, []
+    for name, path in every.items():
+        try:
+            if not path.exists():
+                findings.append(f"{path}: no such file (--{name})")
+            else:
+                inputs[name] = {"path": str(path), "sha256": digest_of(path, sound=False)}
+        except OSError as error:
+            findings.append(f"{path}: cannot be read ({error.strerror or error}) (--{name})")
+    if findings:
+        raise UserError.of(findings)
+    return inputs
+
+
+def claim(path: Path, content: dict[str, Any], lock: ExitStack) -> Claim:
+    """Claim ``path`` for the run that config.yaml's ``content`` describes; one that was begun so is gone on with.
+
+    Args:
+        lock: holds the lock of the directory afterwards.
+
+    Raises:
+        UserError: what lies there is of another stage, settings or inputs, is damaged, or another process trains there. The
+            directory is as it was.
+    """
+    made: list[Path] = []
+    try:
+        _existing(path, content)  # once before anything is written, once when nobody else can write
+        made = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
+        path.mkdir(parents=True, exist_ok=True)
+        notes = lock.enter_context(locked(path))
+        begun = _existing(path, content)
+        for folder in (path, path / STATE):
+            for left in folder.glob(".tmp-*"):  # of whatever host: who holds the lock is the only one who writes here
+                remove(left)
+        if begun is None:
+            clear(path)  # of a run that saved nothing
+            write_yaml(path / CONFIG, content)
+    except Exception as error:
+        lock.close()
+        unmake(made)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
+    fresh, finished = not (path / STATE / STATE_FILE).is_file(), (path / DONE).is_file()
+    return Claim(begun or content, fresh, begun is None, finished, made, notes)
+
+
+def _existing(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration of the run in ``path``, which is this one; None where none was begun, or none that saved anything."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; choose another --out")
+    if not (path / CONFIG).is_file():
+        names = [item.name for item in path.iterdir()] if path.is_dir() else []
+        if strangers := sorted(name for name in names if name != LOCK and not name.startswith(".tmp-")):
+            raise UserError(f"{path}: holds other files ({', '.join(strangers[:3])}) and no run; choose another --out")
+        return None
+    begun = read_yaml(path / CONFIG)
+    if not isinstance(begun, dict) or begun.get("stage") != content["stage"]:
+        stage = begun.get("stage") if isinstance(begun, dict) else "unknown"
+        raise UserError(f"{path}: is a run of {stage}, not of {content['stage']}; choose another --out")
+    if changed := changes(begun, content):
+        if not any((path / name).exists() for name in (f"{STATE}/{STATE_FILE}", WEIGHTS, LINEAGE, DONE)):
+            return None
+        raise UserError.of(
+            [f"{path}: was begun with other {line}" for line in changed]
+            + [f"{path}: repeat the settings to resume, or choose another --out"]
+        )
+    if (path / DONE).is_file() or (path / WEIGHTS).is_file():
+        try:
+            open_run(path)
+        except UserError as error:
+            advice = f"{path}: its files are damaged or gone; restore them from a copy, or remove it and train again"
+            raise UserError(*error.lines, advice) from None
+    return begun
+
+
+def changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the configurations of two runs: settings, and the content of inputs wherever they lie."""
+    before, after = _inputs(begun), _inputs(now)
+    # What differs itself is one line, and no second one wherever a setting names it.
+    changed = {name for name in before if name in after and before[name]["sha256"] != after[name]["sha256"]}
+    lines = [
+        f"bytes: --{name} {after[name]['path']}: sha256 {before[name]['sha256'][:12]} -> {after[name]['sha256'][:12]}"
+        for name in before
+        if name in changed
+    ]
+    old, new = _by_content(begun, before, changed), _by_content(now, after, changed)
+    return lines + [
+        f"settings: {line}" for line in differences(old, new) if not line.startswith(tuple(f"{key}:" for key in FREE))
+    ]
+
+
+def _inputs(content: Mapping[str, Any]) -> Inputs:
+    """The inputs that a configuration names; earlier versions wrote no digests, and their paths stay paths."""
+    inputs = content.get("inputs")
+    if not isinstance(inputs, Mapping):
+        return {}
+    return {
+        name: entry for name, entry in inputs.items() if isinstance(entry, Mapping) and {*entry} >= {"path", "sha256"}
+    }
+
+
+def _by_content(content: Mapping[str, Any], inputs: Inputs, changed: set[str]) -> dict[str, Any]:
+    """A configuration in which the digest of an input stands wherever its path did, or that of its run directory."""
+    tokens: dict[str, str] = {}
+    for name, entry in inputs.items():
+        token = name if name in changed else entry["sha256"]
+        tokens[entry["path"]] = tokens[entry["sha256"]] = token
+        if Path(entry["path"]).name == WEIGHTS:
+            tokens[str(Path(entry["path"]).parent)] = token
+
+    def known(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {tokens.get(key, key): known(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [known(part) for part in value]
+        return tokens.get(value, value) if isinstance(value, str) else value
+
+    kept = {name: entry for name, entry in (content.get("inputs") or {}).items() if name not in inputs}
+    named = {name: tokens[entry["sha256"]] for name, entry in inputs.items()}
+    return {**known({key: value for key, value in content.items() if key != "inputs"}), "inputs": {**kept, **named}}
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[list[str]]:
+    """Hold the lock of a directory; yields what the user should know of it.
+
+    A record lock (POSIX) belongs to a process: one forked from it does not inherit it, and it is gone the instant the process
+    is. The file stays, as its removal would let two processes lock two files of that name.
+
+    Raises:
+        UserError: another process holds it. OSError: the lock file cannot be made.
+    """
+    notes = []
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.read(descriptor, 200).decode(errors="replace").strip()
+                raise UserError(
+                    f"{path}: another run is training there ({holder or 'unknown'}); wait for it or choose another --out"
+                ) from None
+            if error.errno not in NO_LOCKS:
+                raise
+            notes = [f"{path}: its file system has no locks; let no other run write there"]
+        os.ftruncate(descriptor, 0)
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {began}\n".encode())
+        yield notes
+    finally:
+        os.close(descriptor)
+
+
+def clear(path: Path) -> None:
+    """Remove all that a run wrote, but its lock."""
+    for item in path.iterdir():
+        if item.name != LOCK:
+            remove(item)
+
+
+def unmake(made: list[Path]) -> None:
+    """Remove directories that were made and hold nothing but a lock."""
+    for folder in reversed(made):
+        with suppress(OSError):
+            if [item.name for item in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+            folder.rmdir()
