@@ -46,8 +46,9 @@ Advanced = Annotated[T, ADVANCED]  # a setting that only a paper's ablation need
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only, checked dataclass; unknown keys are errors."""
-    return pydantic_dataclass(cls, kw_only=True, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload, return-value, unused-ignore]
+    """Make a frozen, keyword-only, checked dataclass; unknown keys are errors, and so are numbers that are not finite."""
+    options = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return pydantic_dataclass(cls, kw_only=True, frozen=True, config=options)  # type: ignore[call-overload, return-value, unused-ignore]
 
 
 def is_config(hint: Any) -> bool:

@@ -29,6 +29,7 @@ from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.config import TrainingConfig
 from asrkit.training.distributed import World
 from asrkit.training.step import BatchStream, TrainTask, compute_gradients
+from asrkit.training.stopping import Stopping
 from asrkit.training.update import Updater
 
 DEVICE = torch.device("cuda:0" if os.environ.get("DEVICE", "cuda") == "cuda" else "cpu")
@@ -97,7 +98,7 @@ class Training:
         updater.set_rate()
         result = compute_gradients(self.task, updater.model, self.stream, [number], 1, updater.arithmetic)
         updater.apply(result)
-        updater.finish_step(0)
+        updater.finish_step(0, Stopping())
 
 
 @contextmanager

@@ -11,9 +11,21 @@ from typing import Annotated
 import typer
 
 from asrkit import __version__
-from asrkit.cli import compress, data, distill, evaluate, export, inspect, lm, plugins, settings, submodel, train
+from asrkit.cli import (
+    compress,
+    data,
+    distill,
+    evaluate,
+    export,
+    failures,
+    inspect,
+    lm,
+    plugins,
+    settings,
+    submodel,
+    train,
+)
 from asrkit.cli.app import App, Commands
-from asrkit.errors import UserError
 
 app = App(
     cls=Commands,
@@ -50,12 +62,14 @@ def built_in() -> set[str]:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is printed line by line and ends with exit code 1."""
+    """Run the command line; a user's mistake is printed line by line and ends with exit code 1, as does any other failure."""
     for line in plugins.shadowed(built_in()):
         print(f"error: {line}", file=sys.stderr)
     try:
-        app()
-    except UserError as error:
-        for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
+        try:
+            app()
+        finally:
+            failures.flush_output()
+    except Exception as error:
+        failures.show(error)
         sys.exit(1)

@@ -23,6 +23,7 @@ from asrkit.training import checkpoint, distributed, update
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.config import TrainingConfig
 from asrkit.training.step import TrainTask, compute_gradients
+from asrkit.training.stopping import Stopping
 from helpers.aligned import SHAPE
 from helpers.commands import asrkit, quick, sets
 from helpers.pretend_gpu import GPU, Counts, pretend_gpu
@@ -285,5 +286,5 @@ def test_a_step_waits_for_the_device_at_most_four_times(tmp_path: Path) -> None:
             counts.waits.clear()
             result = compute_gradients(task, updater.model, {number: (there, 0.0)}, [number], 1, updater.arithmetic)
             updater.apply(result)
-            updater.finish_step(0)
+            updater.finish_step(0, Stopping())
     assert sum(counts.waits.values()) <= 4, counts.waits

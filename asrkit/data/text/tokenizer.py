@@ -115,10 +115,10 @@ class Tokenizer:
         )
 
     def copy_to(self, path: Path) -> None:
-        """Copy the model to ``path``, with tokens.txt beside it."""
+        """Copy the model to ``path``, with tokens.txt beside it, which is there first: where the model is, both are."""
+        self.write_tokens(path.with_name("tokens.txt"))
         with atomic_write(path) as temporary:
             temporary.write_bytes(self.path.read_bytes())
-        self.write_tokens(path.with_name("tokens.txt"))
 
     def write_tokens(self, path: Path) -> None:
         """Write tokens.txt: one ``piece id`` a line."""
@@ -150,30 +150,30 @@ def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, 
         raise UserError(
             f"tokenizer.vocab_size={vocab_size} is smaller than the {characters} characters of the text need; raise it or use tokenizer.kind=char"
         )
-    with atomic_write(out) as temporary, open(temporary, "wb") as file:
-        try:
-            sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=iter(sentences),
-                model_writer=file,
-                model_type=kind,
-                vocab_size=vocab_size,
-                hard_vocab_limit=False,
-                character_coverage=1.0,
-                normalization_rule_name="identity",  # else SARA AM, full-width forms and joiners never come back
-                unk_id=UNK_ID,
-                pad_id=BLANK_ID,
-                pad_piece="<blk>",
-                bos_id=-1,
-                eos_id=-1,
-                minloglevel=2,
-                max_sentence_length=1 << 16,
-            )
-        except RuntimeError as error:
-            if kind != "bpe" or "Vocabulary size" not in str(error):
-                raise UserError(f"cannot train a {kind} tokenizer of {vocab_size} pieces: {error}") from error
-            raise UserError(
-                f"tokenizer.vocab_size={vocab_size} is too high for this text; lower it or use tokenizer.kind=char"
-            ) from error
-    tokenizer = Tokenizer(out)
-    tokenizer.write_tokens(out.with_name("tokens.txt"))
-    return tokenizer
+    with atomic_write(out) as temporary:
+        with open(temporary, "wb") as file:
+            try:
+                sentencepiece.SentencePieceTrainer.Train(
+                    sentence_iterator=iter(sentences),
+                    model_writer=file,
+                    model_type=kind,
+                    vocab_size=vocab_size,
+                    hard_vocab_limit=False,
+                    character_coverage=1.0,
+                    normalization_rule_name="identity",  # else SARA AM, full-width forms and joiners never come back
+                    unk_id=UNK_ID,
+                    pad_id=BLANK_ID,
+                    pad_piece="<blk>",
+                    bos_id=-1,
+                    eos_id=-1,
+                    minloglevel=2,
+                    max_sentence_length=1 << 16,
+                )
+            except RuntimeError as error:
+                if kind != "bpe" or "Vocabulary size" not in str(error):
+                    raise UserError(f"cannot train a {kind} tokenizer of {vocab_size} pieces: {error}") from error
+                raise UserError(
+                    f"tokenizer.vocab_size={vocab_size} is too high for this text; lower it or use tokenizer.kind=char"
+                ) from error
+        Tokenizer(temporary).write_tokens(out.with_name("tokens.txt"))  # first: where the model is, both are
+    return Tokenizer(out)

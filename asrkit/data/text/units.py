@@ -23,24 +23,24 @@ UNITS: tuple[Unit, ...] = ("bpe", "phone", "senone")
 def write_inventory(symbols: Iterable[str], path: Path) -> Tokenizer:
     """Write the inventory of phones or senones, with tokens.txt beside it."""
     ordered = sorted(set(symbols))
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(ordered),
-            model_writer=file,
-            model_type="word",
-            vocab_size=len(ordered) + 2,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            unk_id=UNK_ID,
-            pad_id=BLANK_ID,
-            pad_piece="<blk>",
-            bos_id=-1,
-            eos_id=-1,
-            minloglevel=2,
-        )
-    inventory = Tokenizer(path)
-    inventory.write_tokens(path.with_name("tokens.txt"))
-    return inventory
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as file:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(ordered),
+                model_writer=file,
+                model_type="word",
+                vocab_size=len(ordered) + 2,
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                unk_id=UNK_ID,
+                pad_id=BLANK_ID,
+                pad_piece="<blk>",
+                bos_id=-1,
+                eos_id=-1,
+                minloglevel=2,
+            )
+        Tokenizer(temporary).write_tokens(path.with_name("tokens.txt"))  # first: where the model is, both are
+    return Tokenizer(path)
 
 
 class Inventory:

@@ -1,0 +1,284 @@
+"""Who may write to a run directory: settings, inputs by their content, locks, and what a refusal leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asrkit import disk
+from asrkit.disk import atomic_directory, atomic_write, sha256_of
+from asrkit.errors import UserError
+from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENS, WEIGHTS, open_run, read_yaml, write_yaml
+from asrkit.training.claim import DONE, LOCK, Claim, changes, claim, known_inputs, locked
+from asrkit.training.distributed import World, join_world
+from asrkit.training.run_writer import RunWriter
+from helpers.small_runs import write_run
+
+ONE = World(0, 1, torch.device("cpu"))
+
+
+def content(files: dict[str, Path], **settings: Any) -> dict[str, Any]:
+    return {"stage": "train-backbone", **settings, "inputs": known_inputs(files)}
+
+
+def claimed(path: Path, config: dict[str, Any]) -> Claim:
+    with ExitStack() as lock:
+        return claim(path, config, lock)
+
+
+def saved(path: Path) -> None:
+    """Let a run have something that must not be lost."""
+    (path / "state").mkdir()
+    (path / "state" / "latest.safetensors").touch()
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "m.jsonl"
+    path.write_text("one\ntwo\n")
+    return path
+
+
+def test_the_same_bytes_elsewhere_go_on(manifest: Path, tmp_path: Path) -> None:
+    """The manifest, one of data.also, the parent and a teacher have all been moved."""
+    parent, also = write_run(tmp_path / "parent"), tmp_path / "also.jsonl"
+    also.write_text("three\n")
+
+    def config(manifest: Path, parent: Path, also: Path) -> dict[str, Any]:
+        files = {"manifest": manifest, "set data.also.0": also, "from": parent / WEIGHTS, "teacher": parent / WEIGHTS}
+        digest = sha256_of(parent / WEIGHTS)
+        settings = {"from": str(parent), "from_weights_sha256": digest, "teachers": {"*": {str(parent): digest}}}
+        return content(files, **settings, data={"also": [str(also)], "num_workers": 1})
+
+    before = config(manifest, parent, also)
+    assert claimed(tmp_path / "run", before).new
+    saved(tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    moved = [shutil.move(path, tmp_path / "moved" / path.name) for path in (manifest, parent, also)]
+    after = config(*map(Path, moved))
+    assert before["inputs"]["manifest"] == {"path": str(manifest), "sha256": sha256_of(Path(moved[0]))}
+    again = claimed(tmp_path / "run", after)
+    assert not again.new and not again.fresh and again.config == before == read_yaml(tmp_path / "run" / CONFIG)
+    after["data"]["num_workers"] = 0  # as the advice for a loader process that died
+    assert not claimed(tmp_path / "run", after).new
+
+
+def test_other_bytes_at_the_same_path_are_refused(manifest: Path, tmp_path: Path) -> None:
+    before = content({"manifest": manifest, "dev": manifest}, data={"noise": str(manifest)})
+    claimed(tmp_path / "run", before)
+    saved(tmp_path / "run")
+    manifest.write_text("one\n")
+    with pytest.raises(UserError) as caught:
+        claimed(tmp_path / "run", content({"manifest": manifest, "dev": manifest}, data={"noise": str(manifest)}))
+    first, second, _ = caught.value.lines
+    digests = before["inputs"]["manifest"]["sha256"][:12], sha256_of(manifest)[:12]
+    assert f"begun with other bytes: --manifest {manifest}: sha256 {digests[0]} -> {digests[1]}" in first
+    assert "--dev" in second
+
+
+def test_a_parent_of_another_spec_is_another_input(tmp_path: Path) -> None:
+    """The same weights with another default variant."""
+    parent = write_run(tmp_path / "parent")
+    before = content({"from": parent / WEIGHTS})
+    assert set(before["inputs"]) == {"from", "from model.yaml", "from tokenizer.model"}
+    with open(parent / MODEL, "a") as file:
+        file.write("# changed\n")
+    (line,) = changes(before, content({"from": parent / WEIGHTS}))
+    assert "--from model.yaml" in line
+
+
+def test_a_shar_directory_is_known_by_its_cuts_and_the_sizes_of_its_sound(tmp_path: Path) -> None:
+    shar = tmp_path / "shar"
+    shar.mkdir()
+    for name, text in (("cuts.000000.jsonl", "cut"), ("recording.000000.tar", "sound")):
+        (shar / name).write_text(text)
+    digests = [known_inputs({"manifest": shar})["manifest"]["sha256"]]
+    for name, text in (("cuts.000000.jsonl", "tuc"), ("recording.000000.tar", "more sound")):
+        (shar / name).write_text(text)
+        digests.append(known_inputs({"manifest": shar})["manifest"]["sha256"])
+    assert len(set(digests)) == 3
+
+
+def test_every_missing_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        known_inputs({"manifest": tmp_path / "m", "dev": None, "tokenizer": tmp_path / "t"})
+    assert caught.value.lines == (
+        f"{tmp_path}/m: no such file (--manifest)",
+        f"{tmp_path}/t: no such file (--tokenizer)",
+    )
+
+
+def test_a_run_that_saved_nothing_begins_anew_with_other_settings(manifest: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    claimed(run, content({"manifest": manifest}, seed=1))
+    (run / "tokenizer.model").touch()
+    assert claimed(run, content({"manifest": manifest}, seed=2)).new
+    assert read_yaml(run / CONFIG)["seed"] == 2 and not (run / "tokenizer.model").exists()
+    saved(run)
+    with pytest.raises(UserError, match="begun with other settings: seed: 2 -> 3"):
+        claimed(run, content({"manifest": manifest}, seed=3))
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def test_a_refusal_leaves_everything_as_it_was(manifest: Path, tmp_path: Path) -> None:
+    foreign, run, other = tmp_path / "foreign", tmp_path / "run", tmp_path / "other"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    claimed(run, content({"manifest": manifest}))
+    saved(run)
+    write_yaml(other / CONFIG, {"stage": "align"})
+    before = listing(tmp_path)
+    config = content({"manifest": manifest}, seed=2)
+    for path in (foreign, run, other, manifest, manifest / "below"):
+        with pytest.raises(UserError):
+            claimed(path, config)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("path", ["fresh", "a/b/fresh", "empty"])
+def test_a_run_refused_before_it_trains_leaves_nothing(path: str, manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match="bad cuts"):  # noqa: SIM117
+        with RunWriter.open(tmp_path / path, "train-backbone", {}, {"manifest": manifest}, "", ONE):
+            (tmp_path / path / "tokenizer.model").touch()
+            raise UserError("bad cuts")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, TOKENS, MODEL])
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_finished_run_that_is_damaged_is_not_finished(name: str, damage: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_yaml(run / CONFIG, content({}))
+    digests = {"config_file_sha256": sha256_of(run / CONFIG), "tokens_sha256": sha256_of(run / TOKENS)}
+    write_yaml(run / LINEAGE, [read_yaml(run / LINEAGE)[0] | digests])
+    (run / DONE).touch()
+    assert claimed(run, content({})).finished
+    damaged = bytearray((run / name).read_bytes())
+    damaged[-2] ^= 1
+    (run / name).write_bytes(damaged) if damage == "flipped" else (run / name).unlink()
+    with pytest.raises(UserError):
+        open_run(run)
+    with pytest.raises(UserError):
+        claimed(run, content({}))
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of ``tmp_path``, and a process forked from it that outlives it."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from asrkit.training.claim import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True)\n"
+        "    time.sleep(100)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        yield process
+        os.kill(child, 9)
+        process.kill()
+
+
+def test_a_lock_says_who_holds_it_and_dies_with_its_process(held: subprocess.Popen[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"another run is training there \(process {held.pid} on .* since 20"):  # noqa: SIM117
+        with locked(tmp_path):
+            pass
+    held.kill()
+    held.wait()
+    with locked(tmp_path) as notes:  # at once, although the forked process still runs
+        assert notes == []
+    assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("asrkit.training.claim.fcntl.lockf", refuse)
+    with locked(tmp_path) as notes:
+        assert "no locks" in notes[0]
+
+
+def test_what_killed_processes_left_is_removed(manifest: Path, tmp_path: Path) -> None:
+    """That of this machine wherever it is met, that of others under the lock of a run directory alone."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    ours, others = f".tmp-{dead.pid}-{disk._this_host()}-b.txt", f".tmp-{dead.pid}-00000000-b.txt"
+    alive = f".tmp-{os.getppid()}-{disk._this_host()}-c.txt"
+    folder, run = tmp_path / "folder", tmp_path / "run"
+    for place in (folder, run, run / "state"):
+        place.mkdir(parents=True)
+        for name in (ours, others, alive):
+            (place / name).touch()
+    with atomic_write(folder / "a.txt") as temporary:
+        temporary.touch()
+    assert {path.name for path in folder.iterdir()} == {"a.txt", others, alive}
+    write_yaml(run / CONFIG, content({"manifest": manifest}))
+    claimed(run, content({"manifest": manifest}))
+    assert {path.name for path in run.rglob("*")} == {LOCK, CONFIG, "state"}
+
+
+def test_a_directory_is_listed_once_however_much_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    real = os.listdir
+    monkeypatch.setattr("asrkit.disk.os.listdir", lambda folder: listed.append(folder) or real(folder))  # type: ignore[func-returns-value]
+    for number in range(5):
+        with atomic_write(tmp_path / f"{number}.txt") as temporary:
+            temporary.touch()
+    assert listed == [tmp_path]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_a_directory_goes_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = number
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(failing, os.strerror(failing))
+        real(descriptor)
+
+    monkeypatch.setattr("asrkit.disk.os.fsync", fsync)
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("a")
+    with atomic_directory(tmp_path / "folder") as temporary:
+        (temporary / "b").write_text("b")
+    assert (tmp_path / "a.txt").read_text() == "a" and (tmp_path / "folder" / "b").read_text() == "b"
+    failing = errno.EIO  # a real error of the disk
+    with pytest.raises(UserError, match="Input/output error"), atomic_write(tmp_path / "c.txt") as temporary:
+        temporary.touch()
+
+
+@pytest.mark.parametrize(
+    "number, frees", [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False), (errno.EACCES, False)]
+)
+def test_space_is_to_be_freed_where_there_is_none_alone(number: int, frees: bool, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught, atomic_write(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+    assert os.strerror(number) in str(caught.value) and ("free some space" in str(caught.value)) == frees
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_a_number_of_torchrun_that_is_none_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(UserError, match=f"{name}=two: is no number"), join_world("cpu"):
+        pass
