@@ -63,8 +63,12 @@ def train_backbone(
         asrkit train-backbone --from exp/backbone --manifest data/mine/train.jsonl.gz \\
             --dev data/mine/dev.jsonl.gz --out exp/mine --set training.steps=500
 
-    Several processes: torchrun --standalone --nproc_per_node 2 -m asrkit train-backbone ... Settings come from the defaults, then
-    --config, then --set; config.yaml in the run directory holds every one of them.
+    Several processes (torch 2 needs no --redirects and --tee):
+
+        torchrun --rdzv_backend c10d --rdzv_endpoint localhost:0 --redirects 1 --tee 1 --nproc_per_node 2 \\
+            -m asrkit train-backbone --manifest data/prompts/train.jsonl.gz --out exp/backbone
+
+    Settings come from the defaults, then --config, then --set; config.yaml in the run directory holds every one of them.
     """
     from asrkit.config import resolve
     from asrkit.stages.train_backbone import TrainBackboneConfig, defaults

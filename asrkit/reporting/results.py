@@ -13,10 +13,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from asrkit.config import config, from_dict, to_dict
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.migration import migrate_result
 from asrkit.reporting.wer import Scored, confidence_interval, total_chars, total_words
-from asrkit.run_dir import EXPORT, WEIGHTS, sha256_of
+from asrkit.run_dir import EXPORT, WEIGHTS
 
 RESULT, UTTERANCES = "result.json", "utterances.jsonl"
 EVALUATION = "evaluation"  # the folder of a run directory that holds a directory for each evaluation

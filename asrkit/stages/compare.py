@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asrkit.config import to_dict
+from asrkit.disk import atomic_write
 from asrkit.errors import UserError
 from asrkit.reporting.compare import Comparison, Unit, compare
 from asrkit.reporting.evaluations import find_evaluation, load_system, matched
-from asrkit.run_dir import atomic_write
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,19 @@ from asrkit.config import differences
 from asrkit.data.manifests import digest_of
 from asrkit.disk import cannot_write, remove
 from asrkit.errors import UserError
-from asrkit.run_dir import CONFIG, LINEAGE, MODEL, STATE, TOKENIZER, WEIGHTS, open_run, read_yaml, write_yaml
+from asrkit.migration import FORMAT
+from asrkit.run_dir import (
+    CONFIG,
+    LINEAGE,
+    MODEL,
+    STATE,
+    TOKENIZER,
+    WEIGHTS,
+    open_run,
+    read_yaml,
+    stored_model,
+    write_yaml,
+)
 from asrkit.training.checkpoint import STATE_FILE
 
 DONE, LOCK = "done", ".lock"
@@ -117,6 +129,11 @@ def _existing(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(begun, dict) or begun.get("stage") != content["stage"]:
         stage = begun.get("stage") if isinstance(begun, dict) else "unknown"
         raise UserError(f"{path}: is a run of {stage}, not of {content['stage']}; choose another --out")
+    if (path / MODEL).is_file() and (number := stored_model(path).get("format", 0)) != FORMAT:
+        raise UserError(
+            f"{path}: was begun by an older version of asrkit (format {number}, now {FORMAT}) and cannot be resumed; start from it "
+            "with --from in another --out, or go on with that version"
+        )
     if changed := changes(begun, content):
         if not any((path / name).exists() for name in (f"{STATE}/{STATE_FILE}", WEIGHTS, LINEAGE, DONE)):
             return None
