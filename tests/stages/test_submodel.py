@@ -21,7 +21,7 @@ from asrkit.cli.submodel import _ranges
 from asrkit.config import digest, from_dict, to_dict
 from asrkit.data.text.tokenizer import train_tokenizer
 from asrkit.decoding.recognizer import load_recognizer
-from asrkit.disk import atomic_directory, atomic_write, sha256_of
+from asrkit.disk import atomic_directory, sha256_of
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.digests import backbone_digest, tensors_digest
@@ -473,26 +473,6 @@ def test_a_failure_leaves_nothing(near: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=r"x: cannot write \(No space left on device\)"):
         remove_submodel(near, "near", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    (tmp_path / f".tmp-{dead.pid}-new").mkdir()
-    (tmp_path / f".tmp-{dead.pid}-new" / "part").touch()
-    (tmp_path / f".tmp-{dead.pid}-a.txt").touch()
-    kept = {
-        f".tmp-{os.getppid()}-a.txt",
-        f".tmp-{dead.pid}-b.txt",
-        ".tmp-apt-a.txt",
-    }  # alive, of another file, no process
-    for name in kept:
-        (tmp_path / name).touch()
-    with atomic_directory(tmp_path / "new") as folder:
-        (folder / "whole").touch()
-    with atomic_write(tmp_path / "a.txt") as file:
-        file.touch()
-    assert {path.name for path in tmp_path.iterdir()} == kept | {"new", "a.txt"}
 
 
 def test_atomic_directory(tmp_path: Path) -> None:

@@ -227,6 +227,9 @@ def test_what_killed_processes_left_is_removed(manifest: Path, tmp_path: Path) -
         place.mkdir(parents=True)
         for name in (ours, others, alive):
             (place / name).touch()
+    part = folder / f".tmp-{dead.pid}-{disk._this_host()}-new" / "part"  # of an atomic directory
+    part.parent.mkdir()
+    part.touch()
     with atomic_write(folder / "a.txt") as temporary:
         temporary.touch()
     assert {path.name for path in folder.iterdir()} == {"a.txt", others, alive}
