@@ -72,12 +72,14 @@ def check_finite(models: Mapping[str, nn.Module], step: int) -> None:
     Raises:
         UserError: names the tensors with values that are not finite.
     """
-    bad = [
-        f"{name} ({which})"
+    tensors = {
+        f"{name} ({which})": tensor
         for which, model in models.items()
         for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
-    ]
+        if tensor.is_floating_point()
+    }
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()  # the device is read once
+    bad = [name for name, fine in zip(tensors, finite, strict=True) if not fine]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
