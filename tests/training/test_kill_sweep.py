@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from asrkit.run_dir import open_run
+from helpers.commands import quick
+from helpers.run_dirs import weights_equal
 from helpers.small_runs import write_run
-from helpers.stage_runs import sets
 from helpers.tones import make_corpus
 
 # Runs the command given after N in a process that kills itself before its N-th sync, rename, new file or new directory under
@@ -81,10 +79,7 @@ def sweep(words: Callable[[Path], list[str]], folder: Path, same: Callable[[Path
 
 
 def same_run(one: Path, other: Path) -> None:
-    open_run(other)
-    weights, others = (load_file(path / "model.safetensors") for path in (one, other))
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert weights_equal(one, other)
     for name in ("tokens.txt", "tokenizer.model", "model.yaml"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert (other / "done").exists()
@@ -93,7 +88,7 @@ def same_run(one: Path, other: Path) -> None:
 @pytest.mark.slow
 def test_a_training_completes_wherever_it_is_killed(tmp_path: Path) -> None:
     make_corpus(tmp_path / "corpus", 6)
-    settings = sets(
+    settings = quick(
         "model.size=tiny", "model.num_layers=1", "model.dim=8", "model.feedforward_dim=8", "model.kernel_size=3",
         "model.predictor_dim=8", "model.joiner_dim=8", "tokenizer.vocab_size=18", "training.steps=4",
     )  # fmt: skip

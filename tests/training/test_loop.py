@@ -228,18 +228,9 @@ def test_a_model_of_another_version_is_refused(uninterrupted: Path, tmp_path: Pa
         load_model(open_run(copy))
 
 
-def test_weights_that_are_not_finite_are_never_saved(corpus: Path, tmp_path: Path) -> None:
-    """Every update is finite, and their sum is not."""
-    out = tmp_path / "huge"
-    words = command(
-        corpus, out, "training.steps=12", "training.save_every=1", "training.optimizer.name=adamw",
-        "training.optimizer.learning_rate=3e38", "training.optimizer.warm_up_steps=1", "training.max_skipped_in_a_row=1000",
-    )  # fmt: skip
-    text = lines_of(finish(*words))
-    assert "weights are not finite" in text and "learning_rate" in text
-    if (out / "model.safetensors").exists():
-        assert all(tensor.isfinite().all() for tensor in load_file(out / "model.safetensors").values())
-    assert "learning_rate" in lines_of(finish(*command(corpus, out, "training.optimizer.learning_rate=.inf")))
+def test_a_rate_that_is_not_finite_is_refused(corpus: Path, tmp_path: Path) -> None:
+    text = lines_of(finish(*command(corpus, tmp_path / "run", "training.optimizer.learning_rate=.inf")))
+    assert "training.optimizer.learning_rate: Input should be a finite number" in text
 
 
 @pytest.mark.parametrize("place", [0.02, 0.5, 0.98])

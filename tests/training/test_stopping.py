@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from asrkit.errors import UserError
 from asrkit.training.config import TrainingConfig
@@ -22,7 +22,8 @@ from asrkit.training.distributed import World
 from asrkit.training.loop import train
 from asrkit.training.step import LossOutput, TrainTask
 from asrkit.training.stopping import Interrupted, Stopped, watched_signals
-from helpers.stage_runs import TWO, asrkit, launched, sets
+from helpers.commands import ONE, QUICK, TWO, asrkit_process, launched, sets
+from helpers.run_dirs import weights_equal
 from helpers.tones import make_corpus
 
 SHAPE = [
@@ -41,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(corpus: Path, out: Path, *settings: str) -> list[str]:
     options = ["train-backbone", "--manifest", corpus / "train.jsonl.gz", "--max-duration", 10, "--out", out]
-    return [*map(str, options), *sets(*SHAPE, *settings)]
+    return [*map(str, options), *sets(*QUICK, *SHAPE, *settings)]
 
 
 def begun(launcher: list[str], command: list[str], line: str) -> subprocess.Popen[str]:
@@ -62,14 +63,9 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    weights, others = (load_file(run / "model.safetensors") for run in (one, other))
-    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
-
-
 @pytest.fixture(scope="module")
 def whole(corpus: Path) -> Path:
-    asrkit(*words(corpus, corpus / "whole", *RARELY))
+    asrkit_process(*words(corpus, corpus / "whole", *RARELY))
     return corpus / "whole"
 
 
@@ -79,53 +75,53 @@ def test_a_signal_to_the_process_group_saves_the_state(
     number: signal.Signals, code: int, whole: Path, corpus: Path, tmp_path: Path
 ) -> None:
     command = words(corpus, tmp_path / "run", *RARELY)
-    with begun([sys.executable, "-m", "asrkit"], command, "step 3/") as process:
+    with begun(ONE, command, "step 3/") as process:
         os.killpg(process.pid, number)
         os.killpg(process.pid, number)  # as GNU timeout does: to its child, and to the group that the child is in
         said = process.stderr.read() if process.stderr else ""
     assert process.returncode == code, said
     assert "the state is saved" in said and "Traceback" not in said
-    assert "resuming after step" in asrkit(*command)
-    assert same_weights(whole, tmp_path / "run")
+    assert "resuming after step" in asrkit_process(*command)
+    assert weights_equal(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_a_signal_to_the_group_of_torchrun_saves_the_state(corpus: Path, tmp_path: Path) -> None:
     command = words(corpus, tmp_path / "run", *RARELY)
-    with begun([*TWO, "-m", "asrkit"], command, "step 3/") as process:
+    with begun(TWO, command, "step 3/") as process:
         os.killpg(process.pid, signal.SIGTERM)
         said = process.stderr.read() if process.stderr else ""
     assert "the state is saved" in said, said
-    launched([*TWO, "-m", "asrkit"], *words(corpus, tmp_path / "whole", *RARELY))
-    assert "resuming after step" in launched([*TWO, "-m", "asrkit"], *command)
-    assert same_weights(tmp_path / "whole", tmp_path / "run")
+    launched(TWO, *words(corpus, tmp_path / "whole", *RARELY))
+    assert "resuming after step" in launched(TWO, *command)
+    assert weights_equal(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_process_and_no_lock(whole: Path, corpus: Path, tmp_path: Path) -> None:
     command = words(corpus, tmp_path / "run", *RARELY, "training.save_every=2")
-    with begun([sys.executable, "-m", "asrkit"], command, "step 5/") as process:
+    with begun(ONE, command, "step 5/") as process:
         loaders = children(process.pid)
         assert len(loaders) == 2
         process.kill()
         process.wait()
-        said = asrkit(*command)  # at once
+        said = asrkit_process(*command)  # at once
     assert "resuming after step" in said
     assert not [pid for pid in loaders if Path(f"/proc/{pid}").exists()]
-    assert same_weights(whole, tmp_path / "run")
+    assert weights_equal(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_a_loader_process_that_is_killed_is_named(whole: Path, corpus: Path, tmp_path: Path) -> None:
     command = words(corpus, tmp_path / "run", *RARELY, "training.save_every=2")
-    with begun([sys.executable, "-m", "asrkit"], command, "step 5/") as process:
+    with begun(ONE, command, "step 5/") as process:
         os.kill(children(process.pid)[0], signal.SIGKILL)
         said = process.stderr.read() if process.stderr else ""
     assert process.returncode == 1, said
     errors = [line for line in said.splitlines() if not line.startswith("step ")]
     assert len(errors) == 1 and "was killed by SIGKILL" in errors[0] and "data.num_workers=0" in errors[0]
-    assert "resuming after step" in asrkit(*command, "--set", "data.num_workers=0")  # as the line advises
-    assert same_weights(whole, tmp_path / "run")
+    assert "resuming after step" in asrkit_process(*command, "--set", "data.num_workers=0")  # as the line advises
+    assert weights_equal(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -228,3 +224,14 @@ def test_errors_that_are_no_deaths_pass(tmp_path: Path) -> None:
         raise RuntimeError("shapes")
     with pytest.raises(UserError, match="x"), stream.deaths_named():
         raise UserError("x")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    def spoil(model: Any, step: int) -> None:
+        if step == 2:
+            model.weight.data[0, 1] = torch.inf
+
+    published: list[int] = []
+    with pytest.raises(UserError, match=r"after step 6: weights are not finite: weight \(model\), weight \(average\);"):
+        trained(replace(small_task(), after_step=spoil), tmp_path / "run", published)
+    assert published == [] and not (tmp_path / "run" / "state").exists()
