@@ -229,8 +229,7 @@ def _check(
 
 def _check_tokenizers(teachers: Teachers, tokenizer: Tokenizer, settings: DistillConfig, datasets: Datasets) -> None:
     """Refuse settings and texts that teachers with another tokenizer than the student's cannot handle."""
-    own = sha256_of(tokenizer.path)
-    others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != own]
+    others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != sha256_of(tokenizer.path)]
     if not others:
         return
     subject, findings = f"teachers with another tokenizer than the student's ({', '.join(others)})", []
