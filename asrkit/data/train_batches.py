@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class DataConfig:
     """Further manifests to train on, such as synthetic speech."""
     repeat: Annotated[int, Field(ge=1)] = 1
     """How often the main manifest comes in an epoch for each time those of `also` do."""
+    empty_texts: Literal["refuse", "silence"] = "refuse"
+    """Cuts without words: refuse them, or train on them as sound in which nobody speaks."""
     noise: Path | None = None
     """Manifest of noise recordings for augment.noise_probability; null makes Gaussian noise of a random color."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -104,7 +106,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             if augment.channel_db > 0:
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
             warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
-            texts.append(" ".join(text_of(cut) for cut in joined))
+            texts.append(" ".join(filter(None, map(text_of, joined))))
             symbols.append(
                 self.tokenizer.encode(texts[-1], self.settings.bpe_dropout, seed=int(random.integers(1 << 31)))
             )

@@ -59,8 +59,11 @@ def read_datasets(
             "data.augment.join joins utterances of any language, but this model takes one per utterance; set data.augment.join=0"
         )
 
+    words = data.empty_texts == "refuse"
+
     def usable(path: Path) -> CutSet:
-        return usable_cuts(open_cuts(path), None, policy, run, languages=languages)
+        cuts = open_cuts(path, words)
+        return usable_cuts(cuts, None, policy, run, need_text=words, languages=languages)
 
     main, *others = map(usable, (manifest, *data.also))
     datasets = Datasets(main, others, None if dev is None else usable(dev))
@@ -75,8 +78,11 @@ def check_training_cuts(manifest: Path, data: DataConfig, tokenizer: Tokenizer, 
     Raises:
         UserError: bad cuts under ``refuse``, or none left.
     """
+    words = data.empty_texts == "refuse"
     for path in (manifest, *data.also):
-        usable_cuts(open_cuts(path), tokenizer, policy, run, read_audio=True)
+        usable_cuts(open_cuts(path, words), tokenizer, policy, run, read_audio=True, need_text=words)
+    if data.noise is not None:
+        usable_cuts(open_cuts(data.noise, False), None, policy, run, read_audio=True, need_text=False)
 
 
 def training_batches(manifest: Path, data: DataConfig, out: Path, slices: int, seed: int) -> TrainBatches:
@@ -87,11 +93,13 @@ def training_batches(manifest: Path, data: DataConfig, out: Path, slices: int, s
     """
     left_out = read_yaml(out / LEFT_OUT) if (out / LEFT_OUT).is_file() else {}
     main, *others = (
-        (cut for cut in open_cuts(path) if cut.id not in left_out)
+        (cut for cut in open_cuts(path, data.empty_texts == "refuse") if cut.id not in left_out)
         for path in (*(manifest for _ in range(data.repeat)), *data.also)
     )
     table = CutTable(chain(main, *others))
-    noise = None if data.noise is None else CutTable(open_cuts(data.noise))
+    noise = None
+    if data.noise is not None:
+        noise = CutTable(cut for cut in open_cuts(data.noise, False) if cut.id not in left_out)
     # A batch fits even with the slowest perturbation; joins count with their average length.
     longest = (1 + data.augment.speed) * (1 + data.augment.tempo) * (1 + data.augment.join)
     plan = BucketPlan(table.durations, data.max_duration * slices / longest, data.num_buckets, slices, seed)

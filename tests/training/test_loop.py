@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lhotse import CutSet
 from safetensors.torch import load_file
 
 from asrkit.disk import sha256_of
@@ -191,6 +192,29 @@ def test_bad_cuts_are_refused_or_left_out(tmp_path: Path) -> None:
     assert "train-3" in refused and "train-5" in refused and "2 unusable cuts" in refused
     skipped = asrkit(*command(tmp_path, tmp_path / "skipped", "training.steps=2", "bad_cuts=skip"))
     assert "left out: cut train-3" in skipped and "6 utterances" in skipped
+
+
+def test_sound_in_which_nobody_speaks_is_trained_on_if_asked(tmp_path: Path) -> None:
+    make_corpus(tmp_path, 6)
+    manifest = tmp_path / "train.jsonl.gz"
+    cuts = CutSet.from_file(manifest).to_eager()
+    for cut in list(cuts)[:3]:
+        cut.supervisions[0].text = ""
+    manifest.unlink()
+    cuts.to_file(manifest)
+    refused = lines_of(finish(*command(tmp_path, tmp_path / "refused", "training.steps=2")))
+    assert "train-0" in refused and "text" in refused and not (tmp_path / "refused").exists()
+    trained = asrkit(*command(tmp_path, tmp_path / "run", "training.steps=2", "data.empty_texts=silence"))
+    assert "6 utterances" in trained
+    assert all(0 < row["loss"] < float("inf") for row in rows(tmp_path / "run") if "loss" in row)
+
+
+def test_noise_that_cannot_be_read_is_named_before_training(tmp_path: Path) -> None:
+    make_corpus(tmp_path, 4)
+    noise = make_corpus(tmp_path, 2, 3, "noise")
+    (tmp_path / "noise" / "1.wav").write_bytes(b"RIFF")
+    refused = lines_of(finish(*command(tmp_path, tmp_path / "run", "training.steps=2", f"data.noise={noise}")))
+    assert "noise-1" in refused and "1 unusable cut" in refused and not (tmp_path / "run").exists()
 
 
 def test_a_directory_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
