@@ -25,10 +25,10 @@ STATE_FILE = "latest.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """The progress of a run.
 
-    metrics: the sums, and what they are divided by, since the last logged step.
-    measure_due: the step is done, but a signal cut its measurement short.
+    metrics: sums and their divisors since the last logged step.
+    measure_due: the step is done, but a signal interrupted its measurement.
     """
 
     step: int = 0
@@ -58,7 +58,7 @@ def save_state(
 
 
 def _digest(tensors: Mapping[str, Tensor], progress: str) -> str:
-    """Of all that a state says: names, types, shapes and bytes of its tensors, and its progress."""
+    """The SHA-256 of a whole state: names, types, shapes and bytes of its tensors, and its progress."""
     digest = hashlib.sha256(progress.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -67,7 +67,7 @@ def _digest(tensors: Mapping[str, Tensor], progress: str) -> str:
 
 
 def check_finite(models: Mapping[str, nn.Module], step: int) -> None:
-    """Refuse weights that nobody could use, before they replace those that somebody can.
+    """Refuse weights that are not finite, before they replace usable ones.
 
     Raises:
         UserError: names the tensors with values that are not finite.
@@ -78,18 +78,20 @@ def check_finite(models: Mapping[str, nn.Module], step: int) -> None:
         for name, tensor in model.state_dict().items()
         if tensor.is_floating_point()
     }
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()  # the device is read once
+    finite = torch.stack(
+        [tensor.isfinite().all() for tensor in tensors.values()]
+    ).tolist()  # one transfer from the device
     bad = [name for name, fine in zip(tensors, finite, strict=True) if not fine]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
-            f"after step {step}: weights are not finite: {', '.join(bad[:3])}{more}; nothing of this step is saved: lower "
-            "training.optimizer.learning_rate in a new run, or run the command again to resume from the last save"
+            f"after step {step}: weights are not finite: {', '.join(bad[:3])}{more}; they were not saved: start a new run with a "
+            "lower training.optimizer.learning_rate, or run the command again to resume from the last save"
         )
 
 
 def saved_slices(run: Path) -> int | None:
-    """The number of batches in a step of the run as it was saved; None where nothing was."""
+    """Batches per step of the saved run; None if nothing is saved."""
     path = run / STATE / STATE_FILE
     if not path.is_file():
         return None
@@ -97,7 +99,7 @@ def saved_slices(run: Path) -> int | None:
         with safe_open(path, framework="pt") as file:
             return int(json.loads(file.metadata()["progress"])["slices"]) or None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None  # damaged: what resumes from it says so
+        return None  # damaged: load_state reports it
 
 
 def load_state(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:

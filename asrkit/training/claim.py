@@ -1,6 +1,6 @@
-"""A stage's claim to a run directory: what it holds, whether this very run may write there, and the lock that keeps others out.
+"""A stage's claim to a run directory: what it holds, whether this run may write there, and the lock that keeps others out.
 
-Nothing is written before all of that is known, and a run that is refused before its training begins leaves nothing.
+Nothing is written before all of this is known. A run that is refused before its training starts leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from asrkit.run_dir import (
 from asrkit.training.checkpoint import STATE_FILE
 
 DONE, LOCK = "done", ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that have none
-FREE = ("data.num_workers",)  # settings that a run may go on with otherwise, as they change no number of it
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of file systems without locks
+FREE = ("data.num_workers",)  # settings that may differ when a run is resumed, because they change no result
 
 Inputs = Mapping[str, Mapping[str, str]]  # by option: path and sha256
 
 
 @dataclass
 class Claim:
-    """What a run directory is to the run that has claimed it.
+    """A run directory that a run has claimed.
 
-    config: content of config.yaml, as the run was begun. fresh: there is no state to go on from. new: config.yaml was written now.
-    finished: trained to the last step. made: directories that were made for it, outermost first. notes: what to tell the user.
+    config: content of config.yaml, from the start of the run. fresh: there is no state to resume. new: config.yaml was written now.
+    finished: trained to the last step. made: directories that were made for it, outermost first. notes: lines for the user.
     """
 
     config: dict[str, Any]
@@ -59,10 +59,10 @@ class Claim:
 
 
 def known_inputs(files: Mapping[str, Path | None]) -> dict[str, dict[str, str]]:
-    """Path and SHA-256 of what a run depends on, by option; the weights of a run directory bring its model.yaml and tokenizer.
+    """Path and SHA-256 of the files a run depends on, by option. Weights of a run directory include its model.yaml and tokenizer.
 
     Raises:
-        UserError: files that are not there or cannot be read.
+        UserError: files that do not exist or cannot be read.
     """
     every = {name: path for name, path in files.items() if path is not None}
     for name, path in list(every.items()):
@@ -84,27 +84,27 @@ def known_inputs(files: Mapping[str, Path | None]) -> dict[str, dict[str, str]]:
 
 
 def claim(path: Path, content: dict[str, Any], lock: ExitStack) -> Claim:
-    """Claim ``path`` for the run that config.yaml's ``content`` describes; one that was begun so is gone on with.
+    """Claim ``path`` for the run that config.yaml's ``content`` describes; an interrupted run of that content is resumed.
 
     Args:
         lock: holds the lock of the directory afterwards.
 
     Raises:
-        UserError: what lies there is of another stage, settings or inputs, is damaged, or another process trains there. The
-            directory is as it was.
+        UserError: the directory holds a run of another stage, settings or inputs, is damaged, or another process trains there.
+            The directory is unchanged.
     """
     made: list[Path] = []
     try:
-        _existing(path, content)  # once before anything is written, once when nobody else can write
+        _existing(path, content)  # checked before anything is written, and again under the lock
         made = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
         path.mkdir(parents=True, exist_ok=True)
         notes = lock.enter_context(locked(path))
         begun = _existing(path, content)
         for folder in (path, path / STATE):
-            for left in folder.glob(".tmp-*"):  # of whatever host: who holds the lock is the only one who writes here
+            for left in folder.glob(".tmp-*"):  # of any host: only the holder of the lock writes here
                 remove(left)
         if begun is None:
-            clear(path)  # of a run that saved nothing
+            clear(path)  # the files of a run that saved nothing
             write_yaml(path / CONFIG, content)
     except Exception as error:
         lock.close()
@@ -117,7 +117,7 @@ def claim(path: Path, content: dict[str, Any], lock: ExitStack) -> Claim:
 
 
 def _existing(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
-    """The configuration of the run in ``path``, which is this one; None where none was begun, or none that saved anything."""
+    """The configuration of the run in ``path``, if it is this run; None if there is no run, or one that saved nothing."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another --out")
     if not (path / CONFIG).is_file():
@@ -131,29 +131,29 @@ def _existing(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
         raise UserError(f"{path}: is a run of {stage}, not of {content['stage']}; choose another --out")
     if (path / MODEL).is_file() and (number := stored_model(path).get("format", 0)) != FORMAT:
         raise UserError(
-            f"{path}: was begun by an older version of asrkit (format {number}, now {FORMAT}) and cannot be resumed; start from it "
-            "with --from in another --out, or go on with that version"
+            f"{path}: was started by an older version of asrkit (format {number}, now {FORMAT}) and cannot be resumed; start from it "
+            "with --from and another --out, or finish it with that version"
         )
     if changed := changes(begun, content):
         if not any((path / name).exists() for name in (f"{STATE}/{STATE_FILE}", WEIGHTS, LINEAGE, DONE)):
             return None
         raise UserError.of(
-            [f"{path}: was begun with other {line}" for line in changed]
-            + [f"{path}: repeat the settings to resume, or choose another --out"]
+            [f"{path}: was started with different {line}" for line in changed]
+            + [f"{path}: use the same settings and inputs to resume, or choose another --out"]
         )
     if (path / DONE).is_file() or (path / WEIGHTS).is_file():
         try:
             open_run(path)
         except UserError as error:
-            advice = f"{path}: its files are damaged or gone; restore them from a copy, or remove it and train again"
+            advice = f"{path}: its files are damaged or missing; restore them from a copy, or remove it and train again"
             raise UserError(*error.lines, advice) from None
     return begun
 
 
 def changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the configurations of two runs: settings, and the content of inputs wherever they lie."""
+    """The differences between the configurations of two runs: settings, and the content of inputs, whatever their paths."""
     before, after = _inputs(begun), _inputs(now)
-    # What differs itself is one line, and no second one wherever a setting names it.
+    # A changed input is one line; settings that name it are not reported again.
     changed = {name for name in before if name in after and before[name]["sha256"] != after[name]["sha256"]}
     lines = [
         f"bytes: --{name} {after[name]['path']}: sha256 {before[name]['sha256'][:12]} -> {after[name]['sha256'][:12]}"
@@ -167,7 +167,7 @@ def changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _inputs(content: Mapping[str, Any]) -> Inputs:
-    """The inputs that a configuration names; earlier versions wrote no digests, and their paths stay paths."""
+    """The inputs of a configuration that have digests; earlier versions wrote paths only."""
     inputs = content.get("inputs")
     if not isinstance(inputs, Mapping):
         return {}
@@ -177,7 +177,7 @@ def _inputs(content: Mapping[str, Any]) -> Inputs:
 
 
 def _by_content(content: Mapping[str, Any], inputs: Inputs, changed: set[str]) -> dict[str, Any]:
-    """A configuration in which the digest of an input stands wherever its path did, or that of its run directory."""
+    """A configuration with the paths of inputs, and of the run directories they are in, replaced by digests."""
     tokens: dict[str, str] = {}
     for name, entry in inputs.items():
         token = name if name in changed else entry["sha256"]
@@ -192,17 +192,20 @@ def _by_content(content: Mapping[str, Any], inputs: Inputs, changed: set[str]) -
             return [known(part) for part in value]
         return tokens.get(value, value) if isinstance(value, str) else value
 
-    kept = {name: entry for name, entry in (content.get("inputs") or {}).items() if name not in inputs}
+    without_digest = {name: entry for name, entry in (content.get("inputs") or {}).items() if name not in inputs}
     named = {name: tokens[entry["sha256"]] for name, entry in inputs.items()}
-    return {**known({key: value for key, value in content.items() if key != "inputs"}), "inputs": {**kept, **named}}
+    return {
+        **known({key: value for key, value in content.items() if key != "inputs"}),
+        "inputs": {**without_digest, **named},
+    }
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[list[str]]:
-    """Hold the lock of a directory; yields what the user should know of it.
+    """Hold the lock of a directory; yields lines for the user.
 
-    A record lock (POSIX) belongs to a process: one forked from it does not inherit it, and it is gone the instant the process
-    is. The file stays, as its removal would let two processes lock two files of that name.
+    A record lock (POSIX) belongs to a process: a forked process does not inherit it, and it disappears with the process. The
+    file stays, because removing it would let two processes lock two different files of that name.
 
     Raises:
         UserError: another process holds it. OSError: the lock file cannot be made.
@@ -220,7 +223,7 @@ def locked(path: Path) -> Iterator[list[str]]:
                 ) from None
             if error.errno not in NO_LOCKS:
                 raise
-            notes = [f"{path}: its file system has no locks; let no other run write there"]
+            notes = [f"{path}: its file system has no locks; make sure that no other run writes there"]
         os.ftruncate(descriptor, 0)
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {began}\n".encode())
@@ -230,14 +233,14 @@ def locked(path: Path) -> Iterator[list[str]]:
 
 
 def clear(path: Path) -> None:
-    """Remove all that a run wrote, but its lock."""
+    """Remove everything a run wrote, except its lock."""
     for item in path.iterdir():
         if item.name != LOCK:
             remove(item)
 
 
 def unmake(made: list[Path]) -> None:
-    """Remove directories that were made and hold nothing but a lock."""
+    """Remove directories that were made for the run and hold only a lock."""
     for folder in reversed(made):
         with suppress(OSError):
             if [item.name for item in folder.iterdir()] == [LOCK]:

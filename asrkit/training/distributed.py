@@ -23,8 +23,8 @@ from asrkit.errors import UserError
 
 T = TypeVar("T")
 
-# How long processes wait for each other. The main one may measure, hash or check for hours while the others wait, and one that
-# dies need not be waited for: torchrun then ends them all.
+# How long processes wait for each other. The main process may measure, hash or check for hours while the others wait. If one
+# dies, torchrun ends them all.
 TIMEOUT = timedelta(days=7)
 
 
@@ -41,10 +41,10 @@ class World:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Join the processes torchrun started, or be the only one.
+    """Join the processes that torchrun started, or be the only one.
 
-    On GPUs ``auto`` and ``cuda`` give each process of a machine its own, and they talk by nccl; ``cuda:N`` is one GPU
-    that all of them share, by gloo, as nccl refuses two processes on a GPU. On CPUs they talk by gloo.
+    On GPUs, ``auto`` and ``cuda`` give each process of a machine its own GPU, with the backend nccl. ``cuda:N`` is one GPU
+    that all of them share, with gloo, because nccl refuses two processes on one GPU. CPUs use gloo.
 
     Raises:
         UserError: a device that torch does not have here, or fewer GPUs than processes.
@@ -131,17 +131,17 @@ def sum_over_processes(
     }
 
 
-def gather_lists(world: World, mine: list[str]) -> list[str]:
-    """The lists of all processes, one after another, everywhere."""
+def gather_lists(world: World, items: list[str]) -> list[str]:
+    """The lists of all processes, concatenated, in every process."""
     if world.size == 1:
-        return mine
-    boxes: list[list[str]] = [[] for _ in range(world.size)]
-    torch.distributed.all_gather_object(boxes, mine)
-    return [item for box in boxes for item in box]
+        return items
+    lists: list[list[str]] = [[] for _ in range(world.size)]
+    torch.distributed.all_gather_object(lists, items)
+    return [item for one in lists for item in one]
 
 
 def broadcast_object(world: World, value: object) -> object:
-    """The main process's value, everywhere."""
+    """The main process's value, in every process."""
     if world.size == 1:
         return value
     box = [value]
@@ -150,10 +150,10 @@ def broadcast_object(world: World, value: object) -> object:
 
 
 def from_main(world: World, compute: Callable[[], T]) -> T:
-    """What ``compute`` gives in the main process, everywhere.
+    """The result of ``compute`` in the main process, returned in every process.
 
     Raises:
-        UserError: the main process's, everywhere, so that none waits for one that has ended.
+        UserError: that of the main process, in every process, so that none waits for one that has ended.
     """
     value: object = None
     if world.is_main:

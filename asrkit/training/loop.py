@@ -1,7 +1,7 @@
-"""The one training loop: the two halves of a step, put together for one process or for several that share every step.
+"""The one training loop: it calls the two halves of a step, in one process or in several that share every step.
 
-Everything random is seeded from (seed, slice, step), and the state on disk is complete, so that a run killed at any
-instant and started again ends with the very weights of the uninterrupted one.
+Everything random is seeded from (seed, slice, step), and the state on disk is complete, so a run that is killed at any
+moment and started again ends with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def train(
     world: World,
     publish: Publish,
 ) -> Progress:
-    """Train to ``settings.steps``, resuming from ``run`` when it holds a state.
+    """Train to ``settings.steps``; if ``run`` holds a state, resume from it.
 
     Every process computes the gradients of its share of a step's batches; they are summed, and every process applies the sum.
 
     Args:
-        publish: (averaged model, step, metrics): writes the run's weights and lineage; called in the main process alone.
+        publish: (averaged model, step, metrics): writes the run's weights and lineage; called in the main process only.
 
     Raises:
         UserError: losses that stay non-finite, an unusable state, no room to write, a loader process that died.
@@ -46,12 +46,12 @@ def train(
         with stream.deaths_named():
             stop = updater.measure(stopping) if updater.progress.measure_due else 0
             while not stop and updater.step < settings.steps:
-                mine = numbers.of_step(updater.step)
+                own = numbers.of_step(updater.step)
                 updater.set_rate()
                 if task.before_step is not None:
-                    _before_step(task, updater, stream, mine[0], seed)
-                result = compute_gradients(task, updater.model, stream, mine, seed, updater.arithmetic)
-                # Asked once a step: a signal after this waits for the next, so none is obeyed without a saved state.
+                    _before_step(task, updater, stream, own[0], seed)
+                result = compute_gradients(task, updater.model, stream, own, seed, updater.arithmetic)
+                # Checked once per step; a later signal waits for the next step, so the run never stops without saving.
                 stop = _sum(world, result, stopping.code, list(updater.model.parameters()))
                 updater.apply(result)
                 stop = updater.finish_step(stop, stopping)
@@ -69,11 +69,11 @@ class OwnNumbers(Sequence[int]):
 
     def __init__(self, start: int, steps: int, slices: int, world: World) -> None:
         if slices % world.size:
-            raise ValueError(f"{world.size} processes cannot share {slices} batches a step")
+            raise ValueError(f"{world.size} processes cannot share {slices} batches per step evenly")
         self._start, self._steps, self._slices, self._world = start, steps, slices, world
 
     def of_step(self, step: int) -> range:
-        """Those of one step."""
+        """The numbers of one step."""
         return range(step * self._slices + self._world.rank, (step + 1) * self._slices, self._world.size)
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class OwnNumbers(Sequence[int]):
 
 
 def _before_step(task: TrainTask, updater: Updater, stream: BatchStream, number: int, seed: int) -> None:
-    """The task's hook, in the mode and the arithmetic of training."""
+    """Call the task's hook, with the model in training mode and in the precision of training."""
     assert task.before_step is not None
     set_training(task, updater.model)
     torch.manual_seed(seed_for(seed, number, task.batches.slices))
@@ -95,7 +95,7 @@ def _before_step(task: TrainTask, updater: Updater, stream: BatchStream, number:
 
 
 def _sum(world: World, result: StepResult, stop: int, parameters: list[torch.Tensor]) -> int:
-    """Sum a step over all processes, in place, and tell whether the main process wants to stop."""
+    """Sum a step over all processes, in place; returns the main process's exit code, 0 to go on."""
     if world.size == 1:
         return stop
     trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -39,7 +39,7 @@ from asrkit.training.claim import DONE, LOCK, Inputs, claim, clear, known_inputs
 from asrkit.training.distributed import World, broadcast_object, from_main
 
 LEFT_OUT = "left_out.yaml"
-LABELED = "labeled-*.jsonl.gz"  # manifests whose missing texts are a teacher's
+LABELED = "labeled-*.jsonl.gz"  # manifests whose missing texts a teacher has transcribed
 
 
 @dataclass
@@ -55,7 +55,7 @@ class RunWriter:
     began: bool = False
     lineage: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)  # what the stage adds to its entry in the lineage
+    facts: dict[str, Any] = field(default_factory=dict)  # the stage's additions to its entry in the lineage
     _began: float = field(default_factory=time.monotonic)
     _console: Console = field(default_factory=lambda: Console(stderr=True))
 
@@ -71,7 +71,7 @@ class RunWriter:
         world: World,
         parent: Path | None = None,
     ) -> Iterator[RunWriter]:
-        """Claim ``path`` for ``stage``; an earlier run of the very same settings and inputs is continued.
+        """Claim ``path`` for ``stage``; an interrupted run with the same settings and inputs is resumed.
 
         Raises:
             UserError: files that are not there, another process trains there, or what lies there is of another stage, settings
@@ -98,34 +98,36 @@ class RunWriter:
                 raise
 
     def _read(self, parent: Path | None, entry: dict[str, Any]) -> None:
-        """Take over what the parent, and an earlier start of this run, left."""
+        """Read what the parent and earlier starts of this run have recorded."""
         path = self.path
         self.lineage = [*([] if parent is None else open_run(parent).lineage), entry]
         if not self.fresh and (path / LINEAGE).is_file():
-            self._began -= read_yaml(path / LINEAGE)[-1].get("seconds", 0.0)  # what the run took before it stopped
+            self._began -= read_yaml(path / LINEAGE)[-1].get("seconds", 0.0)  # the time the run took before it stopped
         if not self.fresh and (path / LEFT_OUT).is_file():
             self.left_out = read_yaml(path / LEFT_OUT)
         if self.finished:
-            self.note(f"{path}: already trained to the last step; nothing to do (another --out trains anew)")
+            self.note(
+                f"{path}: already trained to the last step, so there is nothing to do; to train again, choose another --out"
+            )
 
     def note(self, text: str) -> None:
-        """A line on the screen, from the main process alone."""
+        """Print a line, in the main process only."""
         if self.world.is_main:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def leave_out(self, cut_id: str, reason: str) -> None:
-        """Train without a cut, and say so."""
+        """Leave a cut out of the training, and print that."""
         self.note(f"left out: cut {cut_id}: {reason}")
         self.left_out[cut_id] = reason
 
     def save_left_out(self) -> None:
-        """Write down which cuts are left out, so that every process and every later start leaves out the same."""
+        """Record the cuts that are left out, so that every process and every later start leaves out the same ones."""
         if self.world.is_main and self.fresh and self.left_out:
             write_yaml(self.path / LEFT_OUT, self.left_out)
         broadcast_object(self.world, None)  # the others read it only once it is there
 
     def describe(self, spec: Spec, data: str) -> None:
-        """Write model.yaml and say what is trained on what ``data``; from here on the directory is kept."""
+        """Write model.yaml and print a summary of model and ``data``; from now on the directory is kept."""
         self.began = True
         if self.world.is_main:
             write_model(self.path, spec)
@@ -165,7 +167,7 @@ class RunWriter:
         """Mark the run as complete; recipes take this file as their target.
 
         Raises:
-            UserError: its files are damaged or gone.
+            UserError: its files are damaged or missing.
         """
         if self.world.is_main:
             open_run(self.path)
@@ -223,13 +225,13 @@ def write_untrained_run(
 
 
 def stage_entry(stage: str, config_sha256: str, inputs: Inputs, command: str) -> dict[str, Any]:
-    """A stage's entry in the lineage, as far as it is known before the weights are."""
+    """A stage's entry in the lineage, without what is known only after training."""
     return {
         "stage": stage,
         "command": command or " ".join(["asrkit", *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "config_sha256": config_sha256,
-        # The parent has entries of its own, with its digests.
+        # The parent has its own entries, with its digests.
         "manifests": {entry["path"]: entry["sha256"] for name, entry in inputs.items() if not name.startswith("from")},
         "versions": _versions(),
     }

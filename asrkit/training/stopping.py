@@ -1,4 +1,4 @@
-"""How a run is asked to stop: SIGINT and SIGTERM are obeyed where its state can be saved."""
+"""How a run is asked to stop: it obeys SIGINT and SIGTERM at points where its state can be saved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PATIENCE = 1.0  # seconds: launchers such as timeout and torchrun send their signal twice, a person needs longer
+PATIENCE = (
+    1.0  # seconds; launchers such as timeout and torchrun send their signal twice within this time, people do not
+)
 
 
 class Interrupted(Exception):
@@ -32,7 +34,7 @@ class Stopping:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """For work that may be cut short anywhere and done again later: a signal ends it.
+        """For work that can be interrupted anywhere and repeated later: a signal ends it at once.
 
         Raises:
             Stopped: a signal came, now or before.
@@ -48,17 +50,17 @@ class Stopping:
     def remember(self, number: int, frame: object) -> None:
         """The signal handler."""
         if self.code and number == signal.SIGINT and time.monotonic() - self._asked > PATIENCE:
-            raise KeyboardInterrupt  # somebody pressed Ctrl-C again: no state is waited for
+            raise KeyboardInterrupt  # somebody pressed Ctrl-C again: stop without saving
         if not self.code:
             self.code, self._asked = 128 + number, time.monotonic()
         if self._at_once:
-            self._at_once = False  # the same signal a second time must not break what cleans up
+            self._at_once = False  # the same signal a second time must not interrupt the clean-up
             raise Stopped
 
 
 @contextmanager
 def watched_signals() -> Iterator[Stopping]:
-    """Remember SIGINT and SIGTERM instead of dying of them."""
+    """Record SIGINT and SIGTERM instead of ending the process."""
     stopping = Stopping()
     previous = {number: signal.signal(number, stopping.remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

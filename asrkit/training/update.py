@@ -1,5 +1,5 @@
-"""The second half of a training step: what becomes of its gradients. Optimizer, clipping, averaging, skipping, progress,
-measuring, saving and publishing; ``step.py`` is the first half.
+"""The second half of a training step, which applies the gradients: clipping, optimizer, averaging, skipping, progress,
+measuring, saving and publishing. ``step.py`` is the first half.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Publish = Callable[[nn.Module, int, dict[str, float]], None]
 
 
 class Updater:
-    """Owns everything of a run that changes with its steps, resumed from ``run`` where that holds a state.
+    """Owns everything that changes from step to step. If ``run`` holds a state, it is resumed.
 
     Args:
-        publish: (averaged model, step, metrics): writes the run's weights and lineage; called in the main process alone.
-        slices: batches in a step, of all processes together.
+        publish: (averaged model, step, metrics): writes the run's weights and lineage; called in the main process only.
+        slices: batches per step, over all processes.
 
     Raises:
         UserError: an unusable state.
@@ -67,18 +67,18 @@ class Updater:
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """The number of steps done."""
         return self.progress.step
 
     def set_rate(self) -> None:
-        """Give the optimizer the learning rate of the step that comes."""
+        """Set the optimizer's learning rate for the next step."""
         self._rate = learning_rate(self.step, self.settings.steps, self.settings.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
 
     def apply(self, result: StepResult) -> None:
-        """Move the weights by a step's gradients, already summed over all processes; if these are not finite, leave the weights
-        alone.
+        """Update the weights with a step's gradients, already summed over all processes. If these are not finite, the weights do
+        not change.
 
         Raises:
             UserError: too many steps in a row were not finite.
@@ -91,7 +91,7 @@ class Updater:
             torch._foreach_div_(gradients, result.count)
         norm = float(nn.utils.clip_grad_norm_(self._trained, self.settings.optimizer.max_gradient_norm))
         finite = math.isfinite(norm)
-        if self._scaler is not None:  # an overflow is how the scaler finds its scale: it skips by itself
+        if self._scaler is not None:  # the scaler finds its scale by overflows, and skips those steps itself
             self._scaler.step(self.optimizer)
             self._scaler.update()
         elif finite:
@@ -107,10 +107,10 @@ class Updater:
         self.log.count(self.step, result.audio, result.waited)
 
     def finish_step(self, stop: int, stopping: Stopping) -> int:
-        """Log, measure, save and publish what is due after the step.
+        """Log, measure, save and publish, as far as these are due after the step.
 
         Args:
-            stop: the exit code that a signal asked for, which asks for a saved state; 0 for none.
+            stop: the exit code if a signal came, in which case the state is saved; 0 otherwise.
 
         Returns:
             The exit code to end with, 0 to go on.
@@ -130,7 +130,7 @@ class Updater:
         return stop
 
     def measure(self, stopping: Stopping, stop: int = 0) -> int:
-        """Measure the average, publish it if it is the best, and save; a signal puts the measurement off to the next start.
+        """Measure the average, publish it if it is the best, and save; a signal postpones the measurement to the next start.
 
         Returns:
             The exit code to end with, 0 to go on.
@@ -143,13 +143,13 @@ class Updater:
         return stop
 
     def _publish_unmeasured(self) -> None:
-        """Publish the average where no measurement decides which one to publish."""
+        """Publish the average, unless a measurement decides what to publish."""
         unmeasured = self.task.measure is None or self.settings.keep == "last" or not self.progress.best
         if self.world.is_main and unmeasured and self.step >= self.task.not_before:
             self._publish(self.average, self.step, self.progress.last_dev)
 
     def save(self) -> None:
-        """Write all that resuming needs."""
+        """Write everything that resuming needs."""
         progress = self.progress
         progress.seconds = time.monotonic() - self._began
         progress.scaler = self._scaler.state_dict() if self._scaler is not None else {}
@@ -158,14 +158,14 @@ class Updater:
             save_state(self.run, progress, self.model, self.average, self.optimizer)
 
     def _overflowed(self, result: StepResult) -> bool:
-        """Whether gradients that are not finite are the scaler's doing, as every loss of every process is finite."""
+        """Whether the scaler has caused gradients that are not finite: every loss of every process is finite."""
         if self._scaler is None:
             return False
         bad = torch.tensor(len(result.bad_cut_ids()), device=self.world.device)
         return int(all_sum(bad)) == 0
 
     def _follow(self) -> None:
-        """The average follows the weights, and what must hold of either is put right."""
+        """Update the average, and call the task's hook for the weights and for the average."""
         self.progress.skipped_in_a_row = 0
         after_step = self.task.after_step
         if after_step is not None:
@@ -177,7 +177,7 @@ class Updater:
     def _skip(self, result: StepResult) -> None:
         progress = self.progress
         progress.skipped_in_a_row += 1
-        # Each process knows its own part of the batch only.
+        # Each process knows only its own part of the batch.
         culprits = gather_lists(self.world, result.bad_cut_ids()) or gather_lists(self.world, result.cut_ids)
         self.log.skipped(self.step + 1, culprits)
         if progress.skipped_in_a_row >= self.settings.max_skipped_in_a_row:
@@ -194,8 +194,7 @@ class Updater:
         self.log.step(self.progress, means, self._rate)
 
     def _measure(self, stopping: Stopping) -> int:
-        """Measure the average on the dev manifest, in the main process; the best is published. Returns the exit code that a
-        signal asked for meanwhile, 0 for none."""
+        """Measure the average on the dev manifest, in the main process. Returns the exit code if a signal came meanwhile, else 0."""
         task, progress, stop = self.task, self.progress, 0
         if self.world.is_main and task.measure is not None:
             began = time.monotonic()
@@ -212,7 +211,7 @@ class Updater:
         return stop
 
     def _judge(self, measured: dict[str, float]) -> None:
-        """Publish the average if it is the best yet, or if the last is to be kept."""
+        """Publish the average if it is the best so far, or if the last weights are kept."""
         progress, ready = self.progress, self.step >= self.task.not_before
         first = next(iter(measured))
         better = ready and (not progress.best or measured[first] <= progress.best[first])

@@ -187,7 +187,7 @@ def test_a_run_of_format_0_is_not_resumed(stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored / "lm-lstm", run)
     (tmp_path / "text.txt").write_text("the cat sat\n" * 9)
     (line,) = asrkit("train-lm", "--text", tmp_path / "text.txt", "--out", run, code=1).splitlines()
-    assert line.startswith(f"error: {run}: was begun by an older version of asrkit (format 0, now {FORMAT})")
+    assert line.startswith(f"error: {run}: was started by an older version of asrkit (format 0, now {FORMAT})")
 
 
 # --- kinds

@@ -82,7 +82,7 @@ def test_other_bytes_at_the_same_path_are_refused(manifest: Path, tmp_path: Path
         claimed(tmp_path / "run", content({"manifest": manifest, "dev": manifest}, data={"noise": str(manifest)}))
     first, second, _ = caught.value.lines
     digests = before["inputs"]["manifest"]["sha256"][:12], sha256_of(manifest)[:12]
-    assert f"begun with other bytes: --manifest {manifest}: sha256 {digests[0]} -> {digests[1]}" in first
+    assert f"started with different bytes: --manifest {manifest}: sha256 {digests[0]} -> {digests[1]}" in first
     assert "--dev" in second
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_saved_nothing_begins_anew_with_other_settings(manifest: Path
     assert claimed(run, content({"manifest": manifest}, seed=2)).new
     assert read_yaml(run / CONFIG)["seed"] == 2 and not (run / "tokenizer.model").exists()
     saved(run)
-    with pytest.raises(UserError, match="begun with other settings: seed: 2 -> 3"):
+    with pytest.raises(UserError, match="started with different settings: seed: 2 -> 3"):
         claimed(run, content({"manifest": manifest}, seed=3))
 
 

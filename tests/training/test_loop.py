@@ -169,7 +169,7 @@ def test_bad_input_ends_in_one_line(corpus: Path, tmp_path: Path, uninterrupted:
         "did you mean training.steps": command(corpus, out, "training.step=3"),
         "vocab_size=5": command(corpus, out, "tokenizer.vocab_size=5"),
         "sentencepiece": command(corpus, out, tokenizer=broken),
-        "begun with other settings: seed: 1 -> 2": command(
+        "started with different settings: seed: 1 -> 2": command(
             corpus, uninterrupted, *RHYTHM, dev=corpus / "dev.jsonl.gz", seed=2
         ),
         "holds other files": command(corpus, corpus),
