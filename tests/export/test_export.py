@@ -408,6 +408,7 @@ def test_sherpa_takes_a_recording_too_short_for_a_frame(offline: Path, tmp_path:
         assert client(offline, [tmp_path / "tiny.wav"], method) == [[[], []]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["offline", "streaming"])
 def test_the_readme_of_an_export_runs(
     run: Path, offline: Path, streaming: Path, audio: list[Path], tmp_path: Path, form: str
@@ -471,6 +472,7 @@ def test_hotwords_by_the_readme(run: Path, audio: list[Path], tmp_path: Path, st
         assert done.stdout.strip() == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True], ids=["offline", "streaming"])
 def test_the_readme_of_torchscript_tells_its_inputs(run: Path, tmp_path: Path, streams: bool) -> None:
     """Tensors of the very shapes it names go in, and those it names come out."""
@@ -528,6 +530,7 @@ def test_exported_and_original_evaluate_alike(
         assert [u.hyp for u in alone.utterances] == [u.hyp for u in run_results[METHODS.index("ctc")].utterances]
 
 
+@pytest.mark.slow
 def test_exported_and_original_transcribe_alike(
     run: Path, offline: Path, streaming: Path, audio: list[Path], tmp_path: Path
 ) -> None:
@@ -669,6 +672,7 @@ def test_a_damaged_export_is_refused(offline: Path, tmp_path: Path) -> None:
         load_recognizer(copy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])
 def test_what_is_timed_loads_nothing(
     run: Path, audio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any
@@ -781,6 +785,7 @@ def test_an_output_that_is_taken(run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
 
 
+@pytest.mark.slow
 def test_the_directory_and_its_pack_are_both_there_or_neither(
     run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -803,6 +808,7 @@ def test_the_directory_and_its_pack_are_both_there_or_neither(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_directory_and_its_pack(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command completes the pair, another is refused, and at no instant is there a tar without its directory."""
     code = (
@@ -831,6 +837,7 @@ def test_a_kill_between_the_directory_and_its_pack(run: Path, tmp_path: Path, mo
         export(run, out, variant="wide", pack=pack)
 
 
+@pytest.mark.slow
 def test_a_report_on_recordings_in_which_nobody_speaks(run: Path, audio: list[Path], tmp_path: Path) -> None:
     cut = make_cut("quiet", audio[1], sampling_rate=16000, num_samples=soundfile.info(audio[1]).frames, text="")
     write_cuts(tmp_path / "quiet.jsonl.gz", [cut])
@@ -857,6 +864,7 @@ def test_packages_that_are_missing(run: Path, tmp_path: Path, monkeypatch: pytes
         export(run, tmp_path / "onnx", variant="wide")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path) -> None:
     """Files of more than 20 kB cannot be written in the process, which fails much as a full disk does."""
     code = (
@@ -889,6 +897,7 @@ def spoil(file: str, weight: str, by: float) -> Callable[..., dict[str, int]]:
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "weight", "output", "streams", "by"),
     [
@@ -914,6 +923,7 @@ def test_an_export_that_differs_is_not_published(
 # What is documented
 
 
+@pytest.mark.slow
 def test_the_documented_commands_run(
     run: Path, audio: list[Path], manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -933,6 +943,7 @@ def test_the_documented_commands_run(
     assert any("final" in text for text in printed)
 
 
+@pytest.mark.slow
 def test_a_recording_of_the_run_is_heard(run: Path, manifest: Path, tmp_path: Path) -> None:
     """The check listens to the run's own recordings where they still are, and says so where they are not."""
     copy = tmp_path / "run"

@@ -272,6 +272,7 @@ KINDS: dict[str, QuantizationConfig] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "sparse", "sparse-int4"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["offline", "streaming"])
 def test_sherpa_runs_integers_and_masks(

@@ -35,6 +35,7 @@ def corpus(folder: Path) -> None:
     shutil.copy(mine / "dev" / "0.wav", folder / "a.wav")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "expected"),
     [

@@ -230,6 +230,7 @@ def test_an_interrupted_run_goes_on_to_the_same_masks(corpus: Path, parent: Path
     assert weights_equal(run, sparse)
 
 
+@pytest.mark.slow
 def test_bits_within_a_budget(corpus: Path, parent: Path, tmp_path: Path) -> None:
     run = tmp_path / "mixed"
     parts = [word for part in ("encoder", "submodels", "joiner", "ctc_head") for word in ("--only", part)]
@@ -448,6 +449,7 @@ def test_what_is_quantized_or_pruned_is_not_so_again(corpus: Path, parent: Path,
     assert "pruned already" in said
 
 
+@pytest.mark.slow
 def test_training_on_keeps_what_the_model_is(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
     """train-backbone --from: tokenizer, statistics, masks and idle sub-models stay; the other weights move a little."""
     still = quick("training.optimizer.learning_rate=1e-6")

@@ -42,6 +42,9 @@ from helpers.commands import asrkit, launched, quick, sets
 from helpers.run_dirs import metrics, weights_equal
 
 pytest.importorskip("espeakng_loader")
+pytestmark = (
+    pytest.mark.slow
+)  # for what they share: a recognizer and three language models, trained until they know something
 UNITS = ("bpe", "phone", "senone")
 SMALL_LM = sets("model.dim=16", "model.num_layers=1", "training.steps=20", "training.tensorboard=false", "held_out=0",
                 "training.optimizer.warm_up_steps=5", "training.precision=float32")  # fmt: skip

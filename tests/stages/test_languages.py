@@ -337,6 +337,7 @@ EXPORTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("language", "how"), EXPORTS)
 def test_exported_files_hear_one_language(
     run: Path, audio: list[Path], spoken: Callable[..., Path], tmp_path: Path, language: str, how: list[str]
@@ -373,6 +374,7 @@ def _choice(context: Context) -> Any:
     return ContextChoice(full=not context.streaming, chunk=context.chunk, left=context.left if context.chunk else None)
 
 
+@pytest.mark.slow
 def test_sherpa_hears_the_language(run: Path, audio: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="needs the extra `export`")
     from asrkit.stages.export import export
@@ -467,6 +469,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(corpus: Path, told: Path, t
     assert weights_equal(run, told)
 
 
+@pytest.mark.slow
 def test_students_and_teachers_with_and_without(corpus: Path, told: Path, untold: Path, tmp_path: Path) -> None:
     common = [*data(corpus), "--out"]
     small = [setting for setting in TOLD if not setting.startswith("tokenizer")]
