@@ -192,6 +192,7 @@ def test_what_the_runtime_unfolds_when_it_loads_a_file(how: dict[str, Any], most
     assert loaded.node and not any(set(node.input) <= constant for node in loaded.node)
 
 
+@pytest.mark.slow
 def test_blocks_the_runtime_cannot_have(run: Path, tmp_path: Path) -> None:
     layer = make_layer(24, 8, {"weights": {"bits": 4, "scale": "block", "block_size": 12}}, 1)
     with pytest.raises(UserError, match="layer: has a scale for each 12 inputs.*--dequantize"):
@@ -558,6 +559,7 @@ def test_the_presets_are_offered_by_the_command() -> None:
     assert [one.value for one in Format] == list(SUFFIXES)
 
 
+@pytest.mark.slow
 def test_a_variant_is_exported_with_what_is_on_in_it(run: Path, tmp_path: Path) -> None:
     """Of one set of weights: dense as float32, sparse with its masks and integers, whichever is the default."""
     source = sparse(run, tmp_path / "sparse")

@@ -180,6 +180,7 @@ def test_librispeech_parts_sizes_and_processes_are_choices(recipe: Path) -> None
     assert "--config small.yaml --out exp/small" in train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["minilibrispeech"], indirect=True)
 def test_mini_librispeech_splits_from_the_public_layout(recipe: Path, tmp_path: Path) -> None:
     """Four training speakers are the dev set, and the official dev set is the test set; texts are in lower case."""

@@ -107,6 +107,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_words_are_found_where_they_are_said(corpus: Path, tmp_path: Path) -> None:
     """In the corpus every word takes 0.4 s; the CTC path is within two frames of it. Words lose nothing and part nothing."""
     out = tmp_path / "aligned.jsonl.gz"
@@ -128,6 +129,7 @@ def test_words_are_found_where_they_are_said(corpus: Path, tmp_path: Path) -> No
     assert np.mean(off) < 0.08 and cut.supervisions[0].alignment.keys() == {"word", "bpe"}
 
 
+@pytest.mark.slow
 def test_supervisions_of_one_cut_get_their_own_words(corpus: Path, tmp_path: Path) -> None:
     cut = next(iter(open_cuts(corpus / "train.jsonl.gz")))
     words = cut.supervisions[0].text.split()
@@ -146,6 +148,7 @@ def test_supervisions_of_one_cut_get_their_own_words(corpus: Path, tmp_path: Pat
     assert pieces["s0"].replace("\u2581", " ").split() == words[:2]
 
 
+@pytest.mark.slow
 def test_cuts_that_cannot_be_aligned_are_named(corpus: Path, tmp_path: Path) -> None:
     cuts = list(open_cuts(corpus / "train.jsonl.gz"))
     cuts[1].supervisions[0].text = "zulu"
@@ -161,6 +164,7 @@ def test_cuts_that_cannot_be_aligned_are_named(corpus: Path, tmp_path: Path) -> 
     assert {cut.id for cut in open_cuts(out)} == {cut.id for cut in cuts} - {cuts[1].id, cuts[2].id}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -289,6 +293,7 @@ def test_a_tree_is_kept(tmp_path: Path) -> None:
         load_tree(tmp_path / "other.yaml")
 
 
+@pytest.mark.slow
 def test_phones_and_senones_of_a_manifest(corpus: Path, tmp_path: Path) -> None:
     """Phones fill their words, senones their phones; and a text read by the tree is what the alignment says."""
     pytest.importorskip("espeakng_loader")
@@ -324,6 +329,7 @@ def test_phones_and_senones_of_a_manifest(corpus: Path, tmp_path: Path) -> None:
     assert f"cut {cuts[0].id}: phones: the senones know no phone" in said and not (tmp_path / "x.jsonl.gz").exists()
 
 
+@pytest.mark.slow
 def test_without_espeak_it_says_so_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from asrkit.data.espeak import load_espeak
     from asrkit.data.text.phones import _phones_of_word
@@ -338,6 +344,7 @@ def test_without_espeak_it_says_so_once(corpus: Path, tmp_path: Path, monkeypatc
     ]
 
 
+@pytest.mark.slow
 def test_pieces_of_another_tokenizer(corpus: Path, tmp_path: Path) -> None:
     """They share the time of their word evenly."""
     tokenizer = train_tokenizer(["alpha bravo carol delta"] * 3, "char", 30, tmp_path / "tokenizer.model")
@@ -363,6 +370,7 @@ def test_pieces_of_another_tokenizer(corpus: Path, tmp_path: Path) -> None:
             assert [piece.duration for piece in mine] == pytest.approx([word.duration / count] * count, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_the_senones_of_a_text_and_of_an_alignment_are_the_same(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader")
     aligned = tmp_path / "aligned.jsonl.gz"

@@ -51,6 +51,7 @@ def test_threads_that_nobody_chose() -> None:
     assert "8 for one process" in threads(None, 8) and "OMP_NUM_THREADS=4 for two" in threads(None, 8)
 
 
+@pytest.mark.slow
 def test_the_text_ends_with_a_verdict_and_commands(tmp_path: Path) -> None:
     hide(tmp_path, "kaldialign")
     outcome = doctor(tmp_path, ())
@@ -61,6 +62,7 @@ def test_the_text_ends_with_a_verdict_and_commands(tmp_path: Path) -> None:
     assert any("pip install 'kaldialign>=" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_nothing_but_the_command_line_is_there(tmp_path: Path) -> None:
     for module in ("torch", "numpy", "lhotse", "yaml", "soundfile", "sentencepiece", "k2"):
         hide(tmp_path, module)
@@ -72,6 +74,7 @@ def test_nothing_but_the_command_line_is_there(tmp_path: Path) -> None:
     assert checks["train-backbone"]["status"] == "broken"
 
 
+@pytest.mark.slow
 def test_lhotse_without_the_package_it_does_not_declare(tmp_path: Path) -> None:
     hide(tmp_path, "urllib3")
     outcome = doctor(tmp_path)
@@ -82,6 +85,7 @@ def test_lhotse_without_the_package_it_does_not_declare(tmp_path: Path) -> None:
     assert checks["lhotse"]["fix"].endswith("pip install urllib3")
 
 
+@pytest.mark.slow
 def test_numpy_2_beside_an_old_torch(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(
@@ -98,6 +102,7 @@ def test_numpy_2_beside_an_old_torch(tmp_path: Path) -> None:
     assert bridge["fix"].endswith("pip install 'numpy<2'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -116,6 +121,7 @@ def test_k2_that_does_not_load(tmp_path: Path, body: str, says: str) -> None:
     assert "pip uninstall -y k2" in check["fix"]
 
 
+@pytest.mark.slow
 def test_k2_for_another_torch_names_both_versions(tmp_path: Path) -> None:
     (tmp_path / "k2").mkdir()
     (tmp_path / "k2" / "torch_version.py").write_text('k2_torch_version = "1.9.0+cu102"\n')
@@ -125,6 +131,7 @@ def test_k2_for_another_torch_names_both_versions(tmp_path: Path) -> None:
     assert "but torch is" in check["detail"]
 
 
+@pytest.mark.slow
 def test_an_extra_that_is_not_installed_is_optional(tmp_path: Path) -> None:
     hide(tmp_path, "espeakng_loader")
     hide(tmp_path, "matplotlib")

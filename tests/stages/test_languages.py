@@ -240,6 +240,7 @@ def lines_of(said: str) -> list[str]:
     return [line for line in said.splitlines() if line]
 
 
+@pytest.mark.slow
 def test_evaluate_and_transcribe_take_the_language(
     run: Path, plain: Path, audio: list[Path], spoken: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -440,6 +441,7 @@ def untold(corpus: Path, told: Path) -> Path:
     return corpus / "untold"
 
 
+@pytest.mark.slow
 def test_training_moves_the_vectors_and_later_stages_keep_them(corpus: Path, told: Path, tmp_path: Path) -> None:
     model = model_of(told)
     vectors = model.get_parameter(VECTORS)
@@ -497,6 +499,7 @@ def _strange(number: int, cut: dict[str, Any]) -> None:
         cut["supervisions"][0]["language"] = {2: "de", 5: None}[number]
 
 
+@pytest.mark.slow
 def test_cuts_of_other_languages_are_refused_before_training(
     corpus: Path, told: Path, untold: Path, tmp_path: Path
 ) -> None:

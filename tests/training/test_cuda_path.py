@@ -97,12 +97,18 @@ STAGES: dict[str, list[object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", STAGES)
+QUICK_STAGES = ("train-backbone", "distill")  # the others take more than a moment
+
+
+@pytest.mark.parametrize(
+    "stage", [stage if stage in QUICK_STAGES else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
+)
 def test_a_stage_is_the_same_on_a_gpu(folder: Path, tmp_path: Path, stage: str) -> None:
     words = [folder / word if word == "parent" else word for word in STAGES[stage]]
     on_both(folder, tmp_path, *words, *data(folder))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_on_a_gpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["train-backbone", *quick(*SHAPE, "training.optimizer.warm_up_steps=1"), *data(folder)]
     asrkit(*words, "--device", "cpu", "--out", tmp_path / "cpu")
