@@ -42,7 +42,7 @@ def test_four_prompts_are_learned_without_an_error(four: Path, tmp_path: Path) -
     ]  # fmt: skip
     asrkit("train-backbone", "--manifest", four, "--dev", four, "--out", run, *sets(*settings))
     asrkit("evaluate", "--from", run, "--manifest", four, "--method", "all")
-    for method in ("greedy", "beam", "ctc"):
+    for method in ("greedy", "beam4", "ctc"):
         (file,) = (run / "evaluation").glob(f"four-*-backbone-full-{method}/result.json")
         result = json.loads(file.read_text())
         assert result["total"]["words"] >= 12 and result["total"]["wer"] == 0, method
