@@ -19,6 +19,7 @@ from asrkit.models.encoder import Caches, Encoder
 from asrkit.models.spec import HeadSpec, ModelSpec, PredictorSpec
 from asrkit.nn.compression import CompressedLinear, compress
 from asrkit.nn.context import FULL, Context
+from asrkit.nn.dropout import Dropout
 
 
 class Predictor(nn.Module):
@@ -35,7 +36,7 @@ class Predictor(nn.Module):
         # One weight for each position in the context and channel: a depthwise convolution, written as a sum.
         self.mix = nn.Parameter(torch.full((spec.context_size, spec.dim), spec.context_size**-0.5))
         self.bias = nn.Parameter(torch.zeros(spec.dim))
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = Dropout(spec.dropout)
 
     def forward(self, contexts: Tensor) -> Tensor:
         """(..., context_size) int64, oldest token first -> (..., P)."""

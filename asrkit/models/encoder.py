@@ -18,6 +18,7 @@ from asrkit.frames import RECEPTIVE_FIELD
 from asrkit.models.spec import EncoderSpec, FeatureSpec, PretrainedEncoderSpec, SubModelSpec
 from asrkit.nn.conformer import BackboneBlock, Branch, Subsampling
 from asrkit.nn.context import FULL, Context, parse_context, visible
+from asrkit.nn.dropout import Dropout
 from asrkit.nn.submodels import Adapter, Attention
 
 
@@ -114,7 +115,7 @@ class Encoder(nn.Module):
         # One-hot languages times a matrix (num_languages, D). Zeros, and without a random draw: the model begins as one without.
         zeros = torch.zeros(len(languages), backbone.dim)
         self.languages = nn.Embedding.from_pretrained(zeros, freeze=False) if languages else None
-        self.dropout = nn.Dropout(backbone.dropout)
+        self.dropout = Dropout(backbone.dropout)
         self.blocks = nn.ModuleList(
             BackboneBlock(backbone.dim, backbone.feedforward_dim, backbone.kernel_size, backbone.dropout, per_mode_norm)
             for _ in range(backbone.num_layers)

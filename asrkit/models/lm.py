@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from asrkit.models.spec import LmShape, LmSpec
 from asrkit.nn.conformer import FeedForward, LayerNorm
+from asrkit.nn.dropout import Dropout
 from asrkit.nn.submodels import Attention
 
 END = 0  # what every sequence begins and ends with: the tokenizer's blank, which is no unit
@@ -24,7 +25,7 @@ class LanguageModel(nn.Module):
         self.spec = spec
         shape = spec.shape
         self.embedding = nn.Embedding(spec.vocab_size, shape.dim)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
         between = shape.dropout if shape.num_layers > 1 else 0.0
         self.layers: nn.Module = (
             nn.LSTM(shape.dim, shape.dim, shape.num_layers, batch_first=True, dropout=between)

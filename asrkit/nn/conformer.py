@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asrkit.frames import LOOK_AHEAD, SUBSAMPLING
+from asrkit.nn.dropout import Dropout
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -73,7 +74,7 @@ class FeedForward(nn.Module):
         self.norm = LayerNorm(dim, per_mode_norm)
         self.widen = nn.Linear(dim, hidden_dim)
         self.narrow = nn.Linear(hidden_dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, streaming: bool = False) -> Tensor:
         # Dropping the wide layer too would make random numbers a quarter of a CPU's training time.
@@ -123,7 +124,7 @@ class ConvModule(nn.Module):
         self.depthwise = DepthwiseConv(dim, kernel_size)
         self.depthwise_norm = LayerNorm(dim, per_mode_norm)
         self.out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, padding: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D), and the next step's history.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asrkit.nn.conformer import LayerNorm
+from asrkit.nn.dropout import Dropout
 
 
 class Attention(nn.Module):
@@ -34,7 +35,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(dim, attention_dim)
         self.value = nn.Linear(dim, attention_dim)
         self.out = nn.Linear(attention_dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: Tensor, seen: Tensor, streaming: bool = False, history: tuple[Tensor, Tensor] | None = None
@@ -72,7 +73,7 @@ class Adapter(nn.Module):
         self.norm = LayerNorm(dim, per_mode=per_mode_norm)
         self.narrow = nn.Linear(dim, hidden_dim)
         self.widen = nn.Linear(hidden_dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, streaming: bool = False) -> Tensor:
         return self.dropout(self.widen(F.silu(self.narrow(self.norm(x, streaming)))))
