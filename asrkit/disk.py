@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process or the machine dies, and what is said where they cannot be written."""
+"""Files that are whole or do not exist, whenever the process or the machine dies, and the message if they cannot be written."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pathlib import Path
 from asrkit.errors import UserError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# What file systems such as CIFS and some of FUSE say to the sync of a directory: they have none.
+# Errors of file systems that cannot sync a directory, such as CIFS and some of FUSE.
 NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """The line to end with where ``path`` cannot be written."""
-    remedy = "free some space" if error.errno in NO_SPACE else "put that right"
+    """The error to raise if ``path`` cannot be written."""
+    remedy = "free some space" if error.errno in NO_SPACE else "fix that"
     return UserError(f"{path}: cannot write ({error.strerror or error}); {remedy} or choose another location")
 
 

@@ -35,7 +35,7 @@ def lines_for(error: Exception) -> list[str]:
         return list(error.lines)
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{clip(error.filename)}: " if error.filename else ""
-        remedy = REMEDIES.get(error.errno, "put that right and run the command again")
+        remedy = REMEDIES.get(error.errno, "fix that and run the command again")
         return [f"{where}{error.strerror or os.strerror(error.errno)}; {remedy}"]
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         return [f"out of memory ({clip(error) or 'no details'}); give it more memory, or lower data.max_duration"]

@@ -150,8 +150,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
     try:
         save_file(tensors, path, metadata)
         path.chmod(0o666 & ~_umask())  # it writes files that only their owner may read
-    except SafetensorError as error:  # it wraps the operating system's error in its own
-        code = re.search(r"\bcode: (\d+)", str(error))
+    except SafetensorError as error:  # it holds the operating system's error as text, in one of two forms
+        code = re.search(r"\b(?:code: |os error )(\d+)", str(error))
         number = int(code[1]) if code else None
         raise OSError(number, os.strerror(number) if number else str(error)) from error
 

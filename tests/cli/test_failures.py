@@ -32,7 +32,7 @@ def test_failures_of_the_system_are_one_line(tmp_path: Path) -> None:
         f"{tmp_path}: Is a directory; is a directory; give a file": failure(tmp_path.read_text),
         "File name too long; choose a shorter name": failure(long.read_text),
         "Disk quota exceeded; free some space": OSError(errno.EDQUOT, "Disk quota exceeded", "x"),
-        "Input/output error; put that right": OSError(errno.EIO, "Input/output error"),
+        "Input/output error; fix that": OSError(errno.EIO, "Input/output error"),
         "out of memory": failure(lambda: torch.zeros(1 << 50)),
         "give it more memory": failure(lambda: np.zeros(1 << 58)),
         "a sound file cannot be read or written": failure(lambda: soundfile.read(file)),

@@ -110,5 +110,5 @@ def sets(*settings: str) -> list[str]:
 
 
 def quick(*settings: str) -> list[str]:
-    """The --set options of a short training run, and of ``settings`` besides."""
+    """The --set options of a short training run and of ``settings``."""
     return sets(*QUICK, *settings)

@@ -220,12 +220,12 @@ def test_what_killed_processes_left_is_removed(manifest: Path, tmp_path: Path) -
     """That of this machine wherever it is met, that of others under the lock of a run directory alone."""
     dead = subprocess.Popen(["true"])
     dead.wait()
-    ours, others = f".tmp-{dead.pid}-{disk._this_host()}-b.txt", f".tmp-{dead.pid}-00000000-b.txt"
+    own, others = f".tmp-{dead.pid}-{disk._this_host()}-b.txt", f".tmp-{dead.pid}-00000000-b.txt"
     alive = f".tmp-{os.getppid()}-{disk._this_host()}-c.txt"
     folder, run = tmp_path / "folder", tmp_path / "run"
     for place in (folder, run, run / "state"):
         place.mkdir(parents=True)
-        for name in (ours, others, alive):
+        for name in (own, others, alive):
             (place / name).touch()
     part = folder / f".tmp-{dead.pid}-{disk._this_host()}-new" / "part"  # of an atomic directory
     part.parent.mkdir()

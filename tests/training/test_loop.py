@@ -293,7 +293,7 @@ def test_a_file_that_cannot_be_written_leaves_the_previous_state(corpus: Path, t
     limit = ["bash", "-c", "ulimit -f 40; trap '' XFSZ; exec \"$@\"", "bash", *ONE]
     text = launched(limit, *words, code=1)
     assert "Traceback" not in text
-    assert "cannot write (File too large); put that right" in text  # it is no lack of space
+    assert "cannot write (File too large); fix that" in text  # it is no lack of space
     assert not list(out.rglob(".tmp-*"))
     asrkit(*words)
     assert rows(out)[-1]["step"] == 8

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, or lose a process: what is saved, what is said, what is left behind."""
+"""Runs that are asked to stop, or lose a process: what is saved, printed and left behind."""
 
 from __future__ import annotations
 
