@@ -51,6 +51,7 @@ def test_an_unexpected_failure_leaves_its_traceback_in_a_file(tmp_path: Path, mo
     assert "Traceback" in log.read_text() and "in failure" in log.read_text()
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_written_is_a_failure() -> None:
     with open("/dev/full", "w") as full:
         words = [sys.executable, "-m", "asrkit", "config", "train-backbone"]

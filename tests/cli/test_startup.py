@@ -59,6 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["--help"], ["config"], ["info", "RUN"], ["info", "RUN", "--json"], ["summary", "RUN"], ["submodel", "list", "RUN"]]
 )  # fmt: skip

@@ -136,6 +136,7 @@ def test_a_chunk_is_known_with_the_very_sample_it_needs(points: Path, chunk: int
         frame, given_out = frame + chunk, needed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", ["backbone", "near", "wide", "all"])
 def test_a_stream_ends_in_the_text_of_evaluate(

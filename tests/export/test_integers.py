@@ -362,6 +362,7 @@ def digits(packed: np.ndarray, bits: int) -> np.ndarray:
     return ((packed.reshape(-1, 1) >> shifts) & (2**bits - 1)).reshape(-1).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(QUANTIZED))
 def test_quantize_while_exporting(run: Path, tmp_path: Path, kind: str) -> None:
     exported = export(run, tmp_path / "onnx", variant="near", quantize=kind)
@@ -377,6 +378,7 @@ def test_quantize_while_exporting(run: Path, tmp_path: Path, kind: str) -> None:
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_dequantized(run: Path, tmp_path: Path) -> None:
     """The float32 numbers that the integers stand for, without an operator that old runtimes lack."""
     quantize(run, tmp_path / "int2", KINDS["int2"])
@@ -395,6 +397,7 @@ def test_dequantized(run: Path, tmp_path: Path) -> None:
     assert exported.parts["backbone"].stored == exported.parts["backbone"].float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tensor"), [("int8-inputs", "codes"), ("int4", "scale"), ("sparse", "mask")])
 def test_a_file_that_holds_something_else_is_not_published(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tensor: str
@@ -421,6 +424,7 @@ def test_a_file_that_holds_something_else_is_not_published(
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_layer_that_computes_something_else_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +442,7 @@ def test_a_layer_that_computes_something_else_is_named(
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.slow
 def test_names_and_weights_that_mislead(tmp_path: Path) -> None:
     """A sub-model called model, and layers of equal weights, which the tracer would make one."""
     spec = {**SPEC, "submodels": {"model": SPEC["submodels"]["near"]}}
@@ -455,6 +460,7 @@ def test_names_and_weights_that_mislead(tmp_path: Path) -> None:
     assert exported.parts["submodel model"].stored < 0.5 * exported.parts["submodel model"].float32
 
 
+@pytest.mark.slow
 def test_layers_that_stay_float_are_told(run: Path, tmp_path: Path) -> None:
     told: list[str] = []
     export(run, tmp_path / "onnx", variant="near", quantize="int4", warn=told.append)

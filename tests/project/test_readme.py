@@ -25,6 +25,7 @@ def option_names(words: list[str]) -> list[str]:
     return [word.partition("=")[0] for word in words if word.startswith("--")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_asrkit_command_and_option_exists(document: Path) -> None:
     for words in commands(document):

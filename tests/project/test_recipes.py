@@ -272,6 +272,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train.jsonl.gz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_variant_trains(path: Path, generated: Path, tmp_path: Path) -> None:
     """Two steps; wide models at two layers, which keeps every width and saves the memory."""

@@ -214,7 +214,8 @@ def rejected(utterances: int, trials: int) -> np.ndarray:
     return (p_values[:, [1, 3]] < 0.05).mean(axis=0)
 
 
-@pytest.mark.parametrize(("utterances", "trials"), [(200, 600), pytest.param(2000, 200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("utterances", "trials"), [(200, 600), (2000, 200)])
 def test_equally_good_systems_are_called_different_five_times_in_a_hundred(utterances: int, trials: int) -> None:
     """Within three deviations of the binomial; docs/compare.md has other sizes."""
     tolerance = 3 * math.sqrt(0.05 * 0.95 / trials)

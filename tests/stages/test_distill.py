@@ -245,6 +245,7 @@ def test_all_findings_at_once(corpus: Path, teacher: Path, tmp_path: Path) -> No
     assert len(said) == 2 and "exp/a" in said[0] and "exp/b" in said[1]
 
 
+@pytest.mark.slow
 def test_posteriors_are_kept_and_the_teachers_run_once(
     corpus: Path, teacher: Path, second: Path, tmp_path: Path
 ) -> None:

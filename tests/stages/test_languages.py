@@ -125,6 +125,7 @@ def test_a_new_model_is_one_without() -> None:
         new_model(["en", "fr", "en"])
 
 
+@pytest.mark.slow
 @some
 @given(
     contexts, st.sampled_from(["shared", "per_mode"]), st.lists(st.integers(1, 70), min_size=1, max_size=3), st.data()

@@ -196,6 +196,7 @@ def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_lock_says_who_holds_it_and_dies_with_its_process(held: subprocess.Popen[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"another run is training there \(process {held.pid} on .* since 20"):  # noqa: SIM117
         with locked(tmp_path):
