@@ -64,16 +64,15 @@ class Differences:
             expected, computed = expected[..., columns], computed[..., columns]
         self._parts[output].append((expected.double(), computed.double()))
 
-    def records(self) -> dict[str, DifferenceRecord]:
-        """By output: greatest and mean difference, the greatest magnitude of torch's numbers, and what is tolerated."""
-        records = {}
+    def _measured(self) -> dict[str, dict[str, Any]]:
+        """The fields of each output's record, as they are: a difference may be NaN, which a record refuses."""
+        measured = {}
         for output, parts in self._parts.items():
             gaps = torch.cat([(a - b).abs().flatten() for a, b in parts])
             magnitude = max(float(a.abs().max()) for a, _ in parts)
-            records[output] = DifferenceRecord(
-                max=float(gaps.max()), mean=float(gaps.mean()), magnitude=magnitude, **self._tolerated(output)
-            )
-        return records
+            measured[output] = {"max": float(gaps.max()), "mean": float(gaps.mean()), "magnitude": magnitude}
+            measured[output] |= self._tolerated(output)
+        return measured
 
     def _tolerated(self, output: str) -> dict[str, Any]:
         if output == EXACT or output.endswith(("_lens", "frame counter")):
@@ -83,21 +82,21 @@ class Differences:
         return {"measure": "max", "tolerance": TOLERANCE}
 
     def check(self) -> dict[str, DifferenceRecord]:
-        """The records, if every output is within the tolerance.
+        """By output: greatest and mean difference, the greatest magnitude of torch's numbers, and what is tolerated.
 
         Raises:
             UserError: a line for each output that is not.
         """
-        records = self.records()
+        measured = self._measured()
         findings = [
-            f"{output}: the exported file differs from torch by up to {record.max:.2g} (mean {record.mean:.2g}) where "
-            f"numbers reach {record.magnitude:.2g}; {_REPORT}"
-            for output, record in records.items()
-            if not getattr(record, record.measure) <= record.tolerance * max(1.0, record.magnitude)  # NaN fails too
+            f"{output}: the exported file differs from torch by up to {one['max']:.2g} (mean {one['mean']:.2g}) where "
+            f"numbers reach {one['magnitude']:.2g}; {_REPORT}"
+            for output, one in measured.items()
+            if not one[one["measure"]] <= one["tolerance"] * max(1.0, one["magnitude"])  # NaN fails too
         ]
         if findings:
             raise UserError.of(findings)
-        return records
+        return {output: DifferenceRecord(**one) for output, one in measured.items()}
 
 
 _REPORT = "nothing was exported; try another version of the runtime, and report this with the versions of both"
