@@ -25,10 +25,10 @@ $(VENV)/.stamp: requirements/$(ENV).txt requirements/k2-wheel.txt pyproject.toml
 	@scripts/setup.sh $(ENV)
 
 test: setup ## run every test (TESTS=tests/test_config.py for some)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal $(TESTS)
 
 test-fast: setup ## run the tests that take a moment each, of every package
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" $(TESTS)
 
 lint: setup ## check style, formatting, types and which package imports which
 	$(PY) -m ruff check .
