@@ -78,6 +78,7 @@ def listen(stream: StreamingRecognizer, samples: Tensor, sizes: list[int] | None
 sizes_of_blocks = st.lists(st.integers(1, 3000), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 3000), sizes_of_blocks, st.integers(0, 100))
 def test_features_online_are_those_of_the_whole(length: int, sizes: list[int], seed: int) -> None:
@@ -106,6 +107,7 @@ def test_resampling_online_is_that_of_the_whole(rate: int, length: int, sizes: l
     torch.testing.assert_close(torch.cat([*found, online.finish()]), resample(samples, rate), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_long_file_is_streamed_in_little_memory(tmp_path: Path) -> None:
     samples = noise(np.random.default_rng(0), 60 * 44100)
     soundfile.write(tmp_path / "stereo.flac", np.stack([samples, 0.5 * samples], axis=1), 44100)
@@ -156,6 +158,7 @@ def test_a_stream_ends_in_the_text_of_evaluate(
     assert sum(bool(text) for text in texts.values()) >= 5
 
 
+@pytest.mark.slow
 def test_blocks_and_the_future_change_nothing(points: Path) -> None:
     """However the sound is cut into blocks, and whatever follows, the events until then are the same."""
     recognizer = load_recognizer(points)
@@ -205,6 +208,7 @@ class Loudness:
         return EncoderOutput(logits, frame_lens, logits.log_softmax(-1)), caches + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pause_ends_an_utterance(points: Path, method: Method) -> None:
     tokenizer = Tokenizer.load(points / TOKENIZER)

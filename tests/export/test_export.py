@@ -198,6 +198,7 @@ def test_the_directory_is_complete_and_knows_itself(run: Path, offline: Path, st
     assert (offline / "tokens.txt").read_text() == (run / "tokens.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["offline", "streaming"])
 @pytest.mark.parametrize("variant", ["backbone", "all"])
 def test_the_files_hold_the_active_weights_and_no_others(
@@ -234,6 +235,7 @@ def test_the_files_hold_the_active_weights_and_no_others(
         assert all("norm" in tensor for tensor in mine if tensor not in everything), name
 
 
+@pytest.mark.slow
 def test_one_of_several_submodels(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "onnx", variant="wide")
     names = initializers(tmp_path / "onnx" / f"{ENCODER}.onnx")
@@ -322,6 +324,7 @@ def seconds_of(hypothesis: Hypothesis) -> list[float]:
     return [round(frame * 0.04, 2) for frame in hypothesis.frames]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_sherpa_offline_finds_our_tokens(run: Path, offline: Path, audio: list[Path], method: Method) -> None:
     model = TorchAcousticModel(load_model(open_run(run)), "all")
@@ -397,6 +400,7 @@ def test_special_pieces_of_a_foreign_tokenizer_are_never_heard(
             assert found == [hypothesis.tokens for hypothesis in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_sherpa_endpoints(streaming: Path, audio: list[Path], method: Method) -> None:
     assert client(streaming, audio, method, endpoint=True) > 2
@@ -514,6 +518,7 @@ def test_the_readme_names_the_client_that_two_bits_need(run: Path, tmp_path: Pat
 # What it computes: our own commands
 
 
+@pytest.mark.slow
 def test_exported_and_original_evaluate_alike(
     run: Path, offline: Path, streaming: Path, manifest: Path, tmp_path: Path
 ) -> None:
@@ -616,6 +621,7 @@ def test_an_onnx_file_that_reaches_out_is_refused(offline: Path, tmp_path: Path)
             load_recognizer(copy)
 
 
+@pytest.mark.slow
 def test_a_script_that_does_more_than_compute_is_refused(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "script", variant="wide", format="torchscript")
 
@@ -770,6 +776,7 @@ def test_no_run_directory(tmp_path: Path, offline: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_output_that_is_taken(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()

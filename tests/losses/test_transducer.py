@@ -161,6 +161,7 @@ def test_everything_equals_k2(dtype: torch.dtype) -> None:
     compare()
 
 
+@pytest.mark.slow
 def test_gradients_equal_finite_differences() -> None:
     case = Case(3, 3, 5, 3)
     ranges = case.ranges(2)

@@ -111,6 +111,7 @@ def test_an_impossible_alignment_leaves_finite_gradients() -> None:
         assert (alone.losses > 0).tolist() == [not left_out, True] and bool(alone.losses.isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "parameters"), [("tiny", 1_528_128), ("small", 4_948_416), ("medium", 24_774_976), ("large", 103_645_184)]
 )

@@ -279,6 +279,7 @@ def test_streams_of_different_age_share_a_batch(
                 torch.testing.assert_close(out[seat : seat + 1], alone[row][step], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @some
 @given(cases(least=1), contexts, st.lists(st.integers(7, 70), min_size=1, max_size=3))
 def test_a_silent_submodel_leaves_the_backbone_as_it_is(case: Case, context: Context, lens: list[int]) -> None:
@@ -311,6 +312,7 @@ def test_padding_and_neighbors_do_not_matter_in_full_context(case: Case, length:
     torch.testing.assert_close(batch[:1, : lens[0]], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @some
 @given(cases(least=1), st.sampled_from([FULL, Context(4, 6)]), st.data())
 def test_gates(case: Case, context: Context, data: st.DataObject) -> None:

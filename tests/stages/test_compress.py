@@ -118,6 +118,7 @@ def test_pruning_leaves_two_of_four_and_they_stay_pruned(parent: Path, sparse: P
     assert moved
 
 
+@pytest.mark.slow
 def test_masks_are_frozen_after_the_last_shot(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
     """A run of two shots that ends right after them has the masks of one that trained on."""
     short = tmp_path / "short"
@@ -132,6 +133,7 @@ def test_masks_are_frozen_after_the_last_shot(corpus: Path, parent: Path, sparse
         assert isinstance(other, CompressedLinear) and torch.equal(layer.mask, other.mask), path
 
 
+@pytest.mark.slow
 def test_integers_on_a_pruned_model(corpus: Path, sparse: Path, tmp_path: Path) -> None:
     run = tmp_path / "both"
     asrkit("qat", "--from", sparse, "--bits", 4, "--teacher", sparse, *data(corpus), "--out", run, *quick())
@@ -156,6 +158,7 @@ def test_integers_on_a_pruned_model(corpus: Path, sparse: Path, tmp_path: Path) 
     assert "no exact zero" in said and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["magnitude", "activation"])
 def test_everything_learns_in_a_step_that_finds_masks(corpus: Path, parent: Path, tmp_path: Path, score: str) -> None:
     """Scores by activation take a pass without gradients first, whose bfloat16 copies of the weights must not serve training."""
@@ -168,6 +171,7 @@ def test_everything_learns_in_a_step_that_finds_masks(corpus: Path, parent: Path
     assert still <= {"encoder.normalize.mean", "encoder.normalize.std", "encoder.normalize.scale"}, still
 
 
+@pytest.mark.slow
 def test_pruned_weights_decay_by_the_formula(corpus: Path, parent: Path, tmp_path: Path) -> None:
     """SR-STE adds decay / 2 times their squares to a step's loss, however many frames and parts the step has."""
     losses = {}
@@ -186,6 +190,7 @@ def test_pruned_weights_decay_by_the_formula(corpus: Path, parent: Path, tmp_pat
     assert losses["sr"] - losses["plain"] == pytest.approx(0.1 / 2 * pruned, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_prune_from_scratch(corpus: Path, parent: Path, tmp_path: Path) -> None:
     run = tmp_path / "anew"
     asrkit("prune", "--from", parent, "--from-scratch", "--only", "encoder", *data(corpus), "--out", run, *quick())
@@ -341,6 +346,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_published_before_the_masks_are_final(corpus: Path, parent: Path, tmp_path: Path) -> None:
     """The share grows until the last step but one, and dev is measured at every step: the best of before does not count."""
     run = tmp_path / "late"
@@ -402,6 +408,7 @@ def test_contexts_are_recorded_and_idle_submodels_stay(corpus: Path, parent: Pat
     assert spec["variants"]["joint"]["contexts"] == ["full"]
 
 
+@pytest.mark.slow
 def test_submodels_and_compression(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
     said = asrkit(
         "submodel", "extract", "--from", sparse, "--name", "joint", "--out", tmp_path / "j.safetensors", code=1

@@ -84,6 +84,7 @@ def test_a_new_student_of_its_own_size(corpus: Path, teacher: Path, second: Path
     asrkit("evaluate", "--from", student, "--manifest", corpus / "dev.jsonl.gz")
 
 
+@pytest.mark.slow
 def test_a_student_that_was_trained_before(corpus: Path, teacher: Path, student: Path, tmp_path: Path) -> None:
     run = tmp_path / "again"
     asrkit("distill", "--from", student, "--teacher", teacher, "--weight", "constant", *data(corpus), "--out", run,
@@ -103,6 +104,7 @@ def sparse(corpus: Path, teacher: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_sparse_student_stays_sparse(corpus: Path, teacher: Path, sparse: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     asrkit("distill", "--from", sparse, "--teacher", teacher, *data(corpus), "--out", run, *quick("training.steps=2"))
@@ -110,6 +112,7 @@ def test_a_sparse_student_stays_sparse(corpus: Path, teacher: Path, sparse: Path
     assert layers and all(bool((layer.weight[~layer.mask] == 0).all()) for layer in layers.values())
 
 
+@pytest.mark.slow
 def test_a_quantized_student_of_a_sparse_teacher(corpus: Path, second: Path, sparse: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     asrkit("distill", "--from", second, "--teacher", sparse, *data(corpus), "--out", run, *quick("training.steps=2"))
@@ -140,6 +143,7 @@ def test_two_processes_equal_one_with_two_parts(corpus: Path, teacher: Path, tmp
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_tokenizer_that_spells_alike(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     """Characters of one language and of all: other numbers, the same labels."""
     chars = ("tokenizer.kind=char", "training.steps=1", *SMALLER)
@@ -315,6 +319,7 @@ def _hush(number: int, cut: dict[str, Any]) -> None:
         cut["supervisions"] = []
 
 
+@pytest.mark.slow
 def test_cuts_without_text_are_labeled_by_their_teacher(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     half = copied(corpus, tmp_path / "half.jsonl.gz", _hush)
     words = ["--manifest", half, "--max-duration", 20, "--out", tmp_path / "run", *quick(*SMALLER, "training.steps=2")]
@@ -390,6 +395,7 @@ def test_encoders_of_other_widths_are_met_through_maps_that_are_not_kept(
     assert not torch.equal(state["model.teacher_maps.0.weight"], state["average.teacher_maps.0.weight"])
 
 
+@pytest.mark.slow
 def test_sound_in_a_shar_directory_is_heard_once_too(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "shar").mkdir()
     CutSet.from_file(corpus / "train.jsonl.gz").to_shar(tmp_path / "shar", fields={"recording": "wav"}, shard_size=6)

@@ -35,6 +35,7 @@ def hide(stubs: Path, module: str) -> None:
     (stubs / f"{module}.py").write_text(missing)
 
 
+@pytest.mark.slow
 def test_a_sound_environment_can_train(tmp_path: Path) -> None:
     outcome = doctor(tmp_path)
     checks = checks_of(outcome)

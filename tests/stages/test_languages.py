@@ -308,6 +308,7 @@ def test_a_teacher_hears_each_utterance_in_its_language(run: Path) -> None:
     assert not torch.allclose(alone["en"], alone["it"], atol=0.1)
 
 
+@pytest.mark.slow
 def test_what_is_made_of_a_model_has_its_languages(
     run: Path, audio: list[Path], spoken: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -532,6 +533,7 @@ def test_cuts_of_other_languages_are_refused_before_training(
     assert "model.languages" in said and "named more than once" in said
 
 
+@pytest.mark.slow
 def test_cuts_a_teacher_does_not_know_are_refused(corpus: Path, told: Path, untold: Path, tmp_path: Path) -> None:
     def hush(number: int, cut: dict[str, Any]) -> None:
         _strange(number, cut)

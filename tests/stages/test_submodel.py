@@ -346,6 +346,7 @@ def test_combine_takes_the_contexts_all_were_trained_in(near: Path, tmp_path: Pa
     refused(*words, "bottle", "--submodel", "near", "--out", out, saying="bottle in none; near in", out=out)
 
 
+@pytest.mark.slow
 def test_refusals(near: Path, backbone: Path, tmp_path: Path) -> None:
     """Each in one line with what to do, and nothing is written."""
     out = tmp_path / "out"
@@ -417,6 +418,7 @@ def test_a_damaged_run(near: Path, tmp_path: Path) -> None:
         refused(*words, saying="digest", out=tmp_path / "x")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_a_damaged_file(

@@ -116,6 +116,7 @@ def test_an_inventory_keeps_its_symbols(tmp_path: Path) -> None:
     assert "x" not in Inventory.of(inventory, "phone") and "<unk>" not in Inventory.of(inventory, "phone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["lstm", "transformer"])
 def test_a_model_learns_what_follows(text: Path, tmp_path: Path, architecture: str) -> None:
     run = tmp_path / "lm"

@@ -170,6 +170,7 @@ def still() -> list[str]:
     return sets("data.augment.speed=0", "data.augment.volume_db=0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [["--method", "greedy", "--method", "beam", "--method", "ctc"], ["--chunk", 4, "--left", 8]]
 )
@@ -184,6 +185,7 @@ def test_decoding(folder: Path, tmp_path: Path, how: list[object]) -> None:
     assert results["cpu"] and results["cpu"] == results["cuda"]
 
 
+@pytest.mark.slow
 def test_a_live_stream_and_alignments(folder: Path, tmp_path: Path) -> None:
     audio = folder / "dev" / "0.wav"
     aligned = ["align", "--from", folder / "parent", "--manifest", folder / "dev.jsonl.gz", *sets("bad_cuts=skip")]
