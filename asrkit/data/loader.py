@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -105,7 +106,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def death_of(processes: Sequence[BaseProcess]) -> str | None:
     """Why one of the processes died, and what to do; None if none did."""
-    wait([process.sentinel for process in processes], timeout=1.0)  # torch may tell before the process is gone
+    with suppress(RuntimeError):  # by which torch tells of a death wherever this process is: here too
+        wait([process.sentinel for process in processes], timeout=1.0)  # it may tell before the process is gone
     died = next((process for process in processes if process.exitcode), None)
     if died is None:
         return None

@@ -5,6 +5,7 @@ torch is imported only to build a module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from asrkit.config import from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT
 from asrkit.models.spec import LmSpec, ModelSpec, PretrainedEncoderSpec
-from asrkit.run_dir import MODEL, RunDir, write_yaml
+from asrkit.run_dir import MODEL, WEIGHTS, RunDir, write_yaml
 
 if TYPE_CHECKING:
     from torch import nn
@@ -170,6 +171,21 @@ def _kind_of_spec(spec: Spec) -> str:
     return next(name for name, kind in KINDS.items() if type(spec) is kind.spec)
 
 
+def least_parameters(spec: Spec) -> int:
+    """A number of parameters that a model of ``spec`` has at least, by its largest matrices and every size it names."""
+    if isinstance(spec, LmSpec):
+        shape = spec.shape
+        return 2 * spec.vocab_size * shape.dim + shape.num_layers * 4 * shape.dim**2
+    encoder = spec.encoder
+    block = 4 * encoder.dim * encoder.feedforward_dim + encoder.kernel_size * encoder.dim
+    total = encoder.num_layers * block + math.prod(encoder.subsampling_channels)
+    if isinstance(spec, PretrainedEncoderSpec):
+        return total
+    attached = sum(2 * len(part.layers) * part.dim * encoder.dim for part in spec.submodels.values())
+    decoder = spec.predictor.dim * (spec.vocab_size + spec.predictor.context_size)
+    return total + attached + decoder + spec.joiner_dim * spec.vocab_size + len(spec.languages) * encoder.dim
+
+
 def load(run: RunDir, kind: str) -> Any:
     """Rebuild the module of a run directory, strictly: on the CPU, float32, evaluation mode. Heads that only served a
     recognizer's training are left out, so that no later stage and no export knows of them.
@@ -179,7 +195,14 @@ def load(run: RunDir, kind: str) -> Any:
     """
     import torch
 
-    spec, weights = spec_of_kind(run, kind), run.weights()
+    spec = spec_of_kind(run, kind)
+    needed, stored = least_parameters(spec), sum(numbers for numbers, _ in run.tensor_sizes().values())
+    if needed > stored:  # asked before anything is built: the file may be a stranger's
+        raise UserError(
+            f"{run.path}: {MODEL} describes at least {needed:,} parameters, but {WEIGHTS} holds {stored:,}; "
+            "the files do not belong together"
+        )
+    weights = run.weights()
     if kind == ASR:
         spec = replace(spec, heads={})
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("heads.")}

@@ -36,8 +36,7 @@ class RunLog:
         self._start = start
         if active and self._path.exists():
             with atomic_write(self._path) as temporary:
-                earlier = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= start]
-                temporary.write_text("".join(f"{line}\n" for line in earlier))
+                temporary.write_text("".join(f"{line}\n" for line in earlier_lines(self._path, start)))
 
     def __enter__(self) -> RunLog:
         if not self._active:
@@ -152,6 +151,31 @@ class RunLog:
             for name, value in row.items():
                 if isinstance(value, float | int) and name != "step":
                     self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+
+def earlier_lines(path: Path, start: int) -> list[str]:
+    """The lines of metrics.jsonl up to step ``start``. A last line that is not whole, as a power cut leaves it, is dropped.
+
+    Raises:
+        UserError: another line is no logged step.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    earlier = []
+    for number, line in enumerate(lines, 1):
+        try:
+            step = json.loads(line)["step"]
+            if type(step) is not int:
+                raise ValueError("step is no whole number")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}:{number}: is not a logged step ({' '.join(str(error).split())[:80]}); "
+                "remove the line, or restore the file"
+            ) from None
+        if step <= start:
+            earlier.append(line)
+    return earlier
 
 
 def _best(progress: Progress) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from asrkit.data.bucketing import BucketPlan
 from asrkit.data.cut_audio import cut_features, feature_statistics
 from asrkit.data.cut_table import CutTable
 from asrkit.data.features import LOG_EPS, SILENCE, fbank
-from asrkit.data.loader import start_loader
+from asrkit.data.loader import death_of, start_loader
 from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches, perturbed_features
@@ -293,3 +297,23 @@ def test_clean_features_keep_the_timing_alone(corpus: tuple[CutSet, Tokenizer]) 
     timed = _batches(corpus, augment=timing)
     timed.clean = True
     assert torch.equal(timed[0].clean, timed[0].features)
+
+
+def _killed_soon() -> None:
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_death_is_named_though_torch_raises_while_it_is_looked_for() -> None:
+    """torch's handler raises wherever this process is when a loader process dies."""
+
+    def raises(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker is killed by signal")
+
+    earlier = signal.signal(signal.SIGCHLD, raises)
+    try:
+        process = multiprocessing.get_context("fork").Process(target=_killed_soon)
+        process.start()
+        assert "was killed by SIGKILL" in str(death_of([process]))
+    finally:
+        signal.signal(signal.SIGCHLD, earlier)

@@ -307,3 +307,29 @@ def test_a_recognizer_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
     write_yaml(run / LINEAGE, lineage)
     with pytest.raises(UserError, match=r"tokenizer.model: is missing"):
         load_model(open_run(run))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoder": {"num_layers": 10**9}},
+        {"encoder": {"dim": 10**8}},
+        {"encoder": {"kernel_size": 10**9 + 1}},
+        {"encoder": {"subsampling_channels": [10**6, 10**6]}},
+        {"predictor": {"context_size": 10**9}},
+        {"vocab_size": 10**9},
+        {"joiner_dim": 10**9},
+    ],
+)
+def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(tmp_path: Path, change: dict[str, Any]) -> None:
+    """With every digest right, as a stranger's file would have them."""
+    run = write_run(tmp_path / "run")
+    content = yaml.safe_load((run / MODEL).read_text())
+    for key, value in change.items():
+        content["spec"][key] = {**content["spec"][key], **value} if isinstance(value, dict) else value
+    write_yaml(run / MODEL, content)
+    lineage = yaml.safe_load((run / LINEAGE).read_text())
+    lineage[-1]["model_spec_sha256"] = sha256_of(run / MODEL)
+    write_yaml(run / LINEAGE, lineage)
+    with pytest.raises(UserError, match="describes at least .* parameters, but model.safetensors holds"):
+        load_model(open_run(run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from asrkit.models import load_model
 from asrkit.run_dir import LINEAGE, MODEL, open_run, write_yaml
 from asrkit.training.checkpoint import load_state
 from asrkit.training.ema import MovingAverage
+from asrkit.training.logs import earlier_lines
 from helpers.commands import ONE, TWO, Finished, asrkit, finish, launched, sets
 from helpers.run_dirs import metrics, weights_equal
 from helpers.tones import make_corpus
@@ -215,6 +217,17 @@ def test_noise_that_cannot_be_read_is_named_before_training(tmp_path: Path) -> N
     (tmp_path / "noise" / "1.wav").write_bytes(b"RIFF")
     refused = lines_of(finish(*command(tmp_path, tmp_path / "run", "training.steps=2", f"data.noise={noise}")))
     assert "noise-1" in refused and "1 unusable cut" in refused and not (tmp_path / "run").exists()
+
+
+def test_the_last_line_of_the_metrics_may_be_half(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    path.write_text("\n".join([*whole, '{"step": 4, "lo']))
+    assert earlier_lines(path, 2) == whole[:2] and earlier_lines(path, 9) == whole
+    for broken in ('{"step": 2, "lo', '{"loss": 1.0}', '{"step": "2"}', "[]", "[" * 100_000):
+        path.write_text("\n".join([whole[0], broken, whole[2]]))
+        with pytest.raises(UserError, match=re.escape("metrics.jsonl:2: is not a logged step")):
+            earlier_lines(path, 9)
 
 
 def test_a_directory_in_use_is_refused(corpus: Path, tmp_path: Path) -> None:
