@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import dataclasses
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -50,7 +51,16 @@ def start_loader(batches: Any, places: Sequence[int], num_workers: int) -> tuple
         made = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return made, [process for process in multiprocessing.active_children() if process not in before]
+    processes = [process for process in multiprocessing.active_children() if process not in before]
+    atexit.register(_kill, processes)
+    return made, processes
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    """End those that are still there at exit: multiprocessing would send SIGTERM, which they block, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for process in processes:
+        process.kill()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +116,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def death_of(processes: Sequence[BaseProcess]) -> str | None:
     """Why one of the processes died, and what to do; None if none did."""
-    with suppress(RuntimeError):  # by which torch tells of a death wherever this process is: here too
-        wait([process.sentinel for process in processes], timeout=1.0)  # it may tell before the process is gone
-    died = next((process for process in processes if process.exitcode), None)
+    died, until = None, time.monotonic() + 1.0  # torch may tell before the process is gone
+    while died is None and time.monotonic() < until:
+        with suppress(RuntimeError):  # by which torch tells of a death wherever this process is: here too
+            time.sleep(0.01)
+            died = next((process for process in processes if process.exitcode), None)
     if died is None:
         return None
     code = died.exitcode or 0

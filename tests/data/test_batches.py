@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -317,3 +319,18 @@ def test_a_death_is_named_though_torch_raises_while_it_is_looked_for() -> None:
         assert "was killed by SIGKILL" in str(death_of([process]))
     finally:
         signal.signal(signal.SIGCHLD, earlier)
+
+
+HELD = """
+import torch
+from asrkit.data.loader import start_loader
+held = start_loader(torch.arange(4), range(4), 2)
+print(int(next(held[0])))
+"""
+
+
+@pytest.mark.slow
+def test_loader_processes_do_not_keep_a_process_from_ending() -> None:
+    """As where an exception still holds the loader at exit."""
+    done = subprocess.run([sys.executable, "-c", HELD], timeout=120, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from asrkit.config import from_dict
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT, migrate
 from asrkit.models import AsrModel, load_model
@@ -324,11 +325,11 @@ def test_a_recognizer_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(tmp_path: Path, change: dict[str, Any]) -> None:
     """With every digest right, as a stranger's file would have them."""
     run = write_run(tmp_path / "run")
-    content = yaml.safe_load((run / MODEL).read_text())
+    content = read_yaml(run / MODEL)
     for key, value in change.items():
         content["spec"][key] = {**content["spec"][key], **value} if isinstance(value, dict) else value
     write_yaml(run / MODEL, content)
-    lineage = yaml.safe_load((run / LINEAGE).read_text())
+    lineage = read_yaml(run / LINEAGE)
     lineage[-1]["model_spec_sha256"] = sha256_of(run / MODEL)
     write_yaml(run / LINEAGE, lineage)
     with pytest.raises(UserError, match="describes at least .* parameters, but model.safetensors holds"):
