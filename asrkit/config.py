@@ -27,7 +27,7 @@ from typing import (
 )
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import is_pydantic_dataclass
 
@@ -40,15 +40,30 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
 ADVANCED = "advanced"
 Advanced = Annotated[T, ADVANCED]  # a setting that only a paper's ablation needs: left out of the first tables
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only, checked dataclass; unknown keys are errors, and so are numbers that are not finite."""
+    """Make a frozen, keyword-only, checked dataclass; unknown keys are errors, and so are numbers that are not finite and
+    truth values where a number is wanted."""
+
+    def refuse_truth(cls: Any, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not _takes_truth(field_types(cls)[str(info.field_name)]):
+            raise ValueError("a number or a text is wanted here, not true or false")
+        return value
+
+    cls._refuse_truth = field_validator("*", mode="before")(classmethod(refuse_truth))  # type: ignore[attr-defined]
     options = ConfigDict(extra="forbid", allow_inf_nan=False)
     return pydantic_dataclass(cls, kw_only=True, frozen=True, config=options)  # type: ignore[call-overload, return-value, unused-ignore]
+
+
+def _takes_truth(hint: Any) -> bool:
+    """Whether a field of this type may be true or false."""
+    inner = get_args(hint) if get_origin(hint) in (Union, UnionType, Annotated) else ()
+    return hint in (bool, Any) or any(map(_takes_truth, inner))
 
 
 def is_config(hint: Any) -> bool:

@@ -21,6 +21,7 @@ import yaml
 from asrkit.disk import atomic_write, sha256_of
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT, Migrated, migrate
+from asrkit.yaml_core import load_safe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,7 @@ LATER_DIGESTS = ("tokens_sha256", "config_file_sha256")  # what earlier versions
 def read_yaml(path: Path) -> Any:
     """Parse a YAML file; a syntax error names the file and the line."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load_safe(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix it or make it again") from error
 

@@ -30,10 +30,26 @@ _CoreLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: floa
 
 
 def load_core(text: str) -> Any:
-    """The value of a YAML text, by the core schema."""
-    return yaml.load(text, _CoreLoader)
+    """The value of a YAML text, by the core schema.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, as in the other two.
+    """
+    return _load(text, _CoreLoader)
 
 
 def load_texts(text: str) -> Any:
     """The same with every scalar as it is written."""
-    return yaml.load(text, yaml.BaseLoader)
+    return _load(text, yaml.BaseLoader)
+
+
+def load_safe(text: str) -> Any:
+    """The same by YAML 1.1, as ``yaml.safe_dump`` writes it."""
+    return _load(text, yaml.SafeLoader)
+
+
+def _load(text: str, loader: Any) -> Any:
+    try:
+        return yaml.load(text, loader)
+    except RecursionError:
+        raise yaml.YAMLError("its brackets are nested too deeply") from None

@@ -9,6 +9,7 @@ import pytest
 from asrkit.config import differences, digest, from_dict, resolve, to_dict
 from asrkit.errors import UserError
 from asrkit.models.compression import QuantizationConfig
+from asrkit.run_dir import read_yaml
 from asrkit.stages.add_submodel import AddSubModelConfig
 from asrkit.stages.align import AlignConfig
 from asrkit.stages.distill_lm import DistillLmConfig
@@ -156,3 +157,27 @@ def test_a_group_that_is_off_is_turned_on_by_a_file(tmp_path: Path) -> None:
 def test_the_nearest_key_is_in_the_same_group(override: str) -> None:
     with pytest.raises(UserError, match=r"heads.phone.weight\?|unknown key; `asrkit config`"):
         resolve(DistillLmConfig, None, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.steps=true", "a number or a text is wanted here, not true or false"),
+        ("data.max_duration=false", "a number or a text is wanted here"),
+        ("seed=99999999999999999999999", "seed"),
+        ("training.tensorboard=3", "valid boolean"),
+    ],
+)
+def test_values_that_only_look_right_are_refused(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        resolve(TrainBackboneConfig, None, [override])
+    assert not resolve(TrainBackboneConfig, None, ["training.tensorboard=false"]).training.tensorboard
+
+
+def test_brackets_without_end_are_no_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("[" * 10_000)
+    with pytest.raises(UserError, match="not valid YAML .*nested too deeply"):
+        resolve(TrainBackboneConfig, file)
+    with pytest.raises(UserError, match="not valid YAML .*nested too deeply"):
+        read_yaml(file)

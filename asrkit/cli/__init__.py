@@ -65,6 +65,14 @@ def main() -> None:
     """Run the command line; a user's mistake is printed line by line and ends with exit code 1, as does any other failure."""
     for line in plugins.shadowed(built_in()):
         print(f"error: {line}", file=sys.stderr)
+    words = sys.argv[1:]
+    for number, word in enumerate(words):
+        if word == "" or (
+            word.startswith("--") and word.find("=") == len(word) - 1
+        ):  # as where a shell's variable is not set
+            after = word or (f"word {number + 1}, after {words[number - 1]}," if number else "the first word")
+            print(f"error: {after} is empty; give a value", file=sys.stderr)
+            sys.exit(2)
     try:
         try:
             app()

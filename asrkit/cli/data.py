@@ -212,7 +212,7 @@ def synthesize(
         list[Path] | None, io(help="Manifest whose sentences are left out, such as dev and test. Repeatable.")
     ] = None,
     band: Annotated[str, speech(callback=_band, help="Bandwidth: wide, or telephone (nothing above 4 kHz).")] = "wide",
-    seed: Annotated[int, speech(help="Seed of voices, speeds and pitches.")] = 0,
+    seed: Annotated[int, speech(min=0, max=2**63 - 1, help="Seed of voices, speeds and pitches.")] = 0,
 ) -> None:
     """Make training speech with espeak-ng, in many voices, speeds and pitches. Do not test on it.
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from asrkit.config import Positive, config, to_dict
+from asrkit.config import Positive, Seed, config, to_dict
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.senones import load_tree
 from asrkit.data.sequences import (
@@ -52,7 +52,7 @@ class TrainLmConfig:
     """Unit the model predicts: bpe, phone or senone."""
     language: str = ""
     """Language whose pronunciations the phones of a text are, such as en."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Seed = 1
     """Seed of everything random: start, held-out sentences, batches, dropout."""
     bad_lines: Literal["refuse", "skip"] = "refuse"
     """What to do with lines that cannot be used: refuse to start, or skip and list them."""

@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
-from pydantic import Field
 from torch import nn
 
-from asrkit.config import Positive, config, to_dict
+from asrkit.config import Positive, Seed, config, to_dict
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.disk import sha256_of
@@ -33,7 +32,7 @@ from asrkit.training.asr_loss import LossConfig, check_contexts
 from asrkit.training.checkpoint import saved_slices
 from asrkit.training.config import TrainingConfig
 from asrkit.training.contexts import ContextsConfig
-from asrkit.training.datasets import check_training_cuts, read_datasets, training_batches
+from asrkit.training.datasets import check_training_cuts, read_datasets, training_batches, usable_cuts
 from asrkit.training.dev_eval import dev_measure
 from asrkit.training.distributed import World, broadcast_object, join_world
 from asrkit.training.loop import train
@@ -46,7 +45,7 @@ from asrkit.training.step import TrainTask
 class StageConfig:
     """Settings of every stage that trains a recognizer; each stage adds its own."""
 
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Seed = 1
     """Seed of everything random: start, batches, augmentation, dropout."""
     bad_cuts: Literal["refuse", "skip"] = "refuse"
     """What to do with cuts that cannot be trained on: refuse to start, or skip and list them."""
@@ -182,6 +181,8 @@ def run_recipe(
     """
     world, tokenizer = run.world, Tokenizer(run.path / TOKENIZER)
     check_training_cuts(manifest, settings.data, tokenizer, settings.bad_cuts, run)
+    if dev is not None:  # now, not when it is first measured: its audio may be gone
+        dev = usable_cuts(dev, None, settings.bad_cuts, run, read_audio=True, need_text=False)
     run.save_left_out()
     recipe = TaskRecipe(build, run.path, manifest, settings, slices_of(run.path, settings.training, world))
     if prepare is not None:

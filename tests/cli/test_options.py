@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from asrkit.cli import app
-from helpers.commands import asrkit
+from helpers.commands import asrkit, finish
 
 FILES = ["--manifest", "m.jsonl.gz", "--out", "exp/out"]
 
@@ -99,3 +99,17 @@ def test_the_help_has_an_example_and_panels(path: list[str], function: Any, monk
     assert panels[-1] == "Help" and "Options" not in panels, "every option has a panel"
     if "overrides" in inspect.signature(function).parameters:
         assert panels[0] == "Input and output" and panels[-2] == "Settings"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["info", ""], "error: word 2, after info, is empty"),
+        (["evaluate", "--from", "exp", "--out="], "error: --out= is empty"),
+        (["", "info"], "error: the first word is empty"),
+    ],
+)
+def test_an_empty_word_is_refused(words: list[str], said: str) -> None:
+    """An empty path would be the current directory, where a shell's variable is not set."""
+    finished = finish(*words)
+    assert (finished.code, finished.out) == (2, "") and finished.err.startswith(said)

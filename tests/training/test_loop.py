@@ -219,6 +219,14 @@ def test_noise_that_cannot_be_read_is_named_before_training(tmp_path: Path) -> N
     assert "noise-1" in refused and "1 unusable cut" in refused and not (tmp_path / "run").exists()
 
 
+def test_dev_audio_that_cannot_be_read_is_named_before_training(tmp_path: Path) -> None:
+    make_corpus(tmp_path, 4)
+    dev = make_corpus(tmp_path, 2, 3, "dev")
+    (tmp_path / "dev" / "1.wav").unlink()
+    refused = lines_of(finish(*command(tmp_path, tmp_path / "run", "training.steps=2", dev=dev)))
+    assert "cut dev-1: unreadable" in refused and "1 unusable cut" in refused and not (tmp_path / "run").exists()
+
+
 def test_the_last_line_of_the_metrics_may_be_half(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
