@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,8 +111,28 @@ def test_an_export_completes_wherever_it_is_killed(tmp_path: Path) -> None:
         files = [sorted(path.relative_to(folder) for path in folder.rglob("*.onnx")) for folder in (one, other)]
         assert files[0] == files[1] != []
         assert all((one / name).read_bytes() == (other / name).read_bytes() for name in files[0])
+        with tarfile.open(other.with_suffix(".tar")) as archive:
+            assert {Path(name).name for name in archive.getnames()} >= {path.name for path in files[0]}
 
-    sweep(lambda out: ["export", "--from", str(run), "--out", str(out)], tmp_path, same, 4)
+    def words(out: Path) -> list[str]:
+        return ["export", "--from", str(run), "--out", str(out), "--pack", str(out.with_suffix(".tar"))]
+
+    sweep(words, tmp_path, same, 5)
+
+
+@pytest.mark.slow
+def test_an_evaluation_completes_wherever_it_is_killed(tmp_path: Path) -> None:
+    run, manifest = write_run(tmp_path / "run"), make_corpus(tmp_path / "corpus", 4)
+
+    def same(one: Path, other: Path) -> None:
+        names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (one, other)]
+        assert names[0] == names[1] != []
+        results = [[path.read_text() for path in sorted(folder.rglob("alignments.txt"))] for folder in (one, other)]
+        assert results[0] == results[1] != []
+
+    sweep(
+        lambda out: ["evaluate", "--from", str(run), "--manifest", str(manifest), "--out", str(out)], tmp_path, same, 4
+    )
 
 
 @pytest.mark.slow
