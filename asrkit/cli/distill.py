@@ -103,7 +103,7 @@ def distill(
             "data.max_duration": max_duration,
         }
     )
-    start = defaults(parent is not None, cache is not None)
+    start = defaults(parent, cache is not None)
     settings = resolve(DistillConfig, config, overrides or (), start, options=options)
     teachers = _teachers(teacher)
     files: dict[str, Any] = {"parent": parent, "tokenizer": tokenizer, "cache": cache, "dev": dev}

@@ -75,7 +75,7 @@ def train_backbone(
     from asrkit.stages.train_backbone import train_backbone as run
 
     options = given({"variant": variant, "seed": seed, "data.max_duration": max_duration})
-    settings = resolve(TrainBackboneConfig, config, overrides or (), defaults(parent is not None), options=options)
+    settings = resolve(TrainBackboneConfig, config, overrides or (), defaults(parent), options=options)
     train_or_stop(out, lambda: run(manifest, out, settings, parent=parent, dev=dev, tokenizer=tokenizer, device=device))
 
 

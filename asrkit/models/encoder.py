@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from asrkit.frames import RECEPTIVE_FIELD
-from asrkit.models.spec import EncoderSpec, FeatureSpec, PretrainedEncoderSpec, SubModelSpec
+from asrkit.models.spec import EncoderSpec, FeatureSpec, SubModelSpec
 from asrkit.nn.conformer import BackboneBlock, Branch, Subsampling
 from asrkit.nn.context import FULL, Context, parse_context, visible
 from asrkit.nn.dropout import Dropout
+from asrkit.nn.masks import SpanMasks
 from asrkit.nn.submodels import Adapter, Attention
 
 
@@ -123,6 +124,8 @@ class Encoder(nn.Module):
         self.submodels = nn.ModuleDict(
             {name: SubModel(spec, backbone.dim, per_mode_norm) for name, spec in (submodels or {}).items()}
         )
+        # What hides frames in training, of a recognizer made of a pretrained encoder: set by the stage, in no run directory.
+        self.masks: SpanMasks | None = None
 
     def forward(
         self,
@@ -139,6 +142,8 @@ class Encoder(nn.Module):
         frames has no encoder frame; a batch of only such gives T' = 0.
         """
         x, encoder_out_lens = self.embed(features, feature_lens, context, languages)
+        if self.masks is not None:
+            x = self.masks(x)
         return self.layers(x, encoder_out_lens, submodels, context, gates), encoder_out_lens
 
     def embed(
@@ -293,12 +298,3 @@ class Encoder(nn.Module):
 
 def _gated(gate: Tensor, branch: Branch, x: Tensor) -> Tensor:
     return gate.view(-1, 1, 1) * branch(x)
-
-
-class PretrainedEncoder(nn.Module):
-    """An encoder by itself, pretrained without text; its tensors have the names they have in a recognizer."""
-
-    def __init__(self, spec: PretrainedEncoderSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.encoder = Encoder(spec.encoder, spec.features)

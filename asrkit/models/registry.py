@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from asrkit.models.asr import AsrModel
-    from asrkit.models.encoder import PretrainedEncoder
     from asrkit.models.lm import LanguageModel
+    from asrkit.models.pretrained import PretrainedEncoder
 
 ASR, LM, ENCODER = "asr", "lm", "encoder"
 Spec = ModelSpec | LmSpec | PretrainedEncoderSpec
@@ -58,7 +58,7 @@ def _language_model(spec: LmSpec) -> LanguageModel:
 
 
 def _pretrained_encoder(spec: PretrainedEncoderSpec) -> PretrainedEncoder:
-    from asrkit.models.encoder import PretrainedEncoder
+    from asrkit.models.pretrained import PretrainedEncoder
 
     return PretrainedEncoder(spec)
 
@@ -178,12 +178,15 @@ def least_parameters(spec: Spec) -> int:
         return 2 * spec.vocab_size * shape.dim + shape.num_layers * 4 * shape.dim**2
     encoder = spec.encoder
     block = 4 * encoder.dim * encoder.feedforward_dim + encoder.kernel_size * encoder.dim
-    total = encoder.num_layers * block + math.prod(encoder.subsampling_channels)
-    if isinstance(spec, PretrainedEncoderSpec):
-        return total
     attached = sum(2 * len(part.layers) * part.dim * encoder.dim for part in spec.submodels.values())
+    total = encoder.num_layers * block + math.prod(encoder.subsampling_channels) + attached
+    if isinstance(spec, PretrainedEncoderSpec):
+        objective = spec.objective
+        if objective is None:
+            return total
+        return total + objective.entries * objective.code_dim + objective.code_dim * objective.final_dim
     decoder = spec.predictor.dim * (spec.vocab_size + spec.predictor.context_size)
-    return total + attached + decoder + spec.joiner_dim * spec.vocab_size + len(spec.languages) * encoder.dim
+    return total + decoder + spec.joiner_dim * spec.vocab_size + len(spec.languages) * encoder.dim
 
 
 def load(run: RunDir, kind: str) -> Any:
@@ -220,6 +223,12 @@ def load(run: RunDir, kind: str) -> Any:
 def load_model(run: RunDir) -> AsrModel:
     """The recognizer of a run directory; see ``load``."""
     model: AsrModel = load(run, ASR)
+    return model
+
+
+def load_encoder(run: RunDir) -> PretrainedEncoder:
+    """The pretrained encoder of a run directory, with what it was pretrained with; see ``load``."""
+    model: PretrainedEncoder = load(run, ENCODER)
     return model
 
 

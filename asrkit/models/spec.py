@@ -5,6 +5,7 @@ model.yaml holds one. Nothing here needs torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -142,6 +143,28 @@ class VariantSpec:
     """Whether the integers of the compressed layers are on; without them weights and inputs are float."""
 
 
+def _check_parts(
+    encoder: EncoderSpec, submodels: Mapping[str, SubModelSpec], variants: Mapping[str, VariantSpec], variant: str
+) -> None:
+    """Refuse sub-models and variants with unusable names, of other layers or other sub-models than there are, and a default variant
+    that is none."""
+    for name, submodel in submodels.items():
+        if not NAME.fullmatch(name):
+            raise ValueError(f"sub-model {name}: a name is letters, digits, - and _, a letter first")
+        if submodel.layers[-1] >= encoder.num_layers:
+            raise ValueError(
+                f"sub-model {name}: layer {submodel.layers[-1]} is out of range; "
+                f"the encoder has layers 0 to {encoder.num_layers - 1}"
+            )
+    for name, one in variants.items():
+        if not NAME.fullmatch(name):
+            raise ValueError(f"variant {name}: a name is letters, digits, - and _, a letter first")
+        if missing := [part for part in one.submodels if part not in submodels]:
+            raise ValueError(f"variant {name}: no sub-model {', '.join(missing)}")
+    if variant not in variants:
+        raise ValueError(f"no variant {variant}")
+
+
 @config
 class ModelSpec:
     """A recognizer: a convolutional backbone with a CTC head and a transducer on top, and the sub-models added to it."""
@@ -171,19 +194,7 @@ class ModelSpec:
 
     @model_validator(mode="after")
     def _names_and_layers(self) -> Any:
-        for name, submodel in self.submodels.items():
-            if not NAME.fullmatch(name):
-                raise ValueError(f"sub-model {name}: a name is letters, digits, - and _, a letter first")
-            if submodel.layers[-1] >= self.encoder.num_layers:
-                raise ValueError(
-                    f"sub-model {name}: layer {submodel.layers[-1]} is out of range; "
-                    f"the encoder has layers 0 to {self.encoder.num_layers - 1}"
-                )
-        for name, variant in self.variants.items():
-            if not NAME.fullmatch(name):
-                raise ValueError(f"variant {name}: a name is letters, digits, - and _, a letter first")
-            if missing := [part for part in variant.submodels if part not in self.submodels]:
-                raise ValueError(f"variant {name}: no sub-model {', '.join(missing)}")
+        _check_parts(self.encoder, self.submodels, self.variants, self.variant)
         for name, head in self.heads.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"head {name}: a name is letters, digits, - and _, a letter first")
@@ -192,8 +203,6 @@ class ModelSpec:
                     f"head {name}: layer {head.layer} is out of range; "
                     f"the encoder has layers 0 to {self.encoder.num_layers - 1}"
                 )
-        if self.variant not in self.variants:
-            raise ValueError(f"no variant {self.variant}")
         return self
 
     def contexts_of(self, submodel: str) -> list[str]:
@@ -205,6 +214,26 @@ class ModelSpec:
 
 
 @config
+class ContrastiveSpec:
+    """What an encoder is pretrained with (arXiv 2006.11477): a mask vector, a quantizer with codebooks, and two projections."""
+
+    groups: Positive
+    """Codebooks; an entry of each makes a target."""
+    entries: Annotated[int, Field(ge=2)]
+    """Entries of a codebook."""
+    code_dim: Positive
+    """Width of the entries of all codebooks together; a multiple of groups."""
+    final_dim: Positive
+    """Width in which contexts and targets are compared."""
+
+    @model_validator(mode="after")
+    def _codes_fit(self) -> Any:
+        if self.code_dim % self.groups:
+            raise ValueError(f"code_dim {self.code_dim} must be a multiple of groups {self.groups}")
+        return self
+
+
+@config
 class PretrainedEncoderSpec:
     """An encoder by itself, pretrained without text."""
 
@@ -212,6 +241,19 @@ class PretrainedEncoderSpec:
     """The backbone."""
     features: FeatureSpec = field(default_factory=FeatureSpec)
     """What the encoder takes."""
+    submodels: dict[str, SubModelSpec] = field(default_factory=dict)
+    """The sub-models, by name."""
+    variants: dict[str, VariantSpec] = field(default_factory=lambda: {BACKBONE: VariantSpec()})
+    """The operating points, by name."""
+    variant: str = BACKBONE
+    """The default variant of a recognizer that is made of it."""
+    objective: ContrastiveSpec | None = None
+    """What it was pretrained with, so that pretraining can go on; a recognizer made of it has none of that."""
+
+    @model_validator(mode="after")
+    def _names_and_layers(self) -> Any:
+        _check_parts(self.encoder, self.submodels, self.variants, self.variant)
+        return self
 
 
 @config

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import overload
+from typing import TypeVar, overload
 
 from torch import Tensor, nn
 
 from asrkit.errors import UserError
 from asrkit.models.asr import AsrModel
 from asrkit.models.compression import compressed_layers
-from asrkit.models.encoder import PretrainedEncoder
+from asrkit.models.pretrained import OBJECTIVE, PretrainedEncoder
 from asrkit.models.registry import build
-from asrkit.models.spec import ModelSpec, PretrainedEncoderSpec
+from asrkit.models.spec import ModelSpec, PredictorSpec, PretrainedEncoderSpec
 from asrkit.nn.compression_config import Compression
 
 # Which tensors are meant: those whose names begin so, or those a function says yes to.
 Names = Sequence[str] | Callable[[str], bool]
 Origin = nn.Module | Mapping[str, Tensor]
+WithVariants = TypeVar("WithVariants", ModelSpec, PretrainedEncoderSpec)
 
 
 @overload
@@ -53,7 +54,42 @@ def _named(name: str, names: Names) -> bool:
     return names(name) if callable(names) else name.startswith(tuple(names))
 
 
-def with_variant(spec: ModelSpec, name: str | None, contexts: Sequence[str] | None = None) -> ModelSpec:
+def recognizer_spec(
+    encoder: PretrainedEncoderSpec,
+    vocab_size: int,
+    predictor: PredictorSpec,
+    joiner_dim: int,
+    languages: Sequence[str] = (),
+) -> ModelSpec:
+    """The spec of a recognizer on top of an encoder, whose sub-models and variants become its own."""
+    return ModelSpec(
+        vocab_size=vocab_size,
+        encoder=encoder.encoder,
+        predictor=predictor,
+        joiner_dim=joiner_dim,
+        features=encoder.features,
+        languages=list(languages),
+        submodels=encoder.submodels,
+        variants=encoder.variants,
+        variant=encoder.variant,
+    )
+
+
+def recognizer_of(encoder: PretrainedEncoder, spec: ModelSpec) -> AsrModel:
+    """A recognizer of ``spec`` with the weights of a pretrained encoder; predictor, joiner, heads and vectors of languages begin as
+    the spec builds them. What only served pretraining (mask vector, quantizer, projections) is left behind.
+
+    Raises:
+        RuntimeError: the encoder has another shape than that of the spec.
+    """
+
+    def fresh(name: str) -> bool:
+        return not name.startswith("encoder.") or name.startswith("encoder.languages.")
+
+    return rebuild(spec, encoder, new=fresh, drop=(OBJECTIVE,))
+
+
+def with_variant(spec: WithVariants, name: str | None, contexts: Sequence[str] | None = None) -> WithVariants:
     """The spec with ``name`` as its default variant, trained in ``contexts``; None leaves either as it is.
 
     Raises:

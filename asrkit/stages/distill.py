@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from asrkit.config import config
-from asrkit.data.augment import AugmentConfig
 from asrkit.data.manifests import language_of
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.data.train_batches import DataConfig, TrainBatches
+from asrkit.data.train_batches import TrainBatches
 from asrkit.decoding.search import Method
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
@@ -38,7 +37,7 @@ from asrkit.run_dir import WEIGHTS
 from asrkit.training.asr_loss import check_contexts
 from asrkit.training.datasets import Datasets, read_datasets
 from asrkit.training.run_writer import RunWriter
-from asrkit.training.session import FineTuneConfig, input_files, open_training, run_recipe
+from asrkit.training.session import input_files, open_training, run_recipe
 from asrkit.training.start import (
     StartConfig,
     TokenizerConfig,
@@ -47,7 +46,9 @@ from asrkit.training.start import (
     config_entry,
     first_model,
     make_tokenizer,
+    new_parts_first,
     open_parent,
+    usual_settings,
 )
 from asrkit.training.step import TrainTask
 
@@ -65,19 +66,18 @@ class DistillConfig(StartConfig):
     """Search the teacher transcribes with: greedy, beam or ctc."""
 
 
-def defaults(trained_student: bool, cached: bool) -> DistillConfig:
-    """The defaults of a run; for a trained student they are those of later stages.
+def defaults(parent: Path | None, cached: bool) -> DistillConfig:
+    """The defaults of a run with a new student, or with that of the run directory ``parent``.
 
-    Args:
-        cached: the teachers' posteriors come from disk. They are those of unperturbed audio, and of the lattice only, so
-            the timing is not perturbed and CTC posteriors are not compared.
+    Posteriors that are ``cached`` are those of unperturbed audio, and of the lattice only, so the timing is not perturbed and CTC
+    posteriors are not compared.
     """
-    plain = FineTuneConfig() if trained_student else DistillConfig()
-    augment = AugmentConfig(speed=0.0) if cached else AugmentConfig()
+    usual = usual_settings(parent)
+    augment = replace(usual.data.augment, speed=0.0) if cached else usual.data.augment
     return DistillConfig(
-        loss=plain.loss,
-        training=plain.training,
-        data=DataConfig(augment=augment),
+        loss=usual.loss,
+        training=usual.training,
+        data=replace(usual.data, augment=augment),
         teacher=DistillationConfig(ctc_scale=0.0) if cached else DistillationConfig(),
     )
 
@@ -125,14 +125,14 @@ def distill(
     with open_training("distill", out, entry, files, parent=parent, device=device, command=command) as run:
         if run.finished:
             return out
-        languages = settings.model.languages if origin is None else origin.spec.languages
+        languages = settings.model.languages if origin is None else origin.languages(settings)
         if settings.labels == "teacher":
             manifest, settings = _labeled(manifest, settings, opened, run, languages)
         datasets = read_datasets(
             manifest, dev, settings.data, settings.bad_cuts, run, languages, distillation.check_cuts
         )
         check_languages_present(settings, origin, datasets.training)
-        given = tokenizer if origin is None else origin.run.tokenizer_path
+        given = tokenizer if origin is None else origin.tokenizer(tokenizer)
         if given is None and settings.tokenizer is None:
             given = shared_tokenizer(opened)
         pieces = make_tokenizer(run, given, datasets.training, settings.tokenizer or TokenizerConfig())
@@ -170,7 +170,7 @@ def build_task(
         variant=variant,
         attention_dropout=settings.model.attention_dropout if parent is None else None,
     )
-    return TrainTask(model, loss, batches, variant=variant)
+    return TrainTask(model, new_parts_first(settings, parent, loss), batches, variant=variant)
 
 
 def fill_cache(

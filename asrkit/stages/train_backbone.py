@@ -16,7 +16,7 @@ from asrkit.errors import UserError
 from asrkit.methods.distillation.loss import build_loss
 from asrkit.training.asr_loss import check_contexts
 from asrkit.training.datasets import read_datasets
-from asrkit.training.session import FineTuneConfig, StageConfig, input_files, open_training, run_recipe
+from asrkit.training.session import input_files, open_training, run_recipe
 from asrkit.training.start import (
     StartConfig,
     TokenizerConfig,
@@ -25,7 +25,9 @@ from asrkit.training.start import (
     config_entry,
     first_model,
     make_tokenizer,
+    new_parts_first,
     open_parent,
+    usual_settings,
 )
 from asrkit.training.step import TrainTask
 
@@ -35,10 +37,10 @@ class TrainBackboneConfig(StartConfig):
     """Settings of train-backbone. config.yaml of the run holds them all."""
 
 
-def defaults(trained: bool) -> TrainBackboneConfig:
-    """The defaults of a run; for a trained model they are those of later stages."""
-    plain = FineTuneConfig() if trained else StageConfig()
-    return TrainBackboneConfig(loss=plain.loss, training=plain.training)
+def defaults(parent: Path | None) -> TrainBackboneConfig:
+    """The defaults of a run that makes a new model, or starts from the run directory ``parent``."""
+    usual = usual_settings(parent)
+    return TrainBackboneConfig(data=usual.data, loss=usual.loss, training=usual.training)
 
 
 def train_backbone(
@@ -56,7 +58,8 @@ def train_backbone(
 
     Args:
         parent: run directory of a model to train further; None makes a new one. The model keeps its tokenizer, feature statistics,
-            masks, kinds of integers, and the sub-models that are not in the trained variant.
+            masks, kinds of integers, and the sub-models that are not in the trained variant. A pretrained encoder gets a tokenizer,
+            a predictor, a joiner and heads as a new model does, and keeps the rest.
         tokenizer: sentencepiece model of a new model; None trains one.
 
     Raises:
@@ -67,17 +70,18 @@ def train_backbone(
     if findings := check_start(settings, parent, tokenizer):
         raise UserError.of(findings)
     origin = None if parent is None else open_parent(parent, settings)
-    if origin is None and tokenizer is None and settings.tokenizer is None:
+    new_tokenizer = origin is None or origin.is_encoder
+    if new_tokenizer and tokenizer is None and settings.tokenizer is None:
         settings = replace(settings, tokenizer=TokenizerConfig())
     entry = config_entry(settings, origin)
     files = input_files(settings, manifest=manifest, dev=dev, tokenizer=tokenizer)
     with open_training("train-backbone", out, entry, files, parent=parent, device=device, command=command) as run:
         if run.finished:
             return out
-        languages = settings.model.languages if origin is None else origin.spec.languages
+        languages = settings.model.languages if origin is None else origin.languages(settings)
         datasets = read_datasets(manifest, dev, settings.data, settings.bad_cuts, run, languages)
         check_languages_present(settings, origin, datasets.training)
-        given = tokenizer if origin is None else origin.run.tokenizer_path
+        given = tokenizer if origin is None else origin.tokenizer(tokenizer)
         make_tokenizer(run, given, datasets.training, settings.tokenizer or TokenizerConfig())
         run_recipe(run, partial(build_task, settings, parent, out), manifest, settings, datasets.dev)
     return out
@@ -93,4 +97,4 @@ def build_task(settings: TrainBackboneConfig, parent: Path | None, out: Path, ba
         variant=variant,
         attention_dropout=settings.model.attention_dropout if parent is None else None,
     )
-    return TrainTask(model, loss, batches, variant=variant)
+    return TrainTask(model, new_parts_first(settings, parent, loss), batches, variant=variant)

@@ -30,6 +30,11 @@ class OptimizerConfig:
     """Gradients whose norm over all weights exceeds this are scaled down to it. Lower it if the loss jumps."""
     warm_up_steps: Annotated[int, Field(ge=0)] = 200
     """Steps over which the learning rate rises linearly to its peak."""
+    warm_up_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """The same as a share of all steps, in place of warm_up_steps; null takes those."""
+    hold_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of all steps at the peak, between the warm-up and the fall. With warm_up_share=0.1, hold_share=0.4 and
+    decay=linear it is the tri-stage rate of arXiv 2006.11477."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to the last step: cosine, linear, or constant (not at all)."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02
@@ -42,9 +47,12 @@ class OptimizerConfig:
 
 def learning_rate(step: int, total_steps: int, settings: OptimizerConfig) -> float:
     """The rate of ``step`` (from 0)."""
-    if step < settings.warm_up_steps:
-        return settings.peak_learning_rate * (step + 1) / settings.warm_up_steps
-    done = min(1.0, (step - settings.warm_up_steps) / max(1, total_steps - settings.warm_up_steps))
+    share = settings.warm_up_share
+    warm_up = settings.warm_up_steps if share is None else round(share * total_steps)
+    if step < warm_up:
+        return settings.peak_learning_rate * (step + 1) / warm_up
+    falls = warm_up + round(settings.hold_share * total_steps)  # the first step of the fall
+    done = min(1.0, max(0, step - falls) / max(1, total_steps - falls))
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[settings.decay]
     floor = 0.0 if settings.decay == "constant" else settings.final_fraction
     return settings.peak_learning_rate * (floor + (1 - floor) * shape)

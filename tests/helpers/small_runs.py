@@ -12,7 +12,8 @@ import torch
 from asrkit.config import from_dict
 from asrkit.data.text.tokenizer import train_tokenizer
 from asrkit.models import AsrModel, ModelSpec
-from asrkit.models.registry import write_model
+from asrkit.models.registry import build, write_model
+from asrkit.models.spec import PretrainedEncoderSpec
 from asrkit.run_dir import CONFIG, LINEAGE, TOKENIZER, WEIGHTS, digests_of, write_yaml
 from asrkit.training.checkpoint import save_weights
 
@@ -59,6 +60,22 @@ def write_run(path: Path, spec: dict[str, Any] | None = None, layers: int = 1) -
         "metrics": {"wer": 0.5},
     }
     write_yaml(path / LINEAGE, [entry | digests_of(path)])
+    return path
+
+
+def write_encoder(path: Path, spec: dict[str, Any] | None = None) -> Path:
+    """Write the run directory of a pretrained encoder, with the ``spec``'s sub-models, variants and objective; returns ``path``."""
+    shape = {"dim": 16, "num_layers": 2, "feedforward_dim": 16, "kernel_size": 3, "subsampling_channels": [2, 2]}
+    encoder_spec = from_dict(PretrainedEncoderSpec, {"encoder": shape, **(spec or {})}, "test")
+    torch.manual_seed(7)
+    model = build(encoder_spec)
+    model.encoder.normalize.mean.fill_(-8.0)
+    model.encoder.normalize.std.fill_(4.0)
+    path.mkdir(parents=True)
+    write_yaml(path / CONFIG, {"stage": "pretrain"})
+    write_model(path, encoder_spec)
+    save_weights(path / WEIGHTS, model)
+    write_yaml(path / LINEAGE, [{"stage": "pretrain", "command": "asrkit pretrain", "seconds": 1.0} | digests_of(path)])
     return path
 
 

@@ -11,21 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from asrkit.config import from_dict
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT, migrate
 from asrkit.models import AsrModel, load_model
-from asrkit.models.encoder import PretrainedEncoder
 from asrkit.models.lm import LanguageModel
-from asrkit.models.registry import ENCODER, KINDS, build, load, load_lm, spec_of_kind, write_model
-from asrkit.models.spec import PretrainedEncoderSpec
+from asrkit.models.pretrained import PretrainedEncoder
+from asrkit.models.registry import ENCODER, KINDS, load, load_lm, spec_of_kind, write_model
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import (
-    CONFIG,
     LINEAGE,
     MODEL,
     TOKENIZER,
@@ -40,7 +38,7 @@ from asrkit.stages.info import describe_run
 from asrkit.stages.quantize import quantize
 from asrkit.training.checkpoint import save_weights
 from helpers.commands import asrkit, finish
-from helpers.small_runs import SUBMODELS, write_run
+from helpers.small_runs import SUBMODELS, write_encoder, write_run
 
 STORED = Path(__file__).parents[1] / "data" / "runs-format-0.tar.xz"  # asr, compressed, lm-lstm, lm-transformer
 # Processors add in different orders.
@@ -226,15 +224,7 @@ def test_other_formats_and_kinds_are_refused_in_one_line(tmp_path: Path) -> None
 @pytest.fixture
 def encoder_run(tmp_path: Path) -> Path:
     """A run directory of a pretrained encoder: without a tokenizer."""
-    path = tmp_path / "pretrained"
-    path.mkdir()
-    shape = {"dim": 16, "num_layers": 2, "feedforward_dim": 16, "kernel_size": 3, "subsampling_channels": [2, 2]}
-    spec = from_dict(PretrainedEncoderSpec, {"encoder": shape}, "test")
-    write_yaml(path / CONFIG, {"stage": "pretrain"})
-    write_model(path, spec)
-    save_weights(path / WEIGHTS, build(spec))
-    write_yaml(path / LINEAGE, [{"stage": "pretrain", "command": "asrkit pretrain", "seconds": 1.0} | digests_of(path)])
-    return path
+    return write_encoder(tmp_path / "pretrained")
 
 
 def test_an_encoder_alone_has_the_names_of_a_recognizers(encoder_run: Path, tmp_path: Path) -> None:

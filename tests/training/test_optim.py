@@ -20,6 +20,15 @@ def test_schedule_rises_then_falls() -> None:
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
+def test_the_tri_stage_rate_rises_stays_and_falls() -> None:
+    """10 %, 40 % and 50 % of the steps, as arXiv 2006.11477 has it for fine-tuning."""
+    settings = OptimizerConfig(learning_rate=1.0, warm_up_share=0.1, hold_share=0.4, decay="linear", final_fraction=0.0)
+    rates = [learning_rate(step, 200, settings) for step in range(201)]
+    assert rates[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    assert rates[20:101] == [1.0] * 81
+    assert rates[100:] == pytest.approx([1 - step / 100 for step in range(101)])
+
+
 def test_scaled_adam_moves_in_proportion_to_the_tensor() -> None:
     moves = []
     for scale in (1.0, 10.0):

@@ -1,0 +1,138 @@
+"""A recognizer made of a pretrained encoder: what it takes over, what is new, what is trained when, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from asrkit.models.digests import tensors_digest
+from asrkit.models.registry import load_encoder
+from asrkit.models.spec import PredictorSpec
+from asrkit.models.surgery import recognizer_of, recognizer_spec
+from asrkit.nn.context import FULL, Context
+from asrkit.nn.masks import SpanMasks
+from asrkit.run_dir import STATE, open_run, read_yaml
+from asrkit.training.checkpoint import STATE_FILE
+from helpers.commands import asrkit, killed, quick
+from helpers.run_dirs import model_of, weights_equal
+from helpers.small_runs import write_encoder
+from helpers.tones import make_corpus
+
+PARTS: dict[str, Any] = {
+    "submodels": {"joint": {"kind": "attention", "layers": [0, 1], "dim": 8, "heads": 2}},
+    "variants": {"backbone": {"contexts": ["full"]}, "joint": {"submodels": ["joint"], "contexts": ["full"]}},
+    "variant": "joint",
+    "objective": {"groups": 2, "entries": 4, "code_dim": 8, "final_dim": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder, 8)
+    make_corpus(folder, 3, seed=1, name="dev")
+    write_encoder(folder / "pre", PARTS)
+    return folder
+
+
+def tune(corpus: Path, out: Path, *settings: str, code: int = 0) -> str:
+    return asrkit(
+        "train-backbone", "--from", corpus / "pre", "--manifest", corpus / "train.jsonl.gz", "--dev", corpus / "dev.jsonl.gz",
+        "--out", out, "--max-duration", 10, *quick("tokenizer.vocab_size=18", *settings), code=code,
+    )  # fmt: skip
+
+
+def encoder_of(run: Path) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in open_run(run).weights().items() if name.startswith("encoder.")}
+
+
+def subsampling(tensors: dict[str, Tensor]) -> str:
+    return tensors_digest((name, tensor) for name, tensor in tensors.items() if ".subsampling." in name)
+
+
+def test_the_encoder_is_taken_over_and_the_rest_is_new(corpus: Path) -> None:
+    encoder = load_encoder(open_run(corpus / "pre"))
+    spec = recognizer_spec(encoder.spec, 12, PredictorSpec(dim=8), 8, ["en", "fr"])
+    torch.manual_seed(1)
+    model = recognizer_of(encoder, spec)
+    assert model.submodels_of() == ("joint",) and model.spec.variants == encoder.spec.variants and not model.training
+    for name, tensor in encoder.encoder.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], tensor)
+    features, lens = torch.randn(2, 50, 80), torch.tensor([50, 41])
+    for context in (FULL, Context(4, 8)):
+        expected, _ = encoder.encoder(features, lens, encoder.submodels_of(), context)
+        both = torch.tensor([0, 1])
+        assert torch.equal(model.encode(features, lens, None, context, languages=both)[0], expected)
+    torch.manual_seed(2)
+    other = recognizer_of(encoder, spec)
+    assert not torch.equal(other.ctc_head.weight, model.ctc_head.weight)
+
+
+@pytest.mark.slow
+def test_the_new_parts_are_trained_first_and_then_all_but_the_subsampling(corpus: Path, tmp_path: Path) -> None:
+    """Killed while the encoder is frozen, and gone on with: the state then has the parent's encoder, to the last bit."""
+    before = encoder_of(corpus / "pre")
+    settings = ("pretrained.frozen_steps=3", "training.steps=6", "training.keep=last")
+    tune(corpus, tmp_path / "whole", *settings)
+    words = ["train-backbone", "--from", corpus / "pre", "--manifest", corpus / "train.jsonl.gz", "--dev", corpus / "dev.jsonl.gz",
+             "--out", tmp_path / "killed", "--max-duration", 10, *quick("tokenizer.vocab_size=18", *settings)]  # fmt: skip
+    killed("step 3/", *words)
+    state = load_file(tmp_path / "killed" / STATE / STATE_FILE)
+    for which in ("model.", "average."):
+        frozen = {name.removeprefix(which): t for name, t in state.items() if name.startswith(f"{which}encoder.")}
+        assert tensors_digest(frozen.items()) == tensors_digest(before.items())
+    assert any(name.startswith("optimizer.") for name in state)
+    assert "resuming after step 2" in asrkit(*words)
+    assert weights_equal(tmp_path / "whole", tmp_path / "killed")
+    after = encoder_of(tmp_path / "whole")
+    assert tensors_digest(before.items()) != tensors_digest(after.items()) and subsampling(before) == subsampling(after)
+    tune(corpus, tmp_path / "all", "pretrained.frozen_steps=0", "pretrained.freeze_embed=false")
+    assert subsampling(before) != subsampling(encoder_of(tmp_path / "all"))
+
+
+def test_a_tuned_run_says_what_applies(corpus: Path, tmp_path: Path) -> None:
+    tune(corpus, tmp_path / "run", "training.steps=1")
+    model, content = model_of(tmp_path / "run"), read_yaml(tmp_path / "run" / "config.yaml")
+    assert content["model"].keys() == {"predictor_dim", "predictor_dropout", "context_size", "joiner_dim", "languages"}
+    assert content["training"]["optimizer"]["hold_share"] == 0.4 and content["data"]["augment"]["spec_augment"] is None
+    assert model.spec.variant == "joint" and model.spec.predictor.dim == model.spec.joiner_dim == 16
+    assert [entry["stage"] for entry in open_run(tmp_path / "run").lineage] == ["pretrain", "train-backbone"]
+
+
+def test_what_does_not_fit_an_encoder_is_refused_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    cases = {
+        "model.dim=24": "model.dim: the pretrained encoder already has its shape; leave out model.dim, or --from",
+        "pretrained.frozen_steps=4": "pretrained.frozen_steps is 4, but training.steps is 4, so the encoder would never be",
+        "variant=other": "no variant other; there are backbone, joint",
+    }
+    for setting, complaint in cases.items():
+        (line,) = tune(corpus, tmp_path / "run", setting, code=1).splitlines()
+        assert complaint in line and not (tmp_path / "run").exists()
+    words = ["train-backbone", "--manifest", corpus / "train.jsonl.gz", "--out", tmp_path / "run"]
+    (line,) = asrkit(*words, *quick("pretrained.freeze_embed=false"), code=1).splitlines()
+    assert "pretrained: says how a recognizer is made of a pretrained encoder" in line
+
+
+def test_masks_hide_spans_in_training_alone() -> None:
+    vector = torch.full((6,), 7.0)
+    masks = SpanMasks(vector, (0.2, 3), (0.3, 2))
+    x = torch.randn(4, 30, 6)
+    torch.manual_seed(3)
+    hidden = masks(x)
+    torch.manual_seed(3)
+    assert torch.equal(masks(x), hidden)
+    torch.manual_seed(3)
+    time, channels = torch.rand(4, 30) < 0.2, torch.rand(4, 6) < 0.3
+    for row in range(4):
+        for frame in range(30):
+            in_span = any(time[row, max(0, frame - 2) : frame + 1])
+            for channel in range(6):
+                zeroed = any(channels[row, max(0, channel - 1) : channel + 1])
+                expected = 0.0 if zeroed else 7.0 if in_span else float(x[row, frame, channel])
+                assert float(hidden[row, frame, channel]) == expected
+    assert masks.eval()(x) is x and not masks.state_dict()
