@@ -13,6 +13,7 @@ from asrkit.cli.options import output
 
 # By command, the class of its settings, which would import torch here.
 SETTINGS = {
+    "pretrain": "asrkit.methods.pretraining:PretrainConfig",
     "train-backbone": "asrkit.stages.train_backbone:TrainBackboneConfig",
     "add-submodel": "asrkit.stages.add_submodel:AddSubModelConfig",
     "distill": "asrkit.stages.distill:DistillConfig",

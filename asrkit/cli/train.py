@@ -1,4 +1,4 @@
-"""train-backbone and add-submodel."""
+"""pretrain, train-backbone and add-submodel."""
 
 from __future__ import annotations
 
@@ -29,9 +29,46 @@ of_submodel = partial(typer.Option, rich_help_panel="Sub-model")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands that train a backbone and what goes on top of it."""
+    """Add the commands that train an encoder or a backbone, and what goes on top of it."""
+    app.command("pretrain")(pretrain)
     app.command("train-backbone")(train_backbone)
     app.command("add-submodel")(add_submodel)
+
+
+def pretrain(
+    manifest: Annotated[Path, io(help="Cuts to train on, texts ignored: .jsonl, .jsonl.gz or a Shar directory.")],
+    out: Out,
+    dev: Annotated[Path | None, io(help="Cuts to measure the contrastive loss on while training.")] = None,
+    parent: Annotated[
+        Path | None,
+        io("--from", help="Run directory of a pretrained encoder to train further. Without it a new one is made."),
+    ] = None,
+    variant: Annotated[
+        str | None, io(help="Variant to train, with --from. [default: the encoder's default variant]")
+    ] = None,
+    seed: Seed = None,
+    max_duration: MaxDuration = None,
+    device: Device = "auto",
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Pretrain an encoder on audio alone (wav2vec 2.0), to make a recognizer of it with fewer transcripts.
+
+    Examples:
+
+        asrkit pretrain --manifest data/prompts/train.jsonl.gz --dev data/prompts/dev.jsonl.gz --out exp/pretrained
+
+        asrkit train-backbone --from exp/pretrained --manifest data/mine/train.jsonl.gz --out exp/mine
+
+        asrkit pretrain --from exp/pretrained --manifest data/mine/train.jsonl.gz --out exp/adapted --set training.steps=500
+    """
+    from asrkit.config import resolve
+    from asrkit.methods.pretraining import PretrainConfig
+    from asrkit.stages.pretrain import pretrain as run
+
+    options = given({"variant": variant, "seed": seed, "data.max_duration": max_duration})
+    settings = resolve(PretrainConfig, config, overrides or (), options=options)
+    train_or_stop(out, lambda: run(manifest, out, settings, parent=parent, dev=dev, device=device))
 
 
 def train_backbone(
@@ -39,10 +76,15 @@ def train_backbone(
     out: Out,
     dev: Dev = None,
     parent: Annotated[
-        Path | None, io("--from", help="Run directory of a model to train further. Without it a new model is made.")
+        Path | None,
+        io(
+            "--from",
+            help="Run directory of a model to train further, or of a pretrained encoder. Without it a new model is made.",
+        ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, io(help="sentencepiece model for a new model. Without it one is trained on the manifest.")
+        Path | None,
+        io(help="sentencepiece model for a new model, or one made of a pretrained encoder. Without it one is trained."),
     ] = None,
     variant: Annotated[
         str | None, io(help="Variant to train, with --from. [default: the model's default variant]")
@@ -62,6 +104,8 @@ def train_backbone(
 
         asrkit train-backbone --from exp/backbone --manifest data/mine/train.jsonl.gz \\
             --dev data/mine/dev.jsonl.gz --out exp/mine --set training.steps=500
+
+        asrkit train-backbone --from exp/pretrained --manifest data/mine/train.jsonl.gz --out exp/mine
 
     Several processes (torch 2 needs no --redirects and --tee):
 

@@ -19,7 +19,7 @@ from asrkit.data.manifests import language_of, open_cuts, text_of
 from asrkit.data.text.normalization import sentence_key
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.errors import UserError, clip
-from asrkit.frames import FRAME_SHIFT, RECEPTIVE_FIELD, count_encoder_frames, count_features
+from asrkit.frames import FRAME_SHIFT, count_encoder_frames, count_features, count_window
 
 SILENCE_PEAK = 1e-3  # -60 dBFS
 SMALL_PART = 0.5  # of a cut: where its supervisions cover less, the check says so
@@ -48,6 +48,7 @@ def find_bad_cuts(
     read_audio: bool = False,
     threads: int | None = None,
     languages: Sequence[str] = (),
+    least: int = 1,
 ) -> list[Finding]:
     """Every reason why a cut of ``cuts`` cannot be trained on, in their order.
 
@@ -56,9 +57,10 @@ def find_bad_cuts(
         read_audio: read what training reads of every cut, its audio or its stored features: unreadable, truncated, silent, not
             finite, of another rate than the manifest says. ``threads`` at once, by default a few more than there are cores.
         languages: those the model takes as an input; with them, each cut must have one of them.
+        least: encoder frames that a cut must have.
     """
     listed = list(cuts)
-    findings = [finding for cut in listed for finding in _check_manifest(cut, tokenizer, languages)]
+    findings = [finding for cut in listed for finding in _check_manifest(cut, tokenizer, languages, least)]
     if read_audio:
         with ThreadPoolExecutor(threads) as pool:  # soundfile decodes outside Python's lock
             for of_cut in pool.map(_check_audio, listed):
@@ -71,10 +73,13 @@ def alignment_need(tokens: list[int]) -> int:
     return len(tokens) + sum(a == b for a, b in pairwise(tokens))
 
 
-def _check_manifest(cut: Cut, tokenizer: Tokenizer | None, languages: Sequence[str]) -> Iterable[Finding]:
+def _check_manifest(
+    cut: Cut, tokenizer: Tokenizer | None, languages: Sequence[str], least: int = 1
+) -> Iterable[Finding]:
     text = text_of(cut)
-    if count_features(cut.duration) < RECEPTIVE_FIELD:
-        detail = f"{cut.duration:.3f} s, less than the {RECEPTIVE_FIELD * FRAME_SHIFT} s the encoder needs"
+    if encoder_frames(cut.duration) < least:
+        who = "the encoder needs" if least == 1 else f"{least} encoder frames need, of which a span can be hidden"
+        detail = f"{cut.duration:.3f} s, less than the {count_window(least) * FRAME_SHIFT:.2f} s {who}"
         yield Finding(cut.id, "short", detail)
     if cut.has_recording and isinstance(cut, MonoCut) and cut.end > cut.recording.duration + TOLERANCE:
         detail = f"ends at {cut.end:.2f} s, its recording at {cut.recording.duration:.2f} s; fix the manifest"

@@ -37,7 +37,7 @@ from asrkit.frames import FRAME_SHIFT
 
 
 @config
-class DataConfig:
+class AudioConfig:
     """Batches, and where their cuts come from."""
 
     max_duration: Annotated[float, Field(gt=0)] = 120.0
@@ -46,25 +46,43 @@ class DataConfig:
     """Number of duration buckets; a batch holds cuts of one. More buckets mean less padding."""
     num_workers: Annotated[int, Field(ge=0)] = 1
     """Processes that load data; 0 loads it in the training process."""
-    bpe_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability that a merge of word pieces is left out, which varies how words are split (arXiv 1910.13267)."""
     also: tuple[Path, ...] = ()
     """Further manifests to train on, such as synthetic speech."""
     repeat: Annotated[int, Field(ge=1)] = 1
     """How often the main manifest comes in an epoch for each time those of `also` do."""
-    empty_texts: Literal["refuse", "silence"] = "refuse"
-    """Cuts without words: refuse them, or train on them as sound in which nobody speaks."""
     noise: Path | None = None
     """Manifest of noise recordings for augment.noise_probability; null makes Gaussian noise of a random color."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training data are varied."""
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether a cut without words is refused."""
+        return False
 
-class TrainBatches(torch.utils.data.Dataset[Batch]):
-    """``batches[step * slices + slice]``: the perturbed batch of a step and slice.
+    @property
+    def longest(self) -> float:
+        """How many times longer a perturbed cut can be; joins count with their average length."""
+        return (1 + self.augment.speed) * (1 + self.augment.tempo) * (1 + self.augment.join)
 
-    Args:
-        rank: added to the number of the accumulated part, gives the slice.
+
+@config
+class DataConfig(AudioConfig):
+    """Batches of audio and text, and where their cuts come from."""
+
+    bpe_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability that a merge of word pieces is left out, which varies how words are split (arXiv 1910.13267)."""
+    empty_texts: Literal["refuse", "silence"] = "refuse"
+    """Cuts without words: refuse them, or train on them as sound in which nobody speaks."""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a cut without words is refused."""
+        return self.empty_texts == "refuse"
+
+
+class AudioBatches(torch.utils.data.Dataset[Batch]):
+    """``batches[step * slices + slice]``: the perturbed batch of a step and slice, without symbols.
 
     With ``clean`` set, batches hold the clean features as well.
     ``annotate``, where a stage sets it, makes ``segments`` of each utterance's perturbed cuts.
@@ -77,13 +95,12 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         table: CutTable,
         plan: BucketPlan,
         slices: int,
-        settings: DataConfig,
-        tokenizer: Tokenizer,
+        settings: AudioConfig,
         noise: CutTable | None,
         seed: int,
     ) -> None:
         self.table, self.plan, self.slices = table, plan, slices
-        self.settings, self.tokenizer, self.noise, self.seed = settings, tokenizer, noise, seed
+        self.settings, self.noise, self.seed = settings, noise, seed
         self.clean = False
 
     def __getitem__(self, index: int) -> Batch:
@@ -94,9 +111,9 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
         for position in range(part, len(planned), self.slices):
             # Seeded by the position in the whole batch, so that the number of processes does not change the data.
             random = np.random.default_rng((self.seed, 2, step, position))
-            joined = [self.table[int(planned[position])]]
+            joined = [self._cut(int(planned[position]), random)]
             if random.uniform() < augment.join:
-                joined.append(self.table[int(random.choice(planned))])
+                joined.append(self._cut(int(random.choice(planned)), random))
             made = [perturbed_features(cut, augment, random, self.noise, self.clean) for cut in joined]
             parts.append(
                 [PerturbedCut(cut, len(frames), *added) for cut, (frames, _, added) in zip(joined, made, strict=True)]
@@ -107,9 +124,7 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
                 item = item + channel_curves(1, NUM_MEL_BINS, augment.channel_db, random)
             warps.append(1.0 + float(random.uniform(-augment.vocal_tract, augment.vocal_tract)))
             texts.append(" ".join(filter(None, map(text_of, joined))))
-            symbols.append(
-                self.tokenizer.encode(texts[-1], self.settings.bpe_dropout, seed=int(random.integers(1 << 31)))
-            )
+            symbols.append(self._symbols(texts[-1], random))
             features.append(item)
             cuts.append(joined[0])
         batch, lens = pad(features)
@@ -130,6 +145,36 @@ class TrainBatches(torch.utils.data.Dataset[Batch]):
             clean=pad(clean)[0] if self.clean else torch.zeros(0),
             segments=self.annotate(parts) if self.annotate is not None else {},
         )
+
+    def _cut(self, index: int, random: np.random.Generator) -> Cut:
+        """What is used of a cut of the table."""
+        return self.table[index]
+
+    def _symbols(self, text: str, random: np.random.Generator) -> list[int]:
+        """The tokens of a text."""
+        return []
+
+
+class TrainBatches(AudioBatches):
+    """The same with the symbols of the texts."""
+
+    settings: DataConfig
+
+    def __init__(
+        self,
+        table: CutTable,
+        plan: BucketPlan,
+        slices: int,
+        settings: DataConfig,
+        tokenizer: Tokenizer,
+        noise: CutTable | None,
+        seed: int,
+    ) -> None:
+        super().__init__(table, plan, slices, settings, noise, seed)
+        self.tokenizer = tokenizer
+
+    def _symbols(self, text: str, random: np.random.Generator) -> list[int]:
+        return self.tokenizer.encode(text, self.settings.bpe_dropout, seed=int(random.integers(1 << 31)))
 
 
 def perturbed_features(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class GumbelQuantizer(nn.Module):
             exponential = torch.empty_like(logits).exponential_().clamp_(min=torch.finfo(logits.dtype).tiny)
             noisy = logits - exponential.log()
         codes = noisy.argmax(-1)
-        weights = F.one_hot(codes, self.entries).to(logits.dtype)
+        weights = (codes.unsqueeze(-1) == torch.arange(self.entries, device=codes.device)).to(logits.dtype)
         if self.training:
             soft = (noisy / temperature).softmax(-1)
             weights = weights + (soft - soft.detach())  # plus an exact zero

@@ -12,17 +12,28 @@ from asrkit.config import Advanced, NonNegative, config
 from asrkit.data.batch import Batch
 from asrkit.losses.distillation import Classes
 from asrkit.models.asr import AsrModel
+from asrkit.models.pretrained import PretrainedEncoder
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import FULL, Context, parse_context
 
 
 @config
-class ContextsConfig:
-    """The contexts a stage trains in; ``joint`` is dual-mode training (arXiv 2010.06030, section 3)."""
+class TrainedContexts:
+    """The contexts a stage trains in, one of them for each batch."""
 
     train: Annotated[list[ContextText], Field(min_length=1)] | None = None
-    """Contexts to train in, such as [full, "chunk=8,left=32"], in encoder frames of 40 ms; dev WER is measured in the
+    """Contexts to train in, such as [full, "chunk=8,left=32"], in encoder frames of 40 ms; dev cuts are measured in the
     first. null: full context for a new model, else those the variant was trained in."""
+
+    @property
+    def choices(self) -> list[Context]:
+        return [parse_context(text) for text in self.train or [str(FULL)]]
+
+
+@config
+class ContextsConfig(TrainedContexts):
+    """The contexts a stage trains in; ``joint`` is dual-mode training (arXiv 2010.06030, section 3)."""
+
     sampling: Literal["random", "joint"] = "random"
     """random draws one context for each batch and process; joint runs every batch in full context and in one of the
     others and adds the losses, which takes twice the time."""
@@ -43,10 +54,6 @@ class ContextsConfig:
         if self.distillation_scale > 0 and self.sampling != "joint":
             raise ValueError("in-place distillation needs contexts.sampling=joint")
         return self
-
-    @property
-    def choices(self) -> list[Context]:
-        return [parse_context(text) for text in self.train or [str(FULL)]]
 
 
 def drawn(contexts: list[Context]) -> Context:
@@ -84,7 +91,9 @@ def draw_gates(settings: AttentionDropoutConfig, num_layers: int, batch: int) ->
     return gates.expand(num_layers, -1)
 
 
-def drawn_gates(model: AsrModel, settings: AttentionDropoutConfig | None, batch: Batch) -> Tensor | None:
+def drawn_gates(
+    model: AsrModel | PretrainedEncoder, settings: AttentionDropoutConfig | None, batch: Batch
+) -> Tensor | None:
     """The gates of a batch in training; None in evaluation, and if no attention is dropped."""
     if settings is None or not model.training:
         return None

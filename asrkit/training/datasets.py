@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from lhotse import CutSet
 from lhotse.cut import Cut
 
@@ -15,7 +16,7 @@ from asrkit.data.checks import Finding, find_bad_cuts
 from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import is_labeled, open_cuts
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.data.train_batches import DataConfig, TrainBatches
+from asrkit.data.train_batches import AudioConfig, DataConfig, TrainBatches
 from asrkit.errors import UserError
 from asrkit.run_dir import TOKENIZER, read_yaml
 from asrkit.training.distributed import broadcast_object
@@ -39,17 +40,19 @@ class Datasets:
 def read_datasets(
     manifest: Path,
     dev: Path | None,
-    data: DataConfig,
+    data: AudioConfig,
     policy: str,
     run: RunWriter,
     languages: Sequence[str],
     check_cuts: Callable[[Iterable[Cut]], list[str]] | None = None,
+    least: int = 1,
 ) -> Datasets:
     """Open the manifests and leave out, or refuse, the cuts that cannot be trained on with any tokenizer.
 
     Args:
         languages: those the model takes as an input, if any.
         check_cuts: returns findings about cuts that the stage cannot train on; [] if there are none.
+        least: encoder frames that a cut must have.
 
     Raises:
         UserError: unusable manifests or cuts.
@@ -59,11 +62,11 @@ def read_datasets(
             "data.augment.join joins utterances of any language, but this model takes one per utterance; set data.augment.join=0"
         )
 
-    words = data.empty_texts == "refuse"
+    words = data.needs_text
 
     def usable(path: Path) -> CutSet:
         cuts = open_cuts(path, words)
-        return usable_cuts(cuts, None, policy, run, need_text=words, languages=languages)
+        return usable_cuts(cuts, None, policy, run, need_text=words, languages=languages, least=least)
 
     main, *others = map(usable, (manifest, *data.also))
     datasets = Datasets(main, others, None if dev is None else usable(dev))
@@ -72,15 +75,17 @@ def read_datasets(
     return datasets
 
 
-def check_training_cuts(manifest: Path, data: DataConfig, tokenizer: Tokenizer, policy: str, run: RunWriter) -> None:
+def check_training_cuts(
+    manifest: Path, data: AudioConfig, tokenizer: Tokenizer | None, policy: str, run: RunWriter, least: int = 1
+) -> None:
     """Leave out, or refuse, the cuts that cannot be trained on: their audio is read, and their texts are tokenized.
 
     Raises:
         UserError: bad cuts under ``refuse``, or none left.
     """
-    words = data.empty_texts == "refuse"
+    words = data.needs_text
     for path in (manifest, *data.also):
-        usable_cuts(open_cuts(path, words), tokenizer, policy, run, read_audio=True, need_text=words)
+        usable_cuts(open_cuts(path, words), tokenizer, policy, run, read_audio=True, need_text=words, least=least)
     if data.noise is not None:
         usable_cuts(open_cuts(data.noise, False), None, policy, run, read_audio=True, need_text=False)
 
@@ -91,19 +96,27 @@ def training_batches(manifest: Path, data: DataConfig, out: Path, slices: int, s
     Args:
         slices: batches per step, over all processes.
     """
+    table, noise = open_tables(manifest, data, out)
+    plan = bucket_plan(table.durations, data, slices, seed)
+    return TrainBatches(table, plan, slices, data, Tokenizer(out / TOKENIZER), noise, seed)
+
+
+def open_tables(manifest: Path, data: AudioConfig, out: Path) -> tuple[CutTable, CutTable | None]:
+    """The cuts to train on, and those of the noise, without the ones that the run directory ``out`` leaves out."""
     left_out = read_yaml(out / LEFT_OUT) if (out / LEFT_OUT).is_file() else {}
     main, *others = (
-        (cut for cut in open_cuts(path, data.empty_texts == "refuse") if cut.id not in left_out)
+        (cut for cut in open_cuts(path, data.needs_text) if cut.id not in left_out)
         for path in (*(manifest for _ in range(data.repeat)), *data.also)
     )
     table = CutTable(chain(main, *others))
-    noise = None
-    if data.noise is not None:
-        noise = CutTable(cut for cut in open_cuts(data.noise, False) if cut.id not in left_out)
-    # A batch fits even with the slowest perturbation; joins count with their average length.
-    longest = (1 + data.augment.speed) * (1 + data.augment.tempo) * (1 + data.augment.join)
-    plan = BucketPlan(table.durations, data.max_duration * slices / longest, data.num_buckets, slices, seed)
-    return TrainBatches(table, plan, slices, data, Tokenizer(out / TOKENIZER), noise, seed)
+    if data.noise is None:
+        return table, None
+    return table, CutTable(cut for cut in open_cuts(data.noise, False) if cut.id not in left_out)
+
+
+def bucket_plan(durations: np.ndarray, data: AudioConfig, slices: int, seed: int) -> BucketPlan:
+    """Which cuts make a batch, such that it fits even with the slowest perturbation."""
+    return BucketPlan(durations, data.max_duration * slices / data.longest, data.num_buckets, slices, seed)
 
 
 def usable_cuts(
@@ -114,6 +127,7 @@ def usable_cuts(
     read_audio: bool = False,
     need_text: bool = True,
     languages: Sequence[str] = (),
+    least: int = 1,
 ) -> CutSet:
     """The cuts that can be trained on; the others are listed by id, and refused or left out according to ``policy``. Cuts that a
     teacher has transcribed are always left out, because nobody can fix their texts.
@@ -126,7 +140,7 @@ def usable_cuts(
     cuts = _without(cuts, run.left_out)
     findings: list[Finding] = []
     if run.fresh:
-        bad = find_bad_cuts(cuts, tokenizer, read_audio, languages=languages) if run.world.is_main else []
+        bad = find_bad_cuts(cuts, tokenizer, read_audio, languages=languages, least=least) if run.world.is_main else []
         bad = [finding for finding in bad if need_text or finding.kind != "text"]
         findings = broadcast_object(run.world, bad)  # type: ignore[assignment]
     labeled = {cut.id for cut in cuts if is_labeled(cut)} if findings else set()

@@ -19,7 +19,7 @@ from torch import nn
 
 from asrkit.config import Positive, Seed, config, to_dict
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.data.train_batches import DataConfig, TrainBatches
+from asrkit.data.train_batches import AudioConfig, DataConfig, TrainBatches
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import AsrModel
@@ -38,27 +38,35 @@ from asrkit.training.distributed import World, broadcast_object, join_world
 from asrkit.training.loop import train
 from asrkit.training.optim import OptimizerConfig
 from asrkit.training.run_writer import RunWriter
-from asrkit.training.step import TrainTask
+from asrkit.training.step import TrainingBatches, TrainTask
 
 
 @config
-class StageConfig:
-    """Settings of every stage that trains a recognizer; each stage adds its own."""
+class AudioStageConfig:
+    """Settings of every stage that trains on audio."""
 
     seed: Seed = 1
     """Seed of everything random: start, batches, augmentation, dropout."""
     bad_cuts: Literal["refuse", "skip"] = "refuse"
     """What to do with cuts that cannot be trained on: refuse to start, or skip and list them."""
     dev_max_cuts: Positive = 500
-    """At most this many cuts of the dev manifest are decoded at each measurement."""
+    """At most this many cuts of the dev manifest are used at each measurement."""
+    data: AudioConfig = field(default_factory=AudioConfig)
+    """Batches and where their cuts come from."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length of the run, logging, precision and optimizer."""
+
+
+@config
+class StageConfig(AudioStageConfig):
+    """Settings of every stage that trains a recognizer; each stage adds its own."""
+
     data: DataConfig = field(default_factory=DataConfig)
     """Batches and where their cuts come from."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Training loss."""
     contexts: ContextsConfig = field(default_factory=ContextsConfig)
     """How much of the recording each frame sees in training."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    """Length of the run, logging, precision and optimizer."""
 
 
 @config
@@ -82,17 +90,19 @@ class TaskRecipe:
         (``functools.partial``). torch's generator is seeded before the call.
     out: the run directory, which has the tokenizer and the list of cuts that are left out.
     slices: batches per step, over all processes.
+    open_batches: (manifest, settings.data, out, slices, seed) -> batches; a module-level function.
     """
 
-    build: Callable[[TrainBatches], TrainTask]
+    build: Callable[[Any], TrainTask]
     out: Path
     manifest: Path
-    settings: StageConfig
+    settings: AudioStageConfig
     slices: int
+    open_batches: Callable[[Path, Any, Path, int, int], TrainingBatches] = training_batches
 
-    def batches(self) -> TrainBatches:
+    def batches(self) -> Any:
         """The batches to train on."""
-        return training_batches(self.manifest, self.settings.data, self.out, self.slices, self.settings.seed)
+        return self.open_batches(self.manifest, self.settings.data, self.out, self.slices, self.settings.seed)
 
     def rebuild(self) -> TrainTask:
         """The task: the same model, loss and batches in every process, bit for bit."""
@@ -130,7 +140,7 @@ def open_training(
         yield run
 
 
-def input_files(settings: StageConfig, **files: Path | None) -> dict[str, Path | None]:
+def input_files(settings: AudioStageConfig, **files: Path | None) -> dict[str, Path | None]:
     """The files a run depends on, by option: those given and the manifests of ``data``."""
     also = {f"set data.also.{number}": path for number, path in enumerate(settings.data.also)}
     return {**files, **also, "set data.noise": settings.data.noise}
@@ -179,23 +189,49 @@ def run_recipe(
         UserError: cuts that cannot be trained on, and errors of the training itself.
         Interrupted: stopped by a signal, state saved.
     """
-    world, tokenizer = run.world, Tokenizer(run.path / TOKENIZER)
+    tokenizer = Tokenizer(run.path / TOKENIZER)
     check_training_cuts(manifest, settings.data, tokenizer, settings.bad_cuts, run)
     if dev is not None:  # now, not when it is first measured: its audio may be gone
         dev = usable_cuts(dev, None, settings.bad_cuts, run, read_audio=True, need_text=False)
+
+    def complete(task: TrainTask) -> TrainTask:
+        model = task.model
+        assert isinstance(model, AsrModel)
+        facts = {**task.facts, **_facts(run, model, task.variant, settings.loss)}
+        measure = task.measure if dev is None else _measure(task, model, tokenizer, settings, dev)
+        return replace(task, facts=facts, measure=measure)
+
+    slices = slices_of(run.path, settings.training, run.world)
+    train_recipe(run, TaskRecipe(build, run.path, manifest, settings, slices), complete, prepare)
+
+
+def train_recipe(
+    run: RunWriter,
+    recipe: TaskRecipe,
+    complete: Callable[[TrainTask], TrainTask],
+    prepare: Callable[[RunWriter, Any], None] | None = None,
+) -> None:
+    """Train the task of a recipe to its last step, in a claimed run directory, on cuts that are known to be usable.
+
+    Args:
+        complete: gives the task what it cannot make of files alone: its dev measurement, and facts for the lineage.
+        prepare: writes the files that the recipe's ``build`` reads; is called before it, in all processes.
+
+    Raises:
+        UserError: errors of the training itself.
+        Interrupted: stopped by a signal, state saved.
+    """
+    world, settings = run.world, recipe.settings
     run.save_left_out()
-    recipe = TaskRecipe(build, run.path, manifest, settings, slices_of(run.path, settings.training, world))
     if prepare is not None:
         prepare(run, recipe.batches())
     task = recipe.rebuild()
-    model, table = task.model, task.batches.table  # type: ignore[attr-defined]
-    assert isinstance(model, AsrModel)
     for note in task.notes:
         run.note(f"{run.path}: {note}")
-    run.facts = {**task.facts, **_facts(run, model, task.variant, settings.loss)}
-    run.describe(model.spec, f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min")
-    if dev is not None:
-        task = replace(task, measure=_measure(task, model, tokenizer, settings, dev))
+    task = complete(task)
+    table = task.batches.table  # type: ignore[attr-defined]
+    run.facts = dict(task.facts)
+    run.describe(task.model.spec, f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min")  # type: ignore[arg-type]
     train(task, run.path, settings.training, settings.data.num_workers, settings.seed, world, run.publish)
     if world.is_main and task.check is not None:
         task.check(open_run(run.path).weights())

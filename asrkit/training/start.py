@@ -327,7 +327,7 @@ def check_languages_present(settings: StartConfig, parent: Parent | None, cuts: 
     Raises:
         UserError: some languages have no cuts.
     """
-    if parent is not None or not settings.model.languages:
+    if (parent is not None and not parent.is_encoder) or not settings.model.languages:
         return
     if missing := sorted({*settings.model.languages} - {language_of(cut) for cut in cuts}):
         raise UserError(
@@ -418,7 +418,7 @@ def new_model(
     return model
 
 
-def trained_variant(settings: BackboneConfig) -> str:
+def trained_variant(settings: EncoderConfig) -> str:
     """The variant that a new model is trained in: with attention, unless attention is always dropped."""
     return JOINT if settings.attention_dropout.probability < 1 else BACKBONE
 

@@ -85,6 +85,7 @@ class TrainTask:
     facts: entries for the stage's part of the lineage.
     notes: lines to show the user before training starts.
     check: raises if the finished run's weights are not what the stage promises.
+    watch: (step, the means of a logged line) -> a warning for the user, or None.
     """
 
     model: nn.Module
@@ -100,6 +101,7 @@ class TrainTask:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     check: Callable[[Mapping[str, Tensor]], None] | None = None
+    watch: Callable[[int, Mapping[str, float]], str | None] | None = None
 
 
 @dataclass

@@ -192,6 +192,8 @@ class Updater:
         sums = sum_over_processes(self.world, metric_sums(metrics))
         means = {name: total if count is None else total / count for name, (total, count) in sums.items() if count != 0}
         self.log.step(self.progress, means, self._rate)
+        if self.task.watch is not None and (warning := self.task.watch(self.step, means)):
+            self.log.note(warning)
 
     def _measure(self, stopping: Stopping) -> int:
         """Measure the average on the dev manifest, in the main process. Returns the exit code if a signal came meanwhile, else 0."""

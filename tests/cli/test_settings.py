@@ -52,7 +52,7 @@ def test_keys_defaults_and_meanings() -> None:
     assert "quantization" not in rows  # a group that is always there is no setting
     table = listed("qat", "data.augment.noise_snr_db")
     assert table.startswith("data.augment.noise_snr_db = [10.0, 30.0]    ([number, number])\n    Least and most")
-    assert listed("qat", "training.optimizer", "--format", "markdown").count("\n| `training.optimizer.") == 7
+    assert listed("qat", "training.optimizer", "--format", "markdown").count("\n| `training.optimizer.") == 9
 
 
 def test_advanced_settings_are_shown_when_asked_for() -> None:

@@ -40,6 +40,7 @@ def corpus(folder: Path) -> None:
     ("page", "expected"),
     [
         ("train-backbone", {"train-backbone", "transcribe"}),
+        ("pretrain", {"pretrain", "info", "train-backbone", "evaluate"}),
         ("add-submodel", {"train-backbone", "add-submodel", "evaluate", "submodel", "info"}),
         ("qat", {"quantize", "qat", "evaluate", "info"}),
         ("prune", {"prune", "qat", "info"}),
@@ -58,23 +59,22 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     assert {words[1] for words in listed} == expected
-    if listed[0][1] != "train-backbone":
+    if listed[0][1] not in ("train-backbone", "pretrain"):
         data = "--manifest data/prompts/train.jsonl.gz --dev data/prompts/dev.jsonl.gz --out exp/backbone"
         listed.insert(0, ["asrkit", "train-backbone", *data.split()])
-    small = (
-        "model.size=tiny model.num_layers=3 model.dim=32 model.feedforward_dim=64 tokenizer.vocab_size=18 "
-        "model.predictor_dim=16 model.joiner_dim=16"
-    )
+    encoder = "model.size=tiny model.num_layers=3 model.dim=32 model.feedforward_dim=64"
+    heads = "tokenizer.vocab_size=18 model.predictor_dim=16 model.joiner_dim=16"
     for words in listed:
         if words[1] == "train-lm":
             words += sets(*LM.split())
-        if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm"):
+        if words[1] in ("pretrain", "train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm"):
             steps = 12 if "iterative" in words else 1
-            brief = f"training.steps={steps} training.tensorboard=false data.num_workers=0 loss.backend=torch"
-            settings = [
-                *brief.split(),
-                *(small.split() if words[1] == "train-backbone" and "--from" not in words else []),
-            ]
+            settings = f"training.steps={steps} training.tensorboard=false data.num_workers=0".split()
+            settings += [] if words[1] == "pretrain" else ["loss.backend=torch"]
+            if words[1] in ("pretrain", "train-backbone") and "--from" not in words:
+                settings += encoder.split()
+            if words[1] == "train-backbone" and ("--from" not in words or "exp/pretrained" in words):
+                settings += heads.split()
             words += ["--max-duration", "10", *sets(*settings)]
         asrkit(*words[1:])
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from asrkit.config import resolve
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.text.tokenizer import train_tokenizer
+from asrkit.methods.pretraining import PretrainConfig, masked_batches
 from asrkit.run_dir import TOKENIZER
-from asrkit.stages import add_submodel, distill, prune, qat, train_backbone
+from asrkit.stages import add_submodel, distill, pretrain, prune, qat, train_backbone
 from asrkit.training.dev_eval import even_subset
 from asrkit.training.distributed import World
 from asrkit.training.loop import OwnNumbers
@@ -61,9 +62,16 @@ def recipe_of(stage: str, corpus: Path, parent: Path, out: Path) -> TaskRecipe:
     train_tokenizer(map(text_of, open_cuts(manifest)), "bpe", 18, out / TOKENIZER)
     common = ["data.max_duration=10", "loss.backend=torch"]
     settings: Any
+    if stage == "pretrain":
+        encoder = [setting for setting in SHAPE if "predictor" not in setting and "joiner" not in setting]
+        settings = resolve(
+            PretrainConfig, None, ["data.max_duration=10", "contexts.train=[full,'chunk=4,left=8']", *encoder]
+        )
+        build: Any = partial(pretrain.build_task, settings, None, out)
+        return TaskRecipe(build, out, manifest, settings, 2, partial(masked_batches, settings.mask))
     if stage == "train-backbone":
         settings = resolve(train_backbone.TrainBackboneConfig, None, [*common, *SHAPE])
-        build: Any = partial(train_backbone.build_task, settings, None, out)
+        build = partial(train_backbone.build_task, settings, None, out)
     elif stage == "add-submodel":
         settings = resolve(add_submodel.AddSubModelConfig, None, [*common, "submodel.init=random"])
         build = partial(add_submodel.build_task, settings, parent, "attention")
@@ -92,7 +100,7 @@ def gradients_digest(recipe: TaskRecipe) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["train-backbone", "add-submodel", "prune", "qat", "distill"])
+@pytest.mark.parametrize("stage", ["pretrain", "train-backbone", "add-submodel", "prune", "qat", "distill"])
 def test_a_task_is_made_again_in_another_process_bit_for_bit(
     stage: str, corpus: Path, parent: Path, tmp_path: Path
 ) -> None:

@@ -95,6 +95,19 @@ def test_the_new_parts_are_trained_first_and_then_all_but_the_subsampling(corpus
     assert subsampling(before) != subsampling(encoder_of(tmp_path / "all"))
 
 
+@pytest.mark.slow
+def test_a_language_input_is_new(corpus: Path, tmp_path: Path) -> None:
+    tune(
+        corpus,
+        tmp_path / "run",
+        "model.languages=[xx]",
+        "pretrained.frozen_steps=0",
+        "training.optimizer.name=scaled_adam",
+    )
+    assert model_of(tmp_path / "run").spec.languages == ["xx"]
+    assert open_run(tmp_path / "run").weights()["encoder.languages.weight"].any()  # it began as zeros
+
+
 def test_a_tuned_run_says_what_applies(corpus: Path, tmp_path: Path) -> None:
     tune(corpus, tmp_path / "run", "training.steps=1")
     model, content = model_of(tmp_path / "run"), read_yaml(tmp_path / "run" / "config.yaml")
@@ -109,6 +122,7 @@ def test_what_does_not_fit_an_encoder_is_refused_in_one_line(corpus: Path, tmp_p
         "model.dim=24": "model.dim: the pretrained encoder already has its shape; leave out model.dim, or --from",
         "pretrained.frozen_steps=4": "pretrained.frozen_steps is 4, but training.steps is 4, so the encoder would never be",
         "variant=other": "no variant other; there are backbone, joint",
+        "model.languages=[xx,yy]": "model.languages: no training cut is in yy",
     }
     for setting, complaint in cases.items():
         (line,) = tune(corpus, tmp_path / "run", setting, code=1).splitlines()
