@@ -23,6 +23,7 @@ from asrkit.cli import (
     plugins,
     settings,
     submodel,
+    supernet,
     train,
 )
 from asrkit.cli.app import App, Commands
@@ -52,7 +53,7 @@ def _root(
     """Turn real speech into small, fast, streaming speech recognizers."""
 
 
-for _group in (data, train, submodel, distill, compress, lm, evaluate, export, inspect, settings):
+for _group in (data, train, submodel, distill, supernet, compress, lm, evaluate, export, inspect, settings):
     _group.register(app)
 
 

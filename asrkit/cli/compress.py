@@ -226,7 +226,14 @@ def _mask(sparsity: str | None, block: str | None) -> dict[str, Any] | None:
         share = float(sparsity)
     except ValueError:
         raise UserError(f"--sparsity {sparsity}: write N:M, such as 2:4, or a share, such as 0.67") from None
-    rows, cross, columns = (block or "1x1").partition("x")
+    return {"sparsity": share, "block": block_of(block or "1x1")}
+
+
+def block_of(text: str) -> list[int]:
+    """``8x1`` as [8, 1]."""
+    from asrkit.errors import UserError
+
+    rows, cross, columns = text.partition("x")
     if not (cross and rows.isdecimal() and columns.isdecimal()):
-        raise UserError(f"--block {block}: write outputs x inputs, such as 8x1")
-    return {"sparsity": share, "block": [int(rows), int(columns)]}
+        raise UserError(f"--block {text}: write outputs x inputs, such as 8x1")
+    return [int(rows), int(columns)]

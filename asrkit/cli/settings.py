@@ -18,6 +18,7 @@ SETTINGS = {
     "add-submodel": "asrkit.stages.add_submodel:AddSubModelConfig",
     "distill": "asrkit.stages.distill:DistillConfig",
     "distill-lm": "asrkit.stages.distill_lm:DistillLmConfig",
+    "supernet": "asrkit.methods.supernet.config:SupernetConfig",
     "prune": "asrkit.stages.prune:PruneConfig",
     "quantize": "asrkit.models.compression:QuantizationConfig",
     "qat": "asrkit.stages.qat:QatConfig",

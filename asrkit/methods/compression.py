@@ -12,8 +12,9 @@ from asrkit.data.train_batches import TrainBatches
 from asrkit.disk import sha256_of
 from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
 from asrkit.methods.distillation.loss import Distillation, build_loss
-from asrkit.models import AsrModel, ModelSpec
-from asrkit.models.surgery import is_mask, rebuild, reinitialized
+from asrkit.models import AsrModel, ModelSpec, load_model
+from asrkit.models.registry import spec_of
+from asrkit.models.surgery import in_variant, is_mask, rebuild, reinitialized
 from asrkit.run_dir import RunDir
 from asrkit.training.asr_loss import LossConfig
 from asrkit.training.config import TrainingConfig
@@ -62,6 +63,27 @@ def open_teacher(teacher: Path | None, settings: CompressConfig, student: RunDir
     distillation = Distillation.of_one(teacher, settings.teacher, student.tokenizer_path)
     distillation.check(settings)
     return distillation
+
+
+def parent_model(parent: RunDir, variant: str | None) -> AsrModel:
+    """The model to compress in ``variant``, None being the default. Of a model whose variants differ in their masks or integers, such as a
+    supernet, that variant alone: training it would leave the weights behind that only the others use.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    model = load_model(parent)
+    return in_variant(model, model.spec.variant if variant is None else variant)
+
+
+def left_out(parent: RunDir, model: AsrModel) -> list[str]:
+    """A line on the variants of ``parent`` that ``parent_model`` left out; [] where there are none."""
+    gone = [name for name in spec_of(parent).variants if name not in model.spec.variants]
+    if not gone:
+        return []
+    return [
+        f"variant {model.spec.variant} alone: {', '.join(gone)} of {parent.path} share its weights, not its masks, and are left out"
+    ]
 
 
 def compression_task(

@@ -339,14 +339,32 @@ def find_mask(scores: Tensor, how: Mask) -> Tensor:
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
         return mask.reshape(outputs, -1)[:, :inputs].contiguous()
     assert how.sparsity is not None
-    rows, columns = how.block
+    return spread_blocks(best_blocks(block_sums(scores.square(), how.block), how.sparsity), how.block)
+
+
+def block_sums(values: Tensor, block: tuple[int, int]) -> Tensor:
+    """The sum of each block of ``block`` rows x columns: (O, I) -> (O / rows, I / columns), float32.
+
+    Raises:
+        ValueError: the shape is not divisible.
+    """
+    (outputs, inputs), (rows, columns) = values.shape, block
     if outputs % rows or inputs % columns:
         raise ValueError(f"blocks of {rows}x{columns} do not divide {outputs}x{inputs}")
-    blocks = scores.reshape(outputs // rows, rows, inputs // columns, columns)
-    sizes = blocks.float().square().sum((1, 3)).flatten()
-    kept = sizes.topk(len(sizes) - round(how.sparsity * len(sizes))).indices
-    mask = torch.zeros_like(sizes, dtype=torch.bool).scatter_(0, kept, True)
-    return mask.view(outputs // rows, 1, inputs // columns, 1).expand_as(blocks).reshape(outputs, inputs)
+    return values.float().reshape(outputs // rows, rows, inputs // columns, columns).sum((1, 3))
+
+
+def spread_blocks(each: Tensor, block: tuple[int, int]) -> Tensor:
+    """A value for each block, (O / rows, I / columns), as one for each weight, (O, I)."""
+    (down, across), (rows, columns) = each.shape, block
+    return each.view(down, 1, across, 1).expand(down, rows, across, columns).reshape(down * rows, across * columns)
+
+
+def best_blocks(scores: Tensor, sparsity: float) -> Tensor:
+    """The blocks to keep, bool, of scores of any shape: the best of them, exactly 1 - ``sparsity`` of all to the nearest block."""
+    flat = scores.flatten()
+    kept = flat.topk(len(flat) - round(sparsity * len(flat))).indices
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(0, kept, True).view_as(scores)
 
 
 def size_in_bits(layer: nn.Linear) -> int:

@@ -19,13 +19,18 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.dropped_levels = 0 if p == 0 else max(1, round(LEVELS * p))
+        self.scale(1.0)
+
+    def scale(self, factor: float) -> None:
+        """Drop ``factor`` times ``p`` from here on."""
+        self.current = self.p * factor
+        self.dropped_levels = 0 if self.current == 0 else max(1, round(LEVELS * self.current))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.dropped_levels == 0:
             return x
         if x.device.type != "cpu" or self.dropped_levels == LEVELS:
-            return F.dropout(x, self.p)
+            return F.dropout(x, self.current)
         return x * self._mask(x)
 
     def _mask(self, x: Tensor) -> Tensor:

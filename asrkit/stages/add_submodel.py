@@ -118,7 +118,9 @@ def extended_spec(spec: ModelSpec, name: str, settings: AddSubModelConfig, where
         "dropout": wanted.dropout,
     }
     before = to_dict(spec)
-    variant = {"submodels": [*settings.active, name], "contexts": trained_contexts(settings)}
+    # Its masks and integers are on as in the variant it is trained on.
+    own = {"submodels": [*settings.active, name], "contexts": trained_contexts(settings)}
+    variant = before["variants"][spec.variant] | own
     return from_dict(
         ModelSpec,
         {

@@ -18,9 +18,15 @@ from asrkit.config import config
 from asrkit.data.batch import Batch
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
-from asrkit.methods.compression import CompressConfig, compression_task, fine_tune_compressed, open_teacher
+from asrkit.methods.compression import (
+    CompressConfig,
+    compression_task,
+    fine_tune_compressed,
+    left_out,
+    open_teacher,
+    parent_model,
+)
 from asrkit.methods.pruning import MaskSchedule, last_update, pruned_decay, sparsity_due, update_masks, watch_inputs
-from asrkit.models import load_model
 from asrkit.models.compression import LayerChoice, compressed_layers, keep_pruned, pruned_spec
 from asrkit.models.surgery import with_variant
 from asrkit.nn.compression_config import Mask
@@ -65,7 +71,7 @@ def prune(
         Interrupted: stopped by a signal, state saved.
     """
     source = open_run(parent)
-    origin = load_model(source)
+    origin = parent_model(source, settings.variant)
     mask = settings.mask or DEFAULT_MASK
     _check_schedule(settings, mask)
     pruned_spec(
@@ -88,12 +94,14 @@ def prune(
 def build_task(settings: PruneConfig, parent: Path, teacher: Path | None, batches: TrainBatches) -> TrainTask:
     """The masked model, its loss, and the hooks that compute its masks; see ``TaskRecipe``."""
     source = open_run(parent)
-    origin = load_model(source)
+    origin = parent_model(source, settings.variant)
     schedule, mask = settings.schedule, settings.mask or DEFAULT_MASK
     final = last_update(schedule, mask.sparsity)
     spec = pruned_spec(origin, mask, settings.layers, origin.submodels_of(settings.variant))
     spec = with_variant(spec, settings.variant, settings.contexts.train)
-    task = compression_task(settings, spec, origin, open_teacher(teacher, settings, source), batches, [])
+    task = compression_task(
+        settings, spec, origin, open_teacher(teacher, settings, source), batches, left_out(source, origin)
+    )
     plain = task.loss
 
     def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> None:
@@ -122,7 +130,7 @@ def build_task(settings: PruneConfig, parent: Path, teacher: Path | None, batche
         after_step=after_step,
         not_before=final + 1,
         facts={"masks_final_before_step": final},
-        notes=[f"{len(layers)} layers of {weights} weights; the masks are final from step {final} on"],
+        notes=[*task.notes, f"{len(layers)} layers of {weights} weights; the masks are final from step {final} on"],
     )
 
 

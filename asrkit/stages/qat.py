@@ -19,9 +19,15 @@ from asrkit.config import config
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.bit_allocation import BITS, choose_bits, measure
-from asrkit.methods.compression import CompressConfig, compression_task, fine_tune_compressed, open_teacher
+from asrkit.methods.compression import (
+    CompressConfig,
+    compression_task,
+    fine_tune_compressed,
+    left_out,
+    open_teacher,
+    parent_model,
+)
 from asrkit.methods.distillation.loss import build_loss
-from asrkit.models import load_model
 from asrkit.models.compression import QuantizationConfig, choose_layers, quantized_spec
 from asrkit.models.sizes import layer_sizes
 from asrkit.models.surgery import with_variant
@@ -72,7 +78,7 @@ def qat(
             "--budget chooses the bits of every layer, with symmetric weights; leave out quantization.bits, weights.bits and symmetric=false"
         )
     source = open_run(parent)
-    origin = load_model(source)
+    origin = parent_model(source, settings.variant)
     quantized_spec(
         origin, settings.quantization, origin.submodels_of(settings.variant)
     )  # refuses layers that cannot be quantized
@@ -94,7 +100,7 @@ def qat(
 def build_task(settings: QatConfig, parent: Path, teacher: Path | None, out: Path, batches: TrainBatches) -> TrainTask:
     """The quantized model of the run ``out`` and its loss; see ``TaskRecipe``."""
     source = open_run(parent)
-    origin = load_model(source)
+    origin = parent_model(source, settings.variant)
     quantization = settings.quantization
     if settings.budget is not None:
         quantization = replace(quantization, bits=read_yaml(out / CHOSEN_BITS))
@@ -103,7 +109,7 @@ def build_task(settings: QatConfig, parent: Path, teacher: Path | None, out: Pat
     counts = Counter(how.weights.bits for how in spec.compression.values() if how.weights is not None)
     note = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
     distillation = open_teacher(teacher, settings, source)
-    return compression_task(settings, spec, origin, distillation, batches, [note])
+    return compression_task(settings, spec, origin, distillation, batches, [*left_out(source, origin), note])
 
 
 def choose_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:
@@ -116,7 +122,7 @@ def choose_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: Tr
 
 def _bits_within_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> dict[str, int]:
     assert settings.budget is not None
-    origin, quantization = load_model(open_run(parent)), settings.quantization
+    origin, quantization = parent_model(open_run(parent), settings.variant), settings.quantization
     active = origin.submodels_of(settings.variant)
     sizes, rest, float_bytes = layer_sizes(origin, quantization, active)
     layers = {path: layer for path, layer in choose_layers(origin, quantization.layers, active).items() if sizes[path]}

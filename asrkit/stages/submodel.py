@@ -181,7 +181,7 @@ def combine_submodels(
         for text in wanted
         if text not in texts
     ]
-    combined = VariantSpec(submodels=list(submodels), contexts=wanted)
+    combined = replace(spec.variants[spec.variant], submodels=list(submodels), contexts=wanted)
     settings = {"variant": variant, "submodels": list(submodels), "contexts": wanted}
     more = rebuild(replace(spec, variants={**spec.variants, variant: combined}), model)
     write_untrained_run(out, run, "submodel combine", settings, more, command=command)

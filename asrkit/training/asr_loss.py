@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from asrkit.config import Advanced, NonNegative, config
 from asrkit.data.batch import Batch
 from asrkit.errors import UserError
-from asrkit.losses.distillation import delayed, node_divergence
+from asrkit.losses.distillation import Classes, delayed, node_divergence
 from asrkit.losses.transducer import (
     Backend,
     Topology,
@@ -123,7 +123,9 @@ def asr_loss(
     metrics = dict(full.metrics)
     metrics |= {f"streaming_{name}": metric for name, metric in streaming.metrics.items() if name != "left_out"}
     if contexts.distillation_scale > 0:
-        divergence = _divergence(model, batch, full, streaming, contexts)
+        assert full.joiner_in is not None  # check_contexts
+        how = (contexts.distillation_classes, contexts.distillation_delay)
+        divergence = in_place_divergence(model, batch, streaming, full.joiner_in, full.encoder_out_lens, *how)
         losses = losses + contexts.distillation_scale * divergence
         metrics["distillation"] = Metric(divergence.detach().sum(), frames)
     return LossOutput(losses, frames, metrics)
@@ -212,24 +214,34 @@ def _ctc_losses(model: AsrModel, batch: Batch, encoder_out: Tensor, encoder_out_
     return losses, possible
 
 
-def _divergence(
-    model: AsrModel, batch: Batch, full: ForwardPass, streaming: ForwardPass, contexts: ContextsConfig
+def in_place_divergence(
+    model: AsrModel,
+    batch: Batch,
+    student: ForwardPass,
+    teacher: tuple[Tensor, Tensor],
+    teacher_lens: Tensor,
+    classes: Classes,
+    delay: int = 0,
 ) -> Tensor:
-    """Divergence of the streaming pass from the full one, (B,), on the streaming pass's pruned lattice."""
-    if full.joiner_in is None or streaming.transducer is None:
+    """Divergence of one pass from another one of the same model, (B,), on the student's pruned lattice; the teacher gets no gradient.
+
+    Args:
+        teacher: its ``joiner_in``; of ``teacher_lens`` (B,) encoder frames. delay: frames by which it is delayed.
+    """
+    if student.transducer is None:
         raise ValueError("distillation compares transducers, and this pass had none")
     with torch.no_grad():
-        encoded, predicted = full.joiner_in
-        encoded = delayed(encoded, full.encoder_out_lens, contexts.distillation_delay)
-        expected = model.joiner(*gather_pruned(encoded, predicted, streaming.transducer.ranges))
+        encoded, predicted = teacher
+        encoded = delayed(encoded, teacher_lens, delay)
+        expected = model.joiner(*gather_pruned(encoded, predicted, student.transducer.ranges))
     with torch.autocast(expected.device.type, enabled=False):
         divergence = node_divergence(
-            streaming.transducer.logits,
+            student.transducer.logits,
             expected,
             batch.symbols,
-            streaming.transducer.ranges,
-            streaming.encoder_out_lens,
-            streaming.symbol_lens,
-            contexts.distillation_classes,
+            student.transducer.ranges,
+            student.encoder_out_lens,
+            student.symbol_lens,
+            classes,
         )
-    return torch.where(streaming.possible, divergence, torch.zeros_like(divergence))
+    return torch.where(student.possible, divergence, torch.zeros_like(divergence))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -15,6 +16,8 @@ from asrkit.models.asr import AsrModel
 from asrkit.models.pretrained import PretrainedEncoder
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import FULL, Context, parse_context
+
+T = TypeVar("T")
 
 
 @config
@@ -56,9 +59,9 @@ class ContextsConfig(TrainedContexts):
         return self
 
 
-def drawn(contexts: list[Context]) -> Context:
-    """A random one of the contexts, drawn by torch's generator on the CPU."""
-    return contexts[0] if len(contexts) == 1 else contexts[int(torch.randint(len(contexts), ()))]
+def drawn(choices: Sequence[T]) -> T:
+    """A random one of the choices, such as contexts, drawn by torch's generator on the CPU."""
+    return choices[0] if len(choices) == 1 else choices[int(torch.randint(len(choices), ()))]
 
 
 @config

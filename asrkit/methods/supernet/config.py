@@ -1,0 +1,154 @@
+"""Settings of supernets, and which of them contradict each other.
+
+Sources: self-pruning (arXiv 2207.11906), omni-sparsity DNN (arXiv 2110.08352).
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from asrkit.config import Advanced, NonNegative, Positive, config
+from asrkit.losses.distillation import Classes
+from asrkit.methods.pruning import MaskSchedule, last_update, updates
+from asrkit.models.compression import LayerChoice
+from asrkit.models.spec import ContextText
+from asrkit.training.contexts import ContextsConfig
+from asrkit.training.session import FineTuneConfig
+
+
+@config
+class GrowthConfig:
+    """When and how the masks of the sparse member grow; after the last time they do not change."""
+
+    kind: Literal["geometric", "cubic"] = "geometric"
+    """geometric: `share` of what is left goes each time until the sparsity is reached (arXiv 2207.11906). cubic: `times` times,
+    the sparsity growing as 1 - (1 - i / times)^3 of its target (arXiv 2110.08352)."""
+    start: Annotated[int, Field(ge=0)] | None = None
+    """Step of the first time; before it both members have all weights. null: after one `interval`, as in the paper."""
+    interval: Positive = 200
+    """Steps between two times. The paper has 6,000 and 10,000 for 60,000 and 960 hours of speech."""
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of what is left that goes each time, with geometric. The last time takes what is missing to the sparsity (our choice)."""
+    times: Positive = 8
+    """How often the masks grow, with cubic."""
+    monotone: bool = True
+    """A block that has gone does not come back (arXiv 2207.11906). false: masks are computed anew from all weights each
+    time, as those under the mask learn in the dense member (arXiv 2110.08352)."""
+    score: Literal["l2", "l1", "adam"] = "l2"
+    """What decides which blocks stay: the sum of their squared weights, of their absolute weights (the paper only says
+    magnitude), or of |w| sqrt(v) with Adam's second moment v (arXiv 2110.08352)."""
+
+    @property
+    def schedule(self) -> MaskSchedule:
+        """The times and shares."""
+        start = self.interval if self.start is None else self.start
+        kind: Literal["iterative", "cubic"] = "cubic" if self.kind == "cubic" else "iterative"
+        return MaskSchedule(kind=kind, shots=self.times, interval=self.interval, start=start, share=self.share)
+
+    def final(self, sparsity: float) -> int:
+        """The step before which the masks grow for the last time."""
+        return last_update(self.schedule, sparsity)
+
+    def sparsity_at(self, step: int, sparsity: float) -> float:
+        """The sparsity at a step, on the way to ``sparsity``."""
+        schedule = self.schedule
+        if step < schedule.start:
+            return 0.0
+        reached = updates(schedule, sparsity)
+        return reached[min((step - schedule.start) // schedule.interval, len(reached) - 1)] or 0.0
+
+
+@config
+class LassoConfig:
+    """Group lasso, a decay that makes whole blocks small before they are pruned (arXiv 2207.11906)."""
+
+    scale: NonNegative = 0.0
+    """Strength; 0 is off, 1 is the paper's. A layer's own is this times the mean norm of its blocks."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """First step with the decay."""
+    end: Annotated[int, Field(ge=0)] | None = None
+    """First step without it again; null: once the masks are final, as in the paper."""
+    times_learning_rate: Advanced[bool] = True
+    """Multiply the decay by the learning rate, as AdamW's weight decay is. The paper leaves this open."""
+
+
+@config
+class InPlaceConfig:
+    """In-place distillation: on a sparse step, the dense member teaches the sparse one (arXiv 2110.08352)."""
+
+    scale: NonNegative = 0.0
+    """Weight of the divergence on the sparse pass's pruned lattice; 0 is off. It takes a dense pass without gradients
+    on every sparse step."""
+    classes: Advanced[Classes] = "three"
+    """What is compared: three (next symbol, blank, everything else) or all tokens."""
+    delay: Advanced[Annotated[int, Field(ge=-5, le=5)]] = 0
+    """Encoder frames of 40 ms by which the dense member, which emits earlier in full context, is delayed."""
+
+
+@config
+class SupernetConfig(FineTuneConfig):
+    """Settings of supernet (arXiv 2207.11906, arXiv 2110.08352). config.yaml of the run holds them all."""
+
+    variant: str | None = None
+    """Variant of the parent to make both members of, with its sub-models; null is the parent's default."""
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.67
+    """Share of the weights that the sparse member leaves out in the end, the same in every layer."""
+    block: tuple[Positive, Positive] = (8, 1)
+    """Outputs and inputs that stay or go as one block. The paper has 8 weights in a block and leaves open which way it lies."""
+    dense: ContextText = "full"
+    """Context of the dense member."""
+    sparse: ContextText = "chunk=8,left=32"
+    """Context of the sparse member, in encoder frames of 40 ms."""
+    default: Literal["sparse", "dense"] = "sparse"
+    """Variant that is used where none is named; the best weights are those of its lowest dev WER. The other's is
+    measured too."""
+    draws: tuple[Positive, Positive] = (1, 1)
+    """How often a process draws the dense and the sparse member, as a ratio; [1, 1], the paper's, is half and half."""
+    dense_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps in which the dense member trains alone (the paper's two-step training). A parent trained so makes
+    them unnecessary."""
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    """When the masks grow, and what stays."""
+    lasso: LassoConfig = field(default_factory=LassoConfig)
+    """A decay that makes whole blocks small beforehand."""
+    layers: LayerChoice = field(default_factory=LayerChoice)
+    """Which linear layers have masks; never the joiner."""
+    freeze_masks: bool = False
+    """Keep the masks of a parent that is a supernet, instead of finding new ones."""
+    adaptive_dropout: bool = False
+    """On sparse steps, drop (1 - sparsity) times as much beside masked layers (arXiv 2110.08352)."""
+    distillation: InPlaceConfig = field(default_factory=InPlaceConfig)
+    """The dense member as the teacher of the sparse one."""
+
+
+def contradictions(settings: SupernetConfig) -> list[str]:
+    """Findings about settings that contradict each other or the length of the training."""
+    growth, steps, findings = settings.growth, settings.training.steps, []
+    final = growth.final(settings.sparsity)
+    if settings.freeze_masks:
+        plain = SupernetConfig()
+        asked = [name for name in ("sparsity", "block", "growth", "lasso", "layers")
+                 if getattr(settings, name) != getattr(plain, name)]  # fmt: skip
+        if asked:
+            findings.append(f"freeze_masks keeps the parent's masks as they are; leave out {', '.join(asked)}")
+    elif final >= steps:
+        findings.append(
+            f"a sparsity of {settings.sparsity} would be reached at step {final}, but training.steps is {steps}; train longer, "
+            "lower growth.interval or growth.start, or raise growth.share"
+        )
+    if growth.score == "adam" and growth.schedule.start == 0:
+        findings.append(
+            "growth.score=adam needs what the optimizer learns in the steps before; set growth.start above 0"
+        )
+    if settings.contexts != ContextsConfig():
+        findings.append("contexts: the members have one context each; use --dense and --sparse instead")
+    if others := [part for part in settings.layers.only if part in ("joiner", "ctc_head")]:
+        findings.append(f"layers.only: {', '.join(others)} stays dense in a supernet; choose from encoder, submodels")
+    if settings.distillation.scale > 0 and settings.loss.transducer_scale == 0:
+        findings.append(
+            "distillation.scale compares transducers, but loss.transducer_scale is 0; set one of them otherwise"
+        )
+    return findings

@@ -1,0 +1,85 @@
+"""The masks of a supernet's sparse member, which grow while both members are trained, and the decay that prepares them.
+
+Shapes: I inputs and O outputs of a layer, in blocks of r rows and c columns.
+Sources: self-pruning and group lasso (arXiv 2207.11906); importance by Adam's second moment (arXiv 2110.08352).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from asrkit.methods.pruning import sparsity_due
+from asrkit.methods.supernet.config import GrowthConfig
+from asrkit.models.compression import masked_layers
+from asrkit.models.digests import tensors_digest
+from asrkit.models.surgery import is_mask
+from asrkit.nn.compression import CompressedLinear, best_blocks, block_sums, spread_blocks
+
+SMALLEST = 1e-12  # norm of a block that is taken for 0
+
+
+@torch.no_grad()
+def block_scores(layer: CompressedLinear, block: tuple[int, int], score: str, moment: Tensor | None) -> Tensor:
+    """How much each block matters, (O / r, I / c).
+
+    Args:
+        moment: Adam's second moment of the weights, (O, I), for ``adam``.
+
+    Raises:
+        ValueError: ``adam`` without a second moment.
+    """
+    weight = layer.weight.detach()
+    if score == "adam":
+        if moment is None:
+            raise ValueError("Adam has no second moments yet")
+        return block_sums(weight.abs() * moment.sqrt(), block)
+    return block_sums(weight.abs() if score == "l1" else weight.square(), block)
+
+
+def grow_masks(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, growth: GrowthConfig) -> None:
+    """Compute the masks that are due before ``step``, in place, from the latent weights.
+
+    Each layer keeps its own share of its blocks; every process has the same weights and so the same masks.
+    """
+    schedule = growth.schedule
+    for _, layer, mask in masked_layers(model):
+        due, sparsity = sparsity_due(schedule, mask, step)
+        if not due or sparsity is None:
+            continue
+        moment = optimizer.state.get(layer.weight, {}).get("exp_avg_sq")
+        scores = block_scores(layer, mask.block, growth.score, moment)
+        if growth.monotone:  # below every score, zeros included
+            scores = scores.masked_fill(~blocks_of(layer.mask, mask.block), -1.0)
+        layer.mask.copy_(spread_blocks(best_blocks(scores, sparsity), mask.block))
+
+
+def blocks_of(mask: Tensor, block: tuple[int, int]) -> Tensor:
+    """The blocks a mask (O, I) keeps, bool (O / r, I / c)."""
+    return mask[:: block[0], :: block[1]]
+
+
+@torch.no_grad()
+def lasso_decay(model: nn.Module, scale: float, rate: float) -> None:
+    """One step of group lasso on the latent weights of every masked layer, in place.
+
+    W_g -= rate lambda_i W_g / ||W_g||_2 for each block g of layer i, with lambda_i = ``scale`` times the mean of its blocks' norms
+    (arXiv 2207.11906); a block smaller than its step becomes 0.
+    """
+    for _, layer, mask in masked_layers(model):
+        norms = block_sums(layer.weight.square(), mask.block).sqrt()
+        factors = (1 - rate * scale * norms.mean() / norms.clamp(min=SMALLEST)).clamp(min=0)
+        layer.weight.mul_(spread_blocks(factors, mask.block))
+
+
+def density(model: nn.Module) -> float:
+    """The share of the masked layers' weights that the masks keep."""
+    layers = [layer for _, layer, _ in masked_layers(model)]
+    return sum(int(layer.mask.sum()) for layer in layers) / sum(layer.mask.numel() for layer in layers)
+
+
+def masks_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The hexadecimal SHA-256 of a model's masks."""
+    return tensors_digest((name, tensor) for name, tensor in tensors.items() if is_mask(name))

@@ -1,0 +1,63 @@
+"""The two variants of a supernet's spec."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from asrkit.errors import UserError
+from asrkit.methods.supernet.config import SupernetConfig
+from asrkit.models import AsrModel, ModelSpec
+from asrkit.models.compression import pruned_spec
+from asrkit.models.spec import VariantSpec
+from asrkit.nn.compression_config import Mask
+
+DENSE, SPARSE = "dense", "sparse"  # the variants
+
+
+def supernet_spec(origin: AsrModel, settings: SupernetConfig, where: str = "the model") -> ModelSpec:
+    """The spec with two variants, ``dense`` and ``sparse``, of one variant of ``origin``; its idle sub-models are left out.
+
+    Raises:
+        UserError: the model is quantized or pruned already, or is no supernet although its masks are to be kept; blocks that do
+            not divide a layer.
+    """
+    spec = origin.spec
+    active = origin.submodels_of(settings.variant)
+    masked = [path for path, how in spec.compression.items() if how.mask is not None]
+    latent = not all(variant.masks for variant in spec.variants.values())  # weights under masks are trained, not zeros
+    if masked and not latent:
+        raise UserError(
+            f"{where}: is pruned already ({len(masked)} layers, such as {masked[0]}), so its dense member would begin with zeros; "
+            "start from the run that was pruned"
+        )
+    if masked and not settings.freeze_masks:
+        raise UserError(
+            f"{where}: is a supernet already ({len(masked)} layers with masks); keep its masks with --freeze-masks, or start "
+            "from the run it was made of"
+        )
+    if quantized := [path for path, how in spec.compression.items() if how.weights is not None]:
+        raise UserError(
+            f"{where}: is quantized already ({len(quantized)} layers, such as {quantized[0]}); make the supernet first, then "
+            "quantize one of its variants"
+        )
+    if settings.freeze_masks and not masked:
+        raise UserError(f"{where}: has no masks to keep; leave out --freeze-masks")
+    if not settings.freeze_masks:
+        mask = Mask(sparsity=settings.sparsity, block=settings.block)
+        spec = pruned_spec(origin, mask, settings.layers, active)
+    gone = idle(origin, active)
+    return replace(
+        spec,
+        submodels={name: spec.submodels[name] for name in active},
+        variants={
+            DENSE: VariantSpec(submodels=list(active), contexts=[settings.dense], masks=False),
+            SPARSE: VariantSpec(submodels=list(active), contexts=[settings.sparse]),
+        },
+        variant=settings.default,
+        compression={path: how for path, how in spec.compression.items() if not path.startswith(gone)},
+    )
+
+
+def idle(origin: AsrModel, active: tuple[str, ...]) -> tuple[str, ...]:
+    """How the names of the sub-models' tensors begin that are not ``active``."""
+    return tuple(f"encoder.submodels.{name}." for name in origin.spec.submodels if name not in active)

@@ -1,0 +1,130 @@
+"""supernet: train one set of weights as two models, a dense one and a sparse streaming one.
+
+Self-pruning (arXiv 2207.11906) with options of omni-sparsity DNN (arXiv 2110.08352). The masks are on in the variant ``sparse`` and off
+in the variant ``dense``, which goes on training the weights under them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lhotse import CutSet
+from torch import Tensor, nn
+
+from asrkit.data.batch import Batch
+from asrkit.data.train_batches import TrainBatches
+from asrkit.errors import UserError
+from asrkit.methods.supernet.config import SupernetConfig, contradictions
+from asrkit.methods.supernet.loss import supernet_loss
+from asrkit.methods.supernet.masks import density, grow_masks, lasso_decay, masks_digest
+from asrkit.methods.supernet.members import DENSE, SPARSE, idle, supernet_spec
+from asrkit.models import AsrModel, load_model
+from asrkit.models.compression import masked_layers
+from asrkit.models.surgery import is_mask, rebuild
+from asrkit.nn.context import parse_context
+from asrkit.run_dir import open_run
+from asrkit.training.dev_eval import dev_measure
+from asrkit.training.session import fine_tune
+from asrkit.training.step import LossOutput, TrainTask
+
+
+def supernet(
+    parent: Path,
+    manifest: Path,
+    out: Path,
+    settings: SupernetConfig,
+    *,
+    dev: Path | None = None,
+    device: str = "auto",
+    command: str = "",
+) -> Path:
+    """Train the model of ``parent`` as a supernet, or resume an interrupted run; returns ``out``.
+
+    Raises:
+        UserError: an unusable parent, settings that contradict each other, layers that the blocks do not divide, masks that
+            would not be final in time, manifests, out.
+        Interrupted: stopped by a signal, state saved.
+    """
+    source = open_run(parent)
+    origin = load_model(source)
+    if findings := contradictions(settings):
+        raise UserError.of(findings)
+    supernet_spec(origin, settings, str(parent))  # refuses parents and layers that cannot be masked
+    build = partial(build_task, settings, parent)
+    return fine_tune("supernet", source, manifest, out, settings, build, dev=dev, device=device, command=command)
+
+
+def build_task(settings: SupernetConfig, parent: Path, batches: TrainBatches) -> TrainTask:
+    """The model with its two variants, its loss, and the hook that lets its masks grow; see ``TaskRecipe``."""
+    origin = load_model(open_run(parent))
+    spec = supernet_spec(origin, settings)
+    model = rebuild(spec, origin, new=is_mask, drop=idle(origin, origin.submodels_of(settings.variant)))
+    frozen, growth, lasso = settings.freeze_masks, settings.growth, settings.lasso
+    final = 0 if frozen else growth.final(settings.sparsity)
+    contexts = {DENSE: parse_context(settings.dense), SPARSE: parse_context(settings.sparse)}
+    kept = density(model) if frozen else 1.0
+
+    def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> None:
+        if lasso.scale > 0 and lasso.start <= step < (final if lasso.end is None else lasso.end):
+            lasso_decay(model, lasso.scale, optimizer.param_groups[0]["lr"] if lasso.times_learning_rate else 1.0)
+        grow_masks(model, optimizer, step, growth)
+
+    def loss(model: AsrModel, batch: Batch, step: int) -> LossOutput:
+        return supernet_loss(
+            model,
+            batch,
+            step,
+            settings.loss,
+            contexts,
+            draws=settings.draws,
+            dense_steps=settings.dense_steps,
+            sparsity=1 - kept if frozen else growth.sparsity_at(step, settings.sparsity),
+            adaptive_dropout=settings.adaptive_dropout,
+            distillation=settings.distillation,
+        )
+
+    digest = masks_digest(model.state_dict())
+
+    def check(weights: Mapping[str, Tensor]) -> None:
+        if frozen and (now := masks_digest(weights)) != digest:
+            raise RuntimeError(f"the frozen masks have changed: {digest} became {now}")
+
+    return TrainTask(
+        model,
+        loss,
+        batches,
+        before_step=None if frozen else before_step,
+        dev_metrics=partial(other_member, settings, batches),
+        not_before=0 if frozen else final + 1,
+        facts={"masks_sha256": digest} if frozen else {"masks_final_before_step": final},
+        notes=_notes(model, origin, settings, final),
+        check=check,
+    )
+
+
+def other_member(settings: SupernetConfig, batches: TrainBatches, model: nn.Module, dev: CutSet) -> dict[str, float]:
+    """The dev error rates of the variant that is not the default one, under its name."""
+    name, context = (DENSE, settings.dense) if settings.default == SPARSE else (SPARSE, settings.sparse)
+    method: Any = "greedy" if settings.loss.transducer_scale > 0 else "ctc"
+    measure = dev_measure(
+        dev, batches.tokenizer, settings.data.max_duration, settings.dev_max_cuts, method, name, parse_context(context)
+    )
+    return {f"{name}_{key}": value for key, value in measure(model).items()}
+
+
+def _notes(model: AsrModel, origin: AsrModel, settings: SupernetConfig, final: int) -> list[str]:
+    """What will be masked, and a warning for a context that the parent was never trained in."""
+    layers = [layer for _, layer, _ in masked_layers(model)]
+    when = "are the parent's and stay" if settings.freeze_masks else f"are final from step {final} on"
+    notes = [f"{len(layers)} layers of {sum(layer.weight.numel() for layer in layers)} weights; the masks {when}"]
+    trained = {text for variant in origin.spec.variants.values() for text in variant.contexts}
+    if parse_context(settings.sparse).streaming and settings.sparse not in trained:
+        notes.append(
+            f"warning: the parent was never trained in {settings.sparse} but in {' and '.join(sorted(trained))}; expect the sparse "
+            "variant to need a long training, or first train the parent in it (--set contexts.train=...)"
+        )
+    return notes
