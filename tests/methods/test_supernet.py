@@ -1,0 +1,352 @@
+"""A supernet's masks, its decay and its loss, against slow references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from asrkit.config import from_dict
+from asrkit.data.batch import Batch
+from asrkit.methods.supernet.config import GrowthConfig, InPlaceConfig
+from asrkit.methods.supernet.loss import sparse_dropout, supernet_loss
+from asrkit.methods.supernet.masks import density, grow_masks, lasso_decay
+from asrkit.methods.supernet.members import DENSE, SPARSE
+from asrkit.models import AsrModel, ModelSpec
+from asrkit.models.compression import compressed_layers, masked_layers
+from asrkit.models.surgery import dequantized_model, in_variant
+from asrkit.nn.compression import CompressedLinear, block_sums, find_mask, spread_blocks
+from asrkit.nn.compression_config import Compression, Mask
+from asrkit.nn.context import FULL, Context, parse_context
+from asrkit.nn.dropout import Dropout
+from asrkit.training.asr_loss import LossConfig, forward_losses
+from helpers.encoders import contexts, randomize
+
+LOSS = LossConfig(backend="torch")
+STREAMING = parse_context("chunk=2,left=3")
+CONTEXTS = {DENSE: FULL, SPARSE: STREAMING}
+# Each step draws one member for sure.
+ONLY = {DENSE: {"dense_steps": 10**9}, SPARSE: {"draws": (0, 1)}}
+
+
+def layers_of(block: tuple[int, int], sparsity: float, shapes: list[tuple[int, int]], seed: int) -> nn.ModuleDict:
+    """Masked layers of (blocks down, blocks across)."""
+    torch.manual_seed(seed)
+    how = Compression(mask=Mask(sparsity=sparsity, block=block))
+    return nn.ModuleDict(
+        {
+            f"l{number}": CompressedLinear(across * block[1], down * block[0], how)
+            for number, (down, across) in enumerate(shapes)
+        }
+    )
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW after a step, so that it has second moments."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+# --- masks
+
+BLOCKS = st.sampled_from([(8, 1), (1, 8), (2, 3), (1, 1)])
+SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(BLOCKS, SHAPES, st.integers(0, 3), st.integers(1, 3), st.sampled_from([0.1, 0.2, 0.5]), st.sampled_from([0.3, 0.67, 0.87]),
+       st.sampled_from(["l1", "l2", "adam"]), st.integers(0, 10**6))  # fmt: skip
+def test_masks_are_nested_and_have_the_density_of_the_formula(
+    block: Any, shapes: Any, start: int, interval: int, share: float, sparsity: float, score: Any, seed: int
+) -> None:
+    """After n times (1 - share)^n of each layer's blocks are left, to one block, whatever the weights do meanwhile."""
+    model, growth = (
+        layers_of(block, sparsity, shapes, seed),
+        GrowthConfig(start=start, interval=interval, share=share, score=score),
+    )
+    optimizer = optimizer_of(model)
+    final = growth.final(sparsity)
+    frozen: list[Tensor] = []
+    for step in range(final + 3):
+        before = [layer.mask.clone() for _, layer, _ in masked_layers(model)]
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.5)
+            parameter.data[torch.rand_like(parameter) < 0.2] = 0.0  # zeros are not chosen in place of what is gone
+        grow_masks(model, optimizer, step, growth)
+        times = 0 if step < start else (step - start) // interval + 1
+        left = max(1 - sparsity, (1 - share) ** times)
+        assert growth.sparsity_at(step, sparsity) == pytest.approx(1 - left)
+        for (_, layer, _), earlier in zip(masked_layers(model), before, strict=True):
+            assert not (layer.mask & ~earlier).any()
+            blocks = (
+                layer.mask.view(-1, block[0], layer.in_features // block[1], block[1]).permute(0, 2, 1, 3).flatten(2)
+            )
+            assert torch.equal(blocks.all(-1), blocks.any(-1))
+            assert abs(int(blocks.all(-1).sum()) - left * blocks[..., 0].numel()) <= 0.5 + 1e-6
+        if step == final:
+            frozen = [layer.mask.clone() for _, layer, _ in masked_layers(model)]
+    assert all(torch.equal(layer.mask, mask) for (_, layer, _), mask in zip(masked_layers(model), frozen, strict=True))
+    whole = sum(layer.mask.numel() for _, layer, _ in masked_layers(model))
+    assert density(model) == pytest.approx(sum(int(mask.sum()) for mask in frozen) / whole)
+
+
+@settings(deadline=None, max_examples=20)
+@given(BLOCKS, st.sampled_from(["l1", "l2", "adam"]), st.integers(0, 10**6))
+def test_the_blocks_that_matter_least_go(block: Any, score: Any, seed: int) -> None:
+    model = layers_of(block, 0.5, [(3, 4)], seed)
+    optimizer = optimizer_of(model)
+    grow_masks(model, optimizer, 0, GrowthConfig(start=0, share=0.5, score=score))
+    (layer,) = (layer for _, layer, _ in masked_layers(model))
+    moment = optimizer.state[layer.weight]["exp_avg_sq"]
+    importance = {}
+    for down in range(3):
+        for across in range(4):
+            total = 0.0
+            for row in range(down * block[0], (down + 1) * block[0]):
+                for column in range(across * block[1], (across + 1) * block[1]):
+                    weight = float(layer.weight.detach()[row, column])
+                    power = {
+                        "l1": abs(weight),
+                        "l2": weight**2,
+                        "adam": abs(weight) * float(moment[row, column]) ** 0.5,
+                    }
+                    total += power[score]
+            importance[down, across] = total
+    kept = {place for place in importance if layer.mask[place[0] * block[0], place[1] * block[1]]}
+    assert kept == set(sorted(importance, key=importance.__getitem__)[6:])
+
+
+def test_recomputed_masks_may_take_weights_back() -> None:
+    model = layers_of((8, 1), 0.75, [(2, 6)], 0)
+    (layer,) = (layer for _, layer, _ in masked_layers(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    growth = GrowthConfig(start=0, interval=1, share=0.5, monotone=False)
+    grow_masks(model, optimizer, 0, growth)
+    gone = ~layer.mask
+    layer.weight.data[gone] = 100.0  # trained in the dense member
+    grow_masks(model, optimizer, 1, growth)
+    assert bool((layer.mask & gone).any()) and int(layer.mask.sum()) == layer.mask.numel() // 4
+
+
+def test_the_cubic_schedule() -> None:
+    growth = GrowthConfig(kind="cubic", times=4, start=2, interval=2)
+    reached = [growth.sparsity_at(step, 0.8) for step in range(2, 12, 2)]
+    assert reached == pytest.approx([0.8 * (1 - (1 - i / 4) ** 3) for i in (1, 2, 3, 4)] + [0.8])
+    assert growth.final(0.8) == 8 and growth.sparsity_at(1, 0.8) == 0.0
+
+
+@settings(deadline=None, max_examples=20)
+@given(BLOCKS, st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6))
+def test_block_sums_and_back(block: Any, down: int, across: int, seed: int) -> None:
+    values = torch.randn(down * block[0], across * block[1], generator=torch.Generator().manual_seed(seed))
+    sums = block_sums(values, block)
+    assert sums.shape == (down, across)
+    for row in range(down):
+        for column in range(across):
+            part = values[row * block[0] : (row + 1) * block[0], column * block[1] : (column + 1) * block[1]]
+            torch.testing.assert_close(sums[row, column], part.sum())
+    spread = spread_blocks(sums, block)
+    assert spread.shape == values.shape and torch.equal(spread[:: block[0], :: block[1]], sums)
+    assert torch.equal(block_sums((spread == spread).float(), block), torch.full_like(sums, block[0] * block[1]))
+
+
+# --- group lasso
+
+
+@settings(deadline=None, max_examples=20)
+@given(BLOCKS, SHAPES, st.floats(0.1, 2), st.floats(1e-4, 1), st.integers(0, 10**6))
+def test_group_lasso_shrinks_blocks_by_the_formula(
+    block: Any, shapes: Any, scale: float, rate: float, seed: int
+) -> None:
+    model = layers_of(block, 0.5, shapes, seed)
+    before = [layer.weight.detach().clone() for _, layer, _ in masked_layers(model)]
+    before[0][: block[0], : block[1]] = 0.0
+    next(iter(masked_layers(model)))[1].weight.data.copy_(before[0])
+    lasso_decay(model, scale, rate)
+    for weight, (_, layer, _) in zip(before, masked_layers(model), strict=True):
+        rows, columns = range(0, weight.shape[0], block[0]), range(0, weight.shape[1], block[1])
+        places = [(slice(r, r + block[0]), slice(c, c + block[1])) for r in rows for c in columns]
+        norms = [float(weight[place].square().sum().sqrt()) for place in places]
+        strength = scale * sum(norms) / len(norms)
+        for place, norm in zip(places, norms, strict=True):
+            expected = weight[place] * max(0.0, 1 - rate * strength / norm) if norm > 0 else weight[place]
+            torch.testing.assert_close(layer.weight[place], expected, rtol=1e-4, atol=1e-6)
+            assert float(layer.weight[place].norm()) == pytest.approx(
+                max(0.0, norm - rate * strength), rel=1e-3, abs=1e-5
+            )
+
+
+def test_group_lasso_empties_blocks_that_nothing_needs() -> None:
+    """Half of the inputs are silent: without the decay their blocks stay, with it they vanish; the needed ones stay either way."""
+    norms = {}
+    for scale in (0.0, 1.0):
+        model = layers_of((8, 1), 0.5, [(1, 6)], 3)
+        (layer,) = (layer for _, layer, _ in masked_layers(model))
+        layer.switch(masks=False, integers=False)
+        torch.manual_seed(1)
+        x = torch.randn(64, 6)
+        x[:, 3:] = 0
+        target = x[:, :3] @ torch.randn(3, 8) * 3
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0)
+        for _ in range(150):
+            lasso_decay(model, scale, 0.02)
+            optimizer.zero_grad()
+            (layer(x) - target).square().mean().backward()
+            optimizer.step()
+        norms[scale] = layer.weight.detach().norm(dim=0)
+    assert float(norms[0.0].min()) > 0.1 and float(norms[1.0][3:].max()) < 1e-3
+    assert bool((norms[1.0][:3] > 0.5 * norms[0.0][:3]).all())
+
+
+# --- the loss
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return Batch(
+        torch.randn(2, 80, 80, generator=generator) * 3 - 6, torch.tensor([80, 61]), ["a", "b"], ["", ""], ["", ""], [0.8, 0.6],
+        torch.tensor([[2, 3, 4], [5, 5, 0]]), torch.tensor([3, 2]),
+    )  # fmt: skip
+
+
+def super_model(dropout: float = 0.0, sparsity: float = 0.5) -> AsrModel:
+    """A supernet with attention, some of whose blocks are masked, in training mode."""
+    torch.manual_seed(0)
+    masked = [
+        "encoder.blocks.0.feedforward1.widen",
+        "encoder.blocks.1.conv.out",
+        "encoder.submodels.joint.layers.0.query",
+    ]
+    spec: dict[str, Any] = {
+        "vocab_size": 11,
+        "encoder": {"dim": 16, "num_layers": 2, "feedforward_dim": 24, "kernel_size": 5, "dropout": dropout},
+        "predictor": {"dim": 12},
+        "joiner_dim": 14,
+        "submodels": {"joint": {"kind": "attention", "layers": [0, 1], "dim": 16, "heads": 2, "dropout": dropout}},
+        "variants": {
+            DENSE: {"submodels": ["joint"], "masks": False},
+            SPARSE: {"submodels": ["joint"], "contexts": [str(STREAMING)]},
+        },
+        "variant": SPARSE,
+        "compression": {path: {"mask": {"sparsity": sparsity, "block": [8, 1]}} for path in masked},
+    }
+    model = AsrModel(from_dict(ModelSpec, spec, "test"))
+    randomize(model, 5)
+    for _, layer, mask in masked_layers(model):
+        layer.mask.copy_(find_mask(layer.weight.abs(), mask))
+    return model.train()
+
+
+def one_loss(model: AsrModel, member: str, **options: Any) -> Tensor:
+    torch.manual_seed(3)
+    return supernet_loss(model, batch(), 5, LOSS, CONTEXTS, **ONLY[member], **options).losses  # type: ignore[arg-type]
+
+
+def test_each_member_is_a_model_by_itself() -> None:
+    """Masked forward is forward with weights times masks, in the sparse context; dense sees no masks."""
+    model = super_model()
+    for member in (DENSE, SPARSE):
+        plain = dequantized_model(in_variant(model, member)).train()
+        assert not compressed_layers(plain)
+        expected = forward_losses(plain, batch(), 5, LOSS, None, CONTEXTS[member], None).losses
+        torch.testing.assert_close(one_loss(model, member), expected)
+        other = forward_losses(
+            plain, batch(), 5, LOSS, None, CONTEXTS[DENSE if member == SPARSE else SPARSE], None
+        ).losses
+        assert not torch.allclose(other, expected)
+
+
+def test_masked_weights_learn_in_dense_steps_alone() -> None:
+    model = super_model()
+    for member in (SPARSE, DENSE):
+        model.zero_grad()
+        one_loss(model, member).sum().backward()
+        for path, layer in compressed_layers(model).items():
+            assert layer.weight.grad is not None and layer.weight.grad[layer.mask].any(), path
+            assert bool(layer.weight.grad[~layer.mask].any()) == (member == DENSE), path
+
+
+def test_members_are_drawn_in_their_ratio_and_logged_in_every_process() -> None:
+    model, drawn = super_model(), {DENSE: 0, SPARSE: 0}
+    for seed in range(40):
+        torch.manual_seed(seed)
+        output = supernet_loss(model, batch(), 0, LOSS, CONTEXTS, draws=(1, 3))
+        (member,) = (name for name in drawn if output.metrics[name].divisor)
+        drawn[member] += 1
+        assert {DENSE, SPARSE, "sparsity"} <= set(output.metrics)
+        assert float(output.metrics[member].total) == pytest.approx(float(output.losses.sum()))
+        (other,) = set(drawn) - {member}
+        assert output.metrics[other].total == 0.0
+    assert 3 <= drawn[DENSE] <= 18
+    torch.manual_seed(1)
+    assert supernet_loss(model, batch(), 4, LOSS, CONTEXTS, draws=(1, 10**6), dense_steps=5).metrics[DENSE].divisor
+
+
+def test_adaptive_dropout_is_less_in_sparse_steps_beside_masks() -> None:
+    model = super_model(dropout=0.5)
+    everywhere = [module for module in model.modules() if isinstance(module, Dropout) and module.p > 0]
+    block, submodel = model.encoder.blocks[0], model.encoder.submodels["joint"]
+    beside = [block.feedforward1.dropout, model.encoder.blocks[1].conv.dropout, submodel.layers["0"].dropout]  # type: ignore[union-attr, index, operator]
+    with sparse_dropout(model, 0.75):
+        assert [module.dropped_levels for module in beside] == [32, 32, 32]  # type: ignore[union-attr]
+        assert all(module.dropped_levels == 128 for module in everywhere if not any(module is one for one in beside))
+        x = torch.ones(20000)
+        assert float((beside[0](x) == 0).float().mean()) == pytest.approx(0.125, abs=0.02)  # type: ignore[operator]
+        assert float(beside[0](x).mean()) == pytest.approx(1.0, abs=0.02)  # type: ignore[operator]
+    assert all(module.dropped_levels == 128 for module in everywhere)
+    same = one_loss(model, DENSE, sparsity=0.75)
+    assert torch.equal(one_loss(model, DENSE, sparsity=0.75, adaptive_dropout=True), same)
+    assert not torch.equal(
+        one_loss(model, SPARSE, sparsity=0.75, adaptive_dropout=True), one_loss(model, SPARSE, sparsity=0.75)
+    )
+
+
+def test_the_dense_member_teaches_and_learns_nothing_from_it() -> None:
+    model, how = super_model(), InPlaceConfig(scale=0.7)
+    plain = one_loss(model, SPARSE)
+    taught = one_loss(model, SPARSE, distillation=how)
+    divergence = (taught - plain) / 0.7
+    assert bool((divergence > 1e-3).all())
+    assert torch.equal(one_loss(model, DENSE, distillation=how), one_loss(model, DENSE))
+    # No gradient reaches the teacher: what only the dense member uses has none.
+    model.zero_grad()
+    taught.sum().backward()
+    for layer in compressed_layers(model).values():
+        assert layer.weight.grad is not None and not layer.weight.grad[~layer.mask].any()
+    # Without masks and in one context, the two are the same model, which has nothing to teach itself.
+    for layer in compressed_layers(model).values():
+        layer.mask.fill_(True)
+    alike = {DENSE: STREAMING, SPARSE: STREAMING}
+    output = supernet_loss(model, batch(), 5, LOSS, alike, draws=(0, 1), distillation=how)
+    assert float(output.metrics["distillation"].total) == pytest.approx(0.0, abs=1e-4)
+
+
+@settings(deadline=None, max_examples=10)
+@given(contexts, st.integers(0, 10**6))
+def test_chunk_by_chunk_is_the_masked_pass_of_the_sparse_member(context: Context, seed: int) -> None:
+    model = super_model().eval()
+    randomize(model, seed)
+    for _, layer, mask in masked_layers(model):
+        layer.mask.copy_(find_mask(layer.weight.abs(), mask))
+    assert context.chunk is not None
+    chunks = 3
+    features = torch.randn(1, 4 * context.chunk * chunks + 3, 80, generator=torch.Generator().manual_seed(seed)) * 3 - 6
+    with torch.no_grad():
+        whole, lens = model.encode(features, torch.tensor([features.shape[1]]), SPARSE, context)
+        dense, _ = model.encode(features, torch.tensor([features.shape[1]]), DENSE, context)
+        caches = model.encoder.initial_caches(1, context.left, ("joint",))
+        parts = []
+        for number in range(chunks):
+            begin = 4 * context.chunk * number
+            part, caches = model.streaming_step(features[:, begin : begin + 4 * context.chunk + 3], caches, SPARSE)
+            parts.append(part)
+    assert lens.tolist() == [context.chunk * chunks]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(dense, whole, atol=1e-3)

@@ -1,0 +1,260 @@
+"""supernet: what it promises of the run it writes, what other commands make of that run, and its refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from asrkit.decoding.acoustic import TorchAcousticModel
+from asrkit.decoding.exported import ExportedAcousticModel
+from asrkit.export.directory import open_exported
+from asrkit.export.runtime import ExportedModel
+from asrkit.methods.supernet.masks import density, masks_digest
+from asrkit.models.compression import compressed_layers
+from asrkit.models.surgery import is_mask
+from asrkit.nn.context import parse_context
+from asrkit.run_dir import open_run
+from asrkit.stages import supernet as stage
+from asrkit.stages.info import describe_run
+from helpers.commands import TWO, asrkit, killed, launched, quick
+from helpers.run_dirs import metrics, model_of, weights_equal
+from helpers.tones import data, make_corpus
+
+SHAPE = [
+    "model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=48", "tokenizer.vocab_size=18",
+    "model.attention_dropout.probability=0",
+]  # fmt: skip
+GROWTH = ["growth.interval=1", "growth.share=0.3", "seed=2", "training.optimizer.warm_up_steps=0"]
+STREAMING = "chunk=4,left=8"
+MEMBERS = ["--sparsity", "0.5", "--sparse", STREAMING]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder, 12)
+    make_corpus(folder, 4, seed=1, name="dev")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parent(corpus: Path) -> Path:
+    """A small Conformer, with a sub-model that no supernet of `joint` uses."""
+    run = corpus / "parent"
+    asrkit("train-backbone", *data(corpus), "--out", run, *quick(*SHAPE))
+    asrkit("add-submodel", "--from", run, "--name", "other", "--kind", "adapter", *data(corpus), "--out", corpus / "more",
+           *quick("training.steps=1"))  # fmt: skip
+    return corpus / "more"
+
+
+@pytest.fixture(scope="module")
+def supernet(corpus: Path, parent: Path) -> Path:
+    run = corpus / "super"
+    words = ["--from", parent, "--variant", "joint", *MEMBERS, *data(corpus), "--out", run]
+    said = asrkit("supernet", *words, *quick(*GROWTH, "lasso.scale=0.5", "training.steps=6"))
+    assert f"never trained in {STREAMING} but in full" in said and "final from step 2 on" in said
+    return run
+
+
+def test_one_checkpoint_is_two_models(supernet: Path, corpus: Path) -> None:
+    spec = open_run(supernet).model_spec
+    assert spec["variant"] == "sparse" and list(spec["submodels"]) == ["joint"]
+    assert spec["variants"] == {
+        "dense": {"submodels": ["joint"], "contexts": ["full"], "masks": False, "integers": True},
+        "sparse": {"submodels": ["joint"], "contexts": [STREAMING], "masks": True, "integers": True},
+    }
+    model = model_of(supernet)
+    layers = compressed_layers(model)
+    assert all(path.startswith("encoder.") for path in layers) and any(".submodels." in path for path in layers)
+    for layer in layers.values():
+        blocks = layer.mask.view(-1, 8, layer.in_features)
+        assert torch.equal(blocks.all(1), blocks.any(1))
+        assert int((~blocks.all(1)).sum()) == round(0.5 * blocks[:, 0].numel())
+        assert layer.weight[~layer.mask].any(), "the dense member has lost its weights"
+    rows = metrics(supernet)
+    assert [row["sparsity"] for row in rows if "sparsity" in row] == pytest.approx([0.0, 0.3, *[0.5] * 4])
+    assert any("dense" in row for row in rows) and any("sparse" in row for row in rows)
+    assert any({"dev_wer", "dev_dense_wer"} <= set(row) for row in rows)
+    assert open_run(supernet).lineage[-1]["masks_final_before_step"] == 2
+    described = {row["variant"]: row for row in describe_run(supernet)["variants"]}
+    assert described["sparse"]["bytes"] < described["dense"]["bytes"]
+    outputs: dict[str, Tensor] = {}
+    features, lens = torch.randn(1, 83, 80) * 3 - 8, torch.tensor([83])
+    for variant in ("dense", "sparse"):
+        asrkit("evaluate", "--from", supernet, "--variant", variant, "--manifest", corpus / "dev.jsonl.gz")
+        with torch.no_grad():
+            outputs[variant] = model.encode(features, lens, variant)[0]
+    assert not torch.allclose(outputs["dense"], outputs["sparse"], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_without_masks_it_is_dual_mode_training_bit_for_bit(
+    corpus: Path, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "grow_masks", lambda *_: None)
+    settings = quick("seed=2", "training.keep=last", "training.optimizer.warm_up_steps=0")
+    asrkit("supernet", "--from", parent, "--variant", "joint", *MEMBERS, *data(corpus), "--out", tmp_path / "super",
+           *settings, "--set", "growth.interval=1", "--set", "growth.share=0.3")  # fmt: skip
+    asrkit("train-backbone", "--from", parent, "--variant", "joint", *data(corpus), "--out", tmp_path / "dual", *settings,
+           "--set", f"contexts.train=[full,'{STREAMING}']")  # fmt: skip
+    one, other = (open_run(tmp_path / name).weights() for name in ("super", "dual"))
+    assert all(bool(tensor.all()) for name, tensor in one.items() if is_mask(name))
+    for name, tensor in other.items():
+        assert name.startswith("encoder.submodels.other.") or torch.equal(tensor, one[name]), name
+    assert any("sparse" in row for row in metrics(tmp_path / "super"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    for kind in ("whole", "parted"):
+        words = ["supernet", "--from", parent, "--variant", "joint", *MEMBERS, *data(corpus), "--out", tmp_path / kind,
+                 *quick(*GROWTH, "growth.start=2", "growth.score=adam", "growth.monotone=false", "lasso.scale=1",
+                        "adaptive_dropout=true", "distillation.scale=0.2", "draws=[1,2]", "training.steps=6",
+                        "training.save_every=1")]  # fmt: skip
+        if kind == "parted":
+            killed("step 3", *words)
+            assert not (tmp_path / kind / "done").exists()
+        asrkit(*words)
+    assert weights_equal(tmp_path / "whole", tmp_path / "parted")
+
+
+@pytest.mark.slow
+def test_processes_draw_their_members_independently(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    """Two processes end with the weights of one that computes both slices; in some steps they train different members."""
+    words = ["supernet", "--from", parent, "--variant", "joint", *MEMBERS, *data(corpus)]
+    settings = quick(*GROWTH, "training.steps=6", "training.average_decay=0", "lasso.scale=1")
+    launched(TWO, *words, "--out", tmp_path / "two", *settings)
+    asrkit(*words, "--out", tmp_path / "one", *settings, "--set", "training.accumulate=2")
+    assert weights_equal(tmp_path / "two", tmp_path / "one")
+    rows = [row for row in metrics(tmp_path / "two") if "loss" in row]
+    drawn = [("dense" in row, "sparse" in row) for row in rows]
+    assert (True, True) in drawn and len(set(drawn)) > 1
+
+
+@pytest.mark.slow
+def test_masks_are_kept_when_they_are_frozen(corpus: Path, supernet: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tuned"
+    words = ["supernet", "--from", supernet, "--freeze-masks", "--sparse", STREAMING, *data(corpus), "--out", run]
+    said = asrkit(*words, *quick("seed=2", "adaptive_dropout=true"))
+    assert "the masks are the parent's and stay" in said and "warning" not in said
+    before, after = open_run(supernet).weights(), open_run(run).weights()
+    assert masks_digest(before) == masks_digest(after) == open_run(run).lineage[-1]["masks_sha256"]
+    name = "encoder.blocks.0.conv.out.weight"
+    assert not torch.equal(before[name], after[name])
+    assert [row["sparsity"] for row in metrics(run) if "sparsity" in row] == pytest.approx(
+        [1 - density(model_of(run))] * 4
+    )
+    said = asrkit(*words[:-1], tmp_path / "no", "--sparsity", "0.4", *quick(), code=1)
+    assert "leave out sparsity" in said and not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_the_exported_sparse_member_is_the_one_in_torch(supernet: Path, tmp_path: Path) -> None:
+    """To rounding, chunk by chunk; and the file takes the bytes that are accounted for."""
+    asrkit("export", "--from", supernet, "--variant", "sparse", "--streaming", "--out", tmp_path / "onnx")
+    exported = open_exported(tmp_path / "onnx")
+    for name, part in exported.parts.items():
+        assert part.counted <= part.stored <= part.counted + 64, name
+    assert exported.parts["backbone"].stored < 0.7 * exported.parts["backbone"].float32
+    context = parse_context(STREAMING)
+    model = TorchAcousticModel(model_of(supernet), "sparse", context)
+    files = ExportedAcousticModel(
+        ExportedModel(tmp_path / "onnx", exported.state_size), context, model.vocab_size, model.context_size
+    )
+    features = torch.randn(1, 99, 80) * 3 - 8
+    ours, theirs = (one.encode(features, torch.tensor([99])) for one in (model, files))
+    torch.testing.assert_close(theirs.joiner_in, ours.joiner_in, rtol=1e-3, atol=1e-3)
+    dense = TorchAcousticModel(model_of(supernet), "dense", context).encode(features, torch.tensor([99]))
+    assert not torch.allclose(dense.joiner_in, ours.joiner_in, atol=1e-2)
+    asrkit("export", "--from", supernet, "--variant", "dense", "--out", tmp_path / "server")
+    assert open_exported(tmp_path / "server").parts["backbone"].stored >= exported.parts["backbone"].float32 - 64
+
+
+@pytest.mark.slow
+def test_a_member_is_compressed_by_itself(corpus: Path, supernet: Path, tmp_path: Path) -> None:
+    said = asrkit("qat", "--from", supernet, "--variant", "sparse", "--bits", 4, *data(corpus), "--out", tmp_path / "int4",
+                  *quick())  # fmt: skip
+    assert f"variant sparse alone: dense of {supernet} share its weights" in said
+    assert list(open_run(tmp_path / "int4").model_spec["variants"]) == ["sparse"]
+    before, after = compressed_layers(model_of(supernet)), compressed_layers(model_of(tmp_path / "int4"))
+    for path, layer in after.items():
+        assert torch.equal(layer.mask, before[path].mask) and not layer.weight[~layer.mask].any()
+        assert not layer.codes().codes[~layer.mask].any()
+    asrkit("evaluate", "--from", tmp_path / "int4", "--manifest", corpus / "dev.jsonl.gz")
+    asrkit("export", "--from", tmp_path / "int4", "--streaming", "--out", tmp_path / "onnx")
+    # The dense member is pruned in another way; the sparse one is pruned already.
+    asrkit("prune", "--from", supernet, "--variant", "dense", "--sparsity", "2:4", *data(corpus), "--out", tmp_path / "nm",
+           *quick())  # fmt: skip
+    for layer in compressed_layers(model_of(tmp_path / "nm")).values():
+        assert bool((layer.mask.view(layer.out_features, -1, 4).sum(-1) == 2).all())
+    said = asrkit("prune", "--from", supernet, *data(corpus), "--out", tmp_path / "no", *quick(), code=1)
+    assert "pruned already" in said
+    # Without training, both are quantized.
+    asrkit("quantize", "--from", supernet, "--bits", 8, "--out", tmp_path / "int8")
+    sizes = {row["variant"]: row["bytes"] for row in describe_run(tmp_path / "int8")["variants"]}
+    plain = {row["variant"]: row["bytes"] for row in describe_run(supernet)["variants"]}
+    assert sizes["sparse"] < sizes["dense"] < plain["sparse"] < plain["dense"]
+
+
+@pytest.mark.slow
+def test_other_stages_on_a_supernet(corpus: Path, supernet: Path, tmp_path: Path) -> None:
+    """What is trained on a member runs with that member's masks."""
+    asrkit("add-submodel", "--from", supernet, "--name", "near", *data(corpus), "--out", tmp_path / "near",
+           *quick("training.steps=1"))  # fmt: skip
+    variants = open_run(tmp_path / "near").model_spec["variants"]
+    assert variants["near"]["masks"] and not variants["dense"]["masks"]
+    asrkit("train-backbone", "--from", supernet, "--variant", "dense", *data(corpus), "--out", tmp_path / "on",
+           *quick("training.steps=1"))  # fmt: skip
+    spec = open_run(tmp_path / "on").model_spec
+    assert spec["variant"] == "dense" and not spec["variants"]["dense"]["masks"]
+    before, after = open_run(supernet).weights(), open_run(tmp_path / "on").weights()
+    assert masks_digest(before) == masks_digest(after)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--sparsity", "1.5"], "less than 1"),
+        (["--block", "8"], "write outputs x inputs"),
+        (["--block", "7x1"], "blocks of 7x1 do not divide"),
+        (["--sparsity", "0.99", "--block", "32x16", "--set", "growth.share=0.9"], "is all of them"),
+        (["--sparse", "soon"], "is no context"),
+        (["--variant", "none"], "there are backbone, joint, other"),
+        (["--set", "growth.interval=4"], "would be reached at step 8, but training.steps is 4"),
+        (["--set", "growth.score=adam", "--set", "growth.start=0"], "set growth.start above 0"),
+        (["--set", "contexts.train=[full]"], "use --dense and --sparse"),
+        (["--set", "layers.only=[encoder,joiner]"], "joiner stays dense"),
+        (["--set", "distillation.scale=1", "--set", "loss.transducer_scale=0"], "compares transducers"),
+        (["--freeze-masks"], "leave out growth"),
+        (["--set", "layers.include=[nothing]"], "nothing matches no linear layer"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    corpus: Path, parent: Path, tmp_path: Path, words: list[str], complaint: str
+) -> None:
+    out = tmp_path / "run"
+    brief = quick("growth.interval=1", "growth.share=0.5")
+    said = asrkit("supernet", "--from", parent, *data(corpus), "--out", out, *brief, *words, code=1)
+    assert complaint in said and "Traceback" not in said
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_parents_that_cannot_become_one(corpus: Path, parent: Path, supernet: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    asrkit("quantize", "--from", parent, "--out", tmp_path / "int8")
+    asrkit("prune", "--from", parent, *data(corpus), "--out", tmp_path / "pruned", *quick("training.steps=1"))
+    for run, complaint, *words in (
+        (supernet, "is a supernet already"),
+        (tmp_path / "int8", "is quantized already"),
+        (tmp_path / "pruned", "is pruned already"),
+        (tmp_path / "pruned", "is pruned already", "--freeze-masks"),
+        (parent, "has no masks to keep", "--freeze-masks"),
+    ):
+        said = asrkit(
+            "supernet", "--from", run, *words, *data(corpus), "--out", out, *quick("training.steps=2000"), code=1
+        )
+        assert complaint in said and said.count("\n") == 1 and not out.exists()
