@@ -183,7 +183,7 @@ def qat(
             "quantization.weights.bits": bits,
             "quantization.activations.bits": act_bits,
             "quantization.layers.only": only or None,
-            "budget": _share(budget),
+            "budget": share_of(budget),
             "from_scratch": from_scratch or None,
             "variant": variant,
             "seed": seed,
@@ -195,7 +195,7 @@ def qat(
     train_or_stop(out, lambda: run(parent, manifest, out, settings, teacher=teacher, dev=dev, device=device))
 
 
-def _share(text: str | None) -> float | None:
+def share_of(text: str | None) -> float | None:
     """0.2 of ``20%`` or ``0.2``."""
     from asrkit.errors import UserError
 

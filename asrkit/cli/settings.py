@@ -19,6 +19,7 @@ SETTINGS = {
     "distill": "asrkit.stages.distill:DistillConfig",
     "distill-lm": "asrkit.stages.distill_lm:DistillLmConfig",
     "supernet": "asrkit.methods.supernet.config:SupernetConfig",
+    "supernet-cut": "asrkit.methods.supernet.cut:SearchConfig",
     "prune": "asrkit.stages.prune:PruneConfig",
     "quantize": "asrkit.models.compression:QuantizationConfig",
     "qat": "asrkit.stages.qat:QatConfig",

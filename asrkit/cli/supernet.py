@@ -1,8 +1,9 @@
-"""supernet."""
+"""supernet and supernet-cut."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,8 +28,9 @@ members = partial(typer.Option, rich_help_panel="The two members")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command ``supernet``."""
+    """Add the commands that train a supernet and cut members out of it."""
     app.command("supernet")(supernet)
+    app.command("supernet-cut")(supernet_cut)
 
 
 def supernet(
@@ -94,3 +96,61 @@ def supernet(
     )
     settings = resolve(SupernetConfig, config, overrides or (), options=options)
     train_or_stop(out, lambda: run(parent, manifest, out, settings, dev=dev, device=device))
+
+
+def supernet_cut(
+    parent: Annotated[Path, io("--from", help="Run directory of a supernet.")],
+    out: Annotated[Path, io(help="New run directory.")],
+    sparsity: Annotated[
+        str | None,
+        members(
+            help="Sparsity of the member, such as 0.5, or one for each block, such as 0.5,0.5,0.7; 0 is the dense member."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        members(
+            help="Instead, share of the float size to fit in, such as 40%: sparsities with a low loss on --dev are searched."
+        ),
+    ] = None,
+    dev: Annotated[Path | None, io(help="Cuts to measure the loss of members on, with --budget.")] = None,
+    device: Device = "auto",
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Cut one member out of a supernet, as a run by itself, without training.
+
+    Examples:
+
+        asrkit supernet-cut --from exp/super --sparsity 0.67 --out exp/cut
+
+        asrkit supernet-cut --from exp/many --budget 50% --dev data/prompts/dev.jsonl.gz --out exp/half
+
+    A member has one of the sparsities that the supernet was trained with in each block of the encoder (`members.sparsities`).
+    """
+    from asrkit.cli.compress import share_of
+    from asrkit.config import resolve
+    from asrkit.errors import UserError
+    from asrkit.methods.supernet.cut import SearchConfig
+    from asrkit.stages.supernet_cut import supernet_cut as run
+
+    if (sparsity is None) == (budget is None):
+        raise UserError("give either --sparsity, or --budget with --dev")
+    if (budget is None) != (dev is None):
+        raise UserError("--budget searches by the loss on --dev; give both, or --sparsity alone")
+    settings = resolve(SearchConfig, config, overrides or ())
+    chosen = None if sparsity is None else _numbers(sparsity)
+    run(parent, out, settings, chosen=chosen, budget=share_of(budget), dev=dev, device=device, tell=typer.echo)
+    typer.echo(f"{out}: cut out; `asrkit info {out}` shows its size, `asrkit evaluate` measures it")
+
+
+def _numbers(text: str) -> list[float]:
+    """``0.5,0.7`` as [0.5, 0.7]."""
+    from asrkit.errors import UserError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--sparsity {text}: write a share such as 0.5, or one for each block, such as 0.5,0.5,0.7"
+        ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from lhotse import CutSet
@@ -28,7 +28,7 @@ class Batch:
     symbols: (B, U) int64 padded with 0, symbol_lens: (B,); empty when no tokenizer was given.
     clean: (B, T, 80), the features without what changed their sound and not their timing; empty when not asked for.
     durations: seconds of audio, as perturbed. segments: what ``TrainBatches.annotate`` made, by name.
-    num_encoder_frames: of all utterances, a plain number, so that nothing waits for the device to know it.
+    encoder_frames: of each utterance, plain numbers, so that nothing waits for the device to know them.
     """
 
     features: Tensor
@@ -41,12 +41,23 @@ class Batch:
     symbol_lens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     clean: Tensor = field(default_factory=lambda: torch.zeros(0))
     segments: dict[str, Segments] = field(default_factory=dict)
-    num_encoder_frames: int = -1
+    encoder_frames: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.num_encoder_frames < 0:
-            frames = sum(count_encoder_frames(length) for length in self.feature_lens.tolist())
-            object.__setattr__(self, "num_encoder_frames", frames)
+        if not self.encoder_frames:
+            frames = [count_encoder_frames(length) for length in self.feature_lens.tolist()]
+            object.__setattr__(self, "encoder_frames", frames)
+
+    @property
+    def num_encoder_frames(self) -> int:
+        """Of all utterances."""
+        return sum(self.encoder_frames)
+
+    def part(self, begin: int, end: int) -> Batch:
+        """Some of the utterances, padded as before; without ``segments``."""
+        rows = slice(begin, end)
+        every = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "segments"}
+        return Batch(**every)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""

@@ -79,7 +79,7 @@ def choose_layers(model: nn.Module, choice: LayerChoice, active: Sequence[str] |
     for pattern in (*choice.include, *choice.exclude):
         if not any(fnmatchcase(path, pattern) for path in every):
             raise UserError(f"layers.include and exclude: {pattern} matches no linear layer; {_some(every)}")
-    blocks = {block for path in every if (block := _block(path)) is not None}
+    blocks = {block for path in every if (block := block_of(path)) is not None}
     if choice.first is not None and choice.first > len(blocks):
         raise UserError(f"layers.first={choice.first}: the encoder has {len(blocks)} blocks")
     chosen = {
@@ -87,7 +87,7 @@ def choose_layers(model: nn.Module, choice: LayerChoice, active: Sequence[str] |
         for path, layer in every.items()
         if _part_of(path) in choice.only
         and (active is None or _part_of(path) != "submodels" or path.split(".")[2] in active)
-        and (choice.first is None or _block(path) is None or _block(path) < choice.first)  # type: ignore[operator]
+        and (choice.first is None or block_of(path) is None or block_of(path) < choice.first)  # type: ignore[operator]
         and (not choice.include or any(fnmatchcase(path, pattern) for pattern in choice.include))
         and not any(fnmatchcase(path, pattern) for pattern in choice.exclude)
     }
@@ -106,7 +106,7 @@ def _part_of(path: str) -> str:
     return {"encoder": "encoder", "joiner": "joiner", "ctc_head": "ctc_head"}.get(path.partition(".")[0], "")
 
 
-def _block(path: str) -> int | None:
+def block_of(path: str) -> int | None:
     """The number of the encoder block a layer belongs to; None for one outside of blocks."""
     words = path.split(".")
     if words[:2] == ["encoder", "blocks"]:

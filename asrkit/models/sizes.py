@@ -65,7 +65,7 @@ def part_sizes(
     counted: dict[str, dict[str, Any]] = {}
     for name, shape in shapes.items():
         layer, _, tensor = name.rpartition(".")
-        if name.partition(".")[0] in TRAINING_ONLY or tensor == "mask":
+        if name.partition(".")[0] in TRAINING_ONLY or tensor in ("mask", "reach"):
             continue
         part = counted.setdefault(part_of(name), {"bytes": 0.0, "float_bytes": 0, "weights": 0, "kept": 0, "bits": []})
         numbers = math.prod(shape)

@@ -46,8 +46,8 @@ def rebuild(spec: ModelSpec | PretrainedEncoderSpec, origin: Origin, *, new: Nam
 
 
 def is_mask(name: str) -> bool:
-    """Whether a tensor is a layer's mask, which is built as all True."""
-    return name.endswith(".mask")
+    """Whether a tensor is a layer's mask, or the masks of its levels, which are built as all True."""
+    return name.endswith((".mask", ".reach"))
 
 
 def _named(name: str, names: Names) -> bool:
@@ -118,6 +118,7 @@ def reinitialized(model: AsrModel, active: Sequence[str]) -> AsrModel:
 def recompressed(model: AsrModel, how: Mapping[str, Compression]) -> AsrModel:
     """The model with ``how`` in place of its own compression; the other layers have their latent float weights."""
     masked = {f"{path}.mask" for path, one in how.items() if one.mask is not None}
+    masked |= {f"{path}.reach" for path, one in how.items() if one.levels}
     spec = replace(model.spec, compression=dict(how))
     return rebuild(spec, model, drop=lambda name: is_mask(name) and name not in masked)
 
@@ -134,6 +135,7 @@ def in_variant(model: AsrModel, variant: str) -> AsrModel:
     if not spec.compression or all(each.masks and each.integers for each in spec.variants.values()):
         return model
     left = {path: how.restricted(wanted.masks, wanted.integers) for path, how in spec.compression.items()}
+    left = {path: replace(how, levels=[]) for path, how in left.items()}  # those are of members that are no variants
     model = recompressed(model, {path: how for path, how in left.items() if how.mask or how.weights})
     variants = {variant: replace(wanted, masks=True, integers=True)}
     return rebuild(replace(model.spec, variant=variant, variants=variants), model)

@@ -231,16 +231,24 @@ class CompressedLinear(nn.Linear):
     ``weight`` stays the latent float32 tensor that the optimizer moves; ``mask`` (O, I), where there is one, is a buffer.
     ``switch`` turns the mask and the integers off and on: ``active`` is what is left of ``how``, and what the layer does now.
     ``straight_through`` False gives pruned weights no gradient (the papers' way); True lets theirs through as if they were there.
+    ``reach`` (O / rows, I / columns) uint8, where ``how`` has levels, is at how many of them a block stays; ``level`` is the one whose
+    mask counts, None being ``mask``.
     """
 
     mask: Tensor
+    reach: Tensor
     straight_through: bool = False
+    level: int | None = None
 
     def __init__(self, inputs: int, outputs: int, how: Compression, bias: bool = True) -> None:
         super().__init__(inputs, outputs, bias)
         self.how = self.active = how
         if how.mask is not None:
             self.register_buffer("mask", torch.ones(outputs, inputs, dtype=torch.bool))
+            rows, columns = how.mask.block
+            if how.levels:
+                every = torch.full((outputs // rows, inputs // columns), len(how.levels), dtype=torch.uint8)
+                self.register_buffer("reach", every)
 
     def switch(self, *, masks: bool, integers: bool) -> None:
         """Run with or without the mask, and with or without the integers, from here on. Without a mask the latent weights count
@@ -266,7 +274,13 @@ class CompressedLinear(nn.Linear):
             return self.weight
         if self.straight_through:
             return _StraightThroughMask.apply(self.weight, self.mask)  # type: ignore[no-any-return]
-        return torch.where(self.mask, self.weight, torch.zeros_like(self.weight))
+        mask = self.mask if self.level is None else self.level_mask(self.level)
+        return torch.where(mask, self.weight, torch.zeros_like(self.weight))
+
+    def level_mask(self, level: int) -> Tensor:
+        """The weights that stay at a level, bool (O, I)."""
+        assert self.how.mask is not None
+        return spread_blocks(self.reach > level, self.how.mask.block)
 
     def codes(self) -> Codes:
         """The integers and scales of the layer as it is now: what an export holds.
@@ -358,6 +372,19 @@ def spread_blocks(each: Tensor, block: tuple[int, int]) -> Tensor:
     """A value for each block, (O / rows, I / columns), as one for each weight, (O, I)."""
     (down, across), (rows, columns) = each.shape, block
     return each.view(down, 1, across, 1).expand(down, rows, across, columns).reshape(down * rows, across * columns)
+
+
+def ranks(scores: Tensor, first: Tensor | None = None) -> Tensor:
+    """The place of each block by its score, the best being 0, in the shape of ``scores``; equal ones keep their order.
+
+    Args:
+        first: bool, blocks that come before all others whatever their scores.
+    """
+    order = scores.flatten().sort(descending=True, stable=True).indices
+    if first is not None:
+        order = order[first.flatten()[order].to(torch.uint8).sort(descending=True, stable=True).indices]
+    places = torch.arange(len(order), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places).view_as(scores)
 
 
 def best_blocks(scores: Tensor, sparsity: float) -> Tensor:

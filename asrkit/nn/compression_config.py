@@ -4,7 +4,7 @@ model specs are made of; ``nn.compression`` does it, and names the sources.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -113,6 +113,9 @@ class Compression:
     """How the inputs become integers; null keeps them float."""
     mask: Mask | None = None
     """Which weights stay; null keeps them all."""
+    levels: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = field(default_factory=list)
+    """Sparsities, ascending and all below the mask's, that the layer has in other members of a supernet; it then stores for each block at
+    how many of them the block stays."""
     product: Literal["native", "fake"] = "native"
     """native multiplies the integers and scales the result (the papers' way); fake scales the weights before the
     product, for comparison."""
@@ -124,6 +127,13 @@ class Compression:
             raise ValueError(
                 "asymmetric weights have no exact zero, so pruned ones would come back; use symmetric=true with a mask"
             )
+        if self.levels and (
+            self.mask is None
+            or self.mask.sparsity is None
+            or self.levels != sorted({*self.levels})
+            or self.levels[-1] >= self.mask.sparsity
+        ):
+            raise ValueError("levels are ascending shares below the sparsity of a mask of blocks")
         if self.activations is not None and (weights is None or not weights.symmetric):
             raise ValueError("integer activations need symmetric integer weights")
         return self
@@ -135,6 +145,7 @@ class Compression:
         return replace(
             self,
             mask=self.mask if masks else None,
+            levels=self.levels if masks else [],
             weights=self.weights if integers else None,
             activations=self.activations if integers else None,
         )

@@ -23,7 +23,7 @@ from asrkit.models.digests import backbone_digest
 from asrkit.models.encoder import SubModel
 from asrkit.models.registry import spec_of
 from asrkit.models.spec import ContextText
-from asrkit.models.surgery import rebuild
+from asrkit.models.surgery import is_mask, rebuild
 from asrkit.nn.context import FULL, parse_context
 from asrkit.run_dir import open_run
 from asrkit.training.asr_loss import asr_loss
@@ -203,7 +203,7 @@ def _start(model: AsrModel, name: str, init: str) -> None:
     if init == NOOP:
         added.silence()
     elif init != RANDOM:
-        weights = {key: t for key, t in model.encoder.submodels[init].state_dict().items() if not key.endswith(".mask")}
+        weights = {key: t for key, t in model.encoder.submodels[init].state_dict().items() if not is_mask(key)}
         try:
             added.load_state_dict(weights)
         except RuntimeError:

@@ -77,7 +77,7 @@ def _parts(run: RunDir) -> list[dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
     for name, (numbers, size) in run.tensor_sizes().items():
         part = parts.setdefault(_part_of(name), {"parameters": 0, "bytes": 0})
-        part["parameters"] += 0 if name.endswith(".mask") else numbers
+        part["parameters"] += 0 if name.endswith((".mask", ".reach")) else numbers
         part["bytes"] += size
     return [{"part": name, **part} for name, part in sorted(parts.items())]
 

@@ -66,6 +66,7 @@ def build_task(settings: SupernetConfig, parent: Path, batches: TrainBatches) ->
     frozen, growth, lasso = settings.freeze_masks, settings.growth, settings.lasso
     final = 0 if frozen else growth.final(settings.sparsity)
     contexts = {DENSE: parse_context(settings.dense), SPARSE: parse_context(settings.sparse)}
+    random = settings.members.random if any(how.levels for how in spec.compression.values()) else 0
     kept = density(model) if frozen else 1.0
 
     def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> None:
@@ -82,6 +83,7 @@ def build_task(settings: SupernetConfig, parent: Path, batches: TrainBatches) ->
             contexts,
             draws=settings.draws,
             dense_steps=settings.dense_steps,
+            random=random,
             sparsity=1 - kept if frozen else growth.sparsity_at(step, settings.sparsity),
             adaptive_dropout=settings.adaptive_dropout,
             distillation=settings.distillation,

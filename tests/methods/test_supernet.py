@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise, product
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,12 +15,16 @@ from torch import Tensor, nn
 
 from asrkit.config import from_dict
 from asrkit.data.batch import Batch
+from asrkit.errors import UserError
+from asrkit.methods.supernet import loss as loss_module
 from asrkit.methods.supernet.config import GrowthConfig, InPlaceConfig
-from asrkit.methods.supernet.loss import sparse_dropout, supernet_loss
+from asrkit.methods.supernet.cut import SearchConfig, byte_costs, cut, groups, search, sparsities
+from asrkit.methods.supernet.loss import random_levels, sparse_dropout, split, supernet_loss
 from asrkit.methods.supernet.masks import density, grow_masks, lasso_decay
-from asrkit.methods.supernet.members import DENSE, SPARSE
+from asrkit.methods.supernet.members import DENSE, RANDOM, SPARSE
 from asrkit.models import AsrModel, ModelSpec
-from asrkit.models.compression import compressed_layers, masked_layers
+from asrkit.models.compression import block_of, compressed_layers, masked_layers
+from asrkit.models.sizes import sizes
 from asrkit.models.surgery import dequantized_model, in_variant
 from asrkit.nn.compression import CompressedLinear, block_sums, find_mask, spread_blocks
 from asrkit.nn.compression_config import Compression, Mask
@@ -29,6 +36,7 @@ from helpers.encoders import contexts, randomize
 LOSS = LossConfig(backend="torch")
 STREAMING = parse_context("chunk=2,left=3")
 CONTEXTS = {DENSE: FULL, SPARSE: STREAMING}
+AT_ONCE = GrowthConfig(kind="cubic", times=1, start=0)
 # Each step draws one member for sure.
 ONLY = {DENSE: {"dense_steps": 10**9}, SPARSE: {"draws": (0, 1)}}
 
@@ -216,8 +224,8 @@ def batch() -> Batch:
     )  # fmt: skip
 
 
-def super_model(dropout: float = 0.0, sparsity: float = 0.5) -> AsrModel:
-    """A supernet with attention, some of whose blocks are masked, in training mode."""
+def super_model(dropout: float = 0.0, levels: tuple[float, ...] = ()) -> AsrModel:
+    """A supernet with attention, some of whose layers are masked, at a sparsity of 0.5, in training mode."""
     torch.manual_seed(0)
     masked = [
         "encoder.blocks.0.feedforward1.widen",
@@ -235,12 +243,11 @@ def super_model(dropout: float = 0.0, sparsity: float = 0.5) -> AsrModel:
             SPARSE: {"submodels": ["joint"], "contexts": [str(STREAMING)]},
         },
         "variant": SPARSE,
-        "compression": {path: {"mask": {"sparsity": sparsity, "block": [8, 1]}} for path in masked},
+        "compression": {path: {"mask": {"sparsity": 0.5, "block": [8, 1]}, "levels": list(levels)} for path in masked},
     }
     model = AsrModel(from_dict(ModelSpec, spec, "test"))
     randomize(model, 5)
-    for _, layer, mask in masked_layers(model):
-        layer.mask.copy_(find_mask(layer.weight.abs(), mask))
+    grow_masks(model, optimizer_of(model), 0, AT_ONCE)
     return model.train()
 
 
@@ -294,7 +301,7 @@ def test_adaptive_dropout_is_less_in_sparse_steps_beside_masks() -> None:
     everywhere = [module for module in model.modules() if isinstance(module, Dropout) and module.p > 0]
     block, submodel = model.encoder.blocks[0], model.encoder.submodels["joint"]
     beside = [block.feedforward1.dropout, model.encoder.blocks[1].conv.dropout, submodel.layers["0"].dropout]  # type: ignore[union-attr, index, operator]
-    with sparse_dropout(model, 0.75):
+    with sparse_dropout(model, dict.fromkeys(compressed_layers(model), 0.75)):
         assert [module.dropped_levels for module in beside] == [32, 32, 32]  # type: ignore[union-attr]
         assert all(module.dropped_levels == 128 for module in everywhere if not any(module is one for one in beside))
         x = torch.ones(20000)
@@ -350,3 +357,128 @@ def test_chunk_by_chunk_is_the_masked_pass_of_the_sparse_member(context: Context
     assert lens.tolist() == [context.chunk * chunks]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(dense, whole, atol=1e-3)
+
+
+# --- members between the two
+
+LEVELS = (0.0, 0.2, 0.4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(BLOCKS, st.booleans(), st.integers(0, 10**6))
+def test_masks_of_members_are_nested_and_no_sparser_than_the_sparsest(block: Any, monotone: bool, seed: int) -> None:
+    model = layers_of(block, 0.75, [(3, 8), (1, 5)], seed)
+    for layer in compressed_layers(model).values():
+        layer.how = layer.active = Compression(mask=layer.how.mask, levels=list(LEVELS))
+        shape = (layer.out_features // block[0], layer.in_features // block[1])
+        layer.register_buffer("reach", torch.full(shape, 3, dtype=torch.uint8))
+    growth = GrowthConfig(kind="cubic", times=3, start=0, interval=1, monotone=monotone)
+    for step in range(3):
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        grow_masks(model, torch.optim.SGD(model.parameters(), lr=0.1), step, growth)
+        now = growth.sparsity_at(step, 0.75)
+        for _, layer, mask in masked_layers(model):
+            number, scores = layer.reach.numel(), block_sums(layer.weight.detach().square(), mask.block)
+            every = [*(layer.level_mask(level) for level in range(3)), layer.mask]
+            for share, one in zip((*LEVELS, 0.75), every, strict=True):
+                stay = one[:: block[0], :: block[1]]
+                assert int(stay.sum()) == number - round(min(share, now) * number)
+                if not monotone:  # the best by their size
+                    assert not stay.any() or stay.all() or bool(scores[stay].min() >= scores[~stay].max())
+            assert not any((inner & ~outer).any() for outer, inner in pairwise(every))
+
+
+def test_a_batch_is_split_between_the_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part's losses are those of its member cut out as a model by itself; every member has a part."""
+    model = super_model(levels=LEVELS)
+    four = replace(
+        batch(), features=batch().features[[0, 1, 0, 1, 0]], feature_lens=batch().feature_lens[[0, 1, 0, 1, 0]],
+        cut_ids=list("abcde"), texts=[""] * 5, languages=[""] * 5, durations=[1.0] * 5, encoder_frames=[],
+        symbols=batch().symbols[[0, 1, 0, 1, 0]], symbol_lens=batch().symbol_lens[[0, 1, 0, 1, 0]],
+    )  # fmt: skip
+    drawn: list[dict[str, int | None]] = []
+    parts: list[tuple[str, Batch]] = []
+    draw, divide = loss_module.random_levels, loss_module.split
+    monkeypatch.setattr(loss_module, "random_levels", lambda model: drawn.append(draw(model)) or drawn[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(loss_module, "split", lambda *words: parts.extend(divide(*words)) or parts)  # type: ignore[func-returns-value]
+    torch.manual_seed(4)
+    output = supernet_loss(model, four, 5, LOSS, CONTEXTS, random=2, sparsity=0.5)
+    assert sorted(member for member, _ in parts) == [DENSE, RANDOM, RANDOM, SPARSE]
+    assert [cut_id for _, part in parts for cut_id in part.cut_ids] == four.cut_ids and len(output.losses) == 5
+    assert drawn[0] != drawn[1]
+    expected = []
+    for member, part in parts:
+        if member == RANDOM:
+            levels = drawn.pop(0)
+            shares = {block_of(path): 0.5 if level is None else LEVELS[level] for path, level in levels.items()}
+            alone = cut(model, shares)
+            assert all(layer.level is None for layer in compressed_layers(model).values())
+        else:
+            alone = in_variant(model, member)
+        context = FULL if member == DENSE else STREAMING
+        expected.append(forward_losses(dequantized_model(alone).train(), part, 5, LOSS, None, context, None).losses)
+    torch.testing.assert_close(output.losses, torch.cat(expected))
+    assert output.count == four.num_encoder_frames
+    assert sum(float(output.metrics[name].divisor or 0) for name in (DENSE, SPARSE, RANDOM)) == output.count
+
+
+def test_fewer_utterances_than_members() -> None:
+    torch.manual_seed(0)
+    seen = {
+        member for _ in range(40) for member, part in split(batch(), [DENSE, SPARSE, RANDOM, RANDOM]) if part.cut_ids
+    }
+    assert seen == {DENSE, SPARSE, RANDOM}
+    for _ in range(5):
+        assert [part.cut_ids for _, part in split(batch(), [DENSE, SPARSE, RANDOM, RANDOM])] == [["a"], ["b"]]
+
+
+def test_random_members_draw_a_sparsity_for_each_block() -> None:
+    model = super_model(levels=LEVELS)
+    torch.manual_seed(0)
+    drawn = [random_levels(model) for _ in range(80)]
+    by_block = [{block_of(path): level for path, level in one.items()} for one in drawn]
+    assert all(len({levels[path] for path in levels if block_of(path) == 0}) == 1 for levels in drawn)
+    pairs = {(one[0], one[1]) for one in by_block}
+    assert len(pairs) == 16  # four choices in each of two blocks
+
+
+def test_bytes_of_members_are_those_of_what_is_cut() -> None:
+    model = super_model(levels=LEVELS)
+    costs, rest, plain = byte_costs(model)
+    shares = sparsities(model)
+    assert shares == [*LEVELS, 0.5] and groups(model) == [0, 1]
+    for genome in [(0, 0), (3, 3), (1, 2), (2, 0)]:
+        rows = sizes(cut(model, {0: shares[genome[0]], 1: shares[genome[1]]})).values()
+        counted = rest + sum(row[choice] for row, choice in zip(costs, genome, strict=True))
+        assert counted == pytest.approx(sum(row["bytes"] for row in rows), abs=4)
+        assert plain == sum(row["float_bytes"] for row in rows)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 10**6), st.floats(0, 1))
+def test_the_search_stays_within_the_budget_and_finds_the_best_of_few(
+    blocks: int, last: int, seed: int, share: float
+) -> None:
+    draw = Random(seed)
+    costs = [sorted((draw.uniform(1, 100) for _ in range(last + 1)), reverse=True) for _ in range(blocks)]
+    values = {genome: draw.random() for genome in product(range(last + 1), repeat=blocks)}
+    least, most = (sum(row[choice] for row in costs) for choice in (-1, 0))
+    allowed = least + share * (most - least) + 1e-9
+    asked: list[tuple[int, ...]] = []
+
+    def loss(genome: tuple[int, ...]) -> float:
+        asked.append(genome)
+        return values[genome]
+
+    def cost(genome: tuple[int, ...]) -> float:
+        return sum(row[choice] for row, choice in zip(costs, genome, strict=True))
+
+    found = search(loss, costs, allowed, SearchConfig(population=64, generations=6, parents=8, mutation=0.5, seed=seed))
+    assert all(cost(genome) <= allowed for genome in asked) and len(asked) == len(set(asked))
+    assert values[found] == min(values[genome] for genome in asked)
+    possible = [genome for genome in values if cost(genome) <= allowed]
+    if len(possible) <= 20:
+        assert values[found] == min(values[genome] for genome in possible)
+    with pytest.raises(UserError, match="raise it"):
+        search(loss, costs, least - 0.5, SearchConfig())

@@ -13,7 +13,7 @@ from asrkit.decoding.exported import ExportedAcousticModel
 from asrkit.export.directory import open_exported
 from asrkit.export.runtime import ExportedModel
 from asrkit.methods.supernet.masks import density, masks_digest
-from asrkit.models.compression import compressed_layers
+from asrkit.models.compression import block_of, compressed_layers
 from asrkit.models.surgery import is_mask
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import open_run
@@ -229,6 +229,8 @@ def test_other_stages_on_a_supernet(corpus: Path, supernet: Path, tmp_path: Path
         (["--set", "layers.only=[encoder,joiner]"], "joiner stays dense"),
         (["--set", "distillation.scale=1", "--set", "loss.transducer_scale=0"], "compares transducers"),
         (["--freeze-masks"], "leave out growth"),
+        (["--set", "members.sparsities=[0.5,0.7]"], "stay below the sparsity of 0.67"),
+        (["--set", "members.sparsities=[0.5]", "--set", "draws=[1,2]"], "leave draws out"),
         (["--set", "layers.include=[nothing]"], "nothing matches no linear layer"),
     ],
 )
@@ -258,3 +260,106 @@ def test_parents_that_cannot_become_one(corpus: Path, parent: Path, supernet: Pa
             "supernet", "--from", run, *words, *data(corpus), "--out", out, *quick("training.steps=2000"), code=1
         )
         assert complaint in said and said.count("\n") == 1 and not out.exists()
+
+
+# --- members between the two, and what is cut out
+
+LEVELS = [
+    "members.sparsities=[0.1,0.3]",
+    "growth.kind=cubic",
+    "growth.times=2",
+    "growth.monotone=false",
+    "growth.score=adam",
+]
+
+
+@pytest.fixture(scope="module")
+def many(corpus: Path, parent: Path) -> Path:
+    run = corpus / "many"
+    words = ["--from", parent, "--variant", "joint", *MEMBERS, *data(corpus), "--out", run]
+    asrkit(
+        "supernet",
+        *words,
+        *quick(*GROWTH, *LEVELS, "training.steps=4", "distillation.scale=0.1", "adaptive_dropout=true"),
+    )
+    return run
+
+
+@pytest.mark.slow
+def test_any_member_is_cut_out_as_a_run(corpus: Path, many: Path, supernet: Path, tmp_path: Path) -> None:
+    model = model_of(many)
+    assert all(row.get("random") for row in metrics(many) if "loss" in row)
+    features, lens = torch.randn(1, 83, 80) * 3 - 8, torch.tensor([83])
+    for text, shares in (("0.3", (0.3, 0.3, 0.3)), ("0.5", (0.5, 0.5, 0.5)), ("0.1,0.5,0.3", (0.1, 0.5, 0.3))):
+        run = tmp_path / text
+        asrkit("supernet-cut", "--from", many, "--sparsity", text, "--out", run)
+        alone = model_of(run)
+        assert list(alone.spec.variants) == ["sparse"] and alone.spec.variants["sparse"].contexts == [STREAMING]
+        assert not any(name.endswith(".reach") for name in alone.state_dict())
+        for path, layer in compressed_layers(alone).items():
+            share = (
+                shares[0] if ".blocks." not in path and ".layers." not in path else shares[1 + (block_of(path) or 0)]
+            )
+            assert int((~layer.mask).sum()) == 8 * round(share * layer.mask.numel() / 8), path
+            assert not layer.weight[~layer.mask].any()
+        assert list(open_run(run).lineage[-1]["sparsities"].values()) == list(shares)
+        if text == "0.5":  # the sparse variant itself
+            with torch.no_grad():
+                outputs = [one.encode(features, lens, "sparse")[0] for one in (model, alone)]
+            torch.testing.assert_close(*outputs)
+    asrkit("evaluate", "--from", run, "--manifest", corpus / "dev.jsonl.gz")
+    asrkit("export", "--from", run, "--streaming", "--out", tmp_path / "onnx")
+    asrkit("qat", "--from", run, "--bits", 4, *data(corpus), "--out", tmp_path / "int4", *quick("training.steps=1"))
+    # Two members: either of them.
+    asrkit("supernet-cut", "--from", supernet, "--sparsity", 0, "--out", tmp_path / "dense")
+    assert not compressed_layers(model_of(tmp_path / "dense"))
+    said = asrkit("supernet-cut", "--from", supernet, "--sparsity", 0.3, "--out", tmp_path / "no", code=1)
+    assert "no member of" in said and "choose from 0.5, or 0" in said and not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_member_within_a_budget_is_searched(corpus: Path, many: Path, tmp_path: Path) -> None:
+    words = [
+        "supernet-cut",
+        "--from",
+        many,
+        "--dev",
+        corpus / "dev.jsonl.gz",
+        "--set",
+        "population=6",
+        "--set",
+        "generations=2",
+    ]
+    said = asrkit(*words, "--budget", "82%", "--out", tmp_path / "small")
+    (row,) = describe_run(tmp_path / "small")["variants"]
+    whole = next(row for row in describe_run(many)["variants"] if row["variant"] == "dense")["bytes"]
+    assert row["bytes"] <= 0.82 * whole
+    assert "generation 2: loss" in said and f"{row['bytes']:,} bytes" in said
+    asrkit(*words, "--budget", "82%", "--out", tmp_path / "again")
+    assert weights_equal(tmp_path / "small", tmp_path / "again")
+    said = asrkit(*words, "--budget", "20%", "--out", tmp_path / "no", code=1)
+    assert "the sparsest member needs" in said and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "give either --sparsity, or --budget"),
+        (["--budget", "50%"], "give both"),
+        (["--sparsity", "much"], "write a share such as 0.5"),
+        (["--sparsity", "0.5"], "is no supernet"),
+    ],
+)
+def test_mistakes_of_cutting(parent: Path, tmp_path: Path, words: list[str], complaint: str) -> None:
+    said = asrkit("supernet-cut", "--from", parent, *words, "--out", tmp_path / "run", code=1)
+    assert complaint in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_sparsities_that_no_member_has(many: Path, tmp_path: Path) -> None:
+    for text, complaint in (
+        ("0.2", "choose from 0.1, 0.3, 0.5"),
+        ("0.1,0.3", "give one, or 3, for outside of blocks, block 0, block 1"),
+    ):
+        said = asrkit("supernet-cut", "--from", many, "--sparsity", text, "--out", tmp_path / "run", code=1)
+        assert complaint in said and said.count("\n") == 1 and not (tmp_path / "run").exists()

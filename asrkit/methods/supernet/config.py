@@ -89,6 +89,18 @@ class InPlaceConfig:
 
 
 @config
+class MembersConfig:
+    """Further members, with another sparsity in each layer, any of which can be cut out afterwards (arXiv 2110.08352)."""
+
+    sparsities: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = field(default_factory=list)
+    """Sparsities that a random member draws from for each encoder block, beside `sparsity`, which must be the largest; such
+    as [0.5, 0.6, 0.7] with a sparsity of 0.8, as in the paper. Empty: there are the dense and the sparse member only."""
+    random: Positive = 2
+    """Random members in a step. Each batch is split in equal parts, one for the dense member, one for the sparse one and one
+    for each random one (the sandwich rule)."""
+
+
+@config
 class SupernetConfig(FineTuneConfig):
     """Settings of supernet (arXiv 2207.11906, arXiv 2110.08352). config.yaml of the run holds them all."""
 
@@ -114,6 +126,8 @@ class SupernetConfig(FineTuneConfig):
     """When the masks grow, and what stays."""
     lasso: LassoConfig = field(default_factory=LassoConfig)
     """A decay that makes whole blocks small beforehand."""
+    members: MembersConfig = field(default_factory=MembersConfig)
+    """Members between the two."""
     layers: LayerChoice = field(default_factory=LayerChoice)
     """Which linear layers have masks; never the joiner."""
     freeze_masks: bool = False
@@ -130,7 +144,7 @@ def contradictions(settings: SupernetConfig) -> list[str]:
     final = growth.final(settings.sparsity)
     if settings.freeze_masks:
         plain = SupernetConfig()
-        asked = [name for name in ("sparsity", "block", "growth", "lasso", "layers")
+        asked = [name for name in ("sparsity", "block", "growth", "lasso", "members", "layers")
                  if getattr(settings, name) != getattr(plain, name)]  # fmt: skip
         if asked:
             findings.append(f"freeze_masks keeps the parent's masks as they are; leave out {', '.join(asked)}")
@@ -143,6 +157,13 @@ def contradictions(settings: SupernetConfig) -> list[str]:
         findings.append(
             "growth.score=adam needs what the optimizer learns in the steps before; set growth.start above 0"
         )
+    sparsities = settings.members.sparsities
+    if sparsities and (sparsities != sorted({*sparsities}) or sparsities[-1] >= settings.sparsity):
+        findings.append(
+            f"members.sparsities: {sparsities} must ascend and stay below the sparsity of {settings.sparsity}"
+        )
+    if sparsities and settings.draws != (1, 1):
+        findings.append("draws: with members.sparsities every batch is split between the members; leave draws out")
     if settings.contexts != ContextsConfig():
         findings.append("contexts: the members have one context each; use --dense and --sparse instead")
     if others := [part for part in settings.layers.only if part in ("joiner", "ctc_head")]:

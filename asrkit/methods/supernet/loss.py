@@ -5,22 +5,22 @@ Sources: self-pruning (arXiv 2207.11906); adaptive dropout and in-place distilla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asrkit.data.batch import Batch
 from asrkit.methods.supernet.config import InPlaceConfig
-from asrkit.methods.supernet.members import DENSE, SPARSE
+from asrkit.methods.supernet.members import DENSE, RANDOM, SPARSE
 from asrkit.models import AsrModel
-from asrkit.nn.compression import CompressedLinear
+from asrkit.models.compression import block_of, masked_layers
 from asrkit.nn.context import Context
 from asrkit.nn.dropout import Dropout
-from asrkit.training.asr_loss import LossConfig, forward_losses, in_place_divergence
+from asrkit.training.asr_loss import ForwardPass, LossConfig, forward_losses, in_place_divergence
 from asrkit.training.contexts import drawn
-from asrkit.training.step import LossOutput, Metric
+from asrkit.training.step import LossOutput, Metric, add_metrics
 
 
 def supernet_loss(
@@ -32,58 +32,133 @@ def supernet_loss(
     *,
     draws: tuple[int, int] = (1, 1),
     dense_steps: int = 0,
+    random: int = 0,
     sparsity: float = 0.0,
     adaptive_dropout: bool = False,
     distillation: InPlaceConfig | None = None,
 ) -> LossOutput:
-    """The recognizer's losses of a batch in one of the two members, which torch's generator draws for each process and step.
+    """The recognizer's losses of a batch in one member, which torch's generator draws for each process and step; or, if there are
+    ``random`` ones beside the two, of its parts in all of them.
 
     Args:
-        contexts: of DENSE and SPARSE.
+        contexts: of DENSE and SPARSE; random members run in that of SPARSE.
         draws: how often dense and sparse are drawn, as a ratio. dense_steps: the first steps, which are dense without a draw.
+        random: number of random members.
         sparsity: of the sparse member at this step. adaptive_dropout: see ``sparse_dropout``.
     """
-    member = DENSE if step < dense_steps else drawn([DENSE] * draws[0] + [SPARSE] * draws[1])
-    with sparse_dropout(model, sparsity if adaptive_dropout and member == SPARSE else 0.0):
-        own = forward_losses(model, batch, step, settings, member, contexts[member], None)
-    losses, frames, metrics = own.losses, float(batch.num_encoder_frames), dict(own.metrics)
-    for name in (DENSE, SPARSE):  # both in every process, so that they can be added up
-        drawn_now = name == member
-        metrics[name] = Metric(losses.detach().sum() if drawn_now else 0.0, frames if drawn_now else 0.0)
-    metrics["sparsity"] = Metric(sparsity, 1.0)
+    members = [DENSE, SPARSE, *[RANDOM] * random]
+    if step < dense_steps:
+        parts = [(DENSE, batch)]
+    elif random:
+        parts = split(batch, members)
+    else:
+        parts = [(drawn([DENSE] * draws[0] + [SPARSE] * draws[1]), batch)]
+    # Of all members in every process, so that they can be added up.
+    losses, metrics = [], {member: Metric(0.0, 0.0) for member in members}
     if distillation is not None and distillation.scale > 0:
-        divergence = torch.zeros_like(losses)
-        if member == SPARSE:  # after its own pass: autocast keeps the weights it cast in that, which have gradients
-            assert own.joiner_in is not None  # refused before training
-            with torch.no_grad():
-                languages = model.language_ids(batch.languages)
-                encoded, lens = model.encode(
-                    batch.features, batch.feature_lens, DENSE, contexts[DENSE], languages=languages
-                )
-                teacher = (model.joiner.project_encoder(encoded), own.joiner_in[1].detach())
-            divergence = in_place_divergence(model, batch, own, teacher, lens, distillation.classes, distillation.delay)
-            losses = losses + distillation.scale * divergence
-        metrics["distillation"] = Metric(divergence.detach().sum(), frames if member == SPARSE else 0.0)
-    return LossOutput(losses, frames, metrics)
+        metrics["distillation"] = Metric(0.0, 0.0)
+    for member, part in parts:
+        levels = random_levels(model) if member == RANDOM else {}
+        sparsities = {} if member == DENSE else sparsities_of(model, levels, sparsity)
+        with at_levels(model, levels), sparse_dropout(model, sparsities if adaptive_dropout else {}):
+            own = forward_losses(model, part, step, settings, *_how(member, contexts), None)
+        each, frames = own.losses, float(part.num_encoder_frames)
+        add_metrics(metrics, {**own.metrics, member: Metric(each.detach().sum(), frames)})
+        if distillation is not None and distillation.scale > 0 and member != DENSE:
+            divergence = divergence_from_dense(model, part, own, contexts[DENSE], distillation)
+            each = each + distillation.scale * divergence
+            add_metrics(metrics, {"distillation": Metric(divergence.detach().sum(), frames)})
+        losses.append(each)
+    metrics["sparsity"] = Metric(sparsity, 1.0)
+    return LossOutput(torch.cat(losses), float(batch.num_encoder_frames), metrics)
+
+
+def _how(member: str, contexts: Mapping[str, Context]) -> tuple[str, Context]:
+    """The variant and the context of a member."""
+    variant = DENSE if member == DENSE else SPARSE
+    return variant, contexts[variant]
+
+
+def split(batch: Batch, members: Sequence[str]) -> list[tuple[str, Batch]]:
+    """The batch in equal parts, a member for each in random order: the sandwich rule within a batch. Where there are fewer utterances
+    than members, some get none."""
+    size, number = len(batch.cut_ids), len(members)
+    order = torch.randperm(number).tolist()
+    bounds = [size * index // number for index in range(number + 1)]
+    return [
+        (members[index], batch.part(begin, end))
+        for index, begin, end in zip(order, bounds, bounds[1:], strict=False)
+        if begin < end
+    ]
+
+
+def random_levels(model: nn.Module) -> dict[str, int | None]:
+    """For each masked layer one of its levels, or None for its own sparsity: drawn for each encoder block by itself, by torch's
+    generator on the CPU."""
+    layers = {path: layer.how.levels for path, layer, _ in masked_layers(model)}
+    drawn_levels = {block: drawn([*range(len(levels)), None]) for block, levels in _blocks(layers).items()}
+    return {path: drawn_levels[block_of(path)] for path in layers}
+
+
+def _blocks(layers: Mapping[str, list[float]]) -> dict[int | None, list[float]]:
+    """The levels of each encoder block, those outside of blocks being one; all layers have the same."""
+    return {block_of(path): levels for path, levels in layers.items()}
+
+
+def sparsities_of(model: nn.Module, levels: Mapping[str, int | None], most: float) -> dict[str, float]:
+    """The sparsity of each masked layer at its level, ``most`` at None."""
+    every = {}
+    for path, layer, _ in masked_layers(model):
+        level = levels.get(path)
+        every[path] = most if level is None else min(layer.how.levels[level], most)
+    return every
 
 
 @contextmanager
-def sparse_dropout(model: nn.Module, sparsity: float) -> Iterator[None]:
-    """Within, dropout beside masked layers drops (1 - ``sparsity``) times as much: adaptive dropout (arXiv 2110.08352), for fewer
-    weights need less of it."""
-    beside = [] if sparsity == 0 else list(_beside_masks(model))
-    for dropout in beside:
-        dropout.scale(1 - sparsity)
+def at_levels(model: nn.Module, levels: Mapping[str, int | None]) -> Iterator[None]:
+    """Within, masked layers have the masks of their levels; without a level, their own."""
+    changed = [(layer, levels[path]) for path, layer, _ in masked_layers(model) if path in levels]
+    for layer, level in changed:
+        layer.level = level
+    try:
+        yield
+    finally:
+        for layer, _ in changed:
+            layer.level = None
+
+
+def divergence_from_dense(
+    model: AsrModel, batch: Batch, own: ForwardPass, context: Context, how: InPlaceConfig
+) -> Tensor:
+    """The divergence of a sparse member's pass from the dense member's, (B,); the dense one gets no gradient.
+
+    Called after the sparse pass: autocast keeps the weights it has cast, which then have gradients.
+    """
+    assert own.joiner_in is not None  # refused before training
+    with torch.no_grad():
+        languages = model.language_ids(batch.languages)
+        encoded, lens = model.encode(batch.features, batch.feature_lens, DENSE, context, languages=languages)
+        teacher = (model.joiner.project_encoder(encoded), own.joiner_in[1].detach())
+    return in_place_divergence(model, batch, own, teacher, lens, how.classes, how.delay)
+
+
+@contextmanager
+def sparse_dropout(model: nn.Module, sparsities: Mapping[str, float]) -> Iterator[None]:
+    """Within, dropout beside masked layers drops (1 - sparsity) times as much: adaptive dropout (arXiv 2110.08352), for fewer
+    weights need less of it.
+
+    Args:
+        sparsities: by layer path; of several layers beside one dropout the last counts.
+    """
+    beside = {}
+    for path, sparsity in sparsities.items():
+        for module in model.get_submodule(path.rpartition(".")[0]).children():
+            if isinstance(module, Dropout):
+                beside[module] = 1 - sparsity
+    for dropout, factor in beside.items():
+        dropout.scale(factor)
     try:
         yield
     finally:
         for dropout in beside:
             dropout.scale(1.0)
-
-
-def _beside_masks(model: nn.Module) -> Iterator[Dropout]:
-    """The dropouts of the modules that have a masked layer."""
-    for module in model.modules():
-        parts = list(module.children())
-        if any(isinstance(part, CompressedLinear) and part.how.mask is not None for part in parts):
-            yield from (part for part in parts if isinstance(part, Dropout))

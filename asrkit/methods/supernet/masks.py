@@ -16,7 +16,7 @@ from asrkit.methods.supernet.config import GrowthConfig
 from asrkit.models.compression import masked_layers
 from asrkit.models.digests import tensors_digest
 from asrkit.models.surgery import is_mask
-from asrkit.nn.compression import CompressedLinear, best_blocks, block_sums, spread_blocks
+from asrkit.nn.compression import CompressedLinear, block_sums, ranks, spread_blocks
 
 SMALLEST = 1e-12  # norm of a block that is taken for 0
 
@@ -42,18 +42,27 @@ def block_scores(layer: CompressedLinear, block: tuple[int, int], score: str, mo
 def grow_masks(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, growth: GrowthConfig) -> None:
     """Compute the masks that are due before ``step``, in place, from the latent weights.
 
-    Each layer keeps its own share of its blocks; every process has the same weights and so the same masks.
+    Each layer keeps its own share of its blocks; every process has the same weights and so the same masks. Those of other members
+    are nested: what stays at a sparsity stays at every lower one. None is sparser than the sparsest is at the time.
     """
     schedule = growth.schedule
     for _, layer, mask in masked_layers(model):
+        how = layer.how
         due, sparsity = sparsity_due(schedule, mask, step)
         if not due or sparsity is None:
             continue
         moment = optimizer.state.get(layer.weight, {}).get("exp_avg_sq")
         scores = block_scores(layer, mask.block, growth.score, moment)
-        if growth.monotone:  # below every score, zeros included
-            scores = scores.masked_fill(~blocks_of(layer.mask, mask.block), -1.0)
-        layer.mask.copy_(spread_blocks(best_blocks(scores, sparsity), mask.block))
+        # A block that has gone stays behind all others, zeros included.
+        place = ranks(scores, blocks_of(layer.mask, mask.block) if growth.monotone else None)
+        layer.mask.copy_(spread_blocks(stays(place, sparsity), mask.block))
+        if how.levels:
+            layer.reach.copy_(torch.stack([stays(place, min(level, sparsity)) for level in how.levels]).sum(0))
+
+
+def stays(place: Tensor, sparsity: float) -> Tensor:
+    """Whether each block stays, by its place, the best being 0: 1 - ``sparsity`` of them, to the nearest block."""
+    return place < place.numel() - round(sparsity * place.numel())
 
 
 def blocks_of(mask: Tensor, block: tuple[int, int]) -> Tensor:

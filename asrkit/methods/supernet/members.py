@@ -12,6 +12,7 @@ from asrkit.models.spec import VariantSpec
 from asrkit.nn.compression_config import Mask
 
 DENSE, SPARSE = "dense", "sparse"  # the variants
+RANDOM = "random"  # a member between them, which is no variant
 
 
 def supernet_spec(origin: AsrModel, settings: SupernetConfig, where: str = "the model") -> ModelSpec:
@@ -46,6 +47,9 @@ def supernet_spec(origin: AsrModel, settings: SupernetConfig, where: str = "the 
         mask = Mask(sparsity=settings.sparsity, block=settings.block)
         spec = pruned_spec(origin, mask, settings.layers, active)
     gone = idle(origin, active)
+    compression = {path: how for path, how in spec.compression.items() if not path.startswith(gone)}
+    if not settings.freeze_masks:
+        compression = {path: replace(how, levels=settings.members.sparsities) for path, how in compression.items()}
     return replace(
         spec,
         submodels={name: spec.submodels[name] for name in active},
@@ -54,7 +58,7 @@ def supernet_spec(origin: AsrModel, settings: SupernetConfig, where: str = "the 
             SPARSE: VariantSpec(submodels=list(active), contexts=[settings.sparse]),
         },
         variant=settings.default,
-        compression={path: how for path, how in spec.compression.items() if not path.startswith(gone)},
+        compression=compression,
     )
 
 
