@@ -44,6 +44,10 @@ def corpus(folder: Path) -> None:
         ("add-submodel", {"train-backbone", "add-submodel", "evaluate", "submodel", "info"}),
         ("qat", {"quantize", "qat", "evaluate", "info"}),
         ("prune", {"prune", "qat", "info"}),
+        (
+            "supernet",
+            {"train-backbone", "supernet", "supernet-cut", "evaluate", "info", "export", "qat"},
+        ),
         ("distill", {"distill", "train-backbone", "evaluate"}),
         ("align", {"align"}),
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
@@ -67,10 +71,12 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for words in listed:
         if words[1] == "train-lm":
             words += sets(*LM.split())
-        if words[1] in ("pretrain", "train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm"):
-            steps = 12 if "iterative" in words else 1
+        if words[1] in ("pretrain", "train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm", "supernet"):
+            grows = words[1] == "supernet" and "--freeze-masks" not in words
+            steps = 12 if "iterative" in words or grows else 1
             settings = f"training.steps={steps} training.tensorboard=false data.num_workers=0".split()
             settings += [] if words[1] == "pretrain" else ["loss.backend=torch"]
+            settings += ["growth.interval=1"] if grows else []
             if words[1] in ("pretrain", "train-backbone") and "--from" not in words:
                 settings += encoder.split()
             if words[1] == "train-backbone" and ("--from" not in words or "exp/pretrained" in words):
