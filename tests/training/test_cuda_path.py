@@ -111,6 +111,11 @@ STAGES: dict[str, list[object]] = {
     ],
     "add-submodel": ["add-submodel", "--from", "parent", "--name", "near", "--context", "chunk=4,left=8", *short("submodel.heads=2")],
     "prune": ["prune", "--from", "parent", "--sparsity", "2:4", "--shots", 2, *short("schedule.score=activation")],
+    "supernet": [
+        "supernet", "--from", "parent", "--sparsity", 0.4, "--lasso", 1,
+        *quick("training.steps=3", "growth.interval=1", "growth.kind=cubic", "growth.times=2", "growth.score=adam", "growth.monotone=false",
+               "members.sparsities=[0.2]", "distillation.scale=0.1"),
+    ],
     "qat": ["qat", "--from", "parent", "--bits", 4, "--act-bits", 8, "--teacher", "parent", *short("quantization.weights.clip=search")],
     "qat, bits by layer": ["qat", "--from", "parent", "--budget", 0.99, "--only", "joiner", *short()],
     "distill": [
