@@ -17,7 +17,6 @@ from asrkit.cli.options import (
     MaxDuration,
     Out,
     Overrides,
-    Parent,
     Seed,
     given,
     io,
@@ -34,12 +33,16 @@ def register(app: typer.Typer) -> None:
 
 
 def supernet(
-    parent: Parent,
+    parent: Annotated[Path, io("--from", help="Run directory of a recognizer, or of a pretrained encoder.")],
     manifest: Manifest,
     out: Out,
     dev: Dev = None,
     variant: Annotated[
         str | None, io(help="Variant of the parent to make both members of. [default: the parent's default variant]")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        io(help="sentencepiece model, for a pretrained encoder. Without it one is trained on the manifest."),
     ] = None,
     sparsity: Annotated[
         float | None, members(help="Share of the weights that the sparse member leaves out. [default: 0.67]")
@@ -79,6 +82,7 @@ def supernet(
     """
     from asrkit.config import resolve
     from asrkit.methods.supernet.config import SupernetConfig
+    from asrkit.stages.supernet import defaults
     from asrkit.stages.supernet import supernet as run
 
     options = given(
@@ -94,8 +98,8 @@ def supernet(
             "data.max_duration": max_duration,
         }
     )
-    settings = resolve(SupernetConfig, config, overrides or (), options=options)
-    train_or_stop(out, lambda: run(parent, manifest, out, settings, dev=dev, device=device))
+    settings = resolve(SupernetConfig, config, overrides or (), defaults(parent), options=options)
+    train_or_stop(out, lambda: run(parent, manifest, out, settings, dev=dev, tokenizer=tokenizer, device=device))
 
 
 def supernet_cut(

@@ -7,6 +7,7 @@ in the variant ``dense``, which goes on training the weights under them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,35 @@ from asrkit.methods.supernet.config import SupernetConfig, contradictions
 from asrkit.methods.supernet.loss import supernet_loss
 from asrkit.methods.supernet.masks import density, grow_masks, lasso_decay, masks_digest
 from asrkit.methods.supernet.members import DENSE, SPARSE, idle, supernet_spec
-from asrkit.models import AsrModel, load_model
+from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compression import masked_layers
-from asrkit.models.surgery import is_mask, rebuild
+from asrkit.models.registry import ENCODER, load_encoder
+from asrkit.models.surgery import is_mask, rebuild, recognizer_of
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import open_run
+from asrkit.training.datasets import read_datasets
 from asrkit.training.dev_eval import dev_measure
-from asrkit.training.session import fine_tune
+from asrkit.training.session import input_files, open_training, run_recipe
+from asrkit.training.start import (
+    Parent,
+    TokenizerConfig,
+    check_start,
+    config_entry,
+    first_model,
+    make_tokenizer,
+    new_parts_first,
+    open_parent,
+    steps_of_new_parts,
+    usual_settings,
+    with_transducer,
+)
 from asrkit.training.step import LossOutput, TrainTask
+
+
+def defaults(parent: Path) -> SupernetConfig:
+    """The defaults of a run that starts from the run directory ``parent``: a recognizer, or a pretrained encoder."""
+    usual = usual_settings(parent)
+    return SupernetConfig(data=usual.data, loss=usual.loss, training=usual.training)
 
 
 def supernet(
@@ -39,30 +61,74 @@ def supernet(
     settings: SupernetConfig,
     *,
     dev: Path | None = None,
+    tokenizer: Path | None = None,
     device: str = "auto",
     command: str = "",
 ) -> Path:
     """Train the model of ``parent`` as a supernet, or resume an interrupted run; returns ``out``.
+
+    Args:
+        parent: run directory of a recognizer, or of a pretrained encoder, which gets a tokenizer, a predictor, a joiner and heads first.
+        tokenizer: sentencepiece model for a pretrained encoder; None trains one.
 
     Raises:
         UserError: an unusable parent, settings that contradict each other, layers that the blocks do not divide, masks that
             would not be final in time, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
-    source = open_run(parent)
-    origin = load_model(source)
-    if findings := contradictions(settings):
+    if findings := [*contradictions(settings), *check_start(settings, parent, tokenizer)]:
         raise UserError.of(findings)
-    supernet_spec(origin, settings, str(parent))  # refuses parents and layers that cannot be masked
-    build = partial(build_task, settings, parent)
-    return fine_tune("supernet", source, manifest, out, settings, build, dev=dev, device=device, command=command)
+    origin = open_parent(parent, settings)
+    # Refuses parents and layers that cannot be masked.
+    spec = supernet_spec(recognizer(origin, settings), settings, str(parent))
+    if settings.growth.score == "adam" and (findings := without_moments(settings, parent, spec)):
+        raise UserError.of(findings)
+    if origin.is_encoder and tokenizer is None and settings.tokenizer is None:
+        settings = replace(settings, tokenizer=TokenizerConfig())
+    entry, files = (
+        config_entry(settings, origin),
+        input_files(settings, manifest=manifest, dev=dev, tokenizer=tokenizer),
+    )
+    with open_training("supernet", out, entry, files, parent=parent, device=device, command=command) as run:
+        if run.finished:
+            return out
+        datasets = read_datasets(manifest, dev, settings.data, settings.bad_cuts, run, origin.languages(settings))
+        make_tokenizer(run, origin.tokenizer(tokenizer), datasets.training, settings.tokenizer or TokenizerConfig())
+        run_recipe(run, partial(build_task, settings, parent, out), manifest, settings, datasets.dev)
+    return out
 
 
-def build_task(settings: SupernetConfig, parent: Path, batches: TrainBatches) -> TrainTask:
+def without_moments(settings: SupernetConfig, parent: Path, spec: ModelSpec) -> list[str]:
+    """Findings about layers of which the optimizer will know nothing by the time it is asked, for scores by Adam's moments."""
+    findings, alone = [], steps_of_new_parts(settings, parent)
+    if (start := settings.growth.schedule.start) <= alone:
+        findings.append(
+            f"growth.score=adam needs what the optimizer learns in the steps before; set growth.start ({start}) above {alone}"
+        )
+    frozen = open_run(parent).kind == ENCODER and settings.pretrained.freeze_embed
+    if frozen and any(path.startswith("encoder.subsampling.") for path in spec.compression):
+        findings.append(
+            "growth.score=adam: the subsampling is not trained, so the optimizer learns nothing of it; set pretrained.freeze_embed=false, "
+            "or leave it dense by layers.exclude=[encoder.subsampling.*]"
+        )
+    return findings
+
+
+def recognizer(parent: Parent, settings: SupernetConfig) -> AsrModel:
+    """A recognizer of the parent's layers; one made of a pretrained encoder has a vocabulary of its own only in training."""
+    if isinstance(parent.spec, ModelSpec):
+        return load_model(parent.run)
+    return recognizer_of(load_encoder(parent.run), with_transducer(parent.spec, settings.model, 2))
+
+
+def build_task(settings: SupernetConfig, parent: Path, out: Path, batches: TrainBatches) -> TrainTask:
     """The model with its two variants, its loss, and the hook that lets its masks grow; see ``TaskRecipe``."""
-    origin = load_model(open_run(parent))
+    origin, _ = first_model(settings, parent, out, batches)
     spec = supernet_spec(origin, settings)
     model = rebuild(spec, origin, new=is_mask, drop=idle(origin, origin.submodels_of(settings.variant)))
+    model.encoder.masks = origin.encoder.masks  # what is hidden of the frames, not of the weights
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(origin.get_parameter(name).requires_grad)
     frozen, growth, lasso = settings.freeze_masks, settings.growth, settings.lasso
     final = 0 if frozen else growth.final(settings.sparsity)
     contexts = {DENSE: parse_context(settings.dense), SPARSE: parse_context(settings.sparse)}
@@ -70,7 +136,8 @@ def build_task(settings: SupernetConfig, parent: Path, batches: TrainBatches) ->
     kept = density(model) if frozen else 1.0
 
     def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> None:
-        if lasso.scale > 0 and lasso.start <= step < (final if lasso.end is None else lasso.end):
+        learning = step >= new_parts_alone
+        if learning and lasso.scale > 0 and lasso.start <= step < (final if lasso.end is None else lasso.end):
             lasso_decay(model, lasso.scale, optimizer.param_groups[0]["lr"] if lasso.times_learning_rate else 1.0)
         grow_masks(model, optimizer, step, growth)
 
@@ -89,6 +156,7 @@ def build_task(settings: SupernetConfig, parent: Path, batches: TrainBatches) ->
             distillation=settings.distillation,
         )
 
+    new_parts_alone = steps_of_new_parts(settings, parent)
     digest = masks_digest(model.state_dict())
 
     def check(weights: Mapping[str, Tensor]) -> None:
@@ -97,7 +165,7 @@ def build_task(settings: SupernetConfig, parent: Path, batches: TrainBatches) ->
 
     return TrainTask(
         model,
-        loss,
+        new_parts_first(settings, parent, loss),
         batches,
         before_step=None if frozen else before_step,
         dev_metrics=partial(other_member, settings, batches),

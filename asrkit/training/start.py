@@ -295,16 +295,23 @@ def first_model(settings: StartConfig, parent: Path | None, out: Path, batches: 
     return rebuild(spec, origin), spec.variant
 
 
+def steps_of_new_parts(settings: StartConfig, parent: Path | None) -> int:
+    """The first steps, in which only the new parts of a recognizer made of a pretrained encoder are trained; 0 for any other."""
+    if parent is None or open_run(parent).kind != ENCODER:
+        return 0
+    frozen = settings.pretrained.frozen_steps
+    return settings.training.steps // 10 if frozen is None else frozen
+
+
 def new_parts_first(settings: StartConfig, parent: Path | None, loss: Loss) -> Loss:
     """The loss of a recognizer that is made of a pretrained encoder: the encoder is not trained in the first steps, while the new
     parts find their way. Any other loss stays as it is.
 
     The encoder then has no gradients at all, so that the optimizer leaves it as it is, to the last bit.
     """
-    if parent is None or open_run(parent).kind != ENCODER:
+    steps = steps_of_new_parts(settings, parent)
+    if steps == 0:
         return loss
-    frozen = settings.pretrained.frozen_steps
-    steps = settings.training.steps // 10 if frozen is None else frozen
 
     def of_step(model: AsrModel, batch: Batch, step: int) -> LossOutput:
         if step >= steps:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from asrkit.decoding.acoustic import TorchAcousticModel
@@ -16,11 +17,13 @@ from asrkit.methods.supernet.masks import density, masks_digest
 from asrkit.models.compression import block_of, compressed_layers
 from asrkit.models.surgery import is_mask
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import open_run
+from asrkit.run_dir import STATE, open_run
 from asrkit.stages import supernet as stage
 from asrkit.stages.info import describe_run
-from helpers.commands import TWO, asrkit, killed, launched, quick
+from asrkit.training.checkpoint import STATE_FILE
+from helpers.commands import TWO, asrkit, killed, launched, quick, sets
 from helpers.run_dirs import metrics, model_of, weights_equal
+from helpers.small_runs import write_encoder
 from helpers.tones import data, make_corpus
 
 SHAPE = [
@@ -224,7 +227,7 @@ def test_other_stages_on_a_supernet(corpus: Path, supernet: Path, tmp_path: Path
         (["--sparse", "soon"], "is no context"),
         (["--variant", "none"], "there are backbone, joint, other"),
         (["--set", "growth.interval=4"], "would be reached at step 8, but training.steps is 4"),
-        (["--set", "growth.score=adam", "--set", "growth.start=0"], "set growth.start above 0"),
+        (["--set", "growth.score=adam", "--set", "growth.start=0"], "set growth.start (0) above 0"),
         (["--set", "contexts.train=[full]"], "use --dense and --sparse"),
         (["--set", "layers.only=[encoder,joiner]"], "joiner stays dense"),
         (["--set", "distillation.scale=1", "--set", "loss.transducer_scale=0"], "compares transducers"),
@@ -260,6 +263,43 @@ def test_parents_that_cannot_become_one(corpus: Path, parent: Path, supernet: Pa
             "supernet", "--from", run, *words, *data(corpus), "--out", out, *quick("training.steps=2000"), code=1
         )
         assert complaint in said and said.count("\n") == 1 and not out.exists()
+
+
+# --- a pretrained encoder
+
+PRETRAINED = {
+    "encoder": {"dim": 32, "num_layers": 2, "feedforward_dim": 48, "kernel_size": 5},
+    "objective": {"groups": 2, "entries": 4, "code_dim": 8, "final_dim": 8},
+}
+
+
+@pytest.mark.slow
+def test_a_supernet_of_a_pretrained_encoder(corpus: Path, tmp_path: Path) -> None:
+    """It gets a tokenizer and heads, which are trained alone at first: no decay and no mask touches the encoder in these steps."""
+    encoder = write_encoder(tmp_path / "pre", PRETRAINED)
+    words = ["supernet", "--from", encoder, *MEMBERS, "--lasso", 1, *data(corpus)]
+    settings = quick(*GROWTH, "tokenizer.vocab_size=18", "training.steps=8", "pretrained.frozen_steps=4", "growth.start=5",
+                     "training.average_decay=0", "training.save_every=1")  # fmt: skip
+    killed("step 4/", *words, "--out", tmp_path / "super", *settings)
+    state = load_file(tmp_path / "super" / STATE / STATE_FILE)
+    before = {name: tensor for name, tensor in open_run(encoder).weights().items() if name.startswith("encoder.")}
+    assert all(torch.equal(state[f"model.{name}"], tensor) for name, tensor in before.items())
+    asrkit(*words, "--out", tmp_path / "super", *settings)
+    asrkit(*words, "--out", tmp_path / "whole", *settings)
+    assert weights_equal(tmp_path / "super", tmp_path / "whole")
+    model = model_of(tmp_path / "super")
+    assert list(model.spec.variants) == ["dense", "sparse"] and density(model) == pytest.approx(0.5, abs=0.01)
+    after = model.state_dict()
+    assert torch.equal(after["encoder.subsampling.out.weight"], before["encoder.subsampling.out.weight"])
+    assert not torch.equal(after["encoder.blocks.0.conv.out.weight"], before["encoder.blocks.0.conv.out.weight"])
+    assert [entry["stage"] for entry in open_run(tmp_path / "super").lineage] == ["pretrain", "supernet"]
+    for wrong, complaint in (
+        (["growth.score=adam", "pretrained.freeze_embed=false", "growth.start=4"], "set growth.start (4) above 4"),
+        (["growth.score=adam"], "the subsampling is not trained"),
+        (["model.dim=16"], "already has its shape"),
+    ):
+        said = asrkit(*words, "--out", tmp_path / "no", *settings, *sets(*wrong), code=1)
+        assert complaint in said and said.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 # --- members between the two, and what is cut out

@@ -15,8 +15,11 @@ from asrkit.losses.distillation import Classes
 from asrkit.methods.pruning import MaskSchedule, last_update, updates
 from asrkit.models.compression import LayerChoice
 from asrkit.models.spec import ContextText
+from asrkit.training.asr_loss import LossConfig
+from asrkit.training.config import TrainingConfig
 from asrkit.training.contexts import ContextsConfig
 from asrkit.training.session import FineTuneConfig
+from asrkit.training.start import StartConfig
 
 
 @config
@@ -101,9 +104,13 @@ class MembersConfig:
 
 
 @config
-class SupernetConfig(FineTuneConfig):
+class SupernetConfig(StartConfig):
     """Settings of supernet (arXiv 2207.11906, arXiv 2110.08352). config.yaml of the run holds them all."""
 
+    loss: LossConfig = field(default_factory=lambda: FineTuneConfig().loss)
+    """Training loss."""
+    training: TrainingConfig = field(default_factory=lambda: FineTuneConfig().training)
+    """Length of the run, logging, precision and optimizer."""
     variant: str | None = None
     """Variant of the parent to make both members of, with its sub-models; null is the parent's default."""
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.67
@@ -151,11 +158,7 @@ def contradictions(settings: SupernetConfig) -> list[str]:
     elif final >= steps:
         findings.append(
             f"a sparsity of {settings.sparsity} would be reached at step {final}, but training.steps is {steps}; train longer, "
-            "lower growth.interval or growth.start, or raise growth.share"
-        )
-    if growth.score == "adam" and growth.schedule.start == 0:
-        findings.append(
-            "growth.score=adam needs what the optimizer learns in the steps before; set growth.start above 0"
+            "or lower growth.interval, or what else lengthens the schedule (growth.start, growth.times, a small growth.share)"
         )
     sparsities = settings.members.sparsities
     if sparsities and (sparsities != sorted({*sparsities}) or sparsities[-1] >= settings.sparsity):

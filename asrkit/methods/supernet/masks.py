@@ -75,9 +75,11 @@ def lasso_decay(model: nn.Module, scale: float, rate: float) -> None:
     """One step of group lasso on the latent weights of every masked layer, in place.
 
     W_g -= rate lambda_i W_g / ||W_g||_2 for each block g of layer i, with lambda_i = ``scale`` times the mean of its blocks' norms
-    (arXiv 2207.11906); a block smaller than its step becomes 0.
+    (arXiv 2207.11906); a block smaller than its step becomes 0. A layer that is not trained stays as it is.
     """
     for _, layer, mask in masked_layers(model):
+        if not layer.weight.requires_grad:
+            continue
         norms = block_sums(layer.weight.square(), mask.block).sqrt()
         factors = (1 - rate * scale * norms.mean() / norms.clamp(min=SMALLEST)).clamp(min=0)
         layer.weight.mul_(spread_blocks(factors, mask.block))
