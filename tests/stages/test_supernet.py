@@ -15,7 +15,7 @@ from asrkit.export.directory import open_exported
 from asrkit.export.runtime import ExportedModel
 from asrkit.methods.supernet.masks import density, masks_digest
 from asrkit.models.compression import block_of, compressed_layers
-from asrkit.models.surgery import is_mask
+from asrkit.models.surgery import in_variant, is_mask
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import STATE, open_run
 from asrkit.stages import supernet as stage
@@ -328,6 +328,8 @@ def many(corpus: Path, parent: Path) -> Path:
 @pytest.mark.slow
 def test_any_member_is_cut_out_as_a_run(corpus: Path, many: Path, supernet: Path, tmp_path: Path) -> None:
     model = model_of(many)
+    assert any(name.endswith(".reach") for name in model.state_dict())
+    assert not any(name.endswith(".reach") for name in in_variant(model, "sparse").state_dict())
     assert all(row.get("random") for row in metrics(many) if "loss" in row)
     features, lens = torch.randn(1, 83, 80) * 3 - 8, torch.tensor([83])
     for text, shares in (("0.3", (0.3, 0.3, 0.3)), ("0.5", (0.5, 0.5, 0.5)), ("0.1,0.5,0.3", (0.1, 0.5, 0.3))):
