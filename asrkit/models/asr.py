@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from asrkit.errors import UserError
 from asrkit.models.encoder import Caches, Encoder
 from asrkit.models.spec import HeadSpec, ModelSpec, PredictorSpec
-from asrkit.nn.compression import CompressedLinear, compress
+from asrkit.nn.compression import compress, switch_compression
 from asrkit.nn.context import FULL, Context
 from asrkit.nn.dropout import Dropout
 
@@ -154,9 +154,7 @@ class AsrModel(nn.Module):
         switches = (wanted.masks and not self._no_masks, wanted.integers and not self._no_integers)
         if switches != self._switches:
             self._switches = switches
-            for module in self.modules():
-                if isinstance(module, CompressedLinear):
-                    module.switch(masks=switches[0], integers=switches[1])
+            switch_compression(self, masks=switches[0], integers=switches[1])
         return submodels
 
     @contextmanager

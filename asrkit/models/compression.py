@@ -63,7 +63,8 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLinear, Mas
 def keep_pruned(model: nn.Module, step: int = 0) -> None:
     """Zero the latent weights that are pruned, whatever momentum or decay made of them; not of a model that has a variant
     without masks, which uses them."""
-    if isinstance(model, AsrModel) and not all(variant.masks for variant in model.spec.variants.values()):
+    variants = getattr(getattr(model, "spec", None), "variants", {})
+    if not all(variant.masks for variant in variants.values()):
         return
     for _, layer, _ in masked_layers(model):
         layer.weight.mul_(layer.mask)
@@ -191,12 +192,22 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
     Raises:
         UserError: the model is pruned or quantized already, or the groups or blocks do not divide a layer.
     """
-    spec = model.spec
-    if done := [path for path, how in spec.compression.items() if how.weights is not None]:
+    return replace(model.spec, compression=masked_choice(model, model.spec.compression, mask, choice, active))
+
+
+def masked_choice(
+    model: nn.Module,
+    before: Mapping[str, Compression],
+    mask: Mask,
+    choice: LayerChoice,
+    active: Sequence[str] | None = None,
+) -> dict[str, Compression]:
+    """What ``pruned_spec`` puts into a spec whose compression was ``before``: the chosen layers of any module, by path."""
+    if done := [path for path, how in before.items() if how.weights is not None]:
         raise UserError(
             f"the model is quantized already ({len(done)} layers, such as {done[0]}); prune first, then quantize"
         )
-    if done := [path for path, how in spec.compression.items() if how.mask is not None]:
+    if done := [path for path, how in before.items() if how.mask is not None]:
         raise UserError(
             f"the model is pruned already ({len(done)} layers, such as {done[0]}); start from the run that was pruned"
         )
@@ -230,4 +241,4 @@ def pruned_spec(model: AsrModel, mask: Mask, choice: LayerChoice, active: Sequen
         )
     if findings:
         raise UserError.of(findings)
-    return replace(spec, compression=compression)
+    return compression

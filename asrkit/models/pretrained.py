@@ -10,6 +10,7 @@ from torch import nn
 
 from asrkit.models.encoder import Encoder
 from asrkit.models.spec import ContrastiveSpec, PretrainedEncoderSpec
+from asrkit.nn.compression import compress, switch_compression
 from asrkit.nn.quantizer import GumbelQuantizer
 
 OBJECTIVE = "objective."  # how the tensors' names begin that only pretraining needs
@@ -34,7 +35,14 @@ class PretrainedEncoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.encoder = Encoder(spec.encoder, spec.features, spec.submodels)
+        compress(self, spec.compression)
         self.objective = None if spec.objective is None else ContrastiveObjective(spec.encoder.dim, spec.objective)
+
+    def select(self, variant: str | None = None) -> tuple[str, ...]:
+        """Run as a variant from here on, None being the default: its masks are on or off; returns its active sub-models."""
+        name = self.spec.variant if variant is None else variant
+        switch_compression(self, masks=self.spec.variants[name].masks, integers=True)
+        return self.submodels_of(name)
 
     def submodels_of(self, variant: str | None = None) -> tuple[str, ...]:
         """The active sub-models of a variant, None being the default one."""

@@ -247,6 +247,8 @@ class PretrainedEncoderSpec:
     """The operating points, by name."""
     variant: str = BACKBONE
     """The default variant of a recognizer that is made of it."""
+    compression: dict[str, Compression] = field(default_factory=dict)
+    """The masks it was pretrained with, by path of the layer; each variant says whether they are on."""
     objective: ContrastiveSpec | None = None
     """What it was pretrained with, so that pretraining can go on; a recognizer made of it has none of that."""
 

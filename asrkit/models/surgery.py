@@ -47,7 +47,7 @@ def rebuild(spec: ModelSpec | PretrainedEncoderSpec, origin: Origin, *, new: Nam
 
 def is_mask(name: str) -> bool:
     """Whether a tensor is a layer's mask, or the masks of its levels, which are built as all True."""
-    return name.endswith((".mask", ".reach"))
+    return name.endswith((".mask", ".reach")) and not name.startswith(OBJECTIVE)  # whose mask is a vector
 
 
 def _named(name: str, names: Names) -> bool:
@@ -72,6 +72,7 @@ def recognizer_spec(
         submodels=encoder.submodels,
         variants=encoder.variants,
         variant=encoder.variant,
+        compression=encoder.compression,
     )
 
 

@@ -424,3 +424,10 @@ def compress(model: nn.Module, how: Mapping[str, Compression]) -> None:
         compressed = CompressedLinear(layer.in_features, layer.out_features, one, layer.bias is not None)
         compressed.weight, compressed.bias = layer.weight, layer.bias
         setattr(model.get_submodule(holder), name, compressed)
+
+
+def switch_compression(model: nn.Module, *, masks: bool, integers: bool) -> None:
+    """Run all compressed layers with or without their masks and integers from here on."""
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            module.switch(masks=masks, integers=integers)

@@ -76,12 +76,14 @@ def supernet(
             would not be final in time, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
-    if findings := [*contradictions(settings), *check_start(settings, parent, tokenizer)]:
-        raise UserError.of(findings)
+    findings = [*contradictions(settings), *check_start(settings, parent, tokenizer)]
     origin = open_parent(parent, settings)
-    # Refuses parents and layers that cannot be masked.
-    spec = supernet_spec(recognizer(origin, settings), settings, str(parent))
-    if settings.growth.score == "adam" and (findings := without_moments(settings, parent, spec)):
+    try:
+        spec = supernet_spec(recognizer(origin, settings), settings, str(parent))
+        findings += without_moments(settings, parent, spec)
+    except UserError as error:
+        findings += error.lines
+    if findings:
         raise UserError.of(findings)
     if origin.is_encoder and tokenizer is None and settings.tokenizer is None:
         settings = replace(settings, tokenizer=TokenizerConfig())
@@ -101,6 +103,8 @@ def supernet(
 def without_moments(settings: SupernetConfig, parent: Path, spec: ModelSpec) -> list[str]:
     """Findings about layers of which the optimizer will know nothing by the time it is asked, for scores by Adam's moments."""
     findings, alone = [], steps_of_new_parts(settings, parent)
+    if settings.growth.score != "adam":
+        return []
     if (start := settings.growth.schedule.start) <= alone:
         findings.append(
             f"growth.score=adam needs what the optimizer learns in the steps before; set growth.start ({start}) above {alone}"

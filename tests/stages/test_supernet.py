@@ -15,12 +15,14 @@ from asrkit.export.directory import open_exported
 from asrkit.export.runtime import ExportedModel
 from asrkit.methods.supernet.masks import density, masks_digest
 from asrkit.models.compression import block_of, compressed_layers
+from asrkit.models.registry import load_encoder
 from asrkit.models.surgery import in_variant, is_mask
+from asrkit.nn.compression import find_mask
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import STATE, open_run
+from asrkit.run_dir import LINEAGE, STATE, WEIGHTS, digests_of, open_run, read_yaml, write_yaml
 from asrkit.stages import supernet as stage
 from asrkit.stages.info import describe_run
-from asrkit.training.checkpoint import STATE_FILE
+from asrkit.training.checkpoint import STATE_FILE, save_weights
 from helpers.commands import TWO, asrkit, killed, launched, quick, sets
 from helpers.run_dirs import metrics, model_of, weights_equal
 from helpers.small_runs import write_encoder
@@ -300,6 +302,52 @@ def test_a_supernet_of_a_pretrained_encoder(corpus: Path, tmp_path: Path) -> Non
     ):
         said = asrkit(*words, "--out", tmp_path / "no", *settings, *sets(*wrong), code=1)
         assert complaint in said and said.count("\n") == 1 and not (tmp_path / "no").exists()
+
+
+def with_masks(folder: Path) -> Path:
+    """A pretrained encoder whose masks have been found."""
+    how = {"mask": {"sparsity": 0.5, "block": [8, 1]}}
+    paths = [f"encoder.blocks.{block}.{path}" for block in (0, 1) for path in ("conv.out", "feedforward1.widen")]
+    spec = {
+        "compression": dict.fromkeys(paths, how),
+        "variants": {"dense": {"masks": False}, "sparse": {}},
+        "variant": "dense",
+    }
+    path = write_encoder(folder / "masked", PRETRAINED | spec)
+    model = load_encoder(open_run(path))
+    for layer in compressed_layers(model).values():
+        assert layer.how.mask is not None
+        layer.mask.copy_(find_mask(layer.weight.detach().abs(), layer.how.mask))
+    save_weights(path / WEIGHTS, model)
+    write_yaml(path / LINEAGE, [read_yaml(path / LINEAGE)[-1] | digests_of(path)])
+    return path
+
+
+def test_an_encoder_has_the_masks_of_its_variant(tmp_path: Path) -> None:
+    model = load_encoder(open_run(with_masks(tmp_path)))
+    features, lens = torch.randn(1, 83, 80), torch.tensor([83])
+    outputs: dict[str, Tensor] = {}
+    for variant in ("dense", "sparse", "dense"):
+        with torch.no_grad():
+            again = model.encoder(features, lens, model.select(variant))[0]
+        assert torch.equal(outputs.setdefault(variant, again), again)
+    assert not torch.allclose(outputs["dense"], outputs["sparse"], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_masks_found_in_pretraining_are_kept(corpus: Path, tmp_path: Path) -> None:
+    encoder = with_masks(tmp_path)
+    words = ["supernet", "--from", encoder, "--sparse", STREAMING, *data(corpus), "--out", tmp_path / "super",
+             *quick("tokenizer.vocab_size=18", "seed=2")]  # fmt: skip
+    assert "keep its masks with --freeze-masks" in asrkit(*words, code=1)
+    asrkit(*words, "--freeze-masks")
+    before, after = (open_run(path).weights() for path in (encoder, tmp_path / "super"))
+    assert masks_digest(before) == masks_digest(after) and any(is_mask(name) for name in after)
+    name = "encoder.blocks.0.conv.out"
+    assert (after[f"{name}.weight"] != before[f"{name}.weight"])[~after[f"{name}.mask"]].any()
+    asrkit("train-backbone", "--from", encoder, "--variant", "sparse", *data(corpus), "--out", tmp_path / "one",
+           *quick("tokenizer.vocab_size=18", "training.steps=1"))  # fmt: skip
+    assert masks_digest(before) == masks_digest(open_run(tmp_path / "one").weights())
 
 
 # --- members between the two, and what is cut out

@@ -6,9 +6,9 @@ Sources: self-pruning (arXiv 2207.11906), omni-sparsity DNN (arXiv 2110.08352).
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from asrkit.config import Advanced, NonNegative, Positive, config
 from asrkit.losses.distillation import Classes
@@ -144,6 +144,13 @@ class SupernetConfig(StartConfig):
     distillation: InPlaceConfig = field(default_factory=InPlaceConfig)
     """The dense member as the teacher of the sparse one."""
 
+    @model_validator(mode="after")
+    def _sparsities_ascend(self) -> Any:
+        others = self.members.sparsities
+        if others != sorted({*others}) or (others and others[-1] >= self.sparsity):
+            raise ValueError(f"members.sparsities: {others} must ascend and stay below the sparsity of {self.sparsity}")
+        return self
+
 
 def contradictions(settings: SupernetConfig) -> list[str]:
     """Findings about settings that contradict each other or the length of the training."""
@@ -160,12 +167,7 @@ def contradictions(settings: SupernetConfig) -> list[str]:
             f"a sparsity of {settings.sparsity} would be reached at step {final}, but training.steps is {steps}; train longer, "
             "or lower growth.interval, or what else lengthens the schedule (growth.start, growth.times, a small growth.share)"
         )
-    sparsities = settings.members.sparsities
-    if sparsities and (sparsities != sorted({*sparsities}) or sparsities[-1] >= settings.sparsity):
-        findings.append(
-            f"members.sparsities: {sparsities} must ascend and stay below the sparsity of {settings.sparsity}"
-        )
-    if sparsities and settings.draws != (1, 1):
+    if settings.members.sparsities and settings.draws != (1, 1):
         findings.append("draws: with members.sparsities every batch is split between the members; leave draws out")
     if settings.contexts != ContextsConfig():
         findings.append("contexts: the members have one context each; use --dense and --sparse instead")
