@@ -21,6 +21,7 @@ from asrkit.cli.options import (
     given,
     io,
     train_or_stop,
+    training,
 )
 
 SubModelKind = StrEnum("SubModelKind", ["attention", "adapter"])
@@ -46,6 +47,12 @@ def pretrain(
     variant: Annotated[
         str | None, io(help="Variant to train, with --from. [default: the encoder's default variant]")
     ] = None,
+    supernet: Annotated[
+        bool, training("--supernet", help="Find masks meanwhile, which `asrkit supernet --freeze-masks` keeps.")
+    ] = False,
+    sparsity: Annotated[
+        float | None, training(help="With --supernet, share of the weights that the masks leave out. [default: 0.67]")
+    ] = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
     device: Device = "auto",
@@ -63,11 +70,18 @@ def pretrain(
         asrkit pretrain --from exp/pretrained --manifest data/mine/train.jsonl.gz --out exp/adapted --set training.steps=500
     """
     from asrkit.config import resolve
+    from asrkit.errors import UserError
     from asrkit.methods.pretraining import PretrainConfig
+    from asrkit.methods.supernet.config import SelfPruningConfig
     from asrkit.stages.pretrain import pretrain as run
 
-    options = given({"variant": variant, "seed": seed, "data.max_duration": max_duration})
-    settings = resolve(PretrainConfig, config, overrides or (), options=options)
+    if sparsity is not None and not supernet:
+        raise UserError(f"--sparsity {sparsity}: is of the masks that --supernet finds; give both, or neither")
+    options = given(
+        {"variant": variant, "seed": seed, "data.max_duration": max_duration, "supernet.sparsity": sparsity}
+    )
+    defaults = PretrainConfig(supernet=SelfPruningConfig()) if supernet else None
+    settings = resolve(PretrainConfig, config, overrides or (), defaults, options=options)
     train_or_stop(out, lambda: run(manifest, out, settings, parent=parent, dev=dev, device=device))
 
 

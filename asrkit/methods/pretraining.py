@@ -29,6 +29,8 @@ from asrkit.losses.contrastive import (
     perplexity,
     told_apart,
 )
+from asrkit.methods.supernet.config import SelfPruningConfig
+from asrkit.methods.supernet.loss import drawn_member, member_metrics
 from asrkit.models.encoder import Encoder
 from asrkit.models.pretrained import PretrainedEncoder
 from asrkit.models.spec import ContrastiveSpec
@@ -108,6 +110,8 @@ class PretrainConfig(AudioStageConfig):
     """Batches and where their cuts come from."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """What is hidden, and what it is told from."""
+    supernet: SelfPruningConfig | None = None
+    """How masks are found meanwhile, for a supernet that keeps them; null finds none."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """What the targets are made of."""
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
@@ -176,6 +180,7 @@ def predict(
     were. The objective is computed in float32 whatever the precision around it."""
     encoder, objective, loss = model.encoder, model.objective, settings.loss
     assert objective is not None
+    submodels = model.select(variant)
     with _subsampled(encoder, loss.gradient_scale) as outputs:
         x, lens = encoder.embed(batch.features, batch.feature_lens, context)
     frames = torch.arange(x.shape[1], device=x.device)
@@ -184,7 +189,7 @@ def predict(
     y = x.gather(1, places) if counted is None else x
     hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, batch.hidden, True)
     x = torch.where(hidden.unsqueeze(-1), objective.mask.to(x.dtype), x)
-    encoded = encoder.layers(x, lens, model.submodels_of(variant), context, gates).gather(1, places)
+    encoded = encoder.layers(x, lens, submodels, context, gates).gather(1, places)
     own = batch.hidden
     if counted is None:
         own = torch.arange(own.shape[1], device=own.device).expand(own.shape)
@@ -235,6 +240,10 @@ def pretraining_loss(
     """The contrastive loss of each utterance, (B,), and the diversity loss and penalty as the regularizer; the count is of hidden
     frames, so that the weights of all three are those of the paper. Context and attention dropout are drawn by torch's generator on
     the CPU."""
+    metrics: dict[str, Metric] = {}
+    hidden, supernet = float(batch.hidden.numel()), settings.supernet
+    if supernet is not None:
+        variant = drawn_member(supernet, step)
     gates = drawn_gates(model, attention_dropout, batch)
     context = drawn(settings.contexts.choices)
     temperature = gumbel_temperature(step, settings.training.steps, settings.temperature)
@@ -244,8 +253,10 @@ def pretraining_loss(
     regularizer = settings.loss.diversity_scale * diversity + settings.loss.penalty_scale * made.penalty
     with torch.no_grad():
         used = perplexity(code_shares(made.codes, made.probabilities.shape[-1], made.counted))
-    hidden = float(batch.hidden.numel())
-    metrics = {
+    if supernet is not None:
+        metrics |= member_metrics({str(variant): Metric(losses.detach().sum(), hidden)})
+        metrics["sparsity"] = Metric(supernet.growth.sparsity_at(step, supernet.sparsity), 1.0)
+    metrics |= {
         "contrastive": Metric(losses.detach().sum(), hidden),
         "accuracy": Metric(told_apart(made.logits.detach()).sum(), hidden),
         "perplexity": Metric(used, 1.0),

@@ -6,10 +6,14 @@ Spans of frames are hidden from the encoder, which learns to tell what was there
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from lhotse.cut import Cut
+from torch import nn
 
 from asrkit.config import to_dict
 from asrkit.data.checks import encoder_frames
@@ -26,10 +30,13 @@ from asrkit.methods.pretraining import (
     masked_batches,
     pretraining_loss,
 )
+from asrkit.methods.supernet.config import schedule_findings
+from asrkit.methods.supernet.masks import grow_and_decay
+from asrkit.methods.supernet.members import SPARSE, encoder_supernet_spec, idle
 from asrkit.models.pretrained import OBJECTIVE, PretrainedEncoder
 from asrkit.models.registry import ENCODER, build, load_encoder, require
 from asrkit.models.spec import ContrastiveSpec
-from asrkit.models.surgery import rebuild, with_variant
+from asrkit.models.surgery import is_mask, rebuild, with_variant
 from asrkit.run_dir import WEIGHTS, open_run
 from asrkit.training.checkpoint import saved_slices
 from asrkit.training.datasets import check_training_cuts, read_datasets, usable_cuts
@@ -83,7 +90,7 @@ def pretrain(
                 return task
             assert isinstance(task.model, PretrainedEncoder)
             resolved = in_its_contexts(settings, task.model, task.variant)
-            return replace(task, measure=dev_contrast(dev_cuts, resolved, task.variant))
+            return replace(task, measure=measured(dev_cuts, resolved, task.variant))
 
         recipe = TaskRecipe(
             partial(build_task, settings, parent, out),
@@ -105,11 +112,30 @@ def build_task(settings: PretrainConfig, parent: Path | None, out: Path, batches
     else:
         model = further_encoder(settings, parent)
         variant, dropout = model.spec.variant, None
+    hook, final = None, -1
+    if (pruning := settings.supernet) is not None:
+        spec = encoder_supernet_spec(model, pruning, variant)
+        model = rebuild(spec, model, new=is_mask, drop=idle(model, model.submodels_of(variant)))
+        variant, hook, final = spec.variant, grow_and_decay(pruning), pruning.growth.final(pruning.sparsity)
     assert model.spec.objective is not None
     settings = in_its_contexts(settings, model, variant)
     loss = partial(pretraining_loss, settings=settings, variant=variant, attention_dropout=dropout)
     watch = CollapseWatch(settings.training.steps, model.spec.objective)
-    return TrainTask(model, loss, batches, variant=variant, watch=watch)
+    return TrainTask(
+        model, loss, batches, before_step=hook, not_before=final + 1, variant=variant, watch=watch,
+        facts={} if hook is None else {"masks_final_before_step": final},
+    )  # fmt: skip
+
+
+def measured(
+    dev: Sequence[Cut], settings: PretrainConfig, variant: str | None
+) -> Callable[[nn.Module], dict[str, float]]:
+    """``dev_contrast`` of the default variant, and of a supernet's sparse member too, under its name."""
+    dense = dev_contrast(dev, settings, variant)
+    if settings.supernet is None:
+        return dense
+    sparse = dev_contrast(dev, settings, SPARSE)
+    return lambda model: {**dense(model), **{f"{SPARSE}_{key}": value for key, value in sparse(model).items()}}
 
 
 def new_encoder(settings: PretrainConfig, batches: MaskedBatches, *, with_statistics: bool) -> PretrainedEncoder:
@@ -155,6 +181,14 @@ def _check(settings: PretrainConfig, parent: Path | None) -> int:
         findings.append(
             "quantizer.code_dim: every codebook has an equal share of it; make it a multiple of quantizer.groups"
         )
+    if settings.supernet is not None:
+        findings += schedule_findings(settings.supernet, settings.training.steps)
+        if settings.supernet.growth.score == "adam" and settings.supernet.growth.schedule.start == 0:
+            findings.append(
+                "supernet.growth.score=adam needs what the optimizer learns first; set supernet.growth.start above 0"
+            )
+        if parent is not None:
+            encoder_supernet_spec(load_encoder(open_run(parent)), settings.supernet, settings.variant, str(parent))
     if settings.temperature.end > settings.temperature.start:
         findings.append("temperature.end: is above temperature.start, but the temperature falls; swap them")
     augment, length = settings.data.augment, settings.mask.length

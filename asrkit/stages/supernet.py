@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lhotse import CutSet
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.supernet.config import SupernetConfig, contradictions
 from asrkit.methods.supernet.loss import supernet_loss
-from asrkit.methods.supernet.masks import density, grow_masks, lasso_decay, masks_digest
+from asrkit.methods.supernet.masks import density, grow_and_decay, masks_digest
 from asrkit.methods.supernet.members import DENSE, SPARSE, idle, supernet_spec
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compression import masked_layers
@@ -133,17 +132,11 @@ def build_task(settings: SupernetConfig, parent: Path, out: Path, batches: Train
     model.encoder.masks = origin.encoder.masks  # what is hidden of the frames, not of the weights
     for name, weight in model.named_parameters():
         weight.requires_grad_(origin.get_parameter(name).requires_grad)
-    frozen, growth, lasso = settings.freeze_masks, settings.growth, settings.lasso
+    frozen, growth = settings.freeze_masks, settings.growth
     final = 0 if frozen else growth.final(settings.sparsity)
     contexts = {DENSE: parse_context(settings.dense), SPARSE: parse_context(settings.sparse)}
     random = settings.members.random if any(how.levels for how in spec.compression.values()) else 0
     kept = density(model) if frozen else 1.0
-
-    def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> None:
-        learning = step >= new_parts_alone
-        if learning and lasso.scale > 0 and lasso.start <= step < (final if lasso.end is None else lasso.end):
-            lasso_decay(model, lasso.scale, optimizer.param_groups[0]["lr"] if lasso.times_learning_rate else 1.0)
-        grow_masks(model, optimizer, step, growth)
 
     def loss(model: AsrModel, batch: Batch, step: int) -> LossOutput:
         return supernet_loss(
@@ -152,15 +145,14 @@ def build_task(settings: SupernetConfig, parent: Path, out: Path, batches: Train
             step,
             settings.loss,
             contexts,
-            draws=settings.draws,
-            dense_steps=settings.dense_steps,
+            pruning=settings,
             random=random,
             sparsity=1 - kept if frozen else growth.sparsity_at(step, settings.sparsity),
             adaptive_dropout=settings.adaptive_dropout,
             distillation=settings.distillation,
         )
 
-    new_parts_alone = steps_of_new_parts(settings, parent)
+    alone = steps_of_new_parts(settings, parent)
     digest = masks_digest(model.state_dict())
 
     def check(weights: Mapping[str, Tensor]) -> None:
@@ -171,7 +163,7 @@ def build_task(settings: SupernetConfig, parent: Path, out: Path, batches: Train
         model,
         new_parts_first(settings, parent, loss),
         batches,
-        before_step=None if frozen else before_step,
+        before_step=None if frozen else grow_and_decay(settings, alone),
         dev_metrics=partial(other_member, settings, batches),
         not_before=0 if frozen else final + 1,
         facts={"masks_sha256": digest} if frozen else {"masks_final_before_step": final},

@@ -17,7 +17,7 @@ from asrkit.config import from_dict
 from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.methods.supernet import loss as loss_module
-from asrkit.methods.supernet.config import GrowthConfig, InPlaceConfig
+from asrkit.methods.supernet.config import GrowthConfig, InPlaceConfig, SelfPruningConfig
 from asrkit.methods.supernet.cut import SearchConfig, byte_costs, cut, groups, search, sparsities
 from asrkit.methods.supernet.loss import random_levels, sparse_dropout, split, supernet_loss
 from asrkit.methods.supernet.masks import density, grow_masks, lasso_decay
@@ -38,7 +38,10 @@ STREAMING = parse_context("chunk=2,left=3")
 CONTEXTS = {DENSE: FULL, SPARSE: STREAMING}
 AT_ONCE = GrowthConfig(kind="cubic", times=1, start=0)
 # Each step draws one member for sure.
-ONLY = {DENSE: {"dense_steps": 10**9}, SPARSE: {"draws": (0, 1)}}
+ONLY = {
+    DENSE: {"pruning": SelfPruningConfig(dense_steps=10**9)},
+    SPARSE: {"pruning": SelfPruningConfig(draws=(1, 10**6))},
+}
 
 
 def layers_of(block: tuple[int, int], sparsity: float, shapes: list[tuple[int, int]], seed: int) -> nn.ModuleDict:
@@ -284,7 +287,7 @@ def test_members_are_drawn_in_their_ratio_and_logged_in_every_process() -> None:
     model, drawn = super_model(), {DENSE: 0, SPARSE: 0}
     for seed in range(40):
         torch.manual_seed(seed)
-        output = supernet_loss(model, batch(), 0, LOSS, CONTEXTS, draws=(1, 3))
+        output = supernet_loss(model, batch(), 0, LOSS, CONTEXTS, pruning=SelfPruningConfig(draws=(1, 3)))
         (member,) = (name for name in drawn if output.metrics[name].divisor)
         drawn[member] += 1
         assert {DENSE, SPARSE, "sparsity"} <= set(output.metrics)
@@ -293,7 +296,11 @@ def test_members_are_drawn_in_their_ratio_and_logged_in_every_process() -> None:
         assert output.metrics[other].total == 0.0
     assert 3 <= drawn[DENSE] <= 18
     torch.manual_seed(1)
-    assert supernet_loss(model, batch(), 4, LOSS, CONTEXTS, draws=(1, 10**6), dense_steps=5).metrics[DENSE].divisor
+    assert (
+        supernet_loss(model, batch(), 4, LOSS, CONTEXTS, pruning=SelfPruningConfig(draws=(1, 10**6), dense_steps=5))
+        .metrics[DENSE]
+        .divisor
+    )
 
 
 def test_adaptive_dropout_is_less_in_sparse_steps_beside_masks() -> None:
@@ -331,7 +338,7 @@ def test_the_dense_member_teaches_and_learns_nothing_from_it() -> None:
     for layer in compressed_layers(model).values():
         layer.mask.fill_(True)
     alike = {DENSE: STREAMING, SPARSE: STREAMING}
-    output = supernet_loss(model, batch(), 5, LOSS, alike, draws=(0, 1), distillation=how)
+    output = supernet_loss(model, batch(), 5, LOSS, alike, pruning=ONLY[SPARSE]["pruning"], distillation=how)
     assert float(output.metrics["distillation"].total) == pytest.approx(0.0, abs=1e-4)
 
 
@@ -403,7 +410,7 @@ def test_a_batch_is_split_between_the_members(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(loss_module, "random_levels", lambda model: drawn.append(draw(model)) or drawn[-1])  # type: ignore[func-returns-value]
     monkeypatch.setattr(loss_module, "split", lambda *words: parts.extend(divide(*words)) or parts)  # type: ignore[func-returns-value]
     torch.manual_seed(4)
-    output = supernet_loss(model, four, 5, LOSS, CONTEXTS, random=2, sparsity=0.5)
+    output = supernet_loss(model, four, 5, LOSS, CONTEXTS, pruning=SelfPruningConfig(), random=2, sparsity=0.5)
     assert sorted(member for member, _ in parts) == [DENSE, RANDOM, RANDOM, SPARSE]
     assert [cut_id for _, part in parts for cut_id in part.cut_ids] == four.cut_ids and len(output.losses) == 5
     assert drawn[0] != drawn[1]

@@ -46,7 +46,7 @@ def corpus(folder: Path) -> None:
         ("prune", {"prune", "qat", "info"}),
         (
             "supernet",
-            {"train-backbone", "supernet", "supernet-cut", "evaluate", "info", "export", "qat"},
+            {"train-backbone", "supernet", "supernet-cut", "evaluate", "info", "export", "qat", "pretrain"},
         ),
         ("distill", {"distill", "train-backbone", "evaluate"}),
         ("align", {"align"}),
@@ -71,15 +71,26 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for words in listed:
         if words[1] == "train-lm":
             words += sets(*LM.split())
-        if words[1] in ("pretrain", "train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm", "supernet"):
+        if words[1] in (
+            "pretrain",
+            "train-backbone",
+            "add-submodel",
+            "qat",
+            "prune",
+            "distill",
+            "distill-lm",
+            "supernet",
+        ):
             grows = words[1] == "supernet" and "--freeze-masks" not in words
-            steps = 12 if "iterative" in words or grows else 1
+            steps = 12 if "iterative" in words or "--supernet" in words or grows else 1
             settings = f"training.steps={steps} training.tensorboard=false data.num_workers=0".split()
             settings += [] if words[1] == "pretrain" else ["loss.backend=torch"]
             settings += ["growth.interval=1"] if grows else []
+            settings += ["supernet.growth.interval=1"] if "--supernet" in words else []
             if words[1] in ("pretrain", "train-backbone") and "--from" not in words:
                 settings += encoder.split()
-            if words[1] == "train-backbone" and ("--from" not in words or "exp/pretrained" in words):
+            recognizer = words[1] == "train-backbone" and "--from" not in words
+            if recognizer or (words[1] != "pretrain" and {"exp/pretrained", "exp/pre-super"} & {*words}):
                 settings += heads.split()
             words += ["--max-duration", "10", *sets(*settings)]
         asrkit(*words[1:])

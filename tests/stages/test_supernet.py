@@ -13,6 +13,7 @@ from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.exported import ExportedAcousticModel
 from asrkit.export.directory import open_exported
 from asrkit.export.runtime import ExportedModel
+from asrkit.methods.supernet import masks
 from asrkit.methods.supernet.masks import density, masks_digest
 from asrkit.models.compression import block_of, compressed_layers
 from asrkit.models.registry import load_encoder
@@ -20,10 +21,9 @@ from asrkit.models.surgery import in_variant, is_mask
 from asrkit.nn.compression import find_mask
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import LINEAGE, STATE, WEIGHTS, digests_of, open_run, read_yaml, write_yaml
-from asrkit.stages import supernet as stage
 from asrkit.stages.info import describe_run
 from asrkit.training.checkpoint import STATE_FILE, save_weights
-from helpers.commands import TWO, asrkit, killed, launched, quick, sets
+from helpers.commands import QUICK, TWO, asrkit, killed, launched, quick, sets
 from helpers.run_dirs import metrics, model_of, weights_equal
 from helpers.small_runs import write_encoder
 from helpers.tones import data, make_corpus
@@ -99,7 +99,7 @@ def test_one_checkpoint_is_two_models(supernet: Path, corpus: Path) -> None:
 def test_without_masks_it_is_dual_mode_training_bit_for_bit(
     corpus: Path, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "grow_masks", lambda *_: None)
+    monkeypatch.setattr(masks, "grow_masks", lambda *_: None)
     settings = quick("seed=2", "training.keep=last", "training.optimizer.warm_up_steps=0")
     asrkit("supernet", "--from", parent, "--variant", "joint", *MEMBERS, *data(corpus), "--out", tmp_path / "super",
            *settings, "--set", "growth.interval=1", "--set", "growth.share=0.3")  # fmt: skip
@@ -348,6 +348,51 @@ def test_masks_found_in_pretraining_are_kept(corpus: Path, tmp_path: Path) -> No
     asrkit("train-backbone", "--from", encoder, "--variant", "sparse", *data(corpus), "--out", tmp_path / "one",
            *quick("tokenizer.vocab_size=18", "training.steps=1"))  # fmt: skip
     assert masks_digest(before) == masks_digest(open_run(tmp_path / "one").weights())
+
+
+@pytest.mark.slow
+def test_masks_are_found_while_an_encoder_is_pretrained(corpus: Path, tmp_path: Path) -> None:
+    """pretrain --supernet, killed and gone on with, new and from an encoder; then a supernet that keeps its masks."""
+    small = ["model.num_layers=2", "model.dim=32", "model.feedforward_dim=48", "model.kernel_size=5", "quantizer.entries=16",
+             "quantizer.code_dim=16", "quantizer.final_dim=16"]  # fmt: skip
+    brief = [each for each in QUICK if not each.startswith("loss.")] + [
+        "mask.distractors=20",
+        "training.steps=5",
+        "training.save_every=1",
+    ]
+    grown = ["supernet.growth.interval=1", "supernet.growth.share=0.3", "supernet.lasso.scale=1", "seed=2"]
+    words = ["pretrain", "--supernet", "--sparsity", 0.5, *data(corpus), *sets(*brief, *grown)]
+    killed("step 3/", *words, *sets(*small), "--out", tmp_path / "pre")
+    for out in ("pre", "whole"):
+        asrkit(*words, *sets(*small), "--out", tmp_path / out)
+    assert weights_equal(tmp_path / "pre", tmp_path / "whole")
+    model = load_encoder(open_run(tmp_path / "pre"))
+    assert model.spec.variant == "dense" and [one.masks for one in model.spec.variants.values()] == [False, True]
+    assert density(model) == pytest.approx(0.5, abs=0.01) and not any(
+        "objective" in path for path in compressed_layers(model)
+    )
+    assert all(layer.weight[~layer.mask].any() for layer in compressed_layers(model).values())
+    rows = metrics(tmp_path / "pre")
+    assert [row["sparsity"] for row in rows if "sparsity" in row] == pytest.approx([0.0, 0.3, 0.5, 0.5, 0.5])
+    assert any("dense" in row for row in rows) and any("sparse" in row for row in rows)
+    assert any({"dev_contrastive", "dev_sparse_contrastive"} <= set(row) for row in rows)
+    asrkit("info", tmp_path / "pre")
+    asrkit("supernet", "--from", tmp_path / "pre", "--freeze-masks", "--sparse", STREAMING, *data(corpus), "--out", tmp_path / "super",
+           *quick("tokenizer.vocab_size=18"))  # fmt: skip
+    found, kept = (open_run(tmp_path / name).weights() for name in ("pre", "super"))
+    assert masks_digest(found) == masks_digest(kept)
+    # From an encoder that was pretrained densely; one with masks is refused, and so is a schedule that is too long.
+    asrkit("pretrain", *data(corpus), *sets(*brief, *small), "--out", tmp_path / "dense")
+    asrkit(*words, "--from", tmp_path / "dense", "--out", tmp_path / "further")
+    assert density(load_encoder(open_run(tmp_path / "further"))) == pytest.approx(0.5, abs=0.01)
+    for wrong, complaint in (
+        ([*words, "--from", tmp_path / "pre"], "is a supernet already"),
+        ([*words, *sets("supernet.growth.interval=9")], "would be reached at step 18"),
+        ([*words, *sets("supernet.growth.score=adam", "supernet.growth.start=0")], "set supernet.growth.start above 0"),
+        (["pretrain", "--sparsity", 0.5, *data(corpus)], "give both, or neither"),
+    ):
+        said = asrkit(*wrong, "--out", tmp_path / "no", code=1)
+        assert complaint in said and said.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 # --- members between the two, and what is cut out

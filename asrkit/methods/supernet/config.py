@@ -104,26 +104,13 @@ class MembersConfig:
 
 
 @config
-class SupernetConfig(StartConfig):
-    """Settings of supernet (arXiv 2207.11906, arXiv 2110.08352). config.yaml of the run holds them all."""
+class SelfPruningConfig:
+    """How the masks of a sparse member are found while both members are trained (arXiv 2207.11906)."""
 
-    loss: LossConfig = field(default_factory=lambda: FineTuneConfig().loss)
-    """Training loss."""
-    training: TrainingConfig = field(default_factory=lambda: FineTuneConfig().training)
-    """Length of the run, logging, precision and optimizer."""
-    variant: str | None = None
-    """Variant of the parent to make both members of, with its sub-models; null is the parent's default."""
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.67
     """Share of the weights that the sparse member leaves out in the end, the same in every layer."""
     block: tuple[Positive, Positive] = (8, 1)
     """Outputs and inputs that stay or go as one block. The paper has 8 weights in a block and leaves open which way it lies."""
-    dense: ContextText = "full"
-    """Context of the dense member."""
-    sparse: ContextText = "chunk=8,left=32"
-    """Context of the sparse member, in encoder frames of 40 ms."""
-    default: Literal["sparse", "dense"] = "sparse"
-    """Variant that is used where none is named; the best weights are those of its lowest dev WER. The other's is
-    measured too."""
     draws: tuple[Positive, Positive] = (1, 1)
     """How often a process draws the dense and the sparse member, as a ratio; [1, 1], the paper's, is half and half."""
     dense_steps: Annotated[int, Field(ge=0)] = 0
@@ -133,10 +120,29 @@ class SupernetConfig(StartConfig):
     """When the masks grow, and what stays."""
     lasso: LassoConfig = field(default_factory=LassoConfig)
     """A decay that makes whole blocks small beforehand."""
-    members: MembersConfig = field(default_factory=MembersConfig)
-    """Members between the two."""
     layers: LayerChoice = field(default_factory=LayerChoice)
     """Which linear layers have masks; never the joiner."""
+
+
+@config
+class SupernetConfig(SelfPruningConfig, StartConfig):
+    """Settings of supernet (arXiv 2207.11906, arXiv 2110.08352). config.yaml of the run holds them all."""
+
+    loss: LossConfig = field(default_factory=lambda: FineTuneConfig().loss)
+    """Training loss."""
+    training: TrainingConfig = field(default_factory=lambda: FineTuneConfig().training)
+    """Length of the run, logging, precision and optimizer."""
+    variant: str | None = None
+    """Variant of the parent to make both members of, with its sub-models; null is the parent's default."""
+    dense: ContextText = "full"
+    """Context of the dense member."""
+    sparse: ContextText = "chunk=8,left=32"
+    """Context of the sparse member, in encoder frames of 40 ms."""
+    default: Literal["sparse", "dense"] = "sparse"
+    """Variant that is used where none is named; the best weights are those of its lowest dev WER. The other's is
+    measured too."""
+    members: MembersConfig = field(default_factory=MembersConfig)
+    """Members between the two."""
     freeze_masks: bool = False
     """Keep the masks of a parent that is a supernet, instead of finding new ones."""
     adaptive_dropout: bool = False
@@ -154,27 +160,34 @@ class SupernetConfig(StartConfig):
 
 def contradictions(settings: SupernetConfig) -> list[str]:
     """Findings about settings that contradict each other or the length of the training."""
-    growth, steps, findings = settings.growth, settings.training.steps, []
-    final = growth.final(settings.sparsity)
+    findings = []
     if settings.freeze_masks:
         plain = SupernetConfig()
         asked = [name for name in ("sparsity", "block", "growth", "lasso", "members", "layers")
                  if getattr(settings, name) != getattr(plain, name)]  # fmt: skip
         if asked:
             findings.append(f"freeze_masks keeps the parent's masks as they are; leave out {', '.join(asked)}")
-    elif final >= steps:
-        findings.append(
-            f"a sparsity of {settings.sparsity} would be reached at step {final}, but training.steps is {steps}; train longer, "
-            "or lower growth.interval, or what else lengthens the schedule (growth.start, growth.times, a small growth.share)"
-        )
+    else:
+        findings += schedule_findings(settings, settings.training.steps)
     if settings.members.sparsities and settings.draws != (1, 1):
         findings.append("draws: with members.sparsities every batch is split between the members; leave draws out")
     if settings.contexts != ContextsConfig():
         findings.append("contexts: the members have one context each; use --dense and --sparse instead")
-    if others := [part for part in settings.layers.only if part in ("joiner", "ctc_head")]:
-        findings.append(f"layers.only: {', '.join(others)} stays dense in a supernet; choose from encoder, submodels")
     if settings.distillation.scale > 0 and settings.loss.transducer_scale == 0:
         findings.append(
             "distillation.scale compares transducers, but loss.transducer_scale is 0; set one of them otherwise"
         )
+    return findings
+
+
+def schedule_findings(settings: SelfPruningConfig, steps: int) -> list[str]:
+    """Findings about masks that would not be final within ``steps``, and about layers that never have one."""
+    findings, final = [], settings.growth.final(settings.sparsity)
+    if final >= steps:
+        findings.append(
+            f"a sparsity of {settings.sparsity} would be reached at step {final}, but training.steps is {steps}; train longer, "
+            "or lower growth.interval, or what else lengthens the schedule (growth.start, growth.times, a small growth.share)"
+        )
+    if others := [part for part in settings.layers.only if part in ("joiner", "ctc_head")]:
+        findings.append(f"layers.only: {', '.join(others)} stays dense in a supernet; choose from encoder, submodels")
     return findings

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from asrkit.data.batch import Batch
-from asrkit.methods.supernet.config import InPlaceConfig
+from asrkit.methods.supernet.config import InPlaceConfig, SelfPruningConfig
 from asrkit.methods.supernet.members import DENSE, RANDOM, SPARSE
 from asrkit.models import AsrModel
 from asrkit.models.compression import block_of, masked_layers
@@ -30,8 +30,7 @@ def supernet_loss(
     settings: LossConfig,
     contexts: Mapping[str, Context],
     *,
-    draws: tuple[int, int] = (1, 1),
-    dense_steps: int = 0,
+    pruning: SelfPruningConfig,
     random: int = 0,
     sparsity: float = 0.0,
     adaptive_dropout: bool = False,
@@ -42,17 +41,12 @@ def supernet_loss(
 
     Args:
         contexts: of DENSE and SPARSE; random members run in that of SPARSE.
-        draws: how often dense and sparse are drawn, as a ratio. dense_steps: the first steps, which are dense without a draw.
+        pruning: says how often each of the two is drawn.
         random: number of random members.
         sparsity: of the sparse member at this step. adaptive_dropout: see ``sparse_dropout``.
     """
     members = [DENSE, SPARSE, *[RANDOM] * random]
-    if step < dense_steps:
-        parts = [(DENSE, batch)]
-    elif random:
-        parts = split(batch, members)
-    else:
-        parts = [(drawn([DENSE] * draws[0] + [SPARSE] * draws[1]), batch)]
+    parts = split(batch, members) if random and step >= pruning.dense_steps else [(drawn_member(pruning, step), batch)]
     # Of all members in every process, so that they can be added up.
     losses, metrics = [], {member: Metric(0.0, 0.0) for member in members}
     if distillation is not None and distillation.scale > 0:
@@ -71,6 +65,17 @@ def supernet_loss(
         losses.append(each)
     metrics["sparsity"] = Metric(sparsity, 1.0)
     return LossOutput(torch.cat(losses), float(batch.num_encoder_frames), metrics)
+
+
+def drawn_member(settings: SelfPruningConfig, step: int) -> str:
+    """DENSE or SPARSE, drawn by torch's generator on the CPU; DENSE in the steps that are dense without a draw."""
+    dense, sparse = settings.draws
+    return DENSE if step < settings.dense_steps else drawn([DENSE] * dense + [SPARSE] * sparse)
+
+
+def member_metrics(own: Mapping[str, Metric]) -> dict[str, Metric]:
+    """A metric for each of the two members, of nothing for one that is not in ``own``, so that processes can add them up."""
+    return {name: own.get(name, Metric(0.0, 0.0)) for name in (DENSE, SPARSE)}
 
 
 def _how(member: str, contexts: Mapping[str, Context]) -> tuple[str, Context]:

@@ -6,13 +6,14 @@ Sources: self-pruning and group lasso (arXiv 2207.11906); importance by Adam's s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from asrkit.methods.pruning import sparsity_due
-from asrkit.methods.supernet.config import GrowthConfig
+from asrkit.methods.supernet.config import GrowthConfig, SelfPruningConfig
 from asrkit.models.compression import masked_layers
 from asrkit.models.digests import tensors_digest
 from asrkit.models.surgery import is_mask
@@ -94,3 +95,19 @@ def density(model: nn.Module) -> float:
 def masks_digest(tensors: Mapping[str, Tensor]) -> str:
     """The hexadecimal SHA-256 of a model's masks."""
     return tensors_digest((name, tensor) for name, tensor in tensors.items() if is_mask(name))
+
+
+def grow_and_decay(
+    settings: SelfPruningConfig, begin: int = 0
+) -> Callable[[nn.Module, torch.optim.Optimizer, int, Any], None]:
+    """What is called before each step of a supernet's training: group lasso in its time, from step ``begin`` on at the earliest,
+    and the masks that are due."""
+    lasso, growth = settings.lasso, settings.growth
+    end = growth.final(settings.sparsity) if lasso.end is None else lasso.end
+
+    def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Any) -> None:
+        if lasso.scale > 0 and max(begin, lasso.start) <= step < end:
+            lasso_decay(model, lasso.scale, optimizer.param_groups[0]["lr"] if lasso.times_learning_rate else 1.0)
+        grow_masks(model, optimizer, step, growth)
+
+    return before_step
