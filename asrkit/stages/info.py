@@ -77,7 +77,8 @@ def _parts(run: RunDir) -> list[dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
     for name, (numbers, size) in run.tensor_sizes().items():
         part = parts.setdefault(_part_of(name), {"parameters": 0, "bytes": 0})
-        part["parameters"] += 0 if name.endswith((".mask", ".reach")) else numbers
+        masks = name.endswith((".mask", ".reach")) and not name.startswith("objective.")  # whose mask is a vector
+        part["parameters"] += 0 if masks else numbers
         part["bytes"] += size
     return [{"part": name, **part} for name, part in sorted(parts.items())]
 

@@ -14,6 +14,7 @@ from asrkit.config import config
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.distillation.loss import build_loss
+from asrkit.methods.supernet.members import others_of_a_supernet
 from asrkit.training.asr_loss import check_contexts
 from asrkit.training.datasets import read_datasets
 from asrkit.training.session import input_files, open_training, run_recipe
@@ -97,4 +98,5 @@ def build_task(settings: TrainBackboneConfig, parent: Path | None, out: Path, ba
         variant=variant,
         attention_dropout=settings.model.attention_dropout if parent is None else None,
     )
-    return TrainTask(model, new_parts_first(settings, parent, loss), batches, variant=variant)
+    notes = others_of_a_supernet(model.spec, variant)
+    return TrainTask(model, new_parts_first(settings, parent, loss), batches, variant=variant, notes=notes)

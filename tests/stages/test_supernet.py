@@ -211,8 +211,9 @@ def test_other_stages_on_a_supernet(corpus: Path, supernet: Path, tmp_path: Path
            *quick("training.steps=1"))  # fmt: skip
     variants = open_run(tmp_path / "near").model_spec["variants"]
     assert variants["near"]["masks"] and not variants["dense"]["masks"]
-    asrkit("train-backbone", "--from", supernet, "--variant", "dense", *data(corpus), "--out", tmp_path / "on",
+    said = asrkit("train-backbone", "--from", supernet, "--variant", "dense", *data(corpus), "--out", tmp_path / "on",
            *quick("training.steps=1"))  # fmt: skip
+    assert "variant dense alone is trained: sparse shares its weights" in said
     spec = open_run(tmp_path / "on").model_spec
     assert spec["variant"] == "dense" and not spec["variants"]["dense"]["masks"]
     before, after = open_run(supernet).weights(), open_run(tmp_path / "on").weights()

@@ -98,3 +98,15 @@ def _refuse(spec: ModelSpec | PretrainedEncoderSpec, where: str, advice: str | N
             f"{where}: is quantized already ({len(quantized)} layers, such as {quantized[0]}); make the supernet first, then "
             "quantize one of its variants"
         )
+
+
+def others_of_a_supernet(spec: ModelSpec, trained: str) -> list[str]:
+    """A line on the variants that share the weights of the ``trained`` one with other masks, and change with it; [] if there are none."""
+    masks = spec.variants[trained].masks
+    others = [name for name, one in spec.variants.items() if one.masks != masks] if spec.compression else []
+    if not others:
+        return []
+    return [
+        f"variant {trained} alone is trained: {', '.join(others)} shares its weights, not its masks, and changes with it; evaluate it again, or "
+        "train both with `asrkit supernet --freeze-masks`"
+    ]
