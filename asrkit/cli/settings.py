@@ -17,6 +17,7 @@ SETTINGS = {
     "add-submodel": "asrkit.stages.add_submodel:AddSubModelConfig",
     "distill": "asrkit.stages.distill:DistillConfig",
     "distill-lm": "asrkit.stages.distill_lm:DistillLmConfig",
+    "sequence-train": "asrkit.methods.sequence.config:SequenceTrainConfig",
     "prune": "asrkit.stages.prune:PruneConfig",
     "quantize": "asrkit.models.compression:QuantizationConfig",
     "qat": "asrkit.stages.qat:QatConfig",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
 from asrkit.decoding.search import METHODS, Method, decode, search
-from asrkit.decoding.transducer import _append, beam_search, greedy_search
+from asrkit.decoding.hypothesis import append_hash
+from asrkit.decoding.transducer import beam_search, greedy_search
 from asrkit.errors import UserError
 
 BLANK = 0
@@ -228,7 +229,7 @@ def test_hashes_of_all_short_sequences_differ() -> None:
     hashes = torch.zeros(1, dtype=torch.int64)
     everything = [hashes]
     for _ in range(4):
-        hashes = torch.cat([_append(hashes, torch.full_like(hashes, token)) for token in range(1, 21)])
+        hashes = torch.cat([append_hash(hashes, torch.full_like(hashes, token)) for token in range(1, 21)])
         everything.append(hashes)
     flat = torch.cat(everything)
     assert len(flat.unique()) == len(flat)
