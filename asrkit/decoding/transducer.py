@@ -172,7 +172,8 @@ def sampled_paths(
     for t in range(num_frames):
         frame = joiner_in[:, t].repeat_interleave(paths, dim=0)
         logits = model.join(frame, predicted).float().index_fill(1, silent, -torch.inf)
-        drawn = torch.multinomial(logits.softmax(dim=1), 1).squeeze(1).masked_fill(ended[t], model.blank)
+        probs = logits.softmax(dim=1).nan_to_num(nan=1.0)  # padding, or a model that has diverged
+        drawn = torch.multinomial(probs, 1).squeeze(1).masked_fill(ended[t], model.blank)
         contexts, predicted = _extend(model, contexts, predicted, drawn)
         emitted[t] = drawn
     return emitted.T.reshape(batch, paths, num_frames)

@@ -162,23 +162,36 @@ def sample_transducer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Paths drawn from the transducer, one symbol a frame at most: their tokens (B, N, U) and lengths (B, N), and their
     log-probabilities (B, N), differentiable. Neither the draw nor the probabilities have the predictor's dropout."""
-    joiner_in = model.joiner.project_encoder(encoder_out)
     with searching(model) as acoustic:
-        emitted = sampled_paths(acoustic, joiner_in.detach(), lens, paths, special_ids)  # (B, N, T')
-    tokens, token_lens = without_blanks(emitted, model.blank)
+        joiner_in = model.joiner.project_encoder(encoder_out)
+        emitted = sampled_paths(acoustic, joiner_in, lens, paths, special_ids)
     training = model.predictor.training
     model.predictor.train(False)
-    predicted = model.predictor(model.predictor.contexts_of(tokens.flatten(0, 1)))
+    log_probs = path_log_probs(model, encoder_out, lens, emitted, special_ids)
     model.predictor.train(training)
+    return *without_blanks(emitted, model.blank), log_probs
+
+
+def path_log_probs(
+    model: AsrModel, encoder_out: Tensor, lens: Tensor, emitted: Tensor, special_ids: Sequence[int]
+) -> Tensor:
+    """The log-probabilities of paths by the transducer, (B, N) differentiable.
+
+    Args:
+        emitted: (B, N, T') the token or blank of each frame.
+    """
+    tokens, _ = without_blanks(emitted, model.blank)
+    predicted = model.predictor(model.predictor.contexts_of(tokens.flatten(0, 1)))  # (B N, U + 1, P)
     emits = emitted != model.blank
     before = (emits.cumsum(dim=2) - emits.long()).flatten(0, 1)  # (B N, T'): tokens before each frame
     rows = before + predicted.shape[1] * torch.arange(len(before), device=before.device).unsqueeze(1)
     contexts = F.embedding(rows, model.joiner.project_predictor(predicted).flatten(0, 1))  # (B N, T', J)
-    logits = model.joiner(joiner_in.repeat_interleave(paths, dim=0), contexts).float()
+    joiner_in = model.joiner.project_encoder(encoder_out).repeat_interleave(emitted.shape[1], dim=0)
+    logits = model.joiner(joiner_in, contexts).float()
     logits = logits.index_fill(2, silent_columns(special_ids, model.blank, logits.device), -torch.inf)
     scores = -F.cross_entropy(logits.flatten(0, 1), emitted.flatten(), reduction="none").view(emitted.shape)
     valid = torch.arange(emitted.shape[2], device=lens.device) < lens.view(-1, 1, 1)
-    return tokens, token_lens, torch.where(valid, scores, 0.0).sum(dim=2)
+    return torch.where(valid, scores, 0.0).sum(dim=2)
 
 
 def sample_ctc(
@@ -189,7 +202,8 @@ def sample_ctc(
     log_probs = log_probs.index_fill(2, silent, -torch.inf).log_softmax(dim=2)
     batch, num_frames, _ = log_probs.shape
     with torch.no_grad():
-        drawn = torch.multinomial(log_probs.exp().flatten(0, 1), paths, replacement=True).view(batch, num_frames, paths)
+        probs = log_probs.exp().nan_to_num(nan=1.0).flatten(0, 1)  # NaN of a model that has diverged
+        drawn = torch.multinomial(probs, paths, replacement=True).view(batch, num_frames, paths)
     scores = log_probs.gather(2, drawn).transpose(1, 2)
     drawn = drawn.transpose(1, 2)  # (B, N, T')
     valid = torch.arange(num_frames, device=lens.device) < lens.view(-1, 1, 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class SequenceLoss:
     tokenizer: Tokenizer
     graph: Denominator | None = None
     start: Mapping[str, Tensor] | None = None
+    _fsas: dict[torch.device, Any] = field(default_factory=dict, repr=False)  # the denominator on each device
 
     def __call__(self, model: AsrModel, batch: Batch, step: int) -> LossOutput:
         settings, context, weight = self.settings, drawn(self.contexts), self.settings.smoothing_weight
@@ -95,7 +97,7 @@ class SequenceLoss:
             log_probs = ctc_log_probs_of(model.ctc_log_probs(own.encoder_out), lens, n_best.tokens, n_best.lens)
         else:
             log_probs = transducer_log_probs(model, own.encoder_out, lens, n_best.tokens, n_best.lens, settings.loss)
-        valid = n_best.scores.isfinite() & log_probs.isfinite()
+        valid = (n_best.scores > -torch.inf) & (log_probs != -torch.inf)  # NaN must reach the loss
         errors, total = self._errors(n_best.tokens, n_best.lens, batch)
         risk = expected_errors(settings.hypotheses.scale * log_probs, errors, valid)
         metrics = {
@@ -138,8 +140,10 @@ class SequenceLoss:
     ) -> Criterion:
         k2, how, criterion = k2_for_lattices(), self.settings.lattice, self.settings.criterion
         outputs, lens = model.ctc_log_probs(own.encoder_out), own.encoder_out_lens.clamp(min=1)
+        if outputs.device not in self._fsas:
+            self._fsas[outputs.device] = graph.fsa(k2, outputs.device)
         searched = outputs if searcher is model else searcher.ctc_log_probs(found)
-        lattice = denominator_lattice(k2, graph.fsa(k2, outputs.device), searched, lens, how.kappa, how.denominator)
+        lattice = denominator_lattice(k2, self._fsas[outputs.device], searched, lens, how.kappa, how.denominator)
         texts = zip(batch.symbols.tolist(), batch.symbol_lens.tolist(), strict=True)
         priors = outputs.new_tensor([graph.log_prob(ids[:length]) for ids, length in texts])
         result = outer(criterion, k2, lattice, outputs, lens, batch.symbols, batch.symbol_lens, how, priors)
