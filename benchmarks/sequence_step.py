@@ -19,9 +19,9 @@ import torch
 import typer
 
 from asrkit.config import from_dict
-from asrkit.methods.sequence.config import LATTICE, SequenceTrainConfig
+from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.run_dir import TOKENIZER, open_run
-from asrkit.stages.sequence_train import build_task, prepare_denominator
+from asrkit.stages.sequence_train import build_task, prepare
 from asrkit.training.asr_loss import asr_loss
 from asrkit.training.datasets import training_batches
 from asrkit.training.distributed import World
@@ -50,8 +50,7 @@ def main(
             settings = from_dict(SequenceTrainConfig, values, "benchmark")
             batches = training_batches(manifest, settings.data, out, 1, settings.seed)
             run: Any = SimpleNamespace(path=out, world=world, note=print)
-            if name in LATTICE:
-                prepare_denominator(settings, parent, run, batches)
+            prepare(settings, parent, run, batches)
             tasks[name] = build_task(settings, parent, out, batches)
         ordinary = build_task(from_dict(SequenceTrainConfig, {}, "benchmark"), parent, out, batches)
         loss = from_dict(SequenceTrainConfig, {}, "benchmark").loss

@@ -23,7 +23,7 @@ from asrkit.cli.options import (
     train_or_stop,
 )
 
-Criterion = StrEnum("Criterion", {name: name for name in ("mwer", "sampled-mbr", "mmi", "bmmi", "smbr", "mpe")})
+Criterion = StrEnum("Criterion", ["mwer", "sampled-mbr", "mmi", "bmmi", "smbr", "mpe"])
 of_criterion = partial(typer.Option, rich_help_panel="Criterion")
 
 
@@ -52,6 +52,12 @@ def sequence_train(
             help="Weight of the recognizer's own loss. [default: 0.01; 0.1 with lattices]", show_default=False
         ),
     ] = None,
+    cache: Annotated[
+        bool,
+        of_criterion(
+            "--cache", help="Search once, before the training, and keep hypotheses or lattices in the run directory."
+        ),
+    ] = False,
     seed: Seed = None,
     max_duration: MaxDuration = None,
     device: Device = "auto",
@@ -79,6 +85,7 @@ def sequence_train(
             "criterion": criterion and criterion.value,
             "hypotheses.beam": beam,
             "smoothing": smoothing,
+            "cache": cache or None,
             "variant": variant,
             "seed": seed,
             "data.max_duration": max_duration,

@@ -16,7 +16,6 @@ import torch
 from asrkit.data.batch import Batch
 from asrkit.data.manifests import text_of
 from asrkit.data.train_batches import TrainBatches
-from asrkit.errors import UserError
 from asrkit.methods.sequence.config import SequenceTrainConfig, check_sequence
 from asrkit.methods.sequence.denominator import (
     DIGEST,
@@ -26,9 +25,10 @@ from asrkit.methods.sequence.denominator import (
 )
 from asrkit.methods.sequence.lattices import denominator_lattice, k2_for_lattices
 from asrkit.methods.sequence.loss import SEARCHER, SequenceLoss
+from asrkit.methods.sequence.search_cache import COMPLETE, SearchCache, fill_cache, no_path
 from asrkit.models import AsrModel, load_model
 from asrkit.models.surgery import rebuild, with_variant
-from asrkit.nn.context import parse_context
+from asrkit.nn.context import Context, parse_context
 from asrkit.run_dir import open_run
 from asrkit.training.distributed import from_main
 from asrkit.training.run_writer import RunWriter
@@ -67,7 +67,7 @@ def sequence_train(
         out,
         settings,
         partial(build_task, settings, parent, out),
-        prepare=partial(prepare_denominator, settings, parent) if settings.lattices else None,
+        prepare=partial(prepare, settings, parent),
         dev=dev,
         device=device,
         command=command,
@@ -86,7 +86,8 @@ def build_task(settings: SequenceTrainConfig, parent: Path, out: Path, batches: 
     if settings.l2 > 0:
         start = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     contexts = [parse_context(text) for text in spec.variants[spec.variant].contexts]
-    loss = SequenceLoss(settings, contexts, batches.tokenizer, graph, start)
+    cache = SearchCache(out) if settings.cache else None
+    loss = SequenceLoss(settings, contexts, batches.tokenizer, graph, start, cache)
     task = TrainTask(model, loss, batches, facts={"criterion": settings.criterion, **facts})
     if settings.search_every == 1:
         return task
@@ -102,40 +103,48 @@ def renew(every: int, model: AsrModel, optimizer: torch.optim.Optimizer, step: i
         model.snapshots[SEARCHER].load_state_dict(weights)
 
 
-def prepare_denominator(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:
-    """Make the denominator graph of the training texts, unless the run has it, and try it on the first batches.
+def prepare(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:
+    """Make the denominator graph of the training texts, and search all cuts if they are to be searched once, unless the run has
+    them.
 
     Raises:
-        UserError: too large, or cuts without a path through it.
+        UserError: a graph that is too large, or cuts without a path through it.
     """
-    if (run.path / DIGEST).is_file():
-        return
-    from_main(run.world, partial(_make, settings, parent, run, batches))
+    if settings.lattices and not (run.path / DIGEST).is_file():
+        from_main(run.world, partial(make_graph, settings, parent, run, batches))
+    if settings.cache and not (run.path / COMPLETE).is_file():
+        model, context = _start(settings, parent, run.world.device)
+        graph = load_denominator(run.path)[0] if settings.lattices else None
+        found = fill_cache(settings, model, context, graph, run.path, batches, run.world)
+        run.note(f"{run.path}: searched {found} utterances")
 
 
-def _make(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:
+def make_graph(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:
+    """Write the denominator graph of the training texts, after the utterances of the first batches have found a path through it."""
     tokenizer, how = batches.tokenizer, settings.lattice.denominator
     texts = [tokenizer.encode(text_of(batches.table[number])) for number in range(len(batches.table))]
     graph = make_denominator(texts, how.order, how.max_arcs, tokenizer.vocab_size)
-    k2 = k2_for_lattices()
-    model = load_model(open_run(parent)).to(run.world.device)
-    context = parse_context((settings.contexts.train or model.spec.variants[model.spec.variant].contexts)[0])
-    bad: list[str] = []
+    k2, device = k2_for_lattices(), run.world.device
+    fsa = graph.fsa(k2, device)
+    model, context = _start(settings, parent, device)
+    pathless: list[str] = []
     for number in range(SAMPLE):
-        batch = batches[number].to(run.world.device)
+        batch = batches[number].to(device)
         with torch.no_grad():
             languages = model.language_ids(batch.languages)
             encoded, lens = model.encode(batch.features, batch.feature_lens, settings.variant, context, None, languages)
             outputs = model.ctc_log_probs(encoded)
-        fsa = graph.fsa(k2, outputs.device)
         lattice = denominator_lattice(k2, fsa, outputs, lens.clamp(min=1), settings.lattice.kappa, how)
-        paths = torch.zeros(len(lens), device=outputs.device).index_fill(0, lattice.rows, 1.0).tolist()
-        bad += [cut_id for cut_id, there in zip(batch.cut_ids, paths, strict=True) if not there]
-    if bad:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise UserError(
-            f"cuts {', '.join(bad[:10])}{more}: no path through the denominator graph is left; raise lattice.denominator.search_beam or "
-            "max_active, or leave these cuts out"
-        )
+        found = set(lattice.rows.tolist())
+        pathless += [cut_id for row, cut_id in enumerate(batch.cut_ids) if row not in found]
+    if pathless:
+        raise no_path(pathless)
     save_denominator(run.path, graph, {"order": how.order, "texts": len(texts)})
     run.note(f"{run.path}: denominator graph of order {how.order}: {graph.num_states} states, {len(graph.arcs)} arcs")
+
+
+def _start(settings: SequenceTrainConfig, parent: Path, device: torch.device) -> tuple[AsrModel, Context]:
+    """The parent's model, and the first context it is trained in."""
+    model = load_model(open_run(parent)).to(device)
+    variant = model.spec.variants[settings.variant or model.spec.variant]
+    return model, parse_context((settings.contexts.train or variant.contexts)[0])

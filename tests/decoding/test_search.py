@@ -250,7 +250,8 @@ def test_the_n_best_list_holds_what_the_beam_search_ends_with() -> None:
         hypotheses = rows_of(found, row)
         assert hypotheses[tuple(best.tokens)] == pytest.approx(best.score)
         assert list(hypotheses.values()) == sorted(hypotheses.values(), reverse=True)
-        assert best.tokens == list(max(hypotheses, key=lambda tokens: hypotheses[tokens] / (len(tokens) + 2)))
+        by_length = {tokens: score / (len(tokens) + 2) for tokens, score in hypotheses.items()}
+        assert tuple(best.tokens) == max(by_length, key=by_length.__getitem__)
         assert len(hypotheses) == int(found.scores[row].isfinite().sum())  # no two alike
     assert len(rows_of(found, 0)) > 3 and rows_of(found, 2) == {(): 0.0}
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from asrkit import extras
+from asrkit.config import from_dict
+from asrkit.data.batch import Batch
+from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.models.compression import compressed_layers
 from asrkit.run_dir import open_run
+from asrkit.stages.sequence_train import build_task
+from asrkit.training.datasets import training_batches
+from asrkit.training.step import TrainTask
 from helpers.commands import TWO, asrkit, killed, launched, quick
 from helpers.run_dirs import metrics, model_of, weights_equal
 from helpers.tones import data, make_corpus, rewrite
@@ -107,6 +115,8 @@ def test_every_criterion(corpus: Path, parent: Path, tmp_path: Path, criterion: 
     ("mwer", ("search_every=3", "l2=0.1", "hypotheses.add_reference=true", "hypotheses.unit=char")),
     ("sampled-mbr", ("data.augment.speed=0",)),
     ("smbr", ("search_every=3", "lattice.kappa=0.5")),
+    ("mwer", ("cache=true",)),
+    ("mpe", ("cache=true", "data.augment.speed=0")),
 ])  # fmt: skip
 def test_killed_and_resumed_is_the_uninterrupted_run(
     corpus: Path, parent: Path, tmp_path: Path, criterion: str, settings: tuple[str, ...]
@@ -120,11 +130,13 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     killed("step 2:", *parted)
     assert not (tmp_path / "parted" / "done").exists()
     said = asrkit(*parted)
-    assert "denominator graph" not in said  # it is made once
+    assert "denominator graph" not in said and "searched" not in said  # both are done once
     asrkit(*whole)
     assert weights_equal(tmp_path / "parted", tmp_path / "whole")
     ages = [row["lattice_age"] for row in rows(tmp_path / "whole")]
-    assert ages == ([0, 1, 2, 0] if "search_every=3" in settings else [0] * 4)
+    assert ages == (
+        [0, 1, 2, 0] if "search_every=3" in settings else [0, 1, 2, 3] if "cache=true" in settings else [0] * 4
+    )
     assert not any(name.startswith("snapshots") for name in open_run(tmp_path / "whole").weights())
 
 
@@ -227,6 +239,8 @@ REFUSED: list[tuple[list[str], list[str], str]] = [
     (["--criterion", "mmi"], ["head=transducer"], "needs the lattices of the CTC head"),
     (["--criterion", "smbr"], ["data.bpe_dropout=0.1"], "set data.bpe_dropout=0 and data.augment.join=0"),
     ([], ["contexts.sampling=joint", "contexts.train=[full,'chunk=4,left=8']"], "set contexts.sampling=random"),
+    (["--criterion", "mmi", "--cache"], ["data.augment.speed=0.1"], "--cache: was searched in audio as it is; set data.augment.speed=0"),
+    (["--cache"], ["search_every=2"], "searches once; leave search_every at 1"),
     (["--variant", "none"], [], "no variant none; there are backbone"),
     ([], ["lattice.denominator.order=1"], "lattice.denominator.order"),
 ]  # fmt: skip
@@ -261,6 +275,45 @@ def test_a_graph_that_is_too_large_and_cuts_without_a_path(corpus: Path, parent:
     said = asrkit(*sequence_train(parent, corpus, tmp_path / "run", *settings, words=words), code=1)
     assert "cuts train-" in said and "no path through the denominator graph is left" in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def step_of(task: TrainTask, plain: TrainTask, batch: Batch) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Losses and metrics of the first step, of two tasks."""
+    return [((found := each.loss(each.model, batch, 0)).losses, dict(found.metrics)) for each in (task, plain)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", ["mwer", "mmi", "smbr", "mpe"])
+def test_what_was_searched_before_is_what_the_first_step_would_find(
+    corpus: Path, parent: Path, tmp_path: Path, criterion: str
+) -> None:
+    needs(criterion)
+    augment = {"speed": 0.0, "spec_augment": None, "volume_db": 0.0}
+    values = {
+        "criterion": criterion,
+        "data": {"augment": augment, "num_workers": 0, "num_buckets": 1, "max_duration": 20.0},
+    }
+    run = tmp_path / "run"
+    still = [f"data.augment.{key}={'null' if value is None else value}" for key, value in augment.items()]
+    asrkit(
+        *sequence_train(parent, corpus, run, *still, "cache=true", "training.steps=1", words=["--criterion", criterion])
+    )
+    plain = from_dict(SequenceTrainConfig, values, "test")
+    batches = training_batches(corpus / "train.jsonl.gz", plain.data, run, 1, 1)
+    cached = build_task(replace(plain, cache=True), parent, run, batches)
+    searching = build_task(plain, parent, run, batches)
+    for each in (cached, searching):
+        each.model.eval()
+    (one, found), (other, expected) = step_of(cached, searching, batches[0])
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert found.keys() == expected.keys()
+    for name, metric in found.items():
+        assert float(metric.total) == pytest.approx(float(expected[name].total), rel=1e-3, abs=1e-4), name
+    (one.sum() + other.sum()).backward()
+    for mine, theirs in zip(cached.model.parameters(), searching.model.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_lattices_without_k2(corpus: Path, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

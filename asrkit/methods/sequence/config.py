@@ -93,6 +93,9 @@ class SequenceTrainConfig(FineTuneConfig):
     search_every: Positive = 1
     """Hypotheses and lattices are searched with weights that are renewed every so many steps, and scored with those of
     now. 1 searches with those of now."""
+    cache: bool = False
+    """Search once, before the training, with the weights of the start, on audio as it is, and keep hypotheses or lattices
+    in the run directory; every step scores them with the weights of now."""
     hypotheses: HypothesesConfig = field(default_factory=HypothesesConfig)
     """mwer and sampled-mbr: what errors are counted of."""
     lattice: LatticeConfig = field(default_factory=LatticeConfig)
@@ -146,6 +149,8 @@ def check_sequence(settings: SequenceTrainConfig, parent: RunDir) -> None:
             f"{settings.criterion}: the denominator graph has the tokens of the texts as they are; set data.bpe_dropout=0 and "
             "data.augment.join=0"
         )
+    if settings.cache:
+        findings += [f"--cache: {line}" for line in _cannot_be_cached(settings)]
     if settings.contexts.sampling == "joint":
         findings.append("sequence criteria use one context per batch; set contexts.sampling=random")
     # Stages without training, such as quantize, record no losses.
@@ -157,3 +162,17 @@ def check_sequence(settings: SequenceTrainConfig, parent: RunDir) -> None:
         )
     if findings:
         raise UserError.of(findings)
+
+
+def _cannot_be_cached(settings: SequenceTrainConfig) -> list[str]:
+    """What a search before the training cannot serve, as findings."""
+    augment, findings = settings.data.augment, []
+    if settings.criterion == "sampled-mbr":
+        findings.append("sampled-mbr draws its paths from the weights of now; leave it out")
+    if settings.search_every > 1:
+        findings.append("searches once; leave search_every at 1")
+    timing = {"speed": augment.speed, "tempo": augment.tempo, "silence": augment.silence} if settings.lattices else {}
+    for name, value in {**timing, "join": augment.join}.items():
+        if value > 0:
+            findings.append(f"was searched in audio as it is; set data.augment.{name}=0, not {value}")
+    return findings

@@ -25,6 +25,7 @@ from asrkit.methods.sequence.hypotheses import (
     with_reference,
 )
 from asrkit.methods.sequence.lattices import denominator_lattice, k2_for_lattices, outer
+from asrkit.methods.sequence.search_cache import SearchCache
 from asrkit.models.asr import AsrModel
 from asrkit.nn.context import Context
 from asrkit.training.asr_loss import ForwardPass, forward_losses
@@ -40,7 +41,7 @@ class SequenceLoss:
     """The loss of a stage: a pure function of (model, batch on the device, step) but for torch's generator.
 
     contexts: those to train in. graph: the denominator, of lattice criteria. start: the trained weights at the start, by name, if
-    their distance counts.
+    their distance counts. cache: what was searched before the training.
     """
 
     settings: SequenceTrainConfig
@@ -48,6 +49,7 @@ class SequenceLoss:
     tokenizer: Tokenizer
     graph: Denominator | None = None
     start: Mapping[str, Tensor] | None = None
+    cache: SearchCache | None = None
     _fsas: dict[torch.device, Any] = field(default_factory=dict, repr=False)  # the denominator on each device
 
     def __call__(self, model: AsrModel, batch: Batch, step: int) -> LossOutput:
@@ -65,7 +67,8 @@ class SequenceLoss:
             losses, metrics = self._n_best_criterion(model, batch, own, searcher, found)
         else:
             losses, metrics = self._sampled_criterion(model, batch, own)
-        metrics["lattice_age"] = Metric(float(step % settings.search_every), 1.0)
+        age = step % settings.search_every if self.cache is None else step
+        metrics["lattice_age"] = Metric(float(age), 1.0)
         regularizer = None if self.start is None else settings.l2 / 2 * squared_distance(model, self.start)
         frames = float(batch.num_encoder_frames)
         return LossOutput(losses + weight * own.losses, frames, {**own.metrics, **metrics}, regularizer)
@@ -89,7 +92,10 @@ class SequenceLoss:
         self, model: AsrModel, batch: Batch, own: ForwardPass, searcher: AsrModel, found: Tensor
     ) -> Criterion:
         settings, head, lens = self.settings, self.settings.trained_head, own.encoder_out_lens
-        n_best = find_n_best(searcher, head, found, lens, settings.hypotheses.beam, self._special_ids)
+        if self.cache is not None:
+            n_best = self.cache.n_best(batch.cut_ids, lens.device)
+        else:
+            n_best = find_n_best(searcher, head, found, lens, settings.hypotheses.beam, self._special_ids)
         first = n_best.scores.shape[1]
         if settings.hypotheses.add_reference:
             n_best = with_reference(n_best, batch.symbols, batch.symbol_lens)
@@ -140,10 +146,13 @@ class SequenceLoss:
     ) -> Criterion:
         k2, how, criterion = k2_for_lattices(), self.settings.lattice, self.settings.criterion
         outputs, lens = model.ctc_log_probs(own.encoder_out), own.encoder_out_lens.clamp(min=1)
-        if outputs.device not in self._fsas:
-            self._fsas[outputs.device] = graph.fsa(k2, outputs.device)
-        searched = outputs if searcher is model else searcher.ctc_log_probs(found)
-        lattice = denominator_lattice(k2, self._fsas[outputs.device], searched, lens, how.kappa, how.denominator)
+        if self.cache is not None:
+            lattice = self.cache.lattice(k2, batch.cut_ids, outputs.device)
+        else:
+            searched = outputs if searcher is model else searcher.ctc_log_probs(found)
+            if outputs.device not in self._fsas:
+                self._fsas[outputs.device] = graph.fsa(k2, outputs.device)
+            lattice = denominator_lattice(k2, self._fsas[outputs.device], searched, lens, how.kappa, how.denominator)
         texts = zip(batch.symbols.tolist(), batch.symbol_lens.tolist(), strict=True)
         priors = outputs.new_tensor([graph.log_prob(ids[:length]) for ids, length in texts])
         result = outer(criterion, k2, lattice, outputs, lens, batch.symbols, batch.symbol_lens, how, priors)
