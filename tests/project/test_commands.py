@@ -44,6 +44,7 @@ def corpus(folder: Path) -> None:
         ("qat", {"quantize", "qat", "evaluate", "info"}),
         ("prune", {"prune", "qat", "info"}),
         ("distill", {"distill", "train-backbone", "evaluate"}),
+        ("sequence-train", {"sequence-train", "evaluate"}),
         ("align", {"align"}),
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
@@ -68,7 +69,7 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for words in listed:
         if words[1] == "train-lm":
             words += sets(*LM.split())
-        if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm"):
+        if words[1] in ("train-backbone", "add-submodel", "qat", "prune", "distill", "distill-lm", "sequence-train"):
             steps = 12 if "iterative" in words else 1
             brief = f"training.steps={steps} training.tensorboard=false data.num_workers=0 loss.backend=torch"
             settings = [
