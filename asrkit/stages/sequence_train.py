@@ -10,6 +10,7 @@ import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +80,8 @@ def build_task(settings: SequenceTrainConfig, parent: Path, out: Path, batches: 
     origin = load_model(open_run(parent))
     spec = with_variant(origin.spec, settings.variant, settings.contexts.train)
     model = rebuild(spec, origin)
-    graph, facts = None, {}
+    graph = None
+    facts: dict[str, Any] = {"criterion": settings.criterion, "losses": settings.trained_heads}
     if settings.lattices:
         graph, facts["denominator_sha256"] = load_denominator(out)
     start = None
@@ -88,7 +90,9 @@ def build_task(settings: SequenceTrainConfig, parent: Path, out: Path, batches: 
     contexts = [parse_context(text) for text in spec.variants[spec.variant].contexts]
     cache = SearchCache(out) if settings.cache else None
     loss = SequenceLoss(settings, contexts, batches.tokenizer, graph, start, cache)
-    task = TrainTask(model, loss, batches, facts={"criterion": settings.criterion, **facts})
+    task = TrainTask(
+        model, loss, batches, facts=facts, dev_method="ctc" if settings.trained_head == "ctc" else "greedy"
+    )
     if settings.search_every == 1:
         return task
     searcher = copy.deepcopy(model).requires_grad_(False)

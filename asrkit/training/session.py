@@ -192,7 +192,7 @@ def run_recipe(
     assert isinstance(model, AsrModel)
     for note in task.notes:
         run.note(f"{run.path}: {note}")
-    run.facts = {**task.facts, **_facts(run, model, task.variant, settings.loss)}
+    run.facts = {**_facts(run, model, task.variant, settings.loss), **task.facts}
     run.describe(model.spec, f"{len(table)} utterances, {table.durations.sum() / 60:.1f} min")
     if dev is not None:
         task = replace(task, measure=_measure(task, model, tokenizer, settings, dev))
@@ -227,7 +227,7 @@ def _measure(
         tokenizer,
         settings.data.max_duration,
         settings.dev_max_cuts,
-        "greedy" if settings.loss.transducer_scale > 0 else "ctc",
+        task.dev_method or ("greedy" if settings.loss.transducer_scale > 0 else "ctc"),
         spec.variant,
         parse_context(spec.variants[spec.variant].contexts[0]),
     )

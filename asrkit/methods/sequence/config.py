@@ -113,6 +113,13 @@ class SequenceTrainConfig(FineTuneConfig):
         return "ctc" if self.lattices or self.loss.transducer_scale == 0 else "transducer"
 
     @property
+    def trained_heads(self) -> list[Head]:
+        """The heads that have a loss: that of the criterion, and those of the smoothing."""
+        scales: dict[Head, float] = {"transducer": self.loss.transducer_scale, "ctc": self.loss.ctc_scale}
+        smoothed = {head for head, scale in scales.items() if scale > 0 and self.smoothing_weight > 0}
+        return [head for head in scales if head in smoothed | {self.trained_head}]
+
+    @property
     def smoothing_weight(self) -> float:
         return self.smoothing if self.smoothing is not None else 0.1 if self.lattices else 0.01
 

@@ -103,7 +103,7 @@ class Outer:
     objective: (B,), to be maximized; 0 for an utterance that does not count. derivative: (B, T, V) of it by the outputs.
     counts: (B,) bool, utterances with a path of the reference and one of the denominator. rejected: frames without a
     gradient because the reference has left the lattice. correct: frames whose likeliest token is the alignment's.
-    expected: expected accuracy, of smbr and mpe, or log posterior of the reference. arcs: of all lattices.
+    arcs: of all lattices.
     """
 
     objective: Tensor

@@ -33,7 +33,7 @@ from asrkit.training.contexts import drawn
 from asrkit.training.step import LossOutput, Metric
 
 SEARCHER = "searcher"  # under ``AsrModel.snapshots``: the weights that hypotheses and lattices are searched with
-Criterion = tuple[Tensor, dict[str, Metric]]  # the loss of each utterance (B,), and what to log
+Part = tuple[Tensor, dict[str, Metric]]  # the loss of each utterance (B,), and what to log
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class SequenceLoss:
 
     def _n_best_criterion(
         self, model: AsrModel, batch: Batch, own: ForwardPass, searcher: AsrModel, found: Tensor
-    ) -> Criterion:
+    ) -> Part:
         settings, head, lens = self.settings, self.settings.trained_head, own.encoder_out_lens
         if self.cache is not None:
             n_best = self.cache.n_best(batch.cut_ids, lens.device)
@@ -114,7 +114,7 @@ class SequenceLoss:
         }
         return risk.loss, metrics
 
-    def _sampled_criterion(self, model: AsrModel, batch: Batch, own: ForwardPass) -> Criterion:
+    def _sampled_criterion(self, model: AsrModel, batch: Batch, own: ForwardPass) -> Part:
         paths, lens = self.settings.hypotheses.paths, own.encoder_out_lens
         if self.settings.trained_head == "ctc":
             log_probs = model.ctc_log_probs(own.encoder_out)
@@ -143,7 +143,7 @@ class SequenceLoss:
         own: ForwardPass,
         searcher: AsrModel,
         found: Tensor,
-    ) -> Criterion:
+    ) -> Part:
         k2, how, criterion = k2_for_lattices(), self.settings.lattice, self.settings.criterion
         outputs, lens = model.ctc_log_probs(own.encoder_out), own.encoder_out_lens.clamp(min=1)
         if self.cache is not None:
