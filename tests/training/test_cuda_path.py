@@ -102,6 +102,10 @@ STAGES: dict[str, list[object]] = {
         "distill", "--teacher", "parent", "--weight", "student-teacher",
         *short(*SHAPE, "model.dim=24", "teacher.ctc_scale=0.3", "teacher.encoder_scale=0.1", "teacher.classes=all", "teacher.input=clean"),
     ],
+    "mwer": ["sequence-train", "--from", "parent", *short("search_every=2", "l2=0.1", "hypotheses.add_reference=true")],
+    "mwer of CTC, searched once": ["sequence-train", "--from", "parent", "--cache", *short("head=ctc")],
+    "sampled-mbr": ["sequence-train", "--from", "parent", "--criterion", "sampled-mbr", *short()],
+    "sampled-mbr of CTC": ["sequence-train", "--from", "parent", "--criterion", "sampled-mbr", *short("head=ctc", "smoothing=0")],
 }  # fmt: skip
 
 
