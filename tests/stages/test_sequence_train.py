@@ -311,7 +311,7 @@ def test_sound_in_which_nobody_speaks(corpus: Path, parent: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", ["mwer", "mmi", "smbr", "mpe"])
+@pytest.mark.parametrize("criterion", ["mwer", "mmi", "smbr"])
 def test_a_few_steps_on_one_batch_improve_what_is_trained(
     corpus: Path, parent: Path, tmp_path: Path, criterion: str
 ) -> None:
