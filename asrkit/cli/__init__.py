@@ -21,6 +21,7 @@ from asrkit.cli import (
     inspect,
     lm,
     plugins,
+    sequence,
     settings,
     submodel,
     supernet,
@@ -53,7 +54,7 @@ def _root(
     """Turn real speech into small, fast, streaming speech recognizers."""
 
 
-for _group in (data, train, submodel, distill, supernet, compress, lm, evaluate, export, inspect, settings):
+for _group in (data, train, submodel, distill, sequence, supernet, compress, lm, evaluate, export, inspect, settings):
     _group.register(app)
 
 

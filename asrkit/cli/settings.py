@@ -20,6 +20,7 @@ SETTINGS = {
     "distill-lm": "asrkit.stages.distill_lm:DistillLmConfig",
     "supernet": "asrkit.methods.supernet.config:SupernetConfig",
     "supernet-cut": "asrkit.methods.supernet.cut:SearchConfig",
+    "sequence-train": "asrkit.methods.sequence.config:SequenceTrainConfig",
     "prune": "asrkit.stages.prune:PruneConfig",
     "quantize": "asrkit.models.compression:QuantizationConfig",
     "qat": "asrkit.stages.qat:QatConfig",

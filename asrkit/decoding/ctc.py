@@ -1,4 +1,4 @@
-"""Greedy search for CTC."""
+"""Greedy and prefix beam search for CTC."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from asrkit.decoding.hypothesis import Hypothesis, collect, silent_columns
+from asrkit.decoding.hypothesis import Hypothesis, NBest, append_hash, collect, n_best_of, silent_columns, traced
 
 
 @torch.no_grad()
@@ -25,3 +25,64 @@ def ctc_greedy_search(
     repeated = tokens == pad(tokens[:, :-1], (1, 0), value=blank)
     emitted = tokens.masked_fill(repeated | ~valid, blank)
     return collect(emitted, best.masked_fill(~valid, 0.0).sum(dim=1), blank)
+
+
+@torch.no_grad()
+def ctc_beam_n_best(
+    log_probs: Tensor, lens: Tensor, beam: int = 4, blank: int = 0, special_ids: Collection[int] = ()
+) -> NBest:
+    """The ``beam`` likeliest texts that a prefix beam search keeps, the likeliest first; each adds up the paths it has seen.
+
+    Args:
+        log_probs: (B, T', V); lens: (B,).
+
+    Source: Graves et al. 2006 and Hannun et al. 2014, batched by tensor operations: equal prefixes are found by their hashes, and
+    a frame's symbols are its ``beam`` + 1 likeliest ones.
+    """
+    silent = silent_columns(special_ids, blank, log_probs.device)
+    log_probs = log_probs.index_fill(2, silent, -torch.inf)
+    (batch, num_frames, vocab), device = log_probs.shape, log_probs.device
+    choices = min(beam + 1, vocab - 1)
+    tokens_only = log_probs.index_fill(2, torch.tensor([blank], device=device), -torch.inf)
+    best, symbols = tokens_only.topk(choices, dim=2)  # (B, T', C)
+    ends_blank = log_probs.new_full((batch, beam), -torch.inf)  # of each prefix, the paths that end with a blank
+    ends_token = ends_blank.clone()  # and those that end with its last token
+    ends_blank[:, 0] = 0.0
+    prefixes = torch.zeros(batch, beam, dtype=torch.int64, device=device)
+    last = torch.full_like(prefixes, blank)
+    unmoved = torch.arange(beam, device=device).expand(batch, beam)
+    parents, emitted = [], []
+    for t in range(num_frames):
+        total = torch.logaddexp(ends_blank, ends_token)
+        added = symbols[:, t].unsqueeze(1).expand(-1, beam, -1)  # (B, K, C)
+        before = torch.where(added == last.unsqueeze(2), ends_blank.unsqueeze(2), total.unsqueeze(2))
+        grown = before + best[:, t].unsqueeze(1)
+        longer = append_hash(prefixes.unsqueeze(2), added)
+        # A prefix that grows into another one of the beam adds to it instead of standing twice.
+        same = longer.unsqueeze(3) == prefixes.view(batch, 1, 1, beam)  # (B, K, C, K)
+        same = same & total.isfinite().view(batch, 1, 1, beam)
+        joins = grown.unsqueeze(3).masked_fill(~same, -torch.inf).flatten(1, 2).logsumexp(dim=1)
+        grown = grown.masked_fill(same.any(dim=3), -torch.inf)
+        stays = ends_token + log_probs[:, t].gather(1, last).masked_fill(last == blank, -torch.inf)
+        stays = torch.logaddexp(stays, joins)
+        rests = total + log_probs[:, t, blank].unsqueeze(1)
+        everything = torch.cat([torch.logaddexp(stays, rests), grown.flatten(1)], dim=1)
+        _, chosen = everything.topk(beam, dim=1)
+        grows = chosen >= beam
+        pair = (chosen - beam).clamp(min=0)
+        parent = torch.where(grows, torch.div(pair, choices, rounding_mode="floor"), chosen)
+        token = torch.where(grows, added.flatten(1).gather(1, pair), blank)
+        active = (t < lens).unsqueeze(1)
+        parent, token = torch.where(active, parent, unmoved), torch.where(active, token, blank)
+        new_blank = rests.gather(1, parent).masked_fill(grows, -torch.inf)
+        new_token = torch.where(grows, grown.flatten(1).gather(1, pair), stays.gather(1, parent))
+        ends_blank, ends_token = (
+            torch.where(active, new, old) for new, old in ((new_blank, ends_blank), (new_token, ends_token))
+        )
+        emits = token != blank
+        prefixes, last = prefixes.gather(1, parent), last.gather(1, parent)
+        prefixes, last = torch.where(emits, append_hash(prefixes, token), prefixes), torch.where(emits, token, last)
+        parents.append(parent)
+        emitted.append(token)
+    scores, order = torch.logaddexp(ends_blank, ends_token).sort(dim=1, descending=True)
+    return n_best_of(traced(parents, emitted, order), scores, blank)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_ODD_CONSTANT = 0x1E3779B97F4A7C15  # spreads a hash's bits (the golden ratio, as in Fibonacci hashing)
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,47 @@ def collect(emitted: Tensor, scores: Tensor, blank: int, slots_per_frame: int = 
 def silent_columns(special_ids: Collection[int], blank: int, device: torch.device) -> Tensor:
     """The tokens that no search emits: the special ones, which stand for no text, but for the blank."""
     return torch.tensor(sorted(set(special_ids) - {blank}), dtype=torch.int64, device=device)
+
+
+class NBest(NamedTuple):
+    """Each utterance's hypotheses, for training; no two of an utterance have the same tokens."""
+
+    tokens: Tensor  # (B, N, U) int64, blank after the last one; U is at least 1
+    lens: Tensor  # (B, N) int64
+    scores: Tensor  # (B, N) log-probabilities as the search has them, -inf where there are fewer than N hypotheses
+
+
+def traced(parents: Sequence[Tensor], emitted: Sequence[Tensor], ends: Tensor) -> Tensor:
+    """What the hypotheses ``ends`` (B, N) of the last frame emitted in each frame: (B, N, T').
+
+    Args:
+        parents, emitted: for each frame, (B, K): the hypothesis of the frame before, and the token or blank.
+    """
+    path = []
+    for parent, tokens in zip(reversed(parents), reversed(emitted), strict=True):
+        path.append(tokens.gather(1, ends))
+        ends = parent.gather(1, ends)
+    return torch.stack(path[::-1], dim=2) if path else ends.new_zeros(*ends.shape, 0)
+
+
+def n_best_of(emitted: Tensor, scores: Tensor, blank: int) -> NBest:
+    """The tokens of a grid (B, N, T') of tokens and blanks, with their scores (B, N)."""
+    tokens, lens = without_blanks(emitted, blank)
+    return NBest(tokens, lens, scores)
+
+
+def without_blanks(emitted: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """The tokens of each row of (B, N, T') in their order, (B, N, U) with blanks at the end, and their number (B, N)."""
+    emits = emitted != blank
+    lens = emits.sum(dim=2)
+    places = torch.where(emits, emits.cumsum(dim=2) - 1, emitted.shape[2])  # blanks go to one place past the end
+    room = emitted.new_full((*emitted.shape[:2], emitted.shape[2] + 1), blank)
+    tokens = room.scatter(2, places, emitted)
+    longest = max(1, int(lens.max()) if lens.numel() else 1)
+    return tokens[:, :, : min(longest, tokens.shape[2])], lens
+
+
+def append_hash(prefixes: Tensor, tokens: Tensor) -> Tensor:
+    """64-bit hashes of token sequences, each with one token appended; the product wraps around on purpose."""
+    mixed = (prefixes ^ (tokens + 1)) * _ODD_CONSTANT
+    return mixed ^ (mixed >> 31)

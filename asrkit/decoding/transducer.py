@@ -10,14 +10,13 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from asrkit.decoding.acoustic import AcousticModel
-from asrkit.decoding.hypothesis import Hypothesis, collect, silent_columns
-
-_ODD_CONSTANT = 0x1E3779B97F4A7C15  # spreads a hash's bits (the golden ratio, as in Fibonacci hashing)
+from asrkit.decoding.hypothesis import Hypothesis, NBest, append_hash, collect, n_best_of, silent_columns, traced
 
 
 def _start_context(model: AcousticModel, device: torch.device) -> Tensor:
@@ -80,12 +79,6 @@ def _merge(scores: Tensor, prefixes: Tensor) -> Tensor:
     return added.masked_fill(same.tril(-1).any(dim=2), -torch.inf)
 
 
-def _append(prefixes: Tensor, tokens: Tensor) -> Tensor:
-    """64-bit hashes of token sequences, each with one token appended; the product wraps around on purpose."""
-    mixed = (prefixes ^ (tokens + 1)) * _ODD_CONSTANT
-    return mixed ^ (mixed >> 31)
-
-
 @torch.no_grad()
 def beam_search(
     model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int = 4, special_ids: Collection[int] = ()
@@ -96,6 +89,32 @@ def beam_search(
     are merged by adding their probabilities. The final choice is by log-probability over length, where the
     length counts the start context as the runtime does.
     """
+    ended = _beams(model, joiner_in, lens, beam, special_ids)
+    best = (ended.scores / (ended.sizes + model.context_size)).argmax(dim=1, keepdim=True)  # (B, 1)
+    emitted = traced(ended.parents, ended.emitted, best)
+    return collect(emitted.squeeze(1), ended.scores.gather(1, best).squeeze(1), model.blank)
+
+
+@torch.no_grad()
+def beam_n_best(
+    model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int = 4, special_ids: Collection[int] = ()
+) -> NBest:
+    """Every hypothesis that ``beam_search`` ends with, the likeliest first; no two of an utterance have the same tokens."""
+    ended = _beams(model, joiner_in, lens, beam, special_ids)
+    scores, order = ended.scores.sort(dim=1, descending=True)
+    return n_best_of(traced(ended.parents, ended.emitted, order), scores, model.blank)
+
+
+class _Beams(NamedTuple):
+    """The hypotheses after the last frame, (B, K), and the way back to each: for every frame its parent and its token."""
+
+    scores: Tensor
+    sizes: Tensor
+    parents: list[Tensor]
+    emitted: list[Tensor]
+
+
+def _beams(model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int, special_ids: Collection[int]) -> _Beams:
     (batch, num_frames, _), device = joiner_in.shape, joiner_in.device
     choices = min(beam, model.vocab_size)
     contexts = _start_context(model, device).repeat(batch * beam, 1)  # (B * K, C)
@@ -125,17 +144,36 @@ def beam_search(
             tokens = torch.where(active, tokens, blank)
         emits = tokens != blank
         prefixes, sizes = prefixes.gather(1, parent), sizes.gather(1, parent) + emits
-        prefixes = torch.where(emits, _append(prefixes, tokens), prefixes)
+        prefixes = torch.where(emits, append_hash(prefixes, tokens), prefixes)
         scores = _merge(grown, prefixes)
         rows = (first_row + parent).flatten()
         contexts, predicted = _extend(model, contexts[rows], predicted[rows], tokens.flatten())
         parents.append(parent)
         emitted.append(tokens)
-    best = (scores / (sizes + model.context_size)).argmax(dim=1, keepdim=True)  # (B, 1)
-    best_scores = scores.gather(1, best).squeeze(1)
-    path = []
-    for parent, tokens in zip(reversed(parents), reversed(emitted), strict=True):
-        path.append(tokens.gather(1, best))
-        best = parent.gather(1, best)
-    tokens = torch.cat(path[::-1], dim=1) if path else prefixes[:, :0]
-    return collect(tokens, best_scores, model.blank)
+    return _Beams(scores, sizes, parents, emitted)
+
+
+@torch.no_grad()
+def sampled_paths(
+    model: AcousticModel, joiner_in: Tensor, lens: Tensor, paths: int, special_ids: Collection[int] = ()
+) -> Tensor:
+    """Paths drawn from the model, frame by frame: one symbol or blank for each frame of ``joiner_in`` (B, T', J).
+
+    Returns:
+        (B, paths, T') int64, blank beyond ``lens`` (B,). A path's probability is the product of its symbols'; those of all
+        paths add up to 1.
+    """
+    (batch, num_frames, _), device = joiner_in.shape, joiner_in.device
+    contexts = _start_context(model, device).repeat(batch * paths, 1)
+    predicted = model.predict(contexts[:1]).repeat(batch * paths, 1)
+    silent = silent_columns(special_ids, model.blank, device)
+    ended = torch.arange(num_frames, device=device).unsqueeze(1) >= lens.repeat_interleave(paths)  # (T', B * paths)
+    emitted = contexts.new_full((num_frames, batch * paths), model.blank)
+    for t in range(num_frames):
+        frame = joiner_in[:, t].repeat_interleave(paths, dim=0)
+        logits = model.join(frame, predicted).float().index_fill(1, silent, -torch.inf)
+        probs = logits.softmax(dim=1).nan_to_num(nan=1.0)  # padding, or a model that has diverged
+        drawn = torch.multinomial(probs, 1).squeeze(1).masked_fill(ended[t], model.blank)
+        contexts, predicted = _extend(model, contexts, predicted, drawn)
+        emitted[t] = drawn
+    return emitted.T.reshape(batch, paths, num_frames)

@@ -108,6 +108,8 @@ class AsrModel(nn.Module):
         self.simple_predictor = nn.Linear(spec.predictor.dim, spec.vocab_size)
         # Where teachers' encoders are met, by teacher: filled by the stage that needs it, in no run directory.
         self.teacher_maps = nn.ModuleDict()
+        # Earlier weights of this model, by name: filled by the stage that needs them, in no run directory.
+        self.snapshots = nn.ModuleDict()
         compress(self, spec.compression)
         self.heads = nn.ModuleDict({name: Head(dim, head) for name, head in spec.heads.items()})
         self._no_masks = self._no_integers = False  # see ``compression_off``

@@ -178,6 +178,8 @@ def stages(checks: list[Check], needed: list[Requirement]) -> Iterator[Check]:
     if blockers:
         training = f"cannot run: {', '.join(blockers)}"
     yield Check("stages", "train-backbone", "broken" if blockers else "ok", training)
+    criteria = "every criterion" if status["k2"] == "ok" else "mwer, sampled-mbr; mmi, bmmi, smbr and mpe need k2"
+    yield Check("stages", "sequence-train", "ok", criteria)
     apt = shutil.which("apt-get")
     yield Check(
         "stages",

@@ -133,8 +133,9 @@ def load_state(run: Path, model: nn.Module, average: nn.Module, optimizer: torch
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Write a model's parameters and buffers, float32 (masks as they are), atomically; not its maps to teachers."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("teacher_maps.")}
+    """Write a model's parameters and buffers, float32 (masks as they are), atomically; not what only its training needs."""
+    only_training = ("teacher_maps.", "snapshots.")
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(only_training)}
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
     plain = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     save_tensors(path, {name: tensor.contiguous().clone() for name, tensor in plain.items()})

@@ -197,7 +197,7 @@ def run_recipe(
     def complete(task: TrainTask) -> TrainTask:
         model = task.model
         assert isinstance(model, AsrModel)
-        facts = {**task.facts, **_facts(run, model, task.variant, settings.loss)}
+        facts = {**_facts(run, model, task.variant, settings.loss), **task.facts}
         measure = task.measure if dev is None else _measure(task, model, tokenizer, settings, dev)
         return replace(task, facts=facts, measure=measure)
 
@@ -263,7 +263,7 @@ def _measure(
         tokenizer,
         settings.data.max_duration,
         settings.dev_max_cuts,
-        "greedy" if settings.loss.transducer_scale > 0 else "ctc",
+        task.dev_method or ("greedy" if settings.loss.transducer_scale > 0 else "ctc"),
         spec.variant,
         parse_context(spec.variants[spec.variant].contexts[0]),
     )

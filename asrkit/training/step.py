@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ class TrainTask:
     after_step: (model, step); called after the weights have moved, for the model and for its average.
     measure: (averaged model) -> dev metrics; the lowest value of the first one is the best. None if there is no dev set.
     dev_metrics: (averaged model, dev cuts) -> metrics in addition to the error rates.
+    dev_method: the search that dev error rates are measured with; None is greedy if the loss trains the transducer, else ctc.
     not_before: the first step after which the model is what the stage promises; nothing is published earlier.
     variant: the variant to train; None for the model's default, or if it has no variants.
     facts: entries for the stage's part of the lineage.
@@ -96,6 +97,7 @@ class TrainTask:
     after_step: Callable[[Any, int], None] | None = None
     measure: Callable[[nn.Module], dict[str, float]] | None = None
     dev_metrics: Callable[[Any, Any], dict[str, float]] | None = None
+    dev_method: Literal["greedy", "ctc"] | None = None
     not_before: int = 0
     variant: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
+from asrkit.decoding.ctc import ctc_beam_n_best
+from asrkit.decoding.hypothesis import NBest, append_hash
 from asrkit.decoding.search import METHODS, Method, decode, search
-from asrkit.decoding.transducer import _append, beam_search, greedy_search
+from asrkit.decoding.transducer import beam_n_best, beam_search, greedy_search, sampled_paths
 from asrkit.errors import UserError
 
 BLANK = 0
@@ -228,7 +230,75 @@ def test_hashes_of_all_short_sequences_differ() -> None:
     hashes = torch.zeros(1, dtype=torch.int64)
     everything = [hashes]
     for _ in range(4):
-        hashes = torch.cat([_append(hashes, torch.full_like(hashes, token)) for token in range(1, 21)])
+        hashes = torch.cat([append_hash(hashes, torch.full_like(hashes, token)) for token in range(1, 21)])
         everything.append(hashes)
     flat = torch.cat(everything)
     assert len(flat.unique()) == len(flat)
+
+
+def rows_of(found: NBest, row: int) -> dict[tuple[int, ...], float]:
+    """The hypotheses of an utterance, the likeliest first, with their scores."""
+    sized = zip(found.tokens[row].tolist(), found.lens[row].tolist(), found.scores[row].tolist(), strict=True)
+    return {tuple(tokens[:length]): score for tokens, length, score in sized if math.isfinite(score)}
+
+
+def test_the_n_best_list_holds_what_the_beam_search_ends_with() -> None:
+    model, (frames, lens) = SmallModel(seed=3, sharpness=1.0), random_batch([9, 5, 0, 1], 3)
+    found = beam_n_best(model, frames, lens, 6, SPECIAL)
+    assert found.tokens.shape[:2] == found.lens.shape == found.scores.shape == (4, 6)
+    for row, best in enumerate(beam_search(model, frames, lens, 6, SPECIAL)):
+        hypotheses = rows_of(found, row)
+        assert hypotheses[tuple(best.tokens)] == pytest.approx(best.score)
+        assert list(hypotheses.values()) == sorted(hypotheses.values(), reverse=True)
+        by_length = {tokens: score / (len(tokens) + 2) for tokens, score in hypotheses.items()}
+        assert tuple(best.tokens) == max(by_length, key=by_length.__getitem__)
+        assert len(hypotheses) == int(found.scores[row].isfinite().sum())  # no two alike
+    assert len(rows_of(found, 0)) > 3 and rows_of(found, 2) == {(): 0.0}
+
+
+def ctc_texts(log_probs: Tensor, symbols: Sequence[int]) -> dict[tuple[int, ...], float]:
+    """The probability of every text by every path of log_probs (T, V), written out."""
+    totals: dict[tuple[int, ...], float] = defaultdict(float)
+    for path in itertools.product(symbols, repeat=len(log_probs)):
+        text = tuple(token for token, _ in itertools.groupby(path) if token != BLANK)
+        totals[text] += math.exp(sum(float(frame[token]) for frame, token in zip(log_probs, path, strict=True)))
+    return totals
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4))
+def test_a_wide_ctc_beam_finds_every_text_with_its_probability(seed: int, first: int, second: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = torch.randn(2, max(first, second), 4, dtype=torch.float64, generator=generator).log_softmax(-1)
+    found = ctc_beam_n_best(log_probs, torch.tensor([first, second]), 40, BLANK, [BLANK, 3])
+    for row, length in enumerate((first, second)):
+        expected = ctc_texts(log_probs[row, :length], (BLANK, 1, 2))
+        hypotheses = rows_of(found, row)
+        assert hypotheses.keys() == expected.keys()
+        for text, score in hypotheses.items():
+            assert score == pytest.approx(math.log(expected[text]))
+        assert list(hypotheses.values()) == sorted(hypotheses.values(), reverse=True)
+
+
+def test_a_narrow_ctc_beam_never_has_a_text_twice_nor_too_likely() -> None:
+    log_probs = 3 * torch.randn(1, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    log_probs = log_probs.log_softmax(-1)
+    expected = ctc_texts(log_probs[0], range(4))
+    found = ctc_beam_n_best(log_probs, torch.tensor([6]), 4)
+    hypotheses = rows_of(found, 0)
+    assert len(hypotheses) == 4
+    assert all(score <= math.log(expected[text]) + 1e-9 for text, score in hypotheses.items())
+    assert next(iter(hypotheses)) == max(expected, key=lambda text: expected[text])
+
+
+def test_sampled_paths_have_the_frequencies_of_the_model() -> None:
+    model, (frames, lens) = SmallModel(vocab_size=5, seed=1, sharpness=1.0), random_batch([2, 1], 1)
+    torch.manual_seed(0)
+    emitted = sampled_paths(model, frames, lens, 4000, SPECIAL)
+    assert emitted.shape == (2, 4000, 2) and bool((emitted[1, :, 1] == BLANK).all())
+    for first, second in itertools.product((BLANK, 2, 4), repeat=2):
+        log_probs = frame_log_probs(model, frames[0][0], ())
+        prefix = () if first == BLANK else (first,)
+        probability = math.exp(log_probs[first] + frame_log_probs(model, frames[0][1], prefix)[second])
+        seen = float((emitted[0] == torch.tensor([first, second])).all(1).double().mean())
+        assert seen == pytest.approx(probability, abs=0.03)

@@ -49,6 +49,7 @@ def corpus(folder: Path) -> None:
             {"train-backbone", "supernet", "supernet-cut", "evaluate", "info", "export", "qat", "pretrain"},
         ),
         ("distill", {"distill", "train-backbone", "evaluate"}),
+        ("sequence-train", {"sequence-train", "evaluate"}),
         ("align", {"align"}),
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
@@ -80,6 +81,7 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             "distill",
             "distill-lm",
             "supernet",
+            "sequence-train",
         ):
             grows = words[1] == "supernet" and "--freeze-masks" not in words
             steps = 12 if "iterative" in words or "--supernet" in words or grows else 1

@@ -15,6 +15,7 @@ import soundfile
 
 from asrkit.config import resolve
 from asrkit.data.manifests import open_cuts, speaker_of, text_of
+from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.stages.add_submodel import AddSubModelConfig
 from asrkit.stages.distill import DistillConfig
 from asrkit.stages.prune import PruneConfig
@@ -55,7 +56,7 @@ def recipe(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 def test_every_variant_is_valid(path: Path) -> None:
     stages = {
         "modular": (AddSubModelConfig, PruneConfig, QatConfig),
-        "later": (AddSubModelConfig, PruneConfig, QatConfig, TrainBackboneConfig),
+        "later": (AddSubModelConfig, PruneConfig, QatConfig, SequenceTrainConfig, TrainBackboneConfig),
         "compress": (PruneConfig, QatConfig),
         "student": (TrainBackboneConfig, DistillConfig),
     }
@@ -73,6 +74,7 @@ TARGETS = {
         "conformer": 2,
         "streaming": 2,
         "distill": 4,
+        "sequence": 4,
         "compress": 13,
         "compare": 5,
     },
@@ -82,6 +84,7 @@ UNEVALUATED = {
     "lm": {"exp/backbone"},
     "lm-fresh": {"exp/backbone", "exp/fresh"},
     "distill": {"exp/backbone", "exp/attention"},
+    "sequence": {"exp/backbone"},
 }
 
 

@@ -124,6 +124,10 @@ STAGES: dict[str, list[object]] = {
     ],
     "pretrain": ["pretrain", *sets(*ENCODER, "mask.distractors_from=all", "loss.penalty_scale=1", "loss.gradient_scale=0.1")],
     "of an encoder": ["train-backbone", "--from", "encoder", *short("pretrained.frozen_steps=1", "tokenizer.vocab_size=18")],
+    "mwer": ["sequence-train", "--from", "parent", *short("search_every=2", "l2=0.1", "hypotheses.add_reference=true")],
+    "mwer of CTC, searched once": ["sequence-train", "--from", "parent", "--cache", *short("head=ctc")],
+    "sampled-mbr": ["sequence-train", "--from", "parent", "--criterion", "sampled-mbr", *short()],
+    "sampled-mbr of CTC": ["sequence-train", "--from", "parent", "--criterion", "sampled-mbr", *short("head=ctc", "smoothing=0")],
 }  # fmt: skip
 
 

@@ -20,8 +20,9 @@ from asrkit.config import resolve
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.text.tokenizer import train_tokenizer
 from asrkit.methods.pretraining import PretrainConfig, masked_batches
+from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.run_dir import TOKENIZER
-from asrkit.stages import add_submodel, distill, pretrain, prune, qat, train_backbone
+from asrkit.stages import add_submodel, distill, pretrain, prune, qat, sequence_train, train_backbone
 from asrkit.training.dev_eval import even_subset
 from asrkit.training.distributed import World
 from asrkit.training.loop import OwnNumbers
@@ -81,6 +82,9 @@ def recipe_of(stage: str, corpus: Path, parent: Path, out: Path) -> TaskRecipe:
     elif stage == "qat":
         settings = resolve(qat.QatConfig, None, [*common, "from_scratch=true", "quantization.activations.bits=8"])
         build = partial(qat.build_task, settings, parent, parent, out)
+    elif stage == "sequence-train":
+        settings = resolve(SequenceTrainConfig, None, [*common, "search_every=2", "l2=0.1", "hypotheses.unit=token"])
+        build = partial(sequence_train.build_task, settings, parent, out)
     else:
         settings = resolve(distill.DistillConfig, None, [*common, *SHAPE, "model.dim=24", "teacher.encoder_scale=0.1"])
         build = partial(distill.build_task, settings, {"*": [parent]}, None, None, out)
@@ -100,7 +104,9 @@ def gradients_digest(recipe: TaskRecipe) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pretrain", "train-backbone", "add-submodel", "prune", "qat", "distill"])
+@pytest.mark.parametrize(
+    "stage", ["pretrain", "train-backbone", "add-submodel", "prune", "qat", "distill", "sequence-train"]
+)
 def test_a_task_is_made_again_in_another_process_bit_for_bit(
     stage: str, corpus: Path, parent: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,95 @@
+"""sequence-train."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from asrkit.cli.options import (
+    Config,
+    Dev,
+    Device,
+    Manifest,
+    MaxDuration,
+    Out,
+    Overrides,
+    Parent,
+    Seed,
+    given,
+    io,
+    train_or_stop,
+)
+
+Criterion = StrEnum("Criterion", ["mwer", "sampled-mbr", "mmi", "bmmi", "smbr", "mpe"])
+of_criterion = partial(typer.Option, rich_help_panel="Criterion")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command that trains on whole sequences."""
+    app.command("sequence-train")(sequence_train)
+
+
+def sequence_train(
+    parent: Parent,
+    manifest: Manifest,
+    out: Out,
+    dev: Dev = None,
+    variant: Annotated[str | None, io(help="Variant to train. [default: the parent's default variant]")] = None,
+    criterion: Annotated[
+        Criterion | None,
+        of_criterion(
+            help="mwer: expected errors over hypotheses; sampled-mbr: over sampled paths; mmi, bmmi, smbr or mpe: over lattices "
+            "of the CTC head, by k2. [default: mwer]"
+        ),
+    ] = None,
+    beam: Annotated[int | None, of_criterion(help="mwer: hypotheses for each utterance. [default: 4]")] = None,
+    smoothing: Annotated[
+        float | None,
+        of_criterion(
+            help="Weight of the recognizer's own loss. [default: 0.01; 0.1 with lattices]", show_default=False
+        ),
+    ] = None,
+    cache: Annotated[
+        bool,
+        of_criterion(
+            "--cache", help="Search once, before the training, and keep hypotheses or lattices in the run directory."
+        ),
+    ] = False,
+    seed: Seed = None,
+    max_duration: MaxDuration = None,
+    device: Device = "auto",
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model further on the errors that are counted, or on lattices of what it could have said.
+
+    Examples:
+
+        asrkit sequence-train --from exp/backbone --criterion mwer --manifest data/prompts/train.jsonl.gz \\
+            --dev data/prompts/dev.jsonl.gz --out exp/mwer
+
+        asrkit sequence-train --from exp/backbone --criterion smbr --manifest data/prompts/train.jsonl.gz \\
+            --dev data/prompts/dev.jsonl.gz --out exp/smbr
+
+    Start from a model that has learned what it can from the ordinary loss. It keeps its masks and integers.
+    """
+    from asrkit.config import resolve
+    from asrkit.methods.sequence.config import SequenceTrainConfig
+    from asrkit.stages.sequence_train import sequence_train as run
+
+    options = given(
+        {
+            "criterion": criterion and criterion.value,
+            "hypotheses.beam": beam,
+            "smoothing": smoothing,
+            "cache": cache or None,
+            "variant": variant,
+            "seed": seed,
+            "data.max_duration": max_duration,
+        }
+    )
+    settings = resolve(SequenceTrainConfig, config, overrides or (), options=options)
+    train_or_stop(out, lambda: run(parent, manifest, out, settings, dev=dev, device=device))
