@@ -10,7 +10,7 @@ import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,7 @@ from asrkit.methods.sequence.denominator import (
 from asrkit.methods.sequence.lattices import denominator_lattice, k2_for_lattices
 from asrkit.methods.sequence.loss import SEARCHER, SequenceLoss
 from asrkit.methods.sequence.search_cache import COMPLETE, SearchCache, fill_cache, no_path
+from asrkit.methods.supernet.members import others_of_a_supernet
 from asrkit.models import AsrModel, load_model
 from asrkit.models.surgery import rebuild, with_variant
 from asrkit.nn.context import Context, parse_context
@@ -90,9 +91,9 @@ def build_task(settings: SequenceTrainConfig, parent: Path, out: Path, batches: 
     contexts = [parse_context(text) for text in spec.variants[spec.variant].contexts]
     cache = SearchCache(out) if settings.cache else None
     loss = SequenceLoss(settings, contexts, batches.tokenizer, graph, start, cache)
-    task = TrainTask(
-        model, loss, batches, facts=facts, dev_method="ctc" if settings.trained_head == "ctc" else "greedy"
-    )
+    notes = others_of_a_supernet(spec, spec.variant)
+    method: Literal["ctc", "greedy"] = "ctc" if settings.trained_head == "ctc" else "greedy"
+    task = TrainTask(model, loss, batches, facts=facts, notes=notes, dev_method=method)
     if settings.search_every == 1:
         return task
     searcher = copy.deepcopy(model).requires_grad_(False)

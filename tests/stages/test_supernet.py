@@ -218,6 +218,10 @@ def test_other_stages_on_a_supernet(corpus: Path, supernet: Path, tmp_path: Path
     assert spec["variant"] == "dense" and not spec["variants"]["dense"]["masks"]
     before, after = open_run(supernet).weights(), open_run(tmp_path / "on").weights()
     assert masks_digest(before) == masks_digest(after)
+    said = asrkit("sequence-train", "--from", supernet, "--criterion", "mwer", *data(corpus), "--out", tmp_path / "mwer",
+                  *quick("training.steps=1"))  # fmt: skip
+    assert "variant sparse alone is trained: dense shares its weights" in said
+    assert masks_digest(before) == masks_digest(open_run(tmp_path / "mwer").weights())
 
 
 @pytest.mark.parametrize(
