@@ -38,6 +38,9 @@ ActBits = Annotated[
 ONLY = (
     "Part of the model to compress: encoder, submodels, joiner or ctc_head. Repeatable. [default: encoder, submodels]"
 )
+SPARSITY = "N:M keeps N of every M inputs; a share such as 0.67 is pruned instead."
+Block = Annotated[str | None, pruning(help="Outputs x inputs pruned as one block, such as 8x1. Only with a share.")]
+Shots = Annotated[int | None, pruning(help="How often the mask is computed. [default: 1]")]
 FromScratch = Annotated[
     bool,
     training("--from-scratch", help="Start from new weights instead of the parent's, with its shape and tokenizer."),
@@ -58,17 +61,12 @@ def prune(
     dev: Dev = None,
     teacher: Teacher = None,
     variant: Variant = None,
-    sparsity: Annotated[
-        str | None,
-        pruning(help="N:M keeps N of every M inputs; a share such as 0.67 is pruned instead. [default: 2:4]"),
-    ] = None,
-    block: Annotated[
-        str | None, pruning(help="Outputs x inputs pruned as one block, such as 8x1. Only with a share.")
-    ] = None,
+    sparsity: Annotated[str | None, pruning(help=f"{SPARSITY} [default: 2:4]")] = None,
+    block: Block = None,
     schedule: Annotated[
         str | None, pruning(help="How masks are computed over time: shots, iterative or cubic. [default: shots]")
     ] = None,
-    shots: Annotated[int | None, pruning(help="How often the mask is computed. [default: 1]")] = None,
+    shots: Shots = None,
     only: Annotated[list[str] | None, pruning(help=ONLY)] = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
@@ -150,6 +148,11 @@ def qat(
         str | None, quantization(help="Share of the float size to fit in, such as 20%: bits are chosen layer by layer.")
     ] = None,
     only: Annotated[list[str] | None, quantization(help=ONLY)] = None,
+    sparsity: Annotated[
+        str | None, pruning(help=f"Prune in the same fine-tuning. {SPARSITY} [default: prune nothing]")
+    ] = None,
+    block: Block = None,
+    shots: Shots = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
     device: Device = "auto",
@@ -163,6 +166,8 @@ def qat(
 
         asrkit qat --from exp/attention --bits 4 --act-bits 8 --manifest data/prompts/train.jsonl.gz \\
             --dev data/prompts/dev.jsonl.gz --teacher exp/attention --out exp/int4
+
+        asrkit qat --from exp/attention --bits 4 --sparsity 2:4 --manifest data/prompts/train.jsonl.gz --out exp/joint
 
         asrkit qat --from exp/sparse --bits 4 --manifest data/prompts/train.jsonl.gz --out exp/sparse-int4
 
@@ -184,6 +189,8 @@ def qat(
             "quantization.activations.bits": act_bits,
             "quantization.layers.only": only or None,
             "budget": share_of(budget),
+            "mask": _mask(sparsity, block),
+            "schedule.shots": shots,
             "from_scratch": from_scratch or None,
             "variant": variant,
             "seed": seed,

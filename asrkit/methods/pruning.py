@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,9 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from asrkit.config import Advanced, config, from_dict, to_dict
-from asrkit.models.compression import compressed_layers, masked_layers
+from asrkit.errors import UserError
+from asrkit.models.compression import compressed_layers, keep_pruned, masked_layers
 from asrkit.nn.compression import find_mask
 from asrkit.nn.compression_config import Mask
+from asrkit.training.distributed import all_sum
+from asrkit.training.step import LossOutput, TrainTask
 
 Score = Literal["magnitude", "activation"]
 
@@ -137,3 +141,72 @@ def watch_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_schedule(schedule: MaskSchedule, mask: Mask, steps: int) -> None:
+    """Refuse a schedule that contradicts itself or the length of the training.
+
+    Raises:
+        UserError: it does, with every finding.
+    """
+    final = last_update(schedule, mask.sparsity)
+    findings = []
+    if final >= steps:
+        findings.append(
+            f"the masks would become final at step {final}, but training.steps is {steps}; "
+            "train longer, or lower schedule.start, interval or shots"
+        )
+    if mask.group and schedule.kind != "shots":
+        findings.append(
+            f"schedule.kind={schedule.kind} raises the pruned share step by step, but an N:M mask has a fixed share; "
+            "use schedule.kind=shots"
+        )
+    if schedule.kind == "iterative" and schedule.shots > 1:
+        findings.append(
+            "schedule.kind=iterative continues until the sparsity is reached and ignores schedule.shots; leave it out"
+        )
+    if schedule.straight_through != "none" and final == schedule.start:
+        findings.append(
+            f"schedule.straight_through={schedule.straight_through} acts until the masks are final, but one-shot masks are "
+            "final at once; raise schedule.shots"
+        )
+    if findings:
+        raise UserError.of(findings)
+
+
+def prune_while_training(task: TrainTask, mask: Mask, schedule: MaskSchedule) -> TrainTask:
+    """The task of a model with masked layers, with the hooks that compute its masks and keep what they prune at zero.
+
+    Nothing is published before the masks are final.
+    """
+    plain, final = task.loss, last_update(schedule, mask.sparsity)
+
+    def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Any) -> None:
+        inputs = None
+        if schedule.score == "activation" and sparsity_due(schedule, mask, step)[0]:
+            with watch_inputs(model) as inputs, torch.no_grad():
+                plain(model, batch, step)
+            torch.clear_autocast_cache()  # it holds weights cast in this pass, which have no gradient
+            for path in sorted(inputs):  # every process must compute the same masks
+                all_sum(inputs[path])
+        update_masks(model, step, schedule, inputs)
+
+    def loss(model: Any, batch: Any, step: int) -> LossOutput:
+        return replace(plain(model, batch, step), regularizer=pruned_decay(model, schedule))
+
+    def after_step(model: nn.Module, step: int) -> None:
+        if step >= final:
+            keep_pruned(model)
+
+    layers = [layer for _, layer, _ in masked_layers(task.model)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    note = f"{len(layers)} layers of {weights} weights; the masks are final from step {final} on"
+    return replace(
+        task,
+        loss=loss,
+        before_step=before_step,
+        after_step=after_step,
+        not_before=final + 1,
+        facts={**task.facts, "masks_final_before_step": final},
+        notes=[*task.notes, note],
+    )

@@ -1,8 +1,8 @@
 """qat: quantization-aware training with native integer operations.
 
 In every forward pass the weights of the selected layers, and optionally their inputs, become integers, and the products are
-integer products; the gradient is straight-through (arXiv 2203.15952, US20230298569A1). A pruned parent keeps its masks, which
-are applied before quantization (arXiv 2312.08553, US20250078815A1).
+integer products; the gradient is straight-through (arXiv 2203.15952, US20230298569A1). Weights can be pruned in the same fine-tuning,
+and a pruned parent keeps its masks, which are applied before quantization (arXiv 2312.08553, US20250078815A1).
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from asrkit.methods.compression import (
     parent_model,
 )
 from asrkit.methods.distillation.loss import build_loss
-from asrkit.models.compression import QuantizationConfig, choose_layers, quantized_spec
+from asrkit.methods.pruning import MaskSchedule, check_schedule, prune_while_training
+from asrkit.models import AsrModel, ModelSpec
+from asrkit.models.compression import QuantizationConfig, choose_layers, pruned_spec, quantized_spec
 from asrkit.models.sizes import layer_sizes
-from asrkit.models.surgery import with_variant
-from asrkit.run_dir import open_run, read_yaml, write_yaml
+from asrkit.models.surgery import is_mask, rebuild, with_variant
+from asrkit.nn.compression_config import Mask
+from asrkit.run_dir import RunDir, open_run, read_yaml, write_yaml
 from asrkit.training.contexts import ContextsConfig
 from asrkit.training.distributed import broadcast_object
 from asrkit.training.run_writer import RunWriter
@@ -50,6 +53,10 @@ class QatConfig(CompressConfig):
     quantized by itself, and the growth of the loss on 4 training batches is measured."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """What to quantize, and how."""
+    mask: Mask | None = None
+    """Prune the same layers in the same fine-tuning (US20250078815A1): which weights stay; null prunes nothing."""
+    schedule: MaskSchedule = field(default_factory=MaskSchedule)
+    """With `mask`: when and how often the mask is computed."""
 
 
 def qat(
@@ -77,11 +84,16 @@ def qat(
         raise UserError(
             "--budget chooses the bits of every layer, with symmetric weights; leave out quantization.bits, weights.bits and symmetric=false"
         )
+    if settings.mask is not None:
+        if settings.budget is not None:
+            raise UserError(
+                "--budget and --sparsity: the budget counts whole layers; prune first, then run qat --budget on that"
+            )
+        check_schedule(settings.schedule, settings.mask, settings.training.steps)
     source = open_run(parent)
-    origin = parent_model(source, settings.variant)
-    quantized_spec(
-        origin, settings.quantization, origin.submodels_of(settings.variant)
-    )  # refuses layers that cannot be quantized
+    _spec(
+        settings, _masked(settings, source), settings.quantization
+    )  # refuses layers that cannot be quantized or pruned
     return fine_tune_compressed(
         "qat",
         source,
@@ -100,16 +112,29 @@ def qat(
 def build_task(settings: QatConfig, parent: Path, teacher: Path | None, out: Path, batches: TrainBatches) -> TrainTask:
     """The quantized model of the run ``out`` and its loss; see ``TaskRecipe``."""
     source = open_run(parent)
-    origin = parent_model(source, settings.variant)
+    origin = _masked(settings, source)
     quantization = settings.quantization
     if settings.budget is not None:
         quantization = replace(quantization, bits=read_yaml(out / CHOSEN_BITS))
-    spec = quantized_spec(origin, quantization, origin.submodels_of(settings.variant))
-    spec = with_variant(spec, settings.variant, settings.contexts.train)
+    spec = with_variant(_spec(settings, origin, quantization), settings.variant, settings.contexts.train)
     counts = Counter(how.weights.bits for how in spec.compression.values() if how.weights is not None)
     note = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
     distillation = open_teacher(teacher, settings, source)
-    return compression_task(settings, spec, origin, distillation, batches, [*left_out(source, origin), note])
+    task = compression_task(settings, spec, origin, distillation, batches, [*left_out(source, origin), note])
+    return task if settings.mask is None else prune_while_training(task, settings.mask, settings.schedule)
+
+
+def _masked(settings: QatConfig, parent: RunDir) -> AsrModel:
+    """The parent's model, with masks on the layers to quantize where they are pruned as well."""
+    model = parent_model(parent, settings.variant)
+    if settings.mask is None:
+        return model
+    active = model.submodels_of(settings.variant)
+    return rebuild(pruned_spec(model, settings.mask, settings.quantization.layers, active), model, new=is_mask)
+
+
+def _spec(settings: QatConfig, origin: AsrModel, quantization: QuantizationConfig) -> ModelSpec:
+    return quantized_spec(origin, quantization, origin.submodels_of(settings.variant))
 
 
 def choose_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:

@@ -128,5 +128,9 @@ def test_the_ends_of_the_diversity() -> None:
     single.requires_grad_()
     loss = diversity_loss(single)
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(1 - 2 / 640) and single.grad is not None and bool(single.grad.isfinite().all())
+    assert (
+        float(loss.detach()) == pytest.approx(1 - 2 / 640)
+        and single.grad is not None
+        and bool(single.grad.isfinite().all())
+    )
     assert float(perplexity(code_shares(torch.zeros(2, 5, 2, dtype=torch.int64), 320))) == pytest.approx(2.0)

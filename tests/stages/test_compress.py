@@ -159,6 +159,29 @@ def test_integers_on_a_pruned_model(corpus: Path, sparse: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_masks_and_integers_in_one_fine_tuning(corpus: Path, parent: Path, sparse: Path, tmp_path: Path) -> None:
+    """As US20250078815A1 has it; what comes out is of the kind and size that prune and then qat make."""
+    words = ["qat", "--from", parent, "--bits", 4, "--sparsity", "2:4", *data(corpus)]
+    once, often = tmp_path / "once", tmp_path / "often"
+    asrkit(*words, "--out", once, *quick("training.steps=1"))
+    for path, layer in compressed_layers(model_of(once)).items():  # the masks are those of the parent's weights
+        before = model_of(parent).get_submodule(path).weight.detach()
+        assert isinstance(before, torch.Tensor)
+        assert torch.equal(layer.mask, find_mask(before.abs(), Mask(keep=2, group=4))), path
+    asrkit(*words, "--shots", 2, "--out", often, *quick())
+    layers = compressed_layers(model_of(often))
+    for layer in layers.values():
+        assert layer.how.weights is not None and layer.how.weights.bits == 4
+        assert bool((layer.mask.view(layer.out_features, -1, 4).sum(-1) == 2).all())
+        assert not layer.weight[~layer.mask].any() and not layer.codes().codes[~layer.mask].any()
+        assert layer.codes().codes.abs().max() == 7
+    asrkit("qat", "--from", sparse, "--bits", 4, *data(corpus), "--out", tmp_path / "after", *quick())
+    assert set(compressed_layers(model_of(tmp_path / "after"))) == set(layers)
+    assert sizes(model_of(often)) == sizes(model_of(tmp_path / "after"))
+    assert open_run(often).lineage[-1]["masks_final_before_step"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["magnitude", "activation"])
 def test_everything_learns_in_a_step_that_finds_masks(corpus: Path, parent: Path, tmp_path: Path, score: str) -> None:
     """Scores by activation take a pass without gradients first, whose bfloat16 copies of the weights must not serve training."""
@@ -335,6 +358,10 @@ def test_measuring_leaves_the_model_alone(parent: Path) -> None:
         (["prune", "--sparsity", "2:7", "--set", "layers.indivisible=skip"], "nothing would be pruned"),
         (["prune", "--sparsity", "0.5", "--schedule", "iterative", "--shots", "3"], "ignores schedule.shots"),
         (["prune", "--set", "schedule.straight_through=plain"], "raise schedule.shots"),
+        (["qat", "--sparsity", "2:4", "--budget", "30%"], "--budget and --sparsity"),
+        (["qat", "--sparsity", "2:4", "--shots", "50"], "training.steps is 4"),
+        (["qat", "--sparsity", "2:5"], "groups of 5 do not divide"),
+        (["qat", "--sparsity", "2:4", "--bits", "2", "--set", "quantization.weights.symmetric=false"], "no exact zero"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -363,18 +390,18 @@ import hashlib, os, sys
 from pathlib import Path
 from asrkit.cli import main
 from asrkit.models.compression import compressed_layers
-from asrkit.stages import prune
+from asrkit.methods import pruning
 
-found = prune.update_masks
+found = pruning.update_masks
 
 def update_masks(model, step, *others):
     found(model, step, *others)
     masks = b"".join(layer.mask.numpy().tobytes() for layer in compressed_layers(model).values())
     Path(os.environ["FOUND"], os.environ["RANK"]).write_text(hashlib.sha256(masks).hexdigest())
 
-prune.update_masks = update_masks
+pruning.update_masks = update_masks
 if os.environ["SUMMED"] == "no":
-    prune.all_sum = lambda tensor: tensor
+    pruning.all_sum = lambda tensor: tensor
 main()
 """
 
