@@ -10,6 +10,8 @@ from pydantic import Field
 from asrkit.config import Advanced, NonNegative, Positive, config
 from asrkit.errors import UserError
 from asrkit.run_dir import RunDir
+from asrkit.training.config import TrainingConfig
+from asrkit.training.optim import OptimizerConfig
 from asrkit.training.session import FineTuneConfig
 
 Criterion = Literal["mwer", "sampled-mbr", "mmi", "bmmi", "smbr", "mpe"]
@@ -76,7 +78,10 @@ class LatticeConfig:
 
 @config
 class SequenceTrainConfig(FineTuneConfig):
-    """Settings of sequence-train (US10019985, arXiv 1712.01818, arXiv 1706.02776). config.yaml of the run holds them all."""
+    """Settings of sequence-train (US10019985, arXiv 1712.01818, arXiv 1706.02776). config.yaml of the run holds them all.
+
+    The learning rate is a fifth of that of other stages (our choice): the gradient of a few hypotheses is noisy.
+    """
 
     variant: str | None = None
     """Variant to train; null trains the parent's default."""
@@ -100,6 +105,10 @@ class SequenceTrainConfig(FineTuneConfig):
     """mwer and sampled-mbr: what errors are counted of."""
     lattice: LatticeConfig = field(default_factory=LatticeConfig)
     """mmi, bmmi, smbr and mpe."""
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(optimizer=OptimizerConfig(name="adamw", learning_rate=1e-4))
+    )
+    """Length of the run, logging, precision and optimizer."""
 
     @property
     def lattices(self) -> bool:
