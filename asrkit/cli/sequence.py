@@ -48,9 +48,7 @@ def sequence_train(
     beam: Annotated[int | None, of_criterion(help="mwer: hypotheses for each utterance. [default: 4]")] = None,
     smoothing: Annotated[
         float | None,
-        of_criterion(
-            help="Weight of the recognizer's own loss. [default: 0.01; 0.1 with lattices]", show_default=False
-        ),
+        of_criterion(help="Weight of the recognizer's own loss. [default: 0.01; 1 with lattices]", show_default=False),
     ] = None,
     cache: Annotated[
         bool,

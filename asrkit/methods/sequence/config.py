@@ -91,8 +91,8 @@ class SequenceTrainConfig(FineTuneConfig):
     head: Head | None = None
     """Which head is trained by the criterion; null is ctc for lattices, else transducer, if the loss trains it."""
     smoothing: NonNegative | None = None
-    """Weight of the recognizer's own loss beside the criterion; null is 0.01 for mwer and sampled-mbr and 0.1 for
-    lattices (our choice)."""
+    """Weight of the recognizer's own loss beside the criterion; null is 0.01 for mwer and sampled-mbr and 1 for
+    lattices, whose graph says nothing about n-grams that no text has (our choice)."""
     l2: NonNegative = 0.0
     """Weight of half the squared distance of the trained weights from those of the start."""
     search_every: Positive = 1
@@ -130,7 +130,7 @@ class SequenceTrainConfig(FineTuneConfig):
 
     @property
     def smoothing_weight(self) -> float:
-        return self.smoothing if self.smoothing is not None else 0.1 if self.lattices else 0.01
+        return self.smoothing if self.smoothing is not None else 1.0 if self.lattices else 0.01
 
 
 def check_sequence(settings: SequenceTrainConfig, parent: RunDir) -> None:
