@@ -28,7 +28,7 @@ EXTRAS = {
     "espeak": _from_pip("espeakng_loader", "espeak-ng", "synth", " (GPL-3)"),
     "tensorboard": _from_pip("torch.utils.tensorboard", "TensorBoard", "tensorboard"),
     "matplotlib": _from_pip("matplotlib", "matplotlib", "plots"),
-    "ray": Extra("ray", "Ray", "run: pip install ray"),
+    "ray": _from_pip("ray", "Ray", "ray"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 # The panels of --help, everyday options first: a panel stands where its first option does.
 io = partial(typer.Option, rich_help_panel="Input and output")
 training = partial(typer.Option, rich_help_panel="Training")
+replicas = partial(typer.Option, rich_help_panel="Replicas")
 settings = partial(typer.Option, rich_help_panel="Settings")
 output = partial(typer.Option, rich_help_panel="What is printed")
 
@@ -22,6 +24,45 @@ Out = Annotated[Path, io(help="Run directory. Running the same command again res
 Seed = Annotated[int | None, training(help="Seed of everything random: sets `seed`.")]
 MaxDuration = Annotated[float | None, training(help="Seconds of audio per step and process: sets `data.max_duration`.")]
 Device = Annotated[str, training(help="auto, cpu, cuda or cuda:N.")]
+
+# Options of stages whose settings have ``asynchronous``; ``replica_options`` says which settings they set.
+DriverName = StrEnum("DriverName", ["auto", "serial", "simulated", "ray"])
+Manifests = Annotated[
+    list[Path],
+    io(
+        "--manifest",
+        help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory. Several are the data of as many replicas, which never send them.",
+    ),
+]
+Driver = Annotated[
+    DriverName | None,
+    replicas(
+        "--driver",
+        help="ray: replicas in processes of their own; simulated: reproducible, in this process; serial. [default: ray if there are several workers]",
+    ),
+]
+Workers = Annotated[int | None, replicas(help="Replicas that compute gradients. [default: one for each manifest]")]
+MaxStaleness = Annotated[
+    int | None,
+    replicas(
+        help="ray: updates that may be made between a replica's fetch and the use of its gradients; 0 is a barrier. [default: 4]"
+    ),
+]
+Staleness = Annotated[int | None, replicas(help="simulated: updates by which all gradients are late. [default: 0]")]
+FetchEvery = Annotated[
+    int | None, replicas(help="Pushes of a replica between two fetches of the weights. [default: 1]")
+]
+PushEvery = Annotated[
+    int | None,
+    replicas(help="Batches whose gradients a replica sums for a push: sets `training.accumulate`. [default: 1]"),
+]
+Shards = Annotated[int | None, replicas(help="ray: server processes that share the parameters. [default: 1]")]
+GpusPerWorker = Annotated[float | None, replicas(help="ray: GPUs of each replica. [default: 0]")]
+RayAddress = Annotated[
+    str | None,
+    replicas(help="Address of a running Ray cluster, or auto. Without it Ray is started on this machine alone."),
+]
+
 Config = Annotated[Path | None, settings(help="YAML file of settings; `asrkit config` prints one to start from.")]
 Overrides = Annotated[
     list[str] | None,
@@ -37,6 +78,32 @@ Overrides = Annotated[
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given, by the setting they set."""
     return {key: value for key, value in options.items() if value is not None}
+
+
+def replica_options(
+    driver: DriverName | None,
+    workers: int | None,
+    max_staleness: int | None,
+    staleness: int | None,
+    fetch_every: int | None,
+    push_every: int | None,
+    shards: int | None,
+    gpus_per_worker: float | None,
+    ray_address: str | None,
+) -> dict[str, Any]:
+    """The options of replicas that were given, by the setting they set."""
+    names = {
+        "asynchronous.driver": driver and driver.value,
+        "asynchronous.workers": workers,
+        "asynchronous.max_staleness": max_staleness,
+        "asynchronous.staleness": staleness,
+        "asynchronous.fetch_every": fetch_every,
+        "training.accumulate": push_every,
+        "asynchronous.shards": shards,
+        "asynchronous.gpus_per_worker": gpus_per_worker,
+        "asynchronous.ray_address": ray_address,
+    }
+    return given(names)
 
 
 def train_or_stop(out: Path, stage: Callable[[], object]) -> None:

@@ -194,6 +194,7 @@ def stages(checks: list[Check], needed: list[Requirement]) -> Iterator[Check]:
         ("plots", "plots", "matplotlib", "curves and charts as pictures"),
         ("export", "export", "onnx", "ONNX files for sherpa-onnx"),
         ("exported models", "export", "onnxruntime", "evaluate and transcribe by onnxruntime"),
+        ("replicas", "ray", "ray", "training by replicas on several processors or machines"),
     ):
         yield optional(stage, module, use, [item for item in needed if item.extra == extra])
 

@@ -95,7 +95,7 @@ def pretrain(
         recipe = TaskRecipe(
             partial(build_task, settings, parent, out),
             run.path,
-            manifest,
+            (manifest,),
             settings,
             slices_of(run.path, settings.training, run.world),
             partial(masked_batches, settings.mask),

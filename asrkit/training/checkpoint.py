@@ -29,6 +29,7 @@ class Progress:
 
     metrics: sums and their divisors since the last logged step.
     measure_due: the step is done, but a signal interrupted its measurement.
+    schedule: what a parameter server has handed out; see ``Schedule.state``.
     """
 
     step: int = 0
@@ -40,16 +41,26 @@ class Progress:
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
     measure_due: bool = False
+    schedule: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(
-    run: Path, progress: Progress, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    run: Path,
+    progress: Progress,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    older: Mapping[int, list[Tensor]] | None = None,
 ) -> None:
-    """Write ``state/latest.safetensors`` atomically."""
+    """Write ``state/latest.safetensors`` atomically. ``older`` are the trained parameters after earlier steps, as far as a driver still
+    needs them."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        known = {key: value for key, value in state.items() if value is not None}  # sgd without momentum has a None
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in known.items()}
+    for step, weights in (older or {}).items():
+        tensors |= {f"older.{step}.{index}": weight for index, weight in enumerate(weights)}
     # clone: safetensors refuses tensors that share memory
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_write(run / STATE / STATE_FILE) as temporary:
@@ -102,8 +113,14 @@ def saved_slices(run: Path) -> int | None:
         return None  # damaged: load_state reports it
 
 
-def load_state(run: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Restore a saved state in place; None when there is none.
+def load_state(
+    run: Path,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    older: dict[int, list[Tensor]] | None = None,
+) -> Progress | None:
+    """Restore a saved state in place; None when there is none. ``older`` is filled with what was saved as such.
 
     Raises:
         UserError: the file is damaged or of another model.
@@ -126,6 +143,8 @@ def load_state(run: Path, model: nn.Module, average: nn.Module, optimizer: torch
             index, key = name.split(".", 1)
             states.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({**packed, "state": states})
+        if older is not None:
+            older |= _by_step(_below("older.", tensors))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot resume from it ({reason}); delete {path.parent} to start again") from error
@@ -161,6 +180,15 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _by_step(tensors: Mapping[str, Tensor]) -> dict[int, list[Tensor]]:
+    """Tensors named STEP.INDEX as a list for each step."""
+    steps: dict[int, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        step, index = map(int, name.split("."))
+        steps.setdefault(step, {})[index] = tensor
+    return {step: [weights[index] for index in range(len(weights))] for step, weights in sorted(steps.items())}
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,7 +37,11 @@ from asrkit.training.checkpoint import STATE_FILE
 
 DONE, LOCK = "done", ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of file systems without locks
-FREE = ("data.num_workers",)  # settings that may differ when a run is resumed, because they change no result
+FREE = (
+    "data.num_workers",
+    "asynchronous.ray_address",
+    "asynchronous.gpus_per_worker",
+)  # settings that may differ when a run is resumed, because they change no result
 
 Inputs = Mapping[str, Mapping[str, str]]  # by option: path and sha256
 

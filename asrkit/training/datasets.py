@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.checks import Finding, find_bad_cuts
 from asrkit.data.cut_table import CutTable
-from asrkit.data.manifests import is_labeled, open_cuts
+from asrkit.data.manifests import digest_of, is_labeled, open_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import AudioConfig, DataConfig, TrainBatches
 from asrkit.errors import UserError
 from asrkit.run_dir import TOKENIZER, read_yaml
-from asrkit.training.distributed import broadcast_object
-from asrkit.training.run_writer import LEFT_OUT, RunWriter
+from asrkit.training.distributed import World, broadcast_object
+from asrkit.training.own_data import Report
+from asrkit.training.run_writer import LEFT_OUT
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def read_datasets(
     dev: Path | None,
     data: AudioConfig,
     policy: str,
-    run: RunWriter,
+    run: Leaves,
     languages: Sequence[str],
     check_cuts: Callable[[Iterable[Cut]], list[str]] | None = None,
     least: int = 1,
@@ -57,11 +60,7 @@ def read_datasets(
     Raises:
         UserError: unusable manifests or cuts.
     """
-    if data.augment.join > 0 and languages:
-        raise UserError(
-            "data.augment.join joins utterances of any language, but this model takes one per utterance; set data.augment.join=0"
-        )
-
+    _check_join(data, languages)
     words = data.needs_text
 
     def usable(path: Path) -> CutSet:
@@ -69,14 +68,82 @@ def read_datasets(
         return usable_cuts(cuts, None, policy, run, need_text=words, languages=languages, least=least)
 
     main, *others = map(usable, (manifest, *data.also))
-    datasets = Datasets(main, others, None if dev is None else usable(dev))
+    datasets = Datasets(main, others, read_dev(dev, data, policy, run, languages, least))
     if findings := [] if check_cuts is None else check_cuts(datasets.training):
         raise UserError.of(findings)
     return datasets
 
 
+def read_dev(
+    dev: Path | None, data: AudioConfig, policy: str, run: Leaves, languages: Sequence[str], least: int = 1
+) -> CutSet | None:
+    """The cuts of the dev manifest that can be used."""
+    if dev is None:
+        return None
+    words = data.needs_text
+    return usable_cuts(open_cuts(dev, words), None, policy, run, need_text=words, languages=languages, least=least)
+
+
+def _check_join(data: AudioConfig, languages: Sequence[str]) -> None:
+    if data.augment.join > 0 and languages:
+        raise UserError(
+            "data.augment.join joins utterances of any language, but this model takes one per utterance; set data.augment.join=0"
+        )
+
+
+def check_own_cuts(
+    data: AudioConfig,
+    tokenizer: Path,
+    policy: str,
+    languages: Sequence[str],
+    check_cuts: Callable[[Iterable[Cut]], list[str]] | None,
+    left_out: dict[str, str] | None,
+    manifest: Path,
+) -> Report:
+    """Check a replica's own manifest, in the replica's process, as ``read_datasets`` and ``check_training_cuts`` check a shared one.
+
+    Args:
+        left_out: what the run left out at its start; None if this is its start.
+
+    Raises:
+        UserError: an unusable manifest or cuts.
+    """
+    if not manifest.exists():
+        raise UserError(f"{manifest}: no such file (--manifest)")
+    found = _Found(left_out is None, dict(left_out or {}))
+    before = set(found.left_out)
+    datasets = read_datasets(manifest, None, data, policy, found, languages, check_cuts)
+    check_training_cuts(manifest, data, Tokenizer(tokenizer), policy, found)
+    cuts = [cut for cut in datasets.main if cut.id not in found.left_out]
+    new = {name: reason for name, reason in found.left_out.items() if name not in before}
+    return Report(digest_of(manifest, sound=False), len(cuts), sum(cut.duration for cut in cuts), new)
+
+
+class Leaves(Protocol):
+    """What notes the cuts that are left out: a ``RunWriter``, or a replica for its own data."""
+
+    @property
+    def world(self) -> World: ...
+    @property
+    def fresh(self) -> bool: ...
+    @property
+    def left_out(self) -> dict[str, str]: ...
+
+    def leave_out(self, cut_id: str, reason: str) -> None: ...
+
+
+@dataclass
+class _Found:
+    fresh: bool
+    left_out: dict[str, str]
+    world: World = field(default_factory=lambda: World(0, 1, torch.device("cpu")))
+
+    def leave_out(self, cut_id: str, reason: str) -> None:
+        self.left_out[cut_id] = reason
+
+
 def check_training_cuts(
-    manifest: Path, data: AudioConfig, tokenizer: Tokenizer | None, policy: str, run: RunWriter, least: int = 1
+    manifest: Path, data: AudioConfig, tokenizer: Tokenizer | None, policy: str, run: Leaves, least: int = 1
 ) -> None:
     """Leave out, or refuse, the cuts that cannot be trained on: their audio is read, and their texts are tokenized.
 
@@ -123,7 +190,7 @@ def usable_cuts(
     cuts: CutSet,
     tokenizer: Tokenizer | None,
     policy: str,
-    run: RunWriter,
+    run: Leaves,
     read_audio: bool = False,
     need_text: bool = True,
     languages: Sequence[str] = (),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,8 @@ class RunLog:
     """Collects sums between logged steps and writes them as means.
 
     Lines of steps after ``start`` are dropped from an existing metrics.jsonl, because the resumed run writes them again.
-    ``timing`` holds what depends on the clock; everything else is reproducible.
+    ``timing`` holds what depends on the clock; everything else is reproducible. ``more``, where a driver sets it, gives, from the seconds
+    since the last line, what else goes there and what is shown beside it.
     """
 
     def __init__(self, run: Path, settings: Any, start: int, steps_per_epoch: int, active: bool) -> None:
@@ -34,6 +36,7 @@ class RunLog:
         self._display: Display | None = None
         self._clock, self._waited, self._audio, self._steps = time.monotonic(), 0.0, 0.0, 0
         self._start = start
+        self.more: Callable[[float], tuple[dict[str, Any], str]] | None = None
         if active and self._path.exists():
             with atomic_write(self._path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in earlier_lines(self._path, start)))
@@ -103,11 +106,15 @@ class RunLog:
                 "data_wait": round(self._waited / elapsed, 4),
             },
         }
+        shown_more = ""
+        if self.more is not None:
+            more, shown_more = self.more(elapsed)
+            row["timing"] |= more
         self._clock, self._waited, self._audio = time.monotonic(), 0.0, 0.0
         self._write(row, "train")
         speed = f"  {row['timing']['audio_per_second']:.0f} s audio/s" if audio else ""
         known = f"  dev {shown(progress.last_dev)}" if progress.last_dev else ""
-        text = f"loss {row.get('loss', float('nan')):.4f}  lr {lr:.2e}{speed}{known}"
+        text = f"loss {row.get('loss', float('nan')):.4f}  lr {lr:.2e}{speed}{shown_more}{known}"
         if self._display is not None:
             self._display.update(self._bar, text=text)
         else:

@@ -13,10 +13,13 @@ import torch
 
 from asrkit.training.checkpoint import Progress
 from asrkit.training.config import TrainingConfig, autocast
+from asrkit.training.delay import Delay
 from asrkit.training.distributed import World, all_sum, sum_gradients
 from asrkit.training.step import BatchStream, StepResult, TrainTask, compute_gradients, seed_for, set_training
 from asrkit.training.stopping import Interrupted, watched_signals
 from asrkit.training.update import Publish, Updater
+
+NO_DELAY = Delay()
 
 
 def train(
@@ -27,6 +30,7 @@ def train(
     seed: int,
     world: World,
     publish: Publish,
+    delay: Delay = NO_DELAY,
 ) -> Progress:
     """Train to ``settings.steps``; if ``run`` holds a state, resume from it.
 
@@ -34,6 +38,7 @@ def train(
 
     Args:
         publish: (averaged model, step, metrics): writes the run's weights and lineage; called in the main process only.
+        delay: from which weights the gradients are computed; by default from those of now.
 
     Raises:
         UserError: losses that stay non-finite, an unusable state, no room to write, a loader process that died.
@@ -50,7 +55,8 @@ def train(
                 updater.set_rate()
                 if task.before_step is not None:
                     _before_step(task, updater, stream, own[0], seed)
-                result = compute_gradients(task, updater.model, stream, own, seed, updater.arithmetic)
+                with delay.applied(updater):
+                    result = compute_gradients(task, updater.model, stream, own, seed, updater.arithmetic)
                 # Checked once per step; a later signal waits for the next step, so the run never stops without saving.
                 stop = _sum(world, result, stopping.code, list(updater.model.parameters()))
                 updater.apply(result)

@@ -11,21 +11,27 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from asrkit.config import Advanced, config
+from asrkit.config import Advanced, Probability, config
+
+_RATES = {"adamw": 2e-3, "scaled_adam": 5e-2, "sgd": 1e-1, "adagrad": 1e-2}
 
 
 @config
 class OptimizerConfig:
     """The optimizer and its learning rate. ``scaled_adam`` is that of Zipformer (arXiv 2310.11230)."""
 
-    name: Literal["adamw", "scaled_adam"] = "scaled_adam"
-    """adamw, or scaled_adam, which moves each tensor in proportion to its own root mean square."""
+    name: Literal["adamw", "scaled_adam", "sgd", "adagrad"] = "scaled_adam"
+    """adamw; scaled_adam, which moves each tensor in proportion to its own root mean square; sgd; or adagrad, which divides by the
+    root of the sum of all squared gradients so far."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; null takes the optimizer's own default: 2e-3 for adamw, 5e-2 for scaled_adam."""
+    """Peak learning rate; null takes the optimizer's own default: 2e-3 for adamw, 5e-2 for scaled_adam, 1e-1 for sgd, 1e-2 for
+    adagrad."""
     betas: Advanced[tuple[float, float]] = (0.9, 0.98)
     """Decay rates of Adam's running means of the gradient and of its square."""
+    momentum: Advanced[Probability] = 0.0
+    """Momentum of sgd."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    """Weight decay of adamw for matrices; vectors (norms, biases) are not decayed, and scaled_adam has none."""
+    """Weight decay of adamw for matrices; vectors (norms, biases) are not decayed, and the other optimizers have none."""
     max_gradient_norm: Annotated[float, Field(gt=0)] = 2.0
     """Gradients whose norm over all weights exceeds this are scaled down to it. Lower it if the loss jumps."""
     warm_up_steps: Annotated[int, Field(ge=0)] = 200
@@ -42,7 +48,7 @@ class OptimizerConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or {"adamw": 2e-3, "scaled_adam": 5e-2}[self.name]
+        return self.learning_rate or _RATES[self.name]
 
 
 def learning_rate(step: int, total_steps: int, settings: OptimizerConfig) -> float:
@@ -63,6 +69,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerConfig
     trained = list(parameters)
     if settings.name == "scaled_adam":
         return ScaledAdam(trained, lr=settings.peak_learning_rate, betas=settings.betas)
+    if settings.name == "sgd":
+        return torch.optim.SGD(trained, lr=settings.peak_learning_rate, momentum=settings.momentum)
+    if settings.name == "adagrad":
+        return torch.optim.Adagrad(trained, lr=settings.peak_learning_rate)
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asrkit.data.bucketing import BucketPlan
 from asrkit.data.loader import death_of, start_loader
 from asrkit.errors import UserError
 from asrkit.training.config import autocast
@@ -57,6 +56,13 @@ class TrainingBatch(Protocol):
     def to(self, device: torch.device) -> Any: ...
 
 
+class Plan(Protocol):
+    """As much of a plan of batches as the loop needs."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+
 class TrainingBatches(Protocol):
     """``batches[number]`` with number = step * slices + slice: a pure function, in every process and at any time."""
 
@@ -64,7 +70,7 @@ class TrainingBatches(Protocol):
     def slices(self) -> int: ...
 
     @property
-    def plan(self) -> BucketPlan: ...
+    def plan(self) -> Plan: ...
 
     def __getitem__(self, number: int) -> Any: ...
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asrkit.errors import UserError
 from asrkit.training.checkpoint import Progress, check_finite, load_state, save_state
@@ -30,6 +30,36 @@ from asrkit.training.step import (
     trained_parameters,
 )
 from asrkit.training.stopping import Stopped, Stopping
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy of a model that is not trained, such as its average."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def divided(gradients: Sequence[Tensor | None], count: float) -> list[Tensor]:
+    """The gradients that are there, divided by ``count`` in place."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if present:
+        torch._foreach_div_(present, count)
+    return present
+
+
+def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The norm () of each gradient."""
+    return list(torch._foreach_norm(list(gradients))) if gradients else []
+
+
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm () of all gradients together."""
+    return torch.stack(norms_of(gradients)).norm() if gradients else torch.zeros(())
+
+
+def clip(gradients: Sequence[Tensor | None], norm: float, most: float) -> None:
+    """Scale gradients whose ``norm`` is greater than ``most`` down to it, in place."""
+    if norm > most:
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], most / (norm + 1e-6))
+
 
 Publish = Callable[[nn.Module, int, dict[str, float]], None]
 
@@ -51,12 +81,14 @@ class Updater:
         dtype = resolve_precision(settings, world.device)
         self.task, self.run, self.settings, self.world, self._publish = task, run, settings, world, publish
         self.model = task.model.to(world.device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.average = copy_of(self.model)
         self._average = MovingAverage(self.model, self.average)
         self._trained = trained_parameters(self.model)
         self.optimizer = make_optimizer(self._trained, settings.optimizer)
         self._scaler = make_scaler() if dtype == torch.float16 else None
-        self.progress = load_state(run, self.model, self.average, self.optimizer) or Progress(slices=slices)
+        self.older: dict[int, list[Tensor]] = {}  # see Delay
+        saved = load_state(run, self.model, self.average, self.optimizer, self.older)
+        self.progress = saved or Progress(slices=slices)
         if self._scaler is not None and self.progress.scaler:
             self._scaler.load_state_dict(self.progress.scaler)
         self.arithmetic = Arithmetic(world.device, dtype, None if self._scaler is None else self._scaler.scale)
@@ -83,20 +115,12 @@ class Updater:
         Raises:
             UserError: too many steps in a row were not finite.
         """
-        for parameter, gradient in zip(self._trained, result.gradients, strict=True):
-            parameter.grad = gradient
-        if self._scaler is not None:
-            self._scaler.unscale_(self.optimizer)
-        if gradients := [gradient for gradient in result.gradients if gradient is not None]:
-            torch._foreach_div_(gradients, result.count)
-        norm = float(nn.utils.clip_grad_norm_(self._trained, self.settings.optimizer.max_gradient_norm))
+        norm = self._receive(result)
         finite = math.isfinite(norm)
-        if self._scaler is not None:  # the scaler finds its scale by overflows, and skips those steps itself
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
-        elif finite:
-            self.optimizer.step()
+        if finite or self._scaler is not None:
+            self._move(norm)
         if finite or self._overflowed(result):
+            self.progress.skipped_in_a_row = 0
             self._follow()
             add_metrics(self._metrics, result.metrics)
             if finite:
@@ -105,6 +129,23 @@ class Updater:
             self._skip(result)
         self.progress.step += 1
         self.log.count(self.step, result.audio, result.waited)
+
+    def _receive(self, result: StepResult) -> float:
+        """Take a step's gradients; returns the norm of their mean over all weights."""
+        for parameter, gradient in zip(self._trained, result.gradients, strict=True):
+            parameter.grad = gradient
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        return float(norm_of(divided(result.gradients, result.count)))
+
+    def _move(self, norm: float) -> None:
+        """Change the weights by the gradients of this norm."""
+        clip([parameter.grad for parameter in self._trained], norm, self.settings.optimizer.max_gradient_norm)
+        if self._scaler is not None:  # the scaler finds its scale by overflows, and skips those steps itself
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        else:
+            self.optimizer.step()
 
     def finish_step(self, stop: int, stopping: Stopping) -> int:
         """Log, measure, save and publish, as far as these are due after the step.
@@ -120,14 +161,21 @@ class Updater:
             self._log_step()
         measure_due = self.task.measure is not None and (last or self.step % settings.evaluate_every == 0)
         save_due = last or self.step % settings.save_every == 0 or bool(stop)
-        if measure_due or save_due:
-            check_finite({"model": self.model, "average": self.average}, self.step)
         if measure_due:
+            self._check()
             return self.measure(stopping, stop)
         if save_due:
-            self._publish_unmeasured()
-            self.save()
+            self.keep()
         return stop
+
+    def keep(self) -> None:
+        """Save the state, and publish the average unless a measurement decides what to publish."""
+        self._check()
+        self._publish_unmeasured()
+        self.save()
+
+    def _check(self) -> None:
+        check_finite({"model": self.model, "average": self.average}, self.step)
 
     def measure(self, stopping: Stopping, stop: int = 0) -> int:
         """Measure the average, publish it if it is the best, and save; a signal postpones the measurement to the next start.
@@ -155,7 +203,7 @@ class Updater:
         progress.scaler = self._scaler.state_dict() if self._scaler is not None else {}
         progress.metrics = metric_sums(self._metrics)
         if self.world.is_main:
-            save_state(self.run, progress, self.model, self.average, self.optimizer)
+            save_state(self.run, progress, self.model, self.average, self.optimizer, self.older)
 
     def _overflowed(self, result: StepResult) -> bool:
         """Whether the scaler has caused gradients that are not finite: every loss of every process is finite."""
@@ -166,7 +214,6 @@ class Updater:
 
     def _follow(self) -> None:
         """Update the average, and call the task's hook for the weights and for the average."""
-        self.progress.skipped_in_a_row = 0
         after_step = self.task.after_step
         if after_step is not None:
             after_step(self.model, self.step)

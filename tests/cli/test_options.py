@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import pytest
 import typer
 
 from asrkit.cli import app
+from asrkit.cli.options import DriverName, replica_options
+from asrkit.config import config, resolve
+from asrkit.training.asynchronous.config import AsyncConfig
+from asrkit.training.config import TrainingConfig
 from helpers.commands import asrkit, finish
 
 FILES = ["--manifest", "m.jsonl.gz", "--out", "exp/out"]
@@ -113,3 +118,21 @@ def test_an_empty_word_is_refused(words: list[str], said: str) -> None:
     """An empty path would be the current directory, where a shell's variable is not set."""
     finished = finish(*words)
     assert (finished.code, finished.out) == (2, "") and finished.err.startswith(said)
+
+
+@config
+class Settings:
+    """Of a stage that replicas can train."""
+
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def test_the_options_of_replicas_set_their_settings() -> None:
+    options = replica_options(DriverName.ray, 16, 3, None, 2, 4, 2, 0.5, "auto")
+    settings = resolve(Settings, options=options)
+    expected = AsyncConfig(
+        driver="ray", workers=16, max_staleness=3, fetch_every=2, shards=2, gpus_per_worker=0.5, ray_address="auto"
+    )
+    assert settings.asynchronous == expected and settings.training.accumulate == 4
+    assert resolve(Settings, options=replica_options(*[None] * 9)) == Settings()

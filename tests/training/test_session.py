@@ -69,7 +69,7 @@ def recipe_of(stage: str, corpus: Path, parent: Path, out: Path) -> TaskRecipe:
             PretrainConfig, None, ["data.max_duration=10", "contexts.train=[full,'chunk=4,left=8']", *encoder]
         )
         build: Any = partial(pretrain.build_task, settings, None, out)
-        return TaskRecipe(build, out, manifest, settings, 2, partial(masked_batches, settings.mask))
+        return TaskRecipe(build, out, (manifest,), settings, 2, partial(masked_batches, settings.mask))
     if stage == "train-backbone":
         settings = resolve(train_backbone.TrainBackboneConfig, None, [*common, *SHAPE])
         build = partial(train_backbone.build_task, settings, None, out)
@@ -88,7 +88,7 @@ def recipe_of(stage: str, corpus: Path, parent: Path, out: Path) -> TaskRecipe:
     else:
         settings = resolve(distill.DistillConfig, None, [*common, *SHAPE, "model.dim=24", "teacher.encoder_scale=0.1"])
         build = partial(distill.build_task, settings, {"*": [parent]}, None, None, out)
-    return TaskRecipe(build, out, manifest, settings, slices=2)
+    return TaskRecipe(build, out, (manifest,), settings, slices=2)
 
 
 def gradients_digest(recipe: TaskRecipe) -> str:
