@@ -12,14 +12,24 @@ from asrkit.cli.options import (
     Config,
     Dev,
     Device,
-    Manifest,
+    Driver,
+    FetchEvery,
+    GpusPerWorker,
+    Manifests,
     MaxDuration,
+    MaxStaleness,
     Out,
     Overrides,
     Parent,
+    PushEvery,
+    RayAddress,
     Seed,
+    Shards,
+    Staleness,
+    Workers,
     given,
     io,
+    replica_options,
     train_or_stop,
 )
 
@@ -34,7 +44,7 @@ def register(app: typer.Typer) -> None:
 
 def sequence_train(
     parent: Parent,
-    manifest: Manifest,
+    manifest: Manifests,
     out: Out,
     dev: Dev = None,
     variant: Annotated[str | None, io(help="Variant to train. [default: the parent's default variant]")] = None,
@@ -58,6 +68,15 @@ def sequence_train(
     ] = False,
     seed: Seed = None,
     max_duration: MaxDuration = None,
+    driver: Driver = None,
+    workers: Workers = None,
+    max_staleness: MaxStaleness = None,
+    staleness: Staleness = None,
+    fetch_every: FetchEvery = None,
+    push_every: PushEvery = None,
+    shards: Shards = None,
+    gpus_per_worker: GpusPerWorker = None,
+    ray_address: RayAddress = None,
     device: Device = "auto",
     config: Config = None,
     overrides: Overrides = None,
@@ -72,12 +91,18 @@ def sequence_train(
         asrkit sequence-train --from exp/backbone --criterion smbr --manifest data/prompts/train.jsonl.gz \\
             --dev data/prompts/dev.jsonl.gz --out exp/smbr
 
+        asrkit sequence-train --from exp/backbone --criterion mwer --workers 2 --max-staleness 4 \\
+            --manifest data/prompts/train.jsonl.gz --out exp/replicas
+
     Start from a model that has learned what it can from the ordinary loss. It keeps its masks and integers.
     """
     from asrkit.config import resolve
     from asrkit.methods.sequence.config import SequenceTrainConfig
     from asrkit.stages.sequence_train import sequence_train as run
 
+    replicas = replica_options(
+        driver, workers, max_staleness, staleness, fetch_every, push_every, shards, gpus_per_worker, ray_address
+    )
     options = given(
         {
             "criterion": criterion and criterion.value,
@@ -89,5 +114,5 @@ def sequence_train(
             "data.max_duration": max_duration,
         }
     )
-    settings = resolve(SequenceTrainConfig, config, overrides or (), options=options)
+    settings = resolve(SequenceTrainConfig, config, overrides or (), options=options | replicas)
     train_or_stop(out, lambda: run(parent, manifest, out, settings, dev=dev, device=device))

@@ -7,6 +7,7 @@ CTC head on lattices of a denominator graph (Heigold et al., ICASSP 2014; US1001
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from asrkit.models import AsrModel, load_model
 from asrkit.models.surgery import rebuild, with_variant
 from asrkit.nn.context import Context, parse_context
 from asrkit.run_dir import open_run
+from asrkit.training.asynchronous.drivers import make_driver
 from asrkit.training.distributed import from_main
 from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import fine_tune
@@ -42,7 +44,7 @@ SAMPLE = 2  # training batches in which every utterance must have a path through
 
 def sequence_train(
     parent: Path,
-    manifest: Path,
+    manifests: Sequence[Path],
     out: Path,
     settings: SequenceTrainConfig,
     *,
@@ -51,6 +53,9 @@ def sequence_train(
     command: str = "",
 ) -> Path:
     """Train the model of ``parent`` on a sequence criterion, or resume an interrupted run; returns ``out``.
+
+    Args:
+        manifests: one, or the data of each replica.
 
     Raises:
         UserError: an unusable parent, contradictory settings, no k2 for lattices, a denominator that is too large or through which
@@ -62,14 +67,16 @@ def sequence_train(
     if settings.lattices:
         k2_for_lattices()
     with_variant(load_model(source).spec, settings.variant, settings.contexts.train)  # refuses an unknown variant
+    driver = make_driver(settings.asynchronous, manifests)
     return fine_tune(
         "sequence-train",
         source,
-        manifest,
+        manifests,
         out,
         settings,
         partial(build_task, settings, parent, out),
-        prepare=partial(prepare, settings, parent),
+        prepare=partial(prepare, settings, parent) if settings.lattices or settings.cache else None,
+        driver=driver,
         dev=dev,
         device=device,
         command=command,

@@ -50,6 +50,7 @@ def corpus(folder: Path) -> None:
         ),
         ("distill", {"distill", "train-backbone", "evaluate"}),
         ("sequence-train", {"sequence-train", "evaluate"}),
+        ("asynchronous-training", {"sequence-train"}),
         ("align", {"align"}),
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from asrkit.run_dir import open_run
 from asrkit.stages.sequence_train import build_task
 from asrkit.training.datasets import training_batches
 from asrkit.training.step import TrainTask
-from helpers.commands import TWO, asrkit, killed, launched, quick
+from helpers.commands import ONE, TWO, asrkit, killed, launched, quick
 from helpers.run_dirs import metrics, model_of, weights_equal
 from helpers.tones import copied, data, make_corpus, rewrite
 
@@ -369,3 +370,20 @@ def test_lattices_without_k2(corpus: Path, parent: Path, tmp_path: Path, monkeyp
     said = asrkit(*sequence_train(parent, corpus, tmp_path / "run", words=["--criterion", "smbr"]), code=1)
     assert said.count("\n") == 1 and "needs k2, which is not installed" in said and "asrkit doctor" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_replicas_on_data_of_their_own(corpus: Path, parent: Path, mwer: Path, tmp_path: Path) -> None:
+    """By a real Ray and simulated, the weights are the same; one simulated replica ends with those of this process."""
+    one = ["--driver", "simulated", "--workers", 1]
+    asrkit(*sequence_train(parent, corpus, tmp_path / "one", words=one))
+    assert weights_equal(mwer, tmp_path / "one")
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    own = copied(corpus, tmp_path / "own.jsonl.gz", lambda number, cut: None)
+    for driver, words in (("ray", ["--max-staleness", 0]), ("simulated", [])):
+        both = ["--driver", driver, *words, "--manifest", own]
+        launched(ONE, *sequence_train(parent, corpus, tmp_path / driver, words=both))
+    assert weights_equal(tmp_path / "ray", tmp_path / "simulated")
+    said = asrkit(*sequence_train(parent, corpus, tmp_path / "cached", words=["--cache", *both]), code=1)
+    assert "has to read all training data before it begins; give one --manifest" in said

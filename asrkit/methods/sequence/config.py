@@ -10,6 +10,7 @@ from pydantic import Field
 from asrkit.config import Advanced, NonNegative, Positive, config
 from asrkit.errors import UserError
 from asrkit.run_dir import RunDir
+from asrkit.training.asynchronous.config import AsyncConfig
 from asrkit.training.config import TrainingConfig
 from asrkit.training.optim import OptimizerConfig
 from asrkit.training.session import FineTuneConfig
@@ -109,6 +110,8 @@ class SequenceTrainConfig(FineTuneConfig):
         default_factory=lambda: TrainingConfig(optimizer=OptimizerConfig(name="adamw", learning_rate=1e-4))
     )
     """Length of the run, logging, precision and optimizer."""
+    asynchronous: AsyncConfig = field(default_factory=AsyncConfig)
+    """Who computes gradients, and from how old weights."""
 
     @property
     def lattices(self) -> bool:
