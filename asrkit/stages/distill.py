@@ -44,6 +44,7 @@ from asrkit.training.start import (
     check_languages_present,
     check_start,
     config_entry,
+    dropped_attention,
     first_model,
     make_tokenizer,
     new_parts_first,
@@ -168,17 +169,13 @@ def build_task(
         distillation,
         steps=settings.training.steps,
         variant=variant,
-        attention_dropout=settings.model.attention_dropout if parent is None else None,
+        attention_dropout=dropped_attention(settings, parent),
     )
     return TrainTask(model, new_parts_first(settings, parent, loss), batches, variant=variant)
 
 
 def fill_cache(
-    settings: DistillConfig,
-    teachers: Mapping[str, Sequence[Path]],
-    cache: Path,
-    run: RunWriter,
-    batches: TrainBatches,
+    settings: DistillConfig, teachers: Mapping[str, Sequence[Path]], cache: Path, run: RunWriter, batches: TrainBatches
 ) -> None:
     """Run the teachers on the cuts that are not in the cache yet; every process does its share."""
     matched = match_tokenizer(open_teachers(teachers), batches.tokenizer)

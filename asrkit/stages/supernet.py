@@ -75,7 +75,7 @@ def supernet(
             would not be final in time, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
-    findings = [*contradictions(settings), *check_start(settings, parent, tokenizer)]
+    findings = [*contradictions(settings), *check_start(settings, parent, tokenizer, attention=False)]
     origin = open_parent(parent, settings)
     try:
         spec = supernet_spec(recognizer(origin, settings), settings, str(parent))

@@ -24,6 +24,7 @@ from asrkit.training.start import (
     check_languages_present,
     check_start,
     config_entry,
+    dropped_attention,
     first_model,
     make_tokenizer,
     new_parts_first,
@@ -96,7 +97,7 @@ def build_task(settings: TrainBackboneConfig, parent: Path | None, out: Path, ba
         settings.loss,
         settings.contexts,
         variant=variant,
-        attention_dropout=settings.model.attention_dropout if parent is None else None,
+        attention_dropout=dropped_attention(settings, parent),
     )
     notes = others_of_a_supernet(model.spec, variant)
     return TrainTask(model, new_parts_first(settings, parent, loss), batches, variant=variant, notes=notes)

@@ -21,7 +21,7 @@ from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
-from asrkit.models.registry import ENCODER, load_encoder
+from asrkit.models.registry import ENCODER, load_encoder, spec_of
 from asrkit.models.spec import BACKBONE, Languages, PredictorSpec, PretrainedEncoderSpec, Size, VariantSpec
 from asrkit.models.surgery import rebuild, recognizer_of, recognizer_spec, with_variant
 from asrkit.nn.context import FULL
@@ -201,11 +201,19 @@ def config_entry(settings: StartConfig, parent: Parent | None) -> dict[str, Any]
             key: value for key, value in content["model"].items() if key not in field_types(EncoderConfig)
         }
         return start | content
-    return start | {key: value for key, value in content.items() if key not in ("model", "tokenizer", "pretrained")}
+    attention = {key: value for key, value in content["model"].items() if key.startswith("attention_")}
+    kept = {key: value for key, value in content.items() if key not in ("model", "tokenizer", "pretrained")}
+    return start | kept | ({} if settings.model.attention_dropout.probability == 1 else {"model": attention})
 
 
-def check_start(settings: StartConfig, parent: Path | None, tokenizer: Path | None) -> list[str]:
-    """Findings about options for a new model that are used with a trained one, and the other way round."""
+def check_start(
+    settings: StartConfig, parent: Path | None, tokenizer: Path | None, *, attention: bool = True
+) -> list[str]:
+    """Findings about options for a new model that are used with a trained one, and the other way round.
+
+    Args:
+        attention: whether the stage can add attention to a trained model.
+    """
     findings = []
     encoder = parent is not None and open_run(parent).kind == ENCODER
     if parent is not None and not encoder:
@@ -215,11 +223,7 @@ def check_start(settings: StartConfig, parent: Path | None, tokenizer: Path | No
             )
         if settings.tokenizer is not None:
             findings.append("tokenizer: a trained model already has one; leave out --set tokenizer.* or --from")
-        if settings.model != BackboneConfig():
-            findings.append(
-                "model: a trained model already has its shape, and its attention is not dropped; "
-                "leave out the size and --set model.*, or --from"
-            )
+        findings += _check_model(settings, parent, attention)
     if encoder:
         findings += _check_encoder_start(settings)
     elif settings.pretrained != FromEncoderConfig():
@@ -230,6 +234,33 @@ def check_start(settings: StartConfig, parent: Path | None, tokenizer: Path | No
     if parent is None and settings.variant is not None:
         findings.append(
             f"--variant {settings.variant}: works with --from only, because a new model has no variants to choose from; leave it out"
+        )
+    return findings
+
+
+def _check_model(settings: StartConfig, parent: Path, addable: bool) -> list[str]:
+    """Findings about settings of the model for a trained one, to which attention can be added; nothing else of its shape changes."""
+    shape, usual = settings.model, BackboneConfig()
+    attention = {"attention_dropout", "attention_dim", "attention_heads", "attention_position"}
+    added = addable and shape.attention_dropout.probability < 1
+    fixed = set(field_types(BackboneConfig)) - (attention if added else set())
+    findings = []
+    if set_here := sorted(name for name in fixed if getattr(shape, name) != getattr(usual, name)):
+        findings.append(
+            f"model.{set_here[0]}: a trained model already has its shape; leave out {', '.join(f'model.{name}' for name in set_here)}, or "
+            + ("--from; model.attention_dropout.probability below 1 adds attention" if addable else "--from")
+        )
+    if not added:
+        return findings
+    has = JOINT in spec_of(open_run(parent)).submodels
+    sizes = ("attention_dim", "attention_heads", "attention_position")
+    if has and any(getattr(shape, name) != getattr(usual, name) for name in sizes):
+        findings.append(
+            f"{', '.join(f'model.{name}' for name in sizes)}: {parent} already has attention ({JOINT}); leave them out"
+        )
+    if settings.variant is not None:
+        findings.append(
+            f"--variant {settings.variant}: model.attention_dropout trains the variant {JOINT}, on top of the default one; leave it out"
         )
     return findings
 
@@ -292,7 +323,12 @@ def first_model(settings: StartConfig, parent: Path | None, out: Path, batches: 
         return model, spec.variant
     origin = load_model(run)
     spec = with_variant(origin.spec, settings.variant, settings.contexts.train)
-    return rebuild(spec, origin), spec.variant
+    if dropped_attention(settings, parent) is None:
+        return rebuild(spec, origin), spec.variant
+    model = rebuild(with_attention(spec, settings.model), origin, new=(f"encoder.submodels.{JOINT}.",))
+    if JOINT not in spec.submodels:
+        model.encoder.submodels[JOINT].silence()  # type: ignore[operator]
+    return model, JOINT
 
 
 def steps_of_new_parts(settings: StartConfig, parent: Path | None) -> int:
@@ -363,14 +399,7 @@ def encoder_spec(settings: EncoderConfig, contexts: Sequence[str] | None = None)
     submodels = {}
     if settings.attention_dropout.probability < 1:
         variants[JOINT] = {**to_dict(trained), "submodels": [JOINT]}
-        submodels[JOINT] = {
-            "kind": "attention",
-            "layers": list(range(shape["num_layers"])),
-            "position": settings.attention_position,
-            "dim": settings.attention_dim or shape["dim"],
-            "heads": settings.attention_heads,
-            "dropout": settings.dropout,
-        }
+        submodels[JOINT] = _joint(settings, shape["num_layers"], shape["dim"])
     return from_dict(
         PretrainedEncoderSpec,
         {
@@ -387,6 +416,39 @@ def encoder_spec(settings: EncoderConfig, contexts: Sequence[str] | None = None)
         },
         "model",
     )
+
+
+def _joint(settings: EncoderConfig, num_layers: int, dim: int) -> dict[str, Any]:
+    """The spec of attention in every layer, as plain values."""
+    return {
+        "kind": "attention",
+        "layers": list(range(num_layers)),
+        "position": settings.attention_position,
+        "dim": settings.attention_dim or dim,
+        "heads": settings.attention_heads,
+        "dropout": settings.dropout,
+    }
+
+
+def with_attention(spec: ModelSpec, settings: EncoderConfig) -> ModelSpec:
+    """A trained model's spec with the sub-model joint, attention in every layer on top of the default variant, and a variant of that
+    name; a model that has it keeps it. The default stays, unless attention is never dropped."""
+    content = to_dict(spec)
+    if JOINT not in spec.submodels:
+        content["submodels"][JOINT] = _joint(settings, spec.encoder.num_layers, spec.encoder.dim)
+        own = content["variants"][spec.variant]
+        content["variants"][JOINT] = own | {"submodels": [*own["submodels"], JOINT]}
+    else:
+        content["variants"][JOINT]["contexts"] = content["variants"][spec.variant]["contexts"]
+    if settings.attention_dropout.probability == 0:
+        content["variant"] = JOINT
+    return from_dict(ModelSpec, content, "model")
+
+
+def dropped_attention(settings: StartConfig, parent: Path | None) -> AttentionDropoutConfig | None:
+    """How attention is dropped in training; None if nothing is said of it for a trained model, whose attention then stays."""
+    dropout = settings.model.attention_dropout
+    return dropout if parent is None or dropout.probability < 1 else None
 
 
 def with_transducer(

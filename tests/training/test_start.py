@@ -1,4 +1,4 @@
-"""A recognizer made of a pretrained encoder: what it takes over, what is new, what is trained when, what is refused."""
+"""What training starts from: a recognizer made of a pretrained encoder, attention added to a trained backbone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from asrkit.config import from_dict
 from asrkit.models.digests import tensors_digest
 from asrkit.models.registry import load_encoder
 from asrkit.models.spec import PredictorSpec
@@ -17,10 +18,12 @@ from asrkit.models.surgery import recognizer_of, recognizer_spec
 from asrkit.nn.context import FULL, Context
 from asrkit.nn.masks import SpanMasks
 from asrkit.run_dir import STATE, open_run, read_yaml
+from asrkit.stages.train_backbone import TrainBackboneConfig
 from asrkit.training.checkpoint import STATE_FILE
+from asrkit.training.start import check_start, dropped_attention, first_model
 from helpers.commands import asrkit, killed, quick
 from helpers.run_dirs import model_of, weights_equal
-from helpers.small_runs import write_encoder
+from helpers.small_runs import write_encoder, write_run
 from helpers.tones import make_corpus
 
 PARTS: dict[str, Any] = {
@@ -150,3 +153,65 @@ def test_masks_hide_spans_in_training_alone() -> None:
                 expected = 0.0 if zeroed else 7.0 if in_span else float(x[row, frame, channel])
                 assert float(hidden[row, frame, channel]) == expected
     assert masks.eval()(x) is x and not masks.state_dict()
+
+
+def test_attention_is_added_to_a_trained_backbone(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", layers=2)
+    shape = {"attention_dropout": {"probability": 0.5}, "attention_dim": 8, "attention_heads": 2}
+    settings = from_dict(TrainBackboneConfig, {"model": shape}, "test")
+    assert check_start(settings, run, None) == []
+    model, variant = first_model(settings, run, tmp_path, None)  # type: ignore[arg-type]
+    assert (variant, model.spec.variant, list(model.spec.variants)) == ("joint", "backbone", ["backbone", "joint"])
+    assert model.spec.submodels["joint"].layers == [0, 1] and model.spec.submodels["joint"].dim == 8
+    features, lens = torch.randn(2, 90, 80), torch.tensor([90, 70])
+    before = model_of(run).encode(features, lens)[0]
+    assert all(torch.equal(model.eval().encode(features, lens, name)[0], before) for name in ("backbone", "joint"))
+    assert dropped_attention(settings, run) == settings.model.attention_dropout
+    assert dropped_attention(TrainBackboneConfig(), run) is None
+    never = from_dict(TrainBackboneConfig, {"model": {"attention_dropout": {"probability": 0}}}, "test")
+    assert first_model(never, run, tmp_path, None)[0].spec.variant == "joint"  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_backbone_is_trained_on_under_dropped_attention(corpus: Path, tmp_path: Path) -> None:
+    data = ["--manifest", corpus / "train.jsonl.gz", "--max-duration", 10]
+    small = [
+        "model.size=tiny",
+        "model.num_layers=2",
+        "model.dim=16",
+        "model.feedforward_dim=16",
+        "tokenizer.vocab_size=18",
+    ]
+    asrkit("train-backbone", *data, "--out", tmp_path / "parent", *quick(*small))
+    words = ["train-backbone", "--from", tmp_path / "parent", *data, "--out", tmp_path / "run"]
+    dropped = quick("model.attention_dropout.probability=0.5", "model.attention_dim=8", "model.attention_heads=2")
+    killed("step 2/", *words, *dropped)
+    asrkit(*words, *dropped)
+    model, config = model_of(tmp_path / "run"), open_run(tmp_path / "run").config
+    assert model.spec.variant == "backbone" and config["model"]["attention_dropout"]["probability"] == 0.5
+    out = [
+        weight for name, weight in model.encoder.submodels["joint"].named_parameters() if name.endswith("out.weight")
+    ]
+    assert len(out) == 2 and all(weight.any() for weight in out)  # it began at zero
+    on = ["train-backbone", "--from", tmp_path / "run", *data, "--out", tmp_path / "on"]
+    refused = asrkit(*on, *quick("model.attention_dropout.probability=0.5", "model.attention_dim=4"), code=1)
+    assert "already has attention (joint)" in refused
+    asrkit(*on, *quick("model.attention_dropout.probability=0"))
+    assert model_of(tmp_path / "on").spec.variant == "joint"
+
+
+@pytest.mark.parametrize(
+    ("model", "variant", "said"),
+    [
+        ({"dim": 16}, None, "model.dim: a trained model already has its shape"),
+        ({"attention_dim": 8}, None, "model.attention_dim: a trained model already has its shape"),
+        ({"dim": 16, "attention_dropout": {"probability": 0.5}}, None, "leave out model.dim, or --from"),
+        ({"attention_dropout": {"probability": 0.5}}, "backbone", "--variant backbone: model.attention_dropout trains"),
+    ],
+)
+def test_the_shape_of_a_trained_model_stays(
+    tmp_path: Path, model: dict[str, Any], variant: str | None, said: str
+) -> None:
+    settings = from_dict(TrainBackboneConfig, {"model": model, "variant": variant}, "test")
+    findings = check_start(settings, write_run(tmp_path / "run"), None)
+    assert len(findings) == 1 and said in findings[0]
