@@ -34,10 +34,10 @@ from asrkit.models.compression import QuantizationConfig, choose_layers, pruned_
 from asrkit.models.sizes import layer_sizes
 from asrkit.models.surgery import is_mask, rebuild, with_variant
 from asrkit.nn.compression_config import Mask
-from asrkit.run_dir import RunDir, open_run, read_yaml, write_yaml
+from asrkit.run_dir import RunDir, open_run
 from asrkit.training.contexts import ContextsConfig
 from asrkit.training.distributed import broadcast_object
-from asrkit.training.run_writer import RunWriter
+from asrkit.training.run_writer import RunWriter, read_sealed, write_sealed
 from asrkit.training.step import TrainTask
 
 CHOSEN_BITS = "bits.yaml"  # in the run directory: the bits of each layer under --budget
@@ -115,7 +115,7 @@ def build_task(settings: QatConfig, parent: Path, teacher: Path | None, out: Pat
     origin = _masked(settings, source)
     quantization = settings.quantization
     if settings.budget is not None:
-        quantization = replace(quantization, bits=read_yaml(out / CHOSEN_BITS))
+        quantization = replace(quantization, bits=read_sealed(out / CHOSEN_BITS))
     spec = with_variant(_spec(settings, origin, quantization), settings.variant, settings.contexts.train)
     counts = Counter(how.weights.bits for how in spec.compression.values() if how.weights is not None)
     note = ", ".join(f"{number} layers of {bits} bits" for bits, number in sorted(counts.items(), reverse=True))
@@ -141,7 +141,7 @@ def choose_budget(settings: QatConfig, parent: Path, run: RunWriter, batches: Tr
     """Choose the bits of each layer, so that the model takes at most ``budget`` of its float size, and write them to the run."""
     path = run.path / CHOSEN_BITS
     if run.world.is_main and not path.is_file():  # one process measures, so that all use the same bits
-        write_yaml(path, _bits_within_budget(settings, parent, run, batches))
+        write_sealed(path, _bits_within_budget(settings, parent, run, batches))
     broadcast_object(run.world, None)  # the others read it only once it is there
 
 

@@ -20,10 +20,10 @@ from asrkit.data.manifests import digest_of, is_labeled, open_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import AudioConfig, DataConfig, TrainBatches
 from asrkit.errors import UserError
-from asrkit.run_dir import TOKENIZER, read_yaml
+from asrkit.run_dir import TOKENIZER
 from asrkit.training.distributed import World, broadcast_object
 from asrkit.training.own_data import Report
-from asrkit.training.run_writer import LEFT_OUT
+from asrkit.training.run_writer import LEFT_OUT, read_sealed
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def training_batches(manifest: Path, data: DataConfig, out: Path, slices: int, s
 
 def open_tables(manifest: Path, data: AudioConfig, out: Path) -> tuple[CutTable, CutTable | None]:
     """The cuts to train on, and those of the noise, without the ones that the run directory ``out`` leaves out."""
-    left_out = read_yaml(out / LEFT_OUT) if (out / LEFT_OUT).is_file() else {}
+    left_out = read_sealed(out / LEFT_OUT) if (out / LEFT_OUT).is_file() else {}
     main, *others = (
         (cut for cut in open_cuts(path, data.needs_text) if cut.id not in left_out)
         for path in (*(manifest for _ in range(data.repeat)), *data.also)

@@ -14,8 +14,7 @@ from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.errors import UserError
-from asrkit.run_dir import read_yaml, write_yaml
-from asrkit.training.run_writer import RunWriter
+from asrkit.training.run_writer import RunWriter, read_sealed, write_sealed
 
 OWN_DATA = "replicas.yaml"  # in the run directory: the manifest of each replica
 
@@ -49,7 +48,7 @@ def record(run: RunWriter, manifests: Sequence[Path], reports: Sequence[Report])
     if not run.fresh and file.is_file():
         findings = [
             f"{run.path}: was started with other bytes of --manifest {now['manifest']}; restore it, or choose another --out"
-            for before, now in zip(read_yaml(file), content, strict=True)
+            for before, now in zip(read_sealed(file), content, strict=True)
             if before["sha256"] != now["sha256"]
         ]
         if findings:
@@ -58,7 +57,7 @@ def record(run: RunWriter, manifests: Sequence[Path], reports: Sequence[Report])
         for report in reports:
             for cut_id, reason in report.left_out.items():
                 run.leave_out(cut_id, reason)
-        write_yaml(file, content)
+        write_sealed(file, content)
     run.save_left_out()
     return {"manifests": {**run.lineage[-1]["manifests"], **{one["manifest"]: one["sha256"] for one in content}}}
 

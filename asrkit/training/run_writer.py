@@ -42,6 +42,25 @@ LEFT_OUT = "left_out.yaml"
 LABELED = "labeled-*.jsonl.gz"  # manifests whose missing texts a teacher has transcribed
 
 
+def write_sealed(path: Path, content: Any) -> None:
+    """Write what a resumed run has to know again, with its digest."""
+    write_yaml(path, {"sha256": digest(content), "content": content})
+
+
+def read_sealed(path: Path) -> Any:
+    """What ``write_sealed`` wrote.
+
+    Raises:
+        UserError: it is not that any more.
+    """
+    stored = read_yaml(path)
+    if not isinstance(stored, dict) or digest(stored.get("content")) != stored.get("sha256"):
+        raise UserError(
+            f"{path}: is damaged, or of an earlier version; restore a copy, or train again with another --out"
+        )
+    return stored["content"]
+
+
 @dataclass
 class RunWriter:
     """The run directory of a training stage, locked for this run."""
@@ -104,7 +123,7 @@ class RunWriter:
         if not self.fresh and (path / LINEAGE).is_file():
             self._began -= read_yaml(path / LINEAGE)[-1].get("seconds", 0.0)  # the time the run took before it stopped
         if not self.fresh and (path / LEFT_OUT).is_file():
-            self.left_out = read_yaml(path / LEFT_OUT)
+            self.left_out = read_sealed(path / LEFT_OUT)
         if self.finished:
             self.note(
                 f"{path}: already trained to the last step, so there is nothing to do; to train again, choose another --out"
@@ -123,7 +142,7 @@ class RunWriter:
     def save_left_out(self) -> None:
         """Record the cuts that are left out, so that every process and every later start leaves out the same ones."""
         if self.world.is_main and self.fresh and self.left_out:
-            write_yaml(self.path / LEFT_OUT, self.left_out)
+            write_sealed(self.path / LEFT_OUT, self.left_out)
         broadcast_object(self.world, None)  # the others read it only once it is there
 
     def describe(self, spec: Spec, data: str) -> None:

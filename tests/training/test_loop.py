@@ -24,6 +24,7 @@ from asrkit.run_dir import LINEAGE, MODEL, open_run, write_yaml
 from asrkit.training.checkpoint import load_state
 from asrkit.training.ema import MovingAverage
 from asrkit.training.logs import earlier_lines
+from asrkit.training.run_writer import read_sealed, write_sealed
 from helpers.commands import ONE, TWO, Finished, asrkit, finish, launched, sets
 from helpers.run_dirs import metrics, weights_equal
 from helpers.tones import make_corpus
@@ -225,6 +226,17 @@ def test_dev_audio_that_cannot_be_read_is_named_before_training(tmp_path: Path) 
     (tmp_path / "dev" / "1.wav").unlink()
     refused = lines_of(finish(*command(tmp_path, tmp_path / "run", "training.steps=2", dev=dev)))
     assert "cut dev-1: unreadable" in refused and "1 unusable cut" in refused and not (tmp_path / "run").exists()
+
+
+def test_what_a_resumed_run_reads_again_is_under_a_digest(tmp_path: Path) -> None:
+    path = tmp_path / "left_out.yaml"
+    content = {"cut-1": "silent: no sound", "cut-2": "text: too long"}
+    write_sealed(path, content)
+    assert read_sealed(path) == content
+    for broken in (path.read_text().replace("cut-2", "cut-3"), "cut-1: silent\n", "", "- 1\n"):
+        path.write_text(broken)
+        with pytest.raises(UserError, match=re.escape("left_out.yaml: is damaged")):
+            read_sealed(path)
 
 
 def test_the_last_line_of_the_metrics_may_be_half(tmp_path: Path) -> None:
