@@ -13,10 +13,20 @@ from asrkit.reporting.wer import ErrorCounts, Scored, total_chars, total_words
 
 
 def score(batch: Batch, hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer) -> list[Scored]:
-    """Each utterance of a batch beside its reference."""
-    texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
-    rows = zip(batch.cut_ids, batch.texts, texts, batch.languages, strict=True)
-    return [Scored(cut_id, ref, hyp, language) for cut_id, ref, hyp, language in rows]
+    """Each utterance of a batch beside its reference, with the pieces that were emitted and when."""
+    return [
+        Scored(
+            cut_id,
+            ref,
+            tokenizer.decode(hypothesis.tokens),
+            language,
+            pieces=tuple(map(tokenizer.id_to_piece, hypothesis.tokens)),
+            frames=tuple(hypothesis.frames),
+        )
+        for cut_id, ref, hypothesis, language in zip(
+            batch.cut_ids, batch.texts, hypotheses, batch.languages, strict=True
+        )
+    ]
 
 
 def measure_wer(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +99,7 @@ def summarize(utterances: Sequence[Scored]) -> Errors:
 
 @config
 class Utterance:
-    """A line of utterances.jsonl. Results written before speakers were kept have none."""
+    """A line of utterances.jsonl. Results written before speakers, or pieces and their times, were kept have none."""
 
     id: str
     language: str
@@ -107,6 +108,14 @@ class Utterance:
     hyp: str
     words: Count
     errors: Count
+    pieces: list[str] = field(default_factory=list)
+    frames: list[Count] = field(default_factory=list)
+    late_ms: list[float] = field(default_factory=list)
+
+    @property
+    def scored(self) -> Scored:
+        timed = (tuple(self.pieces), tuple(self.frames), tuple(self.late_ms))
+        return Scored(self.id, self.ref, self.hyp, self.language, self.speaker, *timed)
 
 
 def utterance_line(utterance: Scored) -> str:
@@ -119,6 +128,9 @@ def utterance_line(utterance: Scored) -> str:
         hyp=utterance.hyp,
         words=utterance.words.words,
         errors=utterance.words.errors,
+        pieces=list(utterance.pieces),
+        frames=list(utterance.frames),
+        late_ms=list(utterance.late_ms),
     )
     return json.dumps(to_dict(row), ensure_ascii=False) + "\n"
 
@@ -177,7 +189,7 @@ def read_utterances(directory: Path) -> list[Scored]:
         raise _not_a_result(file, error.lines[0]) from error
     except (OSError, ValueError, RecursionError) as error:
         raise _not_a_result(file, " ".join(str(error).split())) from error
-    return [Scored(row.id, row.ref, row.hyp, row.language, row.speaker) for row in rows]
+    return [row.scored for row in rows]
 
 
 def weights_digest(path: Path) -> str:

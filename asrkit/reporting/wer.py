@@ -66,13 +66,20 @@ def count(pairs: Pairs) -> ErrorCounts:
 
 @dataclass(frozen=True)
 class Scored:
-    """One utterance's reference and hypothesis, aligned."""
+    """One utterance's reference and hypothesis, aligned.
+
+    Where these are known: ``pieces`` and ``frames``, each emitted word piece and its encoder frame; ``late_ms``, how late each
+    rightly recognized word was known.
+    """
 
     cut_id: str
     ref: str
     hyp: str
     language: str = ""
     speaker: str = ""
+    pieces: tuple[str, ...] = ()
+    frames: tuple[int, ...] = ()
+    late_ms: tuple[float, ...] = ()
 
     @cached_property
     def pairs(self) -> Pairs:

@@ -193,12 +193,14 @@ def _decode(
                 began = time.perf_counter()
                 hypotheses = search(recognizer.model, encoded, method, beam, recognizer.tokenizer.special_ids)
                 total.seconds += shared + time.perf_counter() - began
-                total.scored += score(batch, hypotheses, recognizer.tokenizer)
+                scored = score(batch, hypotheses, recognizer.tokenizer)
                 if total.latencies is not None:
-                    for cut_id, hypothesis in zip(batch.cut_ids, hypotheses, strict=True):
-                        total.latencies += emission_latencies(
-                            hypothesis, recognizer.tokenizer, ends.get(cut_id, ()), recognizer.context
-                        )
+                    for number, hypothesis in enumerate(hypotheses):
+                        words = ends.get(batch.cut_ids[number]) or ()
+                        late = emission_latencies(hypothesis, recognizer.tokenizer, words, recognizer.context)
+                        total.latencies += late
+                        scored[number] = replace(scored[number], late_ms=tuple(round(value, 1) for value in late))
+                total.scored += scored
             advance(sum(batch.durations))
             began = time.perf_counter()
     return decoded

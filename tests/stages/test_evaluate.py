@@ -32,6 +32,7 @@ from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.nn.context import FULL, Context
+from asrkit.reporting.results import read_utterances
 from asrkit.reporting.tables import evaluation_table
 from asrkit.run_dir import TOKENIZER, WEIGHTS, open_run
 from asrkit.stages.evaluate import Evaluation, evaluate
@@ -128,6 +129,10 @@ def test_evaluate_writes_what_it_returns(run: Path, manifest: Path, tmp_path: Pa
         lines = (evaluation.directory / "utterances.jsonl").read_text().splitlines()
         assert [json.loads(line)["id"] for line in lines] == [f"cut-{number}" for number in range(5)]
         assert sum(json.loads(line)["errors"] for line in lines) == errors
+        for row in map(json.loads, lines):
+            assert "".join(row["pieces"]).replace("▁", " ").strip() == row["hyp"] and row["late_ms"] == []
+            assert len(row["frames"]) == len(row["pieces"]) and row["frames"] == sorted(row["frames"])
+        assert any(json.loads(line)["frames"] for line in lines)
         alignments = (evaluation.directory / "alignments.txt").read_text()
         assert all(f"cut-{number} [" in alignments for number in range(5))
 
@@ -518,6 +523,8 @@ def test_emission_latency_of_a_manifest_with_alignments(points: Path, manifest: 
     assert len(expected) >= 5
     assert streamed.result["emission_latency"] == pytest.approx(summarize_latencies(expected), abs=0.1)
     assert "late ms" in table_text([streamed.result])
+    stored = [late for utterance in read_utterances(streamed.directory) for late in utterance.late_ms]
+    assert sorted(stored) == pytest.approx(sorted(expected), abs=0.1)
     (whole,) = evaluate(points, tmp_path / "aligned.jsonl.gz", out=tmp_path, context=ContextChoice(full=True))
     assert whole.result["emission_latency"] is None and "late ms" not in table_text([whole.result])
 
