@@ -39,3 +39,14 @@ def choose_device(name: str) -> torch.device:
     if index >= count:
         raise UserError(f"--device {name}: torch finds {count} GPU(s), cuda:0 to cuda:{count - 1}; use one of these")
     return torch.device(f"cuda:{index}")
+
+
+def peak_memory() -> int:
+    """The most bytes used at once so far: of the GPU by torch's tensors, where this process uses one; else of this process."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB

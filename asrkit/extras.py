@@ -27,7 +27,7 @@ EXTRAS = {
     "onnxruntime": _from_pip("onnxruntime", "onnxruntime", "export"),
     "espeak": _from_pip("espeakng_loader", "espeak-ng", "synth", " (GPL-3)"),
     "tensorboard": _from_pip("torch.utils.tensorboard", "TensorBoard", "tensorboard"),
-    "matplotlib": _from_pip("matplotlib", "matplotlib", "plots"),
+    "report": _from_pip("asrkit.reporting.page.render", "jinja2 and matplotlib", "report"),
     "ray": _from_pip("ray", "Ray", "ray"),
 }
 

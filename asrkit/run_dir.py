@@ -30,6 +30,7 @@ CONFIG, MODEL, WEIGHTS = "config.yaml", "model.yaml", "model.safetensors"
 TOKENIZER, TOKENS, LINEAGE = "tokenizer.model", "tokens.txt", "lineage.yaml"
 EXPORT = "export.yaml"  # not of a run directory: what marks an exported model
 METRICS, STATE = "metrics.jsonl", "state"
+DONE = "done"  # is there once the stage has finished
 # The files whose digests the last entry of the lineage holds; a run without a tokenizer has none of it.
 DIGESTS = {
     "weights_sha256": WEIGHTS,

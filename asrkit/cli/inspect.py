@@ -1,4 +1,4 @@
-"""doctor, info, summary and compare."""
+"""doctor, info, summary, compare and report."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command("info")(info)
     app.command("summary")(summary)
     app.command("compare")(compare)
+    app.command("report")(report)
 
 
 def doctor(
@@ -53,6 +54,9 @@ def doctor(
 
 def info(
     run: Annotated[Path, typer.Argument(help="Run directory of any stage, or an exported directory.")],
+    watch: Annotated[
+        bool, output("--watch", help="Follow a training on one screen, or a line for each step that is logged.")
+    ] = False,
     as_json: Annotated[bool, output("--json", help="Print everything as JSON, for scripts.")] = False,
 ) -> None:
     """Show what a run directory holds: its stages, variants, sub-models, parameters and measured error rates.
@@ -63,9 +67,24 @@ def info(
 
         asrkit info exp/near --json | jq .variants
 
+        asrkit info exp/near --watch
+
     A variant is one way to run the model. The table has the parameters of each, the contexts it was trained in with their
     algorithmic latency, and the best WER measured on each manifest.
+
+    With --watch it shows where a training stands: steps, loss, dev WER, learning rate, speed, memory, and the time left. It ends when the
+    training is finished, or by Ctrl-C, which does not stop the training.
     """
+    if watch:
+        from rich.console import Console
+
+        from asrkit.errors import UserError
+        from asrkit.reporting.watch import watch as follow
+
+        if as_json:
+            raise UserError("--watch and --json do not go together; metrics.jsonl in the run directory is for scripts")
+        follow(run, Console())
+        return
     from asrkit.reporting.tables import run_tables, table_console
     from asrkit.stages.info import describe_run
 
@@ -164,3 +183,58 @@ def compare(
         typer.echo("\n".join([*explain(comparison), ""]))
         for table in part_tables(comparison):
             console.print(table)
+
+
+def report(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN...]",
+            help="Run directories, exported models and directories of evaluations, in the order to show.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, io(help="HTML file to write.")] = Path("report.html"),
+    data: Annotated[
+        list[Path] | None, io(metavar="MANIFEST", help="Manifest to describe, with or without runs. Repeatable.")
+    ] = None,
+    evaluation: Annotated[
+        list[str] | None,
+        io(help="Show only evaluations whose directory's name has this part, such as test or beam4. Repeatable."),
+    ] = None,
+    sounds: Annotated[
+        int, io(min=0, help="Embed the sound of this many of the worst utterances, and of as many at random.")
+    ] = 20,
+    open_it: Annotated[bool, output("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Write a report of models, their training, their errors and their data: one HTML file, to look at and to listen to.
+
+    Examples:
+
+        asrkit report exp/backbone exp/attention exp/onnx --out exp/report.html
+
+        asrkit report --data data/train.jsonl.gz --open
+
+    The file needs no server and fetches nothing. Nothing is decoded: run `asrkit evaluate` first. Recordings that are not embedded are
+    played from where the manifest says they are.
+    """
+    from asrkit.stages.report import report as run
+
+    written = run(
+        runs or [], out, data=data or [], evaluation=evaluation or (), sounds=sounds, defaults=_settings_defaults
+    )
+    typer.echo(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+    if open_it:
+        typer.launch(str(written))
+
+
+def _settings_defaults(stage: str) -> dict[str, object] | None:
+    """The defaults of a command's settings; None of one that has none, or is not installed."""
+    from asrkit.cli.settings import settings_class
+    from asrkit.config import to_dict
+    from asrkit.errors import UserError
+
+    try:
+        return to_dict(settings_class(stage)())
+    except UserError:
+        return None

@@ -236,7 +236,7 @@ def _compare(baseline: System, system: System, by: Unit, margin: float | None) -
         deletions=float(kinds[2]),
         speakers=parts(lambda utterance: utterance.speaker),
         languages=parts(lambda utterance: utterance.language),
-        lengths=sorted(parts(_length), key=lambda part: LENGTHS.index(part.name)),
+        lengths=sorted(parts(length_of), key=lambda part: LENGTHS.index(part.name)),
         improved_words=_most(by_word, -1),
         worsened_words=_most(by_word, 1),
         improved_utterances=_most(by_utterance, -1),
@@ -287,7 +287,8 @@ def _parts(names: Sequence[str], words: np.ndarray, before: np.ndarray, after: n
     ]
 
 
-def _length(utterance: Scored) -> str:
+def length_of(utterance: Scored) -> str:
+    """Its number of reference words, as one of ``LENGTHS``."""
     limits = (0, 5, 10, 20)  # the most words of each length but the last
     return LENGTHS[sum(utterance.words.words > limit for limit in limits)]
 

@@ -28,7 +28,7 @@ def find_evaluation(path: Path, patterns: Sequence[str]) -> Path:
     if (path / RESULT).is_file():
         return path
     current = current_evaluations(path)
-    matching = [directory for directory in current if all(_matches(directory.name, pattern) for pattern in patterns)]
+    matching = [directory for directory in current if fits(directory.name, patterns)]
     if len(matching) == 1:
         return matching[0]
     names = ", ".join(directory.name for directory in matching or current)
@@ -73,6 +73,11 @@ def counterpart(result: Result, candidates: Mapping[Path, Result]) -> Path | Non
         if len(same) > 1:
             same = [(directory, other) for directory, other in same if getattr(other, key) == getattr(result, key)]
     return same[0][0] if len(same) == 1 else None
+
+
+def fits(name: str, patterns: Sequence[str]) -> bool:
+    """Whether an evaluation's directory fits every pattern; see ``find_evaluation``."""
+    return all(_matches(name, pattern) for pattern in patterns)
 
 
 def _matches(name: str, pattern: str) -> bool:

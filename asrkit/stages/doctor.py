@@ -191,7 +191,7 @@ def stages(checks: list[Check], needed: list[Requirement]) -> Iterator[Check]:
     for stage, extra, module, use in (
         ("data synthesize", "synth", "espeakng_loader", "synthetic speech and phones by espeak-ng"),
         ("tensorboard", "tensorboard", "torch.utils.tensorboard", "training curves in TensorBoard"),
-        ("plots", "plots", "matplotlib", "curves and charts as pictures"),
+        ("report", "report", "jinja2", "reports to look at and to listen to"),
         ("export", "export", "onnx", "ONNX files for sherpa-onnx"),
         ("exported models", "export", "onnxruntime", "evaluate and transcribe by onnxruntime"),
         ("replicas", "ray", "ray", "training by replicas on several processors or machines"),

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from asrkit.config import to_dict
 from asrkit.disk import atomic_write
 from asrkit.errors import UserError
-from asrkit.export.directory import CTC, DECODER, ENCODER, JOINER, SUFFIXES, is_exported, open_exported
-from asrkit.models.registry import spec_of
-from asrkit.models.sizes import stored_sizes
+from asrkit.export.evaluated import open_evaluated
 from asrkit.reporting.compare import compare, corrected
 from asrkit.reporting.evaluations import counterpart, current_evaluations, load_system, matched
 from asrkit.reporting.results import Result, manifest_name
-from asrkit.run_dir import open_run
 
 
 def summarize_runs(runs: Sequence[Path], out: Path | None = None, baseline: Path | None = None) -> list[dict[str, Any]]:
@@ -36,7 +32,7 @@ def summarize_runs(runs: Sequence[Path], out: Path | None = None, baseline: Path
     evaluations: list[tuple[Path, Result]] = []
     findings: list[str] = []
     for path in runs:
-        system = _exported(path) if is_exported(path) else _trained(path)
+        system = open_evaluated(path)
         try:
             current = current_evaluations(path)
         except UserError as error:
@@ -90,34 +86,3 @@ def _compare(rows: Sequence[dict[str, Any]], evaluations: Sequence[tuple[Path, R
         row["comparison"] = {
             key: value for key, value in content.items() if not isinstance(value, list) or key == "interval_95"
         }
-
-
-@dataclass(frozen=True)
-class _System:
-    """What was evaluated; ``size`` takes a variant and a method to bytes."""
-
-    stage: str
-    seconds: float | None
-    size: Callable[[str, str], int]
-
-
-def _trained(path: Path) -> _System:
-    run = open_run(path)
-    spec, entry = spec_of(run), run.lineage[-1]
-
-    def size(variant: str, method: str) -> int:
-        unused = {f"submodel {name}" for name in set(spec.submodels) - set(spec.variants[variant].submodels)}
-        unused |= {"predictor", "joiner"} if method == "ctc" else {"ctc_head"}
-        return sum(part["bytes"] for name, part in stored_sizes(run, spec, variant).items() if name not in unused)
-
-    return _System(entry["stage"], entry["seconds"], size)
-
-
-def _exported(path: Path) -> _System:
-    exported = open_exported(path)
-
-    def size(variant: str, method: str) -> int:
-        wanted = (CTC,) if method == "ctc" else (ENCODER, DECODER, JOINER)
-        return sum(exported.files[f"{file}{SUFFIXES[exported.format]}"].bytes for file in wanted)
-
-    return _System("export", None, size)

@@ -23,6 +23,7 @@ from asrkit.errors import UserError
 from asrkit.migration import FORMAT
 from asrkit.run_dir import (
     CONFIG,
+    DONE,
     LINEAGE,
     MODEL,
     STATE,
@@ -35,7 +36,7 @@ from asrkit.run_dir import (
 )
 from asrkit.training.checkpoint import STATE_FILE
 
-DONE, LOCK = "done", ".lock"
+LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of file systems without locks
 FREE = (
     "data.num_workers",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Display
 
+from asrkit.devices import peak_memory
 from asrkit.disk import atomic_write, cannot_write
 from asrkit.errors import UserError
 from asrkit.extras import require
@@ -104,6 +105,8 @@ class RunLog:
             "timing": {
                 "audio_per_second": round(self._audio / elapsed, 2),
                 "data_wait": round(self._waited / elapsed, 4),
+                "step_seconds": round(elapsed / max(1, steps), 4),
+                "memory_mb": round(peak_memory() / 1e6, 1),
             },
         }
         shown_more = ""

@@ -24,6 +24,7 @@ from asrkit.models.registry import Spec, write_model
 from asrkit.models.spec import PretrainedEncoderSpec
 from asrkit.run_dir import (
     CONFIG,
+    DONE,
     LINEAGE,
     STATE,
     TOKENIZER,
@@ -35,7 +36,7 @@ from asrkit.run_dir import (
     write_yaml,
 )
 from asrkit.training.checkpoint import save_weights
-from asrkit.training.claim import DONE, LOCK, Inputs, claim, clear, known_inputs, unmake
+from asrkit.training.claim import LOCK, Inputs, claim, clear, known_inputs, unmake
 from asrkit.training.distributed import World, broadcast_object, from_main
 
 LEFT_OUT = "left_out.yaml"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asrkit.config import from_dict, to_dict
+from asrkit.export.evaluated import open_evaluated
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.compression import QuantizationConfig, compressed_layers, keep_pruned, quantized_spec
 from asrkit.models.encoder import Encoder
@@ -30,7 +31,6 @@ from asrkit.nn.compression import find_mask, size_in_bits
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import LINEAGE, WEIGHTS, digests_of, open_run, read_yaml, write_yaml
 from asrkit.stages.info import describe_run
-from asrkit.stages.summary import _trained
 from asrkit.training.checkpoint import save_weights
 from helpers.small_runs import write_run
 
@@ -209,7 +209,7 @@ def test_sizes_are_those_of_a_variant(model: AsrModel, run: Path) -> None:
         *[(False, False), (True, True), (True, False), (False, True)]
     ]
     assert sum(row["bytes"] for row in described["compression"]["parts"]) == stored["sparse"]
-    of_run = _trained(run)
+    of_run = open_evaluated(run)
     for variant in ("dense", "sparse", "dense"):  # asked in any order
         bare = {name: row["bytes"] for name, row in sizes(in_variant(model, variant)).items() if name != "ctc_head"}
         assert of_run.size(variant, "greedy") == sum(bare.values())

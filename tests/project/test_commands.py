@@ -53,6 +53,7 @@ def corpus(folder: Path) -> None:
         ("asynchronous-training", {"sequence-train"}),
         ("align", {"align"}),
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
+        ("report", {"train-backbone", "quantize", "evaluate", "report"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
     ],
 )

@@ -1,0 +1,38 @@
+"""metrics.jsonl of a run directory, read while it may still be written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from asrkit.run_dir import METRICS
+
+Points = list[tuple[int, float]]  # step and value
+
+
+def read_metrics(run: Path) -> dict[str, Points]:
+    """Every number that was logged, by its key (``timing.data_wait``); lines that a killed run left half written are passed over."""
+    curves: dict[str, Points] = {}
+    if not (run / METRICS).is_file():
+        return curves
+    for line in (run / METRICS).read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        for key, value in _numbers(row):
+            if key != "step":
+                curves.setdefault(key, []).append((step, value))
+    return curves
+
+
+def _numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield f"{prefix}{key}", float(value)
