@@ -10,7 +10,7 @@ $(error ENV=$(ENV) is no environment; use ENV=k2 or ENV=modern)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast lint format generated demo smoke ci clean
+.PHONY: help setup test test-fast lint format generated wheel demo smoke ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -43,13 +43,16 @@ format: setup ## format the code and apply safe fixes
 generated: setup ## rewrite the option tables in docs/ and the list of the interface in tests/golden/
 	$(PY) scripts/generated.py
 
+wheel: setup ## build the wheel from what is committed, and use it from an empty environment
+	scripts/try_wheel.sh $(ENV)
+
 demo: setup ## from real speech to a measured recognizer
 	$(MAKE) -C recipes/prompts ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit
 
 smoke: setup ## the demo's chain in a minute, on a sliver of the data
 	$(MAKE) -C recipes/prompts smoke ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit
 
-ci: ## what CI runs: tests and lint in both environments, then the smoke run
+ci: ## what CI runs: tests, lint and the wheel in both environments, then the smoke run
 	.ci/run
 
 clean: ## remove environments and caches; data and experiments stay
