@@ -52,7 +52,7 @@ demo: setup ## from real speech to a measured recognizer
 smoke: setup ## the demo's chain in a minute, on a sliver of the data
 	$(MAKE) -C recipes/prompts smoke ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit
 
-ci: ## what CI runs: tests, lint and the wheel in both environments, then the smoke run
+ci: ## what CI runs: tests and lint in both environments, the wheel, the smoke run
 	.ci/run
 
 clean: ## remove environments and caches; data and experiments stay
