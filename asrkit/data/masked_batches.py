@@ -36,7 +36,7 @@ class PretrainDataConfig(AudioConfig):
 
 @config
 class MaskConfig:
-    """What is hidden of an utterance, and what a hidden frame is told from (arXiv 2006.11477, sections 3.1 and 3.2)."""
+    """What is hidden of an utterance, and what a hidden frame has to be distinguished from (arXiv 2006.11477, sections 3.1 and 3.2)."""
 
     probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.13
     """Share of the encoder frames of 40 ms that begin a hidden span: as many a second as the paper's 0.065 of frames of
@@ -44,7 +44,7 @@ class MaskConfig:
     length: Annotated[int, Field(ge=2)] = 5
     """Encoder frames of 40 ms in a span: 200 ms, as the paper's 10 frames of 20 ms."""
     distractors: Positive = 100
-    """Other frames of the same utterance that each hidden frame is told from."""
+    """Other frames of the same utterance that each hidden frame has to be distinguished from."""
     distractors_from: Advanced[Literal["hidden", "all"]] = "hidden"
     """Which frames distractors are drawn from: the hidden ones (the paper's), or all of the utterance."""
 
@@ -53,7 +53,7 @@ class MaskConfig:
 class MaskedBatch(Batch):
     """Utterances with hidden frames; M of each, whatever their lengths.
 
-    hidden (B, M) int64: which encoder frames, ascending. distractors (B, M, K) int64: what each is told from, by index among
+    hidden (B, M) int64: which encoder frames, ascending. distractors (B, M, K) int64: what each is distinguished from, by index among
     ``hidden``, or among all frames, as ``MaskConfig.distractors_from`` says.
     """
 

@@ -1,4 +1,4 @@
-"""The loss of wav2vec 2.0 (arXiv 2006.11477, section 3.2): a hidden frame is told from others, and all codes are to be used.
+"""The loss of wav2vec 2.0 (arXiv 2006.11477, section 3.2): a hidden frame is distinguished from others, and all codes are to be used.
 
 Shapes: B utterances, M hidden frames of each, S targets of each, K distractors, F width, G codebooks, V entries of each.
 """

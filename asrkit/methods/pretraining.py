@@ -109,7 +109,7 @@ class PretrainConfig(AudioStageConfig):
     data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
     """Batches and where their cuts come from."""
     mask: MaskConfig = field(default_factory=MaskConfig)
-    """What is hidden, and what it is told from."""
+    """What is hidden, and what it is distinguished from."""
     supernet: SelfPruningConfig | None = None
     """How masks are found meanwhile, for a supernet that keeps them; null finds none."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
@@ -273,7 +273,7 @@ def dev_contrast(
     cuts: Sequence[Cut], settings: PretrainConfig, variant: str | None
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A function from a model to its contrastive loss on held-out cuts, of which always the same frames are hidden, in the first
-    context it is trained in, without noise; the share told apart; and the perplexity of the codes of all of them together."""
+    context it is trained in, without noise; the share that is recognized; and the perplexity of the codes of all of them together."""
     subset = even_subset(cuts, settings.dev_max_cuts)
 
     @torch.no_grad()

@@ -446,7 +446,7 @@ def with_attention(spec: ModelSpec, settings: EncoderConfig) -> ModelSpec:
 
 
 def dropped_attention(settings: StartConfig, parent: Path | None) -> AttentionDropoutConfig | None:
-    """How attention is dropped in training; None if nothing is said of it for a trained model, whose attention then stays."""
+    """How attention is dropped in training; None for a trained model whose settings do not mention it: its attention stays."""
     dropout = settings.model.attention_dropout
     return dropout if parent is None or dropout.probability < 1 else None
 

@@ -1,4 +1,4 @@
-"""How the models of a report came about: the tree of their stages, and what was set otherwise than by default."""
+"""How the models of a report came about: the tree of their stages, and the settings that differ from the defaults."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def stage_trees(
 
 
 def changed_settings(config: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
-    """(key, default, value) of what a run's configuration sets otherwise than by default; all of it where no default is known.
+    """(key, default, value) of the settings of a run that differ from the defaults; all of it where no default is known.
     What is no setting but an argument of the command has no default."""
     plain = dict(_leaves(defaults or {}))
     return [

@@ -83,7 +83,7 @@ def svg(figure: Figure, label: str, titles: Mapping[str, str] | None = None) -> 
 
     Args:
         label: what it shows, for people who cannot see it.
-        titles: by the ``gid`` of something drawn, what is said when a pointer rests on it.
+        titles: by the ``gid`` of something drawn, the text shown when a pointer rests on it.
     """
     written = io.StringIO()
     figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
