@@ -43,6 +43,10 @@ def _text_style(value: str) -> str:
     return _one_of("--text", value, "words", "raw")
 
 
+def _import_style(value: str) -> str:
+    return _one_of("--text", value, "words", "raw", "none")
+
+
 def _band(value: str) -> str:
     return _one_of("--band", value, "wide", "telephone")
 
@@ -61,7 +65,7 @@ def _print_splits(splits: Mapping[str, list[Cut]], out: Path) -> None:
         for language in languages:
             of_language = [cut for cut in cuts if (cut.supervisions[0].language or "-") == language]
             minutes = sum(cut.duration for cut in of_language) / 60
-            words = sum(len(cut.supervisions[0].text.split()) for cut in of_language)
+            words = sum(len((cut.supervisions[0].text or "").split()) for cut in of_language)
             speakers = len({cut.supervisions[0].speaker for cut in of_language} - {None})
             table.add_row(
                 f"{split}.jsonl.gz", language, str(len(of_language)), f"{minutes:.1f}", str(words), str(speakers or "-")
@@ -117,7 +121,10 @@ def import_(
     lang: Annotated[str | None, texts(help="Language of rows that name none.")] = None,
     text: Annotated[
         str,
-        texts(callback=_text_style, help="words: lower case, numbers spelled out, no punctuation; raw: as written."),
+        texts(
+            callback=_import_style,
+            help="words: lower case, numbers spelled out, no punctuation; raw: as written; none: recordings without texts, to pretrain on.",
+        ),
     ] = "words",
     split: Annotated[str, splits(help="How to split: auto, column, hash (of the text) or none.")] = "auto",
     split_by: Annotated[
@@ -131,9 +138,11 @@ def import_(
 ) -> None:
     """Make manifests from your own recordings.
 
-    Example:
+    Examples:
 
         asrkit data import transcripts.tsv --out data/mine --split-by speaker --test lucas,yweweler --dev george
+
+        asrkit data import recordings/ --text none --out data/unlabeled
 
     In a folder, a.wav needs a.txt beside it, at any depth. Recordings of any rate are resampled as they are read. Of several
     channels the first is used; --convert uses their mean.
@@ -142,6 +151,8 @@ def import_(
 
     _one_of("--bad", bad, "refuse", "skip")
     _one_of("--split", split, "auto", "column", "hash", "none")
+    if text == "none" and split == "hash":
+        raise UserError("--split hash: divides by the texts, and --text none has none; use --split-by, or leave it out")
     if (test or dev) and not split_by:
         raise UserError("--test, --dev: list values of a column; name it with --split-by")
     conditions = {}

@@ -185,7 +185,7 @@ def make_cut(
     sampling_rate: int,
     num_samples: int,
     channels: int = 1,
-    text: str,
+    text: str | None,
     language: str | None = None,
     speaker: str | None = None,
     custom: dict[str, Any] | None = None,

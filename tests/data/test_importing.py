@@ -101,6 +101,23 @@ def test_folder_of_wav_and_txt(tmp_path):
     }
 
 
+def test_recordings_without_texts(tmp_path):
+    for name in ("ann/a", "bob/a"):
+        wav(tmp_path / "in" / f"{name}.wav")
+    (tmp_path / "in" / "notes.txt").write_text("of nobody")
+    made = import_recordings(tmp_path / "in", tmp_path / "out", style="none")
+    assert [(cut.id, cut.supervisions[0].text, cut.supervisions[0].custom) for cut in made.cuts["all"]] == [
+        ("ann-a", None, None),
+        ("bob-a", None, None),
+    ]
+    table = tsv(tmp_path / "a.tsv", ("path", "lang"), (str(tmp_path / "in" / "ann" / "a.wav"), "en"))
+    (cut,) = import_recordings(table, tmp_path / "again", style="none", convert=True).cuts["all"]
+    assert (cut.supervisions[0].text, cut.supervisions[0].language) == (None, "en")
+    assert "--split hash" in asrkit(
+        "data", "import", table, "--text", "none", "--split", "hash", "--out", tmp_path / "h", code=1
+    )
+
+
 @pytest.fixture
 def bad_rows(tmp_path):
     wav(tmp_path / "good.wav")

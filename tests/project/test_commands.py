@@ -33,6 +33,7 @@ def corpus(folder: Path) -> None:
     parts = [make_corpus(both / language, 5, name=language, language=language) for language in ("en", "fr")]
     (both / "train.jsonl.gz").write_bytes(b"".join(part.read_bytes() for part in parts))
     shutil.copy(mine / "dev" / "0.wav", folder / "a.wav")
+    shutil.copytree(mine / "dev", folder / "recordings")
 
 
 @pytest.mark.slow
@@ -40,7 +41,7 @@ def corpus(folder: Path) -> None:
     ("page", "expected"),
     [
         ("train-backbone", {"train-backbone", "transcribe"}),
-        ("pretrain", {"pretrain", "info", "train-backbone", "evaluate"}),
+        ("pretrain", {"pretrain", "data", "info", "train-backbone", "evaluate"}),
         ("add-submodel", {"train-backbone", "add-submodel", "evaluate", "submodel", "info"}),
         ("qat", {"quantize", "qat", "evaluate", "info"}),
         ("prune", {"prune", "qat", "info"}),

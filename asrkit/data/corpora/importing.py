@@ -93,6 +93,7 @@ def import_recordings(
     Args:
         root: the folder that relative paths start from; left out, the TSV's folder or the one above it.
         language: of rows that name none; it spells numbers.
+        style: "words" (normalized), "raw" (as written) or "none" (without texts).
         where: columns and the values to keep.
         refuse: stop when any row is bad; otherwise leave bad rows out and report them.
         convert: write 16 kHz mono FLAC to OUT/audio and let the manifests point there.
@@ -105,7 +106,8 @@ def import_recordings(
         raise UserError(
             f"{source}: no such file or folder; give a TSV with the columns path and text, or a folder of audio"
         )
-    rows = _folder_rows(source) if source.is_dir() else _tsv_rows(source, root)
+    with_texts = style != "none"
+    rows = _folder_rows(source, with_texts) if source.is_dir() else _tsv_rows(source, root, with_texts)
     for column in [*(where or {}), *(() if splitting.by in ("auto", "none", "hash") else (_column(splitting),))]:
         if rows and column not in rows[0].fields:
             raise UserError(f"{source}: no column '{column}'; it has {', '.join(rows[0].fields)}")
@@ -216,13 +218,13 @@ def _column(splitting: Splitting) -> str:
     return "split" if splitting.by == "column" else splitting.by
 
 
-def _tsv_rows(source: Path, root: Path | None) -> list[Row]:
+def _tsv_rows(source: Path, root: Path | None, with_texts: bool) -> list[Row]:
     try:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot read ({error}); it must be a UTF-8 text file") from error
     header = [name.strip() for name in lines[0].rstrip("\r").split("\t")]
-    if missing := [name for name in ("path", "text") if name not in header]:
+    if missing := [name for name in ("path", "text") if name not in header and (with_texts or name != "text")]:
         raise UserError(
             f"{source}:1: no column {' and '.join(missing)}; the first line names the columns, separated by tabs: "
             "path, text and, as wanted, id, split, lang, speaker"
@@ -245,18 +247,18 @@ def _tsv_rows(source: Path, root: Path | None) -> list[Row]:
     return rows
 
 
-def _folder_rows(source: Path) -> list[Row]:
-    """Audio files with a .txt of the same name; the id is the path within the folder, / as -.
+def _folder_rows(source: Path, with_texts: bool) -> list[Row]:
+    """Audio files, each with a .txt of the same name where there are texts; the id is the path within the folder, / as -.
 
     What cannot be imported is a row too, so that it is named: audio that libsndfile does not read, a text without audio.
     """
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"} if with_texts else {}
     recordings = [path for path in files if path.suffix.lower() in (*AUDIO, *OTHER_AUDIO)]
     rows = []
     for path in recordings:
         text = texts.get(path.with_suffix(""))
-        problem = f"there is no {path.stem}.txt beside it" if text is None else ""
+        problem = f"there is no {path.stem}.txt beside it" if with_texts and text is None else ""
         if path.suffix.lower() in OTHER_AUDIO:
             problem = f"libsndfile does not read {path.suffix}; convert it to WAV or FLAC"
         written = ""
@@ -286,13 +288,15 @@ def _read(row: Row, language: str | None, style: str, splitting: Splitting) -> t
         raise ValueError(row.problem)
     written = row.get("text")
     language = row.get("lang") or language
+    text = None
     try:
-        text = as_written(written) if style == "raw" else normalize(written, language or "")
+        if style != "none":
+            text = as_written(written) if style == "raw" else normalize(written, language or "")
     except TextError as error:
         raise ValueError(
             f"text: {error}; write it as it is spoken, or keep texts as they are with --text raw"
         ) from error
-    split = splitting.split_of(row, text)
+    split = splitting.split_of(row, text or "")
     if not re.fullmatch(r"[\w.-]+", split):
         raise ValueError(f"split '{clip(split)}' becomes a file name; use letters, digits, - and _")
     cut_id = row.get("id") or "-".join(Path(row.get("path")).with_suffix("").parts).lstrip("/-")
@@ -306,7 +310,7 @@ def _read(row: Row, language: str | None, style: str, splitting: Splitting) -> t
         text=text,
         language=language,
         speaker=row.get("speaker") or None,
-        custom={"raw_text": row.get("raw_text") or written},
+        custom=None if text is None else {"raw_text": row.get("raw_text") or written},
     )
 
 
