@@ -135,7 +135,8 @@ def make_graph(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batc
     """Write the denominator graph of the training texts, after the utterances of the first batches have found a path through it."""
     tokenizer, how = batches.tokenizer, settings.lattice.denominator
     texts = [tokenizer.encode(text_of(batches.table[number])) for number in range(len(batches.table))]
-    graph = make_denominator(texts, how.order, how.max_arcs, tokenizer.vocab_size)
+    emitted = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.special_ids))
+    graph = make_denominator(texts, how, emitted)
     k2, device = k2_for_lattices(), run.world.device
     fsa = graph.fsa(k2, device)
     model, context = _start(settings, parent, device)

@@ -18,7 +18,7 @@ from asrkit.config import from_dict
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.errors import UserError
 from asrkit.losses.sequence import expected_errors, sampled_errors
-from asrkit.methods.sequence.config import LATTICE, Criterion, LatticeConfig
+from asrkit.methods.sequence.config import LATTICE, Criterion, DenominatorConfig, LatticeConfig
 from asrkit.methods.sequence.denominator import (
     FILE,
     Denominator,
@@ -264,45 +264,70 @@ def test_errors_are_those_of_the_evaluation(tokenizer: Tokenizer, unit: Any) -> 
 SENTENCES = [[1, 2, 2], [2, 1], [1], [2, 1, 2, 1]]
 
 
-def graph(order: int = 2) -> Denominator:
-    return make_denominator(SENTENCES, order, 10_000, 4)
+def graph(order: int = 2, interpolation: float = 0.3, lm_scale: float = 0.7) -> Denominator:
+    how = {"order": order, "interpolation": interpolation, "lm_scale": lm_scale, "max_arcs": 10_000}
+    return make_denominator(SENTENCES, from_dict(DenominatorConfig, how, "test"), PLAIN)
 
 
-def ngram_log_prob(text: Sequence[int], order: int) -> float:
-    """By relative frequencies, written out."""
+def ngram_probability(window: Sequence[int], interpolation: float) -> float:
+    """Of the last token after those before it: the relative frequency, interpolated with that after one token less."""
+    if not window:
+        return 1 / (len(PLAIN) + 1)
+    lower = ngram_probability(window[1:], interpolation) if len(window) > 1 else 1 / (len(PLAIN) + 1)
+    padded = [[-2, *sentence, -1] for sentence in SENTENCES]
+    places = [
+        (s, i) for s in padded for i in range(1, len(s)) if s[max(0, i - len(window) + 1) : i] == list(window[:-1])
+    ]
+    if not places:
+        return lower
+    share = sum(s[i] == window[-1] for s, i in places) / len(places)
+    return interpolation * lower + (1 - interpolation) * share
 
-    def padded(tokens: Sequence[int]) -> list[int]:
-        return [-2] * (order - 1) + list(tokens) + [-1]
 
-    total = 0.0
-    for place in range(order - 1, len(padded(text))):
-        window = padded(text)[place - order + 1 : place + 1]
-        seen = [padded(s)[i - order + 1 : i + 1] for s in SENTENCES for i in range(order - 1, len(padded(s)))]
-        with_history = [other for other in seen if other[:-1] == window[:-1]]
-        share = with_history.count(window) / max(1, len(with_history))
-        total += math.log(share) if share else -math.inf
+def ngram_log_prob(text: Sequence[int], order: int, interpolation: float) -> float:
+    """With frequencies that are counted for each token anew."""
+    padded, total = [-2, *text, -1], 0.0
+    for place in range(1, len(padded)):
+        probability = ngram_probability(padded[max(0, place - order + 1) : place + 1], interpolation)
+        total += math.log(probability) if probability else -math.inf
     return total
 
 
+@pytest.mark.parametrize("interpolation", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("order", [2, 3])
-def test_the_n_gram_has_the_frequencies_of_the_texts(order: int) -> None:
-    found = graph(order)
+def test_the_n_gram_has_the_interpolated_frequencies_of_the_texts(order: int, interpolation: float) -> None:
+    found, scaled = graph(order, interpolation, 1.0), graph(order, interpolation, 0.4)
     for length in range(5):
         for text in itertools.product(PLAIN, repeat=length):
-            assert found.log_prob(text) == pytest.approx(ngram_log_prob(text, order))
-    assert sum(math.exp(found.log_prob(text)) for n in range(1, 12) for text in itertools.product(PLAIN, repeat=n)) == (
-        pytest.approx(1.0, abs=0.05)
-    )
+            expected = ngram_log_prob(text, order, interpolation)
+            assert found.log_prob(text) == pytest.approx(expected, rel=1e-5)
+            assert scaled.log_prob(text) == pytest.approx(0.4 * expected, rel=1e-5)
+    if interpolation < 1:
+        probabilities = [
+            math.exp(found.log_prob(text)) for n in range(12) for text in itertools.product(PLAIN, repeat=n)
+        ]
+        assert sum(probabilities) == pytest.approx(1.0, abs=0.05)
+
+
+def test_only_an_interpolated_graph_has_a_path_for_every_text() -> None:
+    texts = [text for length in range(5) for text in itertools.product((*PLAIN, 3), repeat=length)]
+    how = from_dict(DenominatorConfig, {"order": 3}, "test")
+    assert all(math.isfinite(make_denominator(SENTENCES, how, (*PLAIN, 3)).log_prob(text)) for text in texts)
+    assert not all(math.isfinite(graph(3, 0.0).log_prob(text)) for text in texts)
 
 
 def test_a_graph_that_is_too_large_says_what_would_fit(tmp_path: Path) -> None:
     sentences = [[number % 50 + 1, number % 7 + 1, number % 11 + 1, 1] for number in range(300)]
-    with pytest.raises(
-        UserError, match=r"order 4 over 60 tokens would have \d+ arcs, .*set lattice.denominator.order=2"
-    ):
-        make_denominator(sentences, 4, 1_000, 60)
-    with pytest.raises(UserError, match="raise lattice.denominator.max_arcs, or train with criterion mwer"):
-        make_denominator(sentences, 2, 10, 60)
+
+    def refused(match: str, **how: float) -> None:
+        with pytest.raises(UserError, match=match):
+            make_denominator(sentences, from_dict(DenominatorConfig, how, "test"), range(1, 61))
+
+    refused(
+        r"order 4 over 60 tokens would have \d+ arcs, .*set lattice.denominator.order=2 \(", order=4, max_arcs=9_000
+    )
+    refused(r"set lattice.denominator.interpolation=0 \(", max_arcs=1_000)
+    refused("raise lattice.denominator.max_arcs, or train with criterion mwer", max_arcs=10)
     one = graph()
     save_denominator(tmp_path, one, {"order": 2})
     again, digest = load_denominator(tmp_path)
@@ -489,10 +514,11 @@ def test_an_utterance_without_a_path_does_not_count(k2: ModuleType) -> None:
     assert found.objective.isfinite().all() and found.derivative.isfinite().all()
 
 
+@pytest.mark.parametrize("interpolation", [0.0, 0.3])
 @pytest.mark.parametrize("order", [2, 3])
-def test_the_graph_is_the_composition_with_the_ctc_topology(k2: ModuleType, order: int) -> None:
+def test_the_graph_is_the_composition_with_the_ctc_topology(k2: ModuleType, order: int, interpolation: float) -> None:
     """k2's own composition of the n-gram, whose arcs are the graph's without repeats, gives the same totals."""
-    mine = graph(order)
+    mine = graph(order, interpolation)
     tokens = [(a, s) for a, s in zip(mine.arcs.tolist(), mine.scores.tolist(), strict=True) if a[0] % 2 == 0]
     final = mine.num_states - 1
     lines = [(a // 2, (b if b == final else b - 1) // 2, t, s) for (a, b, t), s in tokens if t != 0]
@@ -507,3 +533,19 @@ def test_the_graph_is_the_composition_with_the_ctc_topology(k2: ModuleType, orde
         for fsa in (mine.fsa(k2, outputs.device), composed)
     ]
     torch.testing.assert_close(totals[0], totals[1])
+
+
+def test_without_a_language_model_mmi_is_ctc(k2: ModuleType) -> None:
+    """With lm_scale=0 every path of frames counts alike, and all together have the probability 1."""
+    outputs, lens = outputs_of(LENS, 11)
+    fsa = graph(lm_scale=0.0).fsa(k2, outputs.device)
+    settings = from_dict(LatticeConfig, {"denominator": WIDE}, "test")
+    lattice = denominator_lattice(k2, fsa, outputs, lens, settings.kappa, settings.denominator)
+    found = outer("mmi", k2, lattice, outputs, lens, SYMBOLS, SYMBOL_LENS, settings, torch.zeros(3))
+    logits = outputs.clone().requires_grad_()
+    log_probs = logits.log_softmax(2)
+    ctc = torch.nn.functional.ctc_loss(log_probs.transpose(0, 1), SYMBOLS, lens, SYMBOL_LENS, reduction="none")
+    torch.testing.assert_close(found.objective, -ctc.detach(), rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad(-ctc.sum(), logits)[0]
+    valid = torch.arange(outputs.shape[1]) < lens.unsqueeze(1)
+    torch.testing.assert_close(found.derivative, expected * valid.unsqueeze(2), rtol=1e-3, atol=1e-4)

@@ -46,6 +46,12 @@ class DenominatorConfig:
 
     order: Annotated[int, Field(ge=2, le=6)] = 2
     """Tokens of an n-gram. arXiv 1706.02776 takes a weak model, a bigram."""
+    interpolation: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    """Share in an n-gram's probability of that with one token less, down to equal probabilities of all tokens. With 0 the
+    graph has the n-grams of the texts alone. Our choice."""
+    lm_scale: NonNegative = 0.0
+    """Factor of the n-gram's log-probabilities. Take the one that decoding will have: what the n-gram says, the head
+    unlearns. The searches here have no language model, hence 0 (our choice); with it and kappa=1, mmi is the CTC loss."""
     max_arcs: Positive = 2_000_000
     """Refuse a graph of more arcs than this. Our choice."""
     search_beam: Scale = 10.0
@@ -93,7 +99,7 @@ class SequenceTrainConfig(FineTuneConfig):
     """Which head is trained by the criterion; null is ctc for lattices, else transducer, if the loss trains it."""
     smoothing: NonNegative | None = None
     """Weight of the recognizer's own loss beside the criterion; null is 0.01 for mwer and sampled-mbr and 1 for
-    lattices, whose graph says nothing about n-grams that no text has (our choice)."""
+    lattices (our choice)."""
     l2: NonNegative = 0.0
     """Weight of half the squared distance of the trained weights from those of the start."""
     search_every: Positive = 1
