@@ -74,9 +74,9 @@ class LatticeConfig:
     """bmmi: b, by which the score of each correct frame of the denominator is lowered."""
     numerator: Literal["graph", "alignment"] = "graph"
     """mmi, bmmi: the reference counts with all its alignments (graph), or with the best one."""
-    blank: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    blank: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """bmmi, smbr: how much a correct frame counts where the reference is blank, CTC's silence; a correct frame of a
-    token counts 1."""
+    token counts 1. More makes smbr leave out tokens, less makes it insert them."""
     reject_frames: bool = True
     """Frames in which no path of the lattice has the token of the reference have no gradient."""
     denominator: DenominatorConfig = field(default_factory=DenominatorConfig)
