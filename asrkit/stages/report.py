@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from asrkit.reporting.evaluations import current_evaluations, fits
 from asrkit.reporting.page.chain import Defaults, stage_trees
 from asrkit.reporting.page.systems import Model, TestSet, short_names, test_sets
 from asrkit.reporting.results import RESULT, read_result
-from asrkit.run_dir import open_run, read_yaml
-from asrkit.training.run_writer import LEFT_OUT
+from asrkit.run_dir import open_run
+from asrkit.training.run_writer import LEFT_OUT, read_sealed
 
 
 @dataclass
@@ -154,7 +155,7 @@ def _drawn(
         Page(
             title=f"Report on {', '.join(model.name for model in models) or ', '.join(map(str, described))}",
             created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            trees=stage_trees(stages, defaults, _left_out),
+            trees=stage_trees(stages, defaults, partial(_left_out, notes=notes)),
             curves=draw_curves(stages),
             tests=tests,
             trades=[draw_trade(one) for one in tests],
@@ -213,7 +214,10 @@ def _cuts(path: Path, sha256: str | None, notes: list[str]) -> list[Cut] | None:
     return None
 
 
-def _left_out(run: Path) -> dict[str, str]:
-    """The cuts that were left out of a run's training, and why."""
-    content = read_yaml(run / LEFT_OUT) if (run / LEFT_OUT).is_file() else {}
-    return {str(cut_id): str(why) for cut_id, why in content.items()} if isinstance(content, dict) else {}
+def _left_out(run: Path, notes: list[str]) -> dict[str, str]:
+    """The cuts that were left out of a run's training, and why; a file that is damaged is noted."""
+    try:
+        return dict(read_sealed(run / LEFT_OUT)) if (run / LEFT_OUT).is_file() else {}
+    except UserError as error:
+        notes += error.lines
+        return {}

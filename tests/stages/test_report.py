@@ -14,9 +14,11 @@ import pytest
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.errors import UserError
 from asrkit.stages.report import report
+from asrkit.training.run_writer import LEFT_OUT, write_sealed
 from helpers.browser import needs_chromium, opened, until
 from helpers.commands import QUICK, asrkit, sets
 from helpers.report_runs import HOSTILE, write_chain, write_manifest
+from helpers.small_runs import write_run
 
 pytest.importorskip("jinja2")
 pytestmark = pytest.mark.slow
@@ -52,6 +54,16 @@ def data_of(html: str) -> list[dict[str, Any]]:
     found = re.search(r'<script type="application/json" id="report-data">(.*?)</script>', html, re.DOTALL)
     assert found is not None
     return json.loads(found[1])
+
+
+def test_the_cuts_left_out_of_training_are_in_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_sealed(run / LEFT_OUT, {"cut-17": "silent: the peak lies below -60 dBFS"})
+    html = report([run], tmp_path / "report.html", sounds=0).read_text(encoding="utf-8")
+    assert "cut-17" in html and "the peak lies below" in html
+    (run / LEFT_OUT).write_text("cut-17: silent\n")
+    html = report([run], tmp_path / "again.html", sounds=0).read_text(encoding="utf-8")
+    assert "left_out.yaml: is damaged" in html and "the peak lies below" not in html
 
 
 def test_what_is_in_the_file(written: Path) -> None:

@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asrkit.errors import UserError
-from asrkit.run_dir import open_run, read_yaml
+from asrkit.run_dir import open_run
 from asrkit.training.config import TrainingConfig
 from asrkit.training.delay import Delay
 from asrkit.training.distributed import World
 from asrkit.training.loop import train
 from asrkit.training.optim import OptimizerConfig
 from asrkit.training.own_data import OWN_DATA
+from asrkit.training.run_writer import read_sealed
 from asrkit.training.step import LossOutput, TrainTask
 from helpers.replicas import corpus_and_parent, driver, train_with
 from helpers.run_dirs import metrics, weights_equal
@@ -199,7 +200,7 @@ def test_a_bad_cut_of_a_replica_is_left_out(folder: Path, tmp_path: Path) -> Non
         train_with(two, rewrite_copy, tmp_path / "run", manifests=names)
     assert not (tmp_path / "run").exists()
     run = train_with(two, rewrite_copy, tmp_path / "run", "bad_cuts=skip", manifests=names)
-    assert list(read_yaml(run / "left_out.yaml")) == ["other-1"]
-    recorded = read_yaml(run / OWN_DATA)
+    assert list(read_sealed(run / "left_out.yaml")) == ["other-1"]
+    recorded = read_sealed(run / OWN_DATA)
     assert [one["utterances"] for one in recorded] == [8, 7]
     assert open_run(run).lineage[-1]["manifests"] == {one["manifest"]: one["sha256"] for one in recorded}
