@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,14 +114,10 @@ def test_texts_do_not_matter(corpus: Path, tmp_path: Path) -> None:
     assert weights_equal(tmp_path / "with", tmp_path / "without")
 
 
-def test_recordings_without_texts(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines of Python that the documentation has for them."""
-    page = (Path(__file__).parents[2] / "docs" / "pretrain.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+def test_recordings_without_texts(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus / "train", tmp_path / "recordings" / "of-one")
-    monkeypatch.chdir(tmp_path)
-    exec(program, {})
-    words = ["--manifest", "unlabeled.jsonl.gz", "--out", "run", "--max-duration", 20]
+    asrkit("data", "import", tmp_path / "recordings", "--text", "none", "--out", tmp_path / "data")
+    words = ["--manifest", tmp_path / "data" / "all.jsonl.gz", "--out", tmp_path / "run", "--max-duration", 20]
     assert "16 utterances" in asrkit("pretrain", *words, *quick("training.steps=1"))
 
 
