@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -174,12 +176,21 @@ except Interrupted as stop:
 """
 
 
-def begun(folder: Path, out: Path, line: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A place for temporary files of its own, as other tests start Rays meanwhile; its name is short enough for Ray's sockets."""
+    place = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def begun(folder: Path, out: Path, line: str, temporary: Path) -> subprocess.Popen[str]:
     """The training of ``PROGRAM`` in a process group of its own that has said a line that begins with ``line``."""
     here = Path(__file__).parents[3]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder), str(out), *LENGTH], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": f"{here}:{here / 'tests'}", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{here}:{here / 'tests'}", "OMP_NUM_THREADS": "1",
+             "TMPDIR": str(temporary)},
     )  # fmt: skip
     assert process.stderr is not None
     said = []
@@ -190,30 +201,27 @@ def begun(folder: Path, out: Path, line: str) -> subprocess.Popen[str]:
     raise AssertionError("".join(said))
 
 
-def left_behind(since: set[Path]) -> tuple[set[Path], list[int]]:
-    """Directories of local Rays that were not there before, and processes that have one of those in their environment."""
-    made = directories() - since
+def left_behind(temporary: Path) -> tuple[list[Path], list[int]]:
+    """Directories of local Rays, and processes that have one of those in their environment."""
+    made = list(temporary.glob(f"{PREFIX}*"))
     return made, [pid for folder in made for pid in ray_session._marked(folder)]
 
 
-def directories() -> set[Path]:
-    return set(ray_session._base().glob(f"{PREFIX}*"))
-
-
 @pytest.mark.slow
-def test_a_run_that_is_killed_and_stopped_loses_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_and_stopped_loses_nothing(folder: Path, tmp_path: Path, temporary: Path) -> None:
     """Killed it leaves processes, which the next start ends; stopped by a signal to all processes, nothing."""
-    before, out = directories(), tmp_path / "run"
-    process = begun(folder, out, "step 5/")
+    out = tmp_path / "run"
+    process = begun(folder, out, "step 5/", temporary)
     process.kill()
     process.wait()
-    assert left_behind(before)[0]
-    process = begun(folder, out, "step 7/")
+    folders, pids = left_behind(temporary)
+    assert len(folders) == 1 and pids
+    process = begun(folder, out, "step 7/", temporary)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.stderr is not None
     said = process.stderr.read()
     assert process.wait() == 143 and "Traceback" not in said, said
-    assert left_behind(before) == (set(), [])
+    assert left_behind(temporary) == ([], [])
     train_with(driver(), folder, out, *LENGTH)  # by whom does not matter: the batches of a step are the same
     serial = train_with(driver(), folder, tmp_path / "serial", *LENGTH, "training.accumulate=2")
     assert weights_equal(serial, out)
