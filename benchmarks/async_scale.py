@@ -87,7 +87,15 @@ def recipe_of(size: str, utterances: int, workers: int, max_staleness: int, step
     training = {"steps": steps, "save_every": 10**6, "log_every": 10**6, "tensorboard": False, "precision": "float32"}
     settings = from_dict(StageConfig, {"training": training, "data": {"num_workers": 0}}, "benchmark")
     pushes = pushes_per_step(workers, max_staleness)
-    return MadeUp(lambda batches: None, Path(), (Path(),), settings, pushes, (), size, utterances)  # type: ignore[arg-type, return-value]
+    return MadeUp(
+        build=lambda batches: None,  # type: ignore[arg-type, return-value]
+        out=Path(),
+        manifests=(Path(),),
+        settings=settings,
+        slices=pushes,
+        size=size,
+        utterances=utterances,
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asrkit.training.asynchronous.schedule import Schedule, pushes_per_step
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from async_scale import Costs, Simulation, recipe_of
 
 CASES = st.tuples(st.integers(1, 7), st.integers(0, 6), st.integers(1, 6), st.integers(0, 10**6), st.booleans())
 
@@ -135,3 +140,12 @@ def test_a_slow_replica_is_waited_for_and_no_longer() -> None:
     schedule.arrive(slow)
     assert schedule.apply(schedule.ready()) == [2]
     assert schedule.ready()  # the third has waited
+
+
+def test_what_the_benchmark_runs_and_predicts() -> None:
+    """The made-up task is one; without costs of moving, more replicas make as many times more pushes."""
+    task = recipe_of("tiny", 2, 2, 4, 10).rebuild()
+    assert len(task.batches[0].cut_ids) == 2 and task.batches.slices == pushes_per_step(2, 4)
+    costs = Costs(compute=0.1, load=0.0, give=0.0, store=0.0, take=0.0, update=0.0, parameters=1)
+    one, four = (Simulation(workers, 4, costs, 200, workers, None).run().rate for workers in (1, 4))
+    assert one == pytest.approx(10, rel=0.05) and four == pytest.approx(40, rel=0.05)
