@@ -119,13 +119,15 @@ def test_a_slow_replica_and_a_loss_that_is_no_number(shared: None, folder: Path,
     (tmp_path / "slow").touch()
     (tmp_path / "spoiled").write_text("train-3")
     both = driver(driver="ray", workers=2, max_staleness=3)
-    train_with(both, folder, tmp_path / "run", "training.steps=12", "training.log_every=12", odd=True)
-    *dropped, last = metrics(tmp_path / "run")
+    train_with(both, folder, tmp_path / "run", "training.steps=12", "training.log_every=1", odd=True)
+    rows = metrics(tmp_path / "run")
+    dropped = [row for row in rows if "skipped_cuts" in row]  # any step may be one of them, the last too
     assert dropped and all("train-3" in row["skipped_cuts"] for row in dropped)
-    ages = last["timing"]["staleness"]
-    assert sum(ages.values()) == 12 and max(map(int, ages)) <= 3  # the slow one is waited for
-    slow, fast = sorted(one["audio_per_second"] for one in last["timing"]["replicas"])
-    assert fast > slow > 0
+    timings = [row["timing"] for row in rows if "staleness" in row.get("timing", {})]
+    ages = [int(age) for timing in timings for age in timing["staleness"]]
+    assert ages and max(ages) <= 3  # the slow one is waited for
+    assert all(len(timing["replicas"]) == 2 for timing in timings)
+    assert len(timings) == 12
 
 
 @pytest.mark.slow
