@@ -10,7 +10,7 @@ $(error ENV=$(ENV) is no environment; use ENV=k2 or ENV=modern)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast lint format generated wheel demo smoke ci clean
+.PHONY: help setup test test-fast lint format generated lock wheel demo smoke ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -21,7 +21,7 @@ help: ## list the targets
 setup: $(VENV)/.stamp ## install the environment in .venv-$(ENV), without root
 
 # The stamp is the last thing the script writes; a lock file, the project's metadata or the script itself outdates it.
-$(VENV)/.stamp: requirements/$(ENV).txt requirements/k2-wheel.txt pyproject.toml scripts/setup.sh
+$(VENV)/.stamp: requirements/$(ENV).txt requirements/$(ENV).hashes.txt requirements/k2-wheel.txt pyproject.toml scripts/setup.sh
 	@scripts/setup.sh $(ENV)
 
 test: setup ## run every test (TESTS=tests/test_config.py for some)
@@ -42,6 +42,13 @@ format: setup ## format the code and apply safe fixes
 
 generated: setup ## rewrite the option tables in docs/ and the list of the interface in tests/golden/
 	$(PY) scripts/generated.py
+
+# torch's file in `modern` differs from machine to machine, see scripts/setup.sh.
+HASHED = $(VENV)/bin/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --python-version 3.11 \
+    --custom-compile-command "make lock"
+lock: ## look up the hashes of the versions in requirements/k2.txt and modern.txt
+	$(HASHED) requirements/k2.txt --output-file requirements/k2.hashes.txt
+	$(HASHED) requirements/modern.txt --no-emit-package torch --output-file requirements/modern.hashes.txt
 
 wheel: setup ## build the wheel from what is committed, and use it from an empty environment
 	scripts/try_wheel.sh $(ENV)

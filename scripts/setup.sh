@@ -4,7 +4,8 @@
 #     scripts/setup.sh k2|modern          (or: make setup ENV=k2|modern)
 #     PYTHON=/path/to/python3.11 scripts/setup.sh k2
 #
-# Needs no root. Every version is locked in requirements/. Running it again repairs what is there.
+# Needs no root. Every version is locked in requirements/, and every file by its hash, except torch's in `modern`, which differs from
+# machine to machine (with CUDA or without). Running it again repairs what is there.
 set -eu -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,8 +21,14 @@ fail() {
 pip() { "$venv/bin/python" -m pip "$@" -qq --disable-pip-version-check --no-input; }
 
 case $env in
-    k2) wanted="3.11" pip_version=23.3.2 ;; # newer pip refuses the name of k2's wheel
-    modern) wanted="3.11 or newer" pip_version=26.3 ;;
+    k2) # newer pip refuses the name of k2's wheel
+        wanted="3.11" pip_version=23.3.2
+        pip_hash=5052d7889c1f9d05224cd41741acb7c5d6fa735ab34e339624a614eaaa7e7d76
+        ;;
+    modern)
+        wanted="3.11 or newer" pip_version=26.3
+        pip_hash=f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13
+        ;;
     *) fail "ENV=$env is no environment; use ENV=k2 or ENV=modern" ;;
 esac
 
@@ -60,11 +67,14 @@ if [ "$(version_of "$venv/bin/python" || true)" != "$version" ]; then
     "$python" -m venv --clear "$venv"
 fi
 rm -f "$venv/.stamp"
-pip install "pip==$pip_version"
+pip install --no-deps --require-hashes -r <(echo "pip==$pip_version --hash=sha256:$pip_hash")
 
 # 3. The locked packages.
-say "installing the versions of requirements/$env.txt (a first run downloads up to a few GB, nearly all of it torch)"
-pip install -r "requirements/$env.txt"
+say "installing the files of requirements/$env.hashes.txt (a first run downloads up to a few GB, nearly all of it torch)"
+pip install --no-deps --require-hashes -r "requirements/$env.hashes.txt"
+if [ "$env" = modern ]; then
+    pip install "$(grep '^torch==' requirements/modern.txt)" # and the CUDA packages of a CUDA build
+fi
 if [ "$env" = k2 ]; then
     say "installing k2 by hash, requirements/k2-wheel.txt"
     pip install --no-deps --require-hashes -r requirements/k2-wheel.txt

@@ -24,10 +24,15 @@ def read_metrics(run: Path) -> dict[str, Points]:
             step = int(row["step"])
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        for key, value in _numbers(row):
-            if key != "step":
-                curves.setdefault(key, []).append((step, value))
+        add_row(curves, step, row)
     return curves
+
+
+def add_row(curves: dict[str, Points], step: int, row: Mapping[str, Any]) -> None:
+    """Add the numbers of one logged line to ``curves``."""
+    for key, value in _numbers(row):
+        if key != "step":
+            curves.setdefault(key, []).append((step, value))
 
 
 def _numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

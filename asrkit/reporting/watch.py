@@ -1,4 +1,4 @@
-"""Where a training stands: one screen that follows it, or a line for each change where there is no terminal."""
+"""Where a training stands: the screen of a training on a terminal, and of `info --watch`, or a line for each change where there is none."""
 
 from __future__ import annotations
 
@@ -23,18 +23,15 @@ LATEST = 5  # logged lines that the time left is computed from
 
 @dataclass(frozen=True)
 class Standing:
-    """``curves``: see ``read_metrics``. ``quiet``: seconds since the last line of the log; None before the first one."""
+    """``curves``: see ``read_metrics``. ``quiet``: seconds since the last line of the log, where somebody else writes it."""
 
     run: Path
     stage: str
+    step: int
     steps: int
     finished: bool
     curves: dict[str, Points]
-    quiet: float | None
-
-    @property
-    def step(self) -> int:
-        return max((points[-1][0] for points in self.curves.values()), default=0)
+    quiet: float | None = None
 
     @property
     def left(self) -> float | None:
@@ -61,7 +58,9 @@ def read_standing(run: Path) -> Standing:
     log = run / METRICS
     quiet = max(0.0, time.time() - log.stat().st_mtime) if log.is_file() else None
     stage = str(config["stage"])
-    return Standing(run, stage, steps, (run / DONE).is_file(), read_metrics(run), quiet)
+    curves = read_metrics(run)
+    step = max((points[-1][0] for points in curves.values()), default=0)
+    return Standing(run, stage, step, steps, (run / DONE).is_file(), curves, quiet)
 
 
 def sparkline(values: Sequence[float], width: int = SPARK) -> str:
@@ -110,8 +109,10 @@ def plain_line(standing: Standing) -> str:
 def _state(standing: Standing) -> str:
     if standing.finished:
         return "finished"
+    if not standing.curves:
+        return "nothing logged yet"
     left = "" if standing.left is None else f"about {_duration(standing.left)} left"
-    quiet = "nothing logged yet" if standing.quiet is None else f"last line {_duration(standing.quiet)} ago"
+    quiet = "" if standing.quiet is None else f"last line {_duration(standing.quiet)} ago"
     return ", ".join(filter(None, (left, quiet)))
 
 
@@ -140,12 +141,13 @@ def watch(run: Path, console: Console, sleep: Callable[[float], None] = time.sle
                 return
             sleep(SECONDS)
             standing = read_standing(run)
-    with Live(_text(standing), console=console, auto_refresh=False) as live:
+    with Live(rendered(standing), console=console, auto_refresh=False) as live:
         while not standing.finished:
             sleep(SECONDS)
             standing = read_standing(run)
-            live.update(_text(standing), refresh=True)
+            live.update(rendered(standing), refresh=True)
 
 
-def _text(standing: Standing) -> Text:
+def rendered(standing: Standing) -> Text:
+    """The screen, cut at the terminal's edge."""
     return Text(printable("\n".join(screen(standing))), no_wrap=True)

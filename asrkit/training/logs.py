@@ -1,22 +1,25 @@
-"""The logs of a run: a progress display, metrics.jsonl and TensorBoard events, with the same numbers."""
+"""The logs of a run: the screen, metrics.jsonl and TensorBoard events, with the same numbers."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Display
+from rich.live import Live
+from rich.text import Text
 
 from asrkit.devices import peak_memory
 from asrkit.disk import atomic_write, cannot_write
 from asrkit.errors import UserError
 from asrkit.extras import require
+from asrkit.reporting.metrics import add_row
+from asrkit.reporting.watch import Standing, read_standing, rendered
 from asrkit.run_dir import METRICS
 from asrkit.training.checkpoint import Progress
 
@@ -34,7 +37,8 @@ class RunLog:
         self._steps_per_epoch = steps_per_epoch
         self._console = Console(stderr=True)
         self._writer: Any = None
-        self._display: Display | None = None
+        self._standing: Standing | None = None  # what a terminal shows
+        self._display: Live | None = None
         self._clock, self._waited, self._audio, self._steps = time.monotonic(), 0.0, 0.0, 0
         self._start = start
         self.more: Callable[[float], tuple[dict[str, Any], str]] | None = None
@@ -52,15 +56,8 @@ class RunLog:
             except UserError as error:
                 self.note(f"no TensorBoard events: {error}")
         if self._console.is_terminal:
-            self._display = Display(
-                TextColumn("[bold]step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[text]}"),
-                console=self._console,
-            )
-            self._bar = self._display.add_task("", total=self._settings.steps, completed=self._start, text="")
+            self._standing = replace(read_standing(self._path.parent), step=self._start, quiet=None)
+            self._display = Live(get_renderable=self._screen, console=self._console, refresh_per_second=4)
             self._display.start()
         if self._start:
             self.note(f"resuming after step {self._start} of {self._settings.steps}")
@@ -85,8 +82,8 @@ class RunLog:
         self._waited += waited
         self._audio += audio
         self._steps += 1
-        if self._display is not None:
-            self._display.update(self._bar, completed=step)
+        if self._standing is not None:
+            self._standing = replace(self._standing, step=step)
 
     def step(self, progress: Progress, means: dict[str, float], lr: float) -> None:
         """Write the means since the last call; losses are per encoder frame."""
@@ -118,9 +115,7 @@ class RunLog:
         speed = f"  {row['timing']['audio_per_second']:.0f} s audio/s" if audio else ""
         known = f"  dev {shown(progress.last_dev)}" if progress.last_dev else ""
         text = f"loss {row.get('loss', float('nan')):.4f}  lr {lr:.2e}{speed}{shown_more}{known}"
-        if self._display is not None:
-            self._display.update(self._bar, text=text)
-        else:
+        if self._display is None:
             left = (self._settings.steps - progress.step) * elapsed / max(1, steps)
             self.note(
                 f"step {progress.step}/{self._settings.steps}  epoch {row['epoch']:.1f}  {text}  left {left / 60:.1f} min"
@@ -149,9 +144,15 @@ class RunLog:
             f"cuts {', '.join(cut_ids[:10])}{more}"
         )
 
+    def _screen(self) -> Text:
+        assert self._standing is not None
+        return rendered(self._standing)
+
     def _write(self, row: dict[str, Any], group: str) -> None:
         if not self._active:
             return
+        if self._standing is not None:
+            add_row(self._standing.curves, row["step"], row)
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

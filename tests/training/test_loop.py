@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -377,3 +381,26 @@ def test_errors_of_loader_processes_stay_one_line(workers: int) -> None:
     with pytest.raises(UserError) as caught:
         BatchStream(_Broken(), [0], workers, torch.device("cpu"))[0]  # type: ignore[arg-type]
     assert caught.value.lines == ("cut x: gone",)
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_one_screen(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    """Where the run stands, below the lines that stay; what is written is the same as without a terminal."""
+    out, shown = tmp_path / "run", b""
+    terminal, other_end = pty.openpty()
+    termios.tcsetwinsize(terminal, (30, 100))
+    words = [*ONE, *command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz")]
+    process = subprocess.Popen(words, stderr=other_end, stdout=other_end, env={**os.environ, "TERM": "xterm"})
+    os.close(other_end)
+    with contextlib.suppress(OSError):  # EIO: the process has ended
+        while part := os.read(terminal, 65536):
+            shown += part
+    os.close(terminal)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    last = text[text.rindex(f"{out}: train-backbone, step 30 of 30") :]
+    assert (
+        f"[{'#' * 36}]" in last and re.search(r"loss .*[▁-█]{10} .*lowest", last) and re.search(r"dev WER .* %", last)
+    )
+    assert "s of audio a second" in last and "step 20: dev WER" in text
+    assert rows(out) == rows(uninterrupted)
