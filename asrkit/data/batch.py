@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut
 from torch import Tensor
 
@@ -29,6 +28,7 @@ class Batch:
     clean: (B, T, 80), the features without what changed their sound and not their timing; empty when not asked for.
     durations: seconds of audio, as perturbed. segments: what ``TrainBatches.annotate`` made, by name.
     encoder_frames: of each utterance, plain numbers, so that nothing waits for the device to know them.
+    left_out: the cuts that could not be read, which others stand in for, and why.
     """
 
     features: Tensor
@@ -42,6 +42,7 @@ class Batch:
     clean: Tensor = field(default_factory=lambda: torch.zeros(0))
     segments: dict[str, Segments] = field(default_factory=dict)
     encoder_frames: list[int] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.encoder_frames:
@@ -56,7 +57,7 @@ class Batch:
     def part(self, begin: int, end: int) -> Batch:
         """Some of the utterances, padded as before; without ``segments``."""
         rows = slice(begin, end)
-        every = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "segments"}
+        every = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("segments", "left_out")}
         return Batch(**every)
 
     def to(self, device: torch.device) -> Batch:
@@ -66,7 +67,7 @@ class Batch:
         return replace(self, **moved, segments={name: segments.to(device) for name, segments in self.segments.items()})
 
 
-def evaluation_batches(cuts: CutSet | Sequence[Cut], max_duration: float) -> Iterator[Batch]:
+def evaluation_batches(cuts: Sequence[Cut], max_duration: float) -> Iterator[Batch]:
     """Every cut once, unperturbed, longest together first; batches of at most ``max_duration`` padded seconds."""
     waiting: list[Cut] = []
     for cut in sorted(cuts, key=lambda cut: (-cut.duration, cut.id)):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lhotse import CutSet
 
 from asrkit.config import to_dict
 from asrkit.data.batch import evaluation_batches
 from asrkit.data.checks import decodable_cuts
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import digest_of, speaker_of
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.evaluation import score
@@ -139,7 +139,7 @@ def _open(
     variant: str | None,
     choice: ContextChoice,
     device: str,
-) -> tuple[Recognizer, CutSet, list[str]]:
+) -> tuple[Recognizer, CutTable, list[str]]:
     """The recognizer, the cuts, and warnings; everything wrong with either and with the options is reported at once."""
     findings = [f"--beam {beam}: must be at least 1"] if beam < 1 else []
     if contradictions := choice.contradictions():
@@ -176,7 +176,7 @@ class _Decoded:
 
 
 def _decode(
-    recognizer: Recognizer, cuts: CutSet, methods: Sequence[Method], beam: int, max_duration: float
+    recognizer: Recognizer, cuts: CutTable, methods: Sequence[Method], beam: int, max_duration: float
 ) -> dict[Method, _Decoded]:
     """Decode every cut by every method; seconds of each count what they share: audio, features, encoder."""
     streaming = recognizer.context.streaming
