@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -16,6 +16,7 @@ from asrkit.data.augment import (
 from asrkit.data.cut_audio import cut_features
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.errors import clip
 from asrkit.frames import count_encoder_frames
 
 
@@ -69,17 +70,28 @@ class Batch:
 
 def evaluation_batches(cuts: Sequence[Cut], max_duration: float) -> Iterator[Batch]:
     """Every cut once, unperturbed, longest together first; batches of at most ``max_duration`` padded seconds."""
-    waiting: list[Cut] = []
+    return map(plain_batch, evaluation_parts(cuts, max_duration))
+
+
+def evaluation_parts(cuts: Iterable[Cut], max_duration: float) -> list[list[Cut]]:
+    """The cuts of each of the ``evaluation_batches``."""
+    parts: list[list[Cut]] = []
     for cut in sorted(cuts, key=lambda cut: (-cut.duration, cut.id)):
-        if waiting and waiting[0].duration * (len(waiting) + 1) > max_duration:
-            yield _plain_batch(waiting)
-            waiting = []
-        waiting.append(cut)
-    if waiting:
-        yield _plain_batch(waiting)
+        if not parts or parts[-1][0].duration * (len(parts[-1]) + 1) > max_duration:
+            parts.append([])
+        parts[-1].append(cut)
+    return parts
 
 
-def _plain_batch(cuts: list[Cut]) -> Batch:
+def named(cuts: Sequence[Cut]) -> str:
+    """The cuts of a batch, for a message."""
+    return (
+        f"cut {clip(cuts[0].id)} and {len(cuts) - 1} more of its length" if len(cuts) > 1 else f"cut {clip(cuts[0].id)}"
+    )
+
+
+def plain_batch(cuts: Sequence[Cut]) -> Batch:
+    """The cuts, unperturbed, in one batch."""
     features, lens = pad([cut_features(cut) for cut in cuts])
     return Batch(
         features,

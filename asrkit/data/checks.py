@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import pairwise
@@ -120,10 +119,7 @@ def _audio(table: CutTable, jobs: int, first: int | None) -> Found:
 
     def find(rows: np.ndarray) -> Found:
         parts = _parts(rows, AUDIO_PART)
-        if jobs > 1:
-            return [one for part in in_processes(check, parts, jobs, partial(_named, table)) for one in part]
-        with ThreadPoolExecutor() as pool:  # soundfile decodes outside Python's lock
-            return [one for part in pool.map(check, parts) for one in part]
+        return [one for part in in_processes(check, parts, jobs, partial(_named, table), threads=True) for one in part]
 
     every = np.arange(len(table))
     key = [_fingerprint(table)] if len(table) >= WORTH and table.digest else []

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
@@ -32,7 +33,11 @@ def may_fork() -> bool:
 
 
 def in_processes(
-    function: Callable[[P], R], parts: Sequence[P], jobs: int, describe: Callable[[P], str] = str
+    function: Callable[[P], R],
+    parts: Sequence[P],
+    jobs: int,
+    describe: Callable[[P], str] = str,
+    threads: bool = False,
 ) -> Iterator[R]:
     """``function`` of each part, in order; the parts do not depend on ``jobs``, so neither do the results.
 
@@ -42,11 +47,16 @@ def in_processes(
     Args:
         function: returns what can be pickled; a GPU that was used before cannot be used in it.
         describe: names a part in messages.
+        threads: with one job, use several threads of this process: for what works mostly outside Python's lock, as libsndfile does.
 
     Raises:
         UserError: that of the first part that has one; a process that was killed, with its number, pid and part.
     """
     jobs = min(jobs, len(parts))
+    if jobs <= 1 and threads:
+        with ThreadPoolExecutor() as pool:
+            yield from pool.map(function, parts)
+        return
     if jobs <= 1:
         yield from map(function, parts)
         return

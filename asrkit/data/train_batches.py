@@ -55,7 +55,7 @@ class AudioConfig:
     """How often the main manifest comes in an epoch for each time those of `also` do."""
     noise: Path | None = None
     """Manifest of noise recordings for augment.noise_probability; null makes Gaussian noise of a random color."""
-    check_first: Annotated[int, Field(ge=1)] = 10_000
+    check_first: Annotated[int, Field(ge=1)] = 5_000
     """Read the audio of so many cuts of a manifest, spread evenly, before training starts. That of a larger manifest is
     read by `asrkit data check`, whose result is remembered, or checked as it is trained on."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
