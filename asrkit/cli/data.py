@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asrkit.cli.app import App
-from asrkit.cli.options import io, output
+from asrkit.cli.options import Jobs, io, output
 from asrkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def import_(
     where: Annotated[list[str] | None, io(help="Keep only rows with column=value[,value]. Repeatable.")] = None,
     bad: Annotated[str, io(help="refuse: stop at bad rows; skip: leave them out and list them.")] = "refuse",
     convert: Annotated[bool, io("--convert", help="Write 16 kHz mono FLAC instead of pointing to the files.")] = False,
+    jobs: Jobs = 1,
 ) -> None:
     """Make manifests from your own recordings.
 
@@ -171,6 +172,7 @@ def import_(
         where=conditions,
         refuse=bad == "refuse",
         convert=convert,
+        jobs=jobs,
     )
     _print_splits(made.cuts, out)
     if made.skipped:
@@ -184,6 +186,7 @@ def check(
         list[Path] | None, io(help="Held-out manifest, to check that it shares nothing with them. Repeatable.")
     ] = None,
     audio: Annotated[bool, io(help="Read every recording, or look only at the manifests.")] = True,
+    jobs: Jobs = 1,
     json_out: Annotated[Path | None, output("--json", help="Write all findings to this JSON file.")] = None,
 ) -> None:
     """Describe manifests, list cuts that cannot be trained on, and find what training and test data share.
@@ -196,7 +199,7 @@ def check(
     """
     from asrkit.stages.data_check import check_manifests, describe
 
-    report = check_manifests(manifest, test or [], tokenizer, read_audio=audio)
+    report = check_manifests(manifest, test or [], tokenizer, read_audio=audio, jobs=jobs)
     if json_out is not None:
         report.write(json_out)
     for line in describe(report):
@@ -224,6 +227,7 @@ def synthesize(
     ] = None,
     band: Annotated[str, speech(callback=_band, help="Bandwidth: wide, or telephone (nothing above 4 kHz).")] = "wide",
     seed: Annotated[int, speech(min=0, max=2**63 - 1, help="Seed of voices, speeds and pitches.")] = 0,
+    jobs: Jobs = 1,
 ) -> None:
     """Make training speech with espeak-ng, in many voices, speeds and pitches. Do not test on it.
 
@@ -251,6 +255,7 @@ def synthesize(
         band=band,
         chains=chains,
         exclude=exclude or (),
+        jobs=jobs,
     )
     if made is None:
         typer.echo(f"{out}: already complete")

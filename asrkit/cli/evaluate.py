@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from asrkit.cli.options import io, output
+from asrkit.cli.options import Jobs, io, output
 
 # The names of asrkit.decoding.search.METHODS, which would import torch here.
 Method = StrEnum("Method", ["greedy", "beam", "ctc"])
@@ -63,6 +63,7 @@ def evaluate(
     max_duration: Annotated[float, decoding(min=1, help="Seconds of audio to decode at once.")] = 200.0,
     device: Device = "auto",
     threads: Threads = None,
+    jobs: Jobs = 1,
     as_json: Annotated[bool, output("--json", help="Print the results as JSON, one line per method.")] = False,
 ) -> None:
     """Decode a manifest and count its word and character errors.
@@ -98,6 +99,7 @@ def evaluate(
         max_duration=max_duration,
         device=device,
         threads=threads,
+        jobs=jobs,
         out=out,
     )
     results = [evaluation.result for evaluation in evaluations]

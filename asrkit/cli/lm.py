@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from asrkit.cli.options import Config, Device, Out, Overrides, Seed, given, io, train_or_stop
+from asrkit.cli.options import Config, Device, Jobs, Out, Overrides, Seed, given, io, train_or_stop
 
 alignment = partial(typer.Option, rich_help_panel="Alignment")
 language_model = partial(typer.Option, rich_help_panel="Language model")
@@ -42,6 +42,7 @@ def align(
     ] = None,
     language: Annotated[str | None, alignment(help="Language of supervisions that name none; phones need one.")] = None,
     device: Device = "auto",
+    jobs: Jobs = 1,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -63,7 +64,7 @@ def align(
 
     options = given({"units": unit or None, "phones": phones, "language": language})
     settings = resolve(AlignConfig, config, overrides or (), options=options)
-    done = run(parent, manifest, out, settings, tokenizer=tokenizer, senones=senones, device=device)
+    done = run(parent, manifest, out, settings, tokenizer=tokenizer, senones=senones, device=device, jobs=jobs)
     for finding in done.left_out:
         typer.echo(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}", err=True)
     units = ", ".join(["word", *settings.units])

@@ -25,6 +25,13 @@ Seed = Annotated[int | None, training(help="Seed of everything random: sets `see
 MaxDuration = Annotated[float | None, training(help="Seconds of audio per step and process: sets `data.max_duration`.")]
 Device = Annotated[str, training(help="auto, cpu, cuda or cuda:N.")]
 
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=1, rich_help_panel="Speed", help="Processes on this machine that share the work. The result is the same."
+    ),
+]
+
 # Options of stages whose settings have ``asynchronous``; ``replica_options`` says which settings they set.
 DriverName = StrEnum("DriverName", ["auto", "serial", "simulated", "ray"])
 Manifests = Annotated[

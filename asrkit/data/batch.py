@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from asrkit.data.augment import (
 from asrkit.data.cut_audio import cut_features
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.errors import clip
 from asrkit.frames import count_encoder_frames
 
 
@@ -29,6 +29,7 @@ class Batch:
     clean: (B, T, 80), the features without what changed their sound and not their timing; empty when not asked for.
     durations: seconds of audio, as perturbed. segments: what ``TrainBatches.annotate`` made, by name.
     encoder_frames: of each utterance, plain numbers, so that nothing waits for the device to know them.
+    left_out: the cuts that could not be read, which others stand in for, and why.
     """
 
     features: Tensor
@@ -42,6 +43,7 @@ class Batch:
     clean: Tensor = field(default_factory=lambda: torch.zeros(0))
     segments: dict[str, Segments] = field(default_factory=dict)
     encoder_frames: list[int] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.encoder_frames:
@@ -56,7 +58,7 @@ class Batch:
     def part(self, begin: int, end: int) -> Batch:
         """Some of the utterances, padded as before; without ``segments``."""
         rows = slice(begin, end)
-        every = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "segments"}
+        every = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("segments", "left_out")}
         return Batch(**every)
 
     def to(self, device: torch.device) -> Batch:
@@ -66,19 +68,30 @@ class Batch:
         return replace(self, **moved, segments={name: segments.to(device) for name, segments in self.segments.items()})
 
 
-def evaluation_batches(cuts: CutSet | Sequence[Cut], max_duration: float) -> Iterator[Batch]:
+def evaluation_batches(cuts: Sequence[Cut], max_duration: float) -> Iterator[Batch]:
     """Every cut once, unperturbed, longest together first; batches of at most ``max_duration`` padded seconds."""
-    waiting: list[Cut] = []
+    return map(plain_batch, evaluation_parts(cuts, max_duration))
+
+
+def evaluation_parts(cuts: Iterable[Cut], max_duration: float) -> list[list[Cut]]:
+    """The cuts of each of the ``evaluation_batches``."""
+    parts: list[list[Cut]] = []
     for cut in sorted(cuts, key=lambda cut: (-cut.duration, cut.id)):
-        if waiting and waiting[0].duration * (len(waiting) + 1) > max_duration:
-            yield _plain_batch(waiting)
-            waiting = []
-        waiting.append(cut)
-    if waiting:
-        yield _plain_batch(waiting)
+        if not parts or parts[-1][0].duration * (len(parts[-1]) + 1) > max_duration:
+            parts.append([])
+        parts[-1].append(cut)
+    return parts
 
 
-def _plain_batch(cuts: list[Cut]) -> Batch:
+def named(cuts: Sequence[Cut]) -> str:
+    """The cuts of a batch, for a message."""
+    return (
+        f"cut {clip(cuts[0].id)} and {len(cuts) - 1} more of its length" if len(cuts) > 1 else f"cut {clip(cuts[0].id)}"
+    )
+
+
+def plain_batch(cuts: Sequence[Cut]) -> Batch:
+    """The cuts, unperturbed, in one batch."""
     features, lens = pad([cut_features(cut) for cut in cuts])
     return Batch(
         features,

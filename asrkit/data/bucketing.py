@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 
@@ -19,7 +21,7 @@ class BucketPlan:
     """
 
     def __init__(self, durations: np.ndarray, max_duration: float, num_buckets: int, slices: int, seed: int) -> None:
-        order = np.argsort(durations, kind="stable")
+        self._order = order = np.argsort(durations, kind="stable")
         passed = np.cumsum(durations[order])
         bucket = np.minimum((passed / passed[-1] * num_buckets).astype(int), num_buckets - 1)
         self._buckets = [order[bucket == i] for i in np.unique(bucket)]
@@ -44,3 +46,9 @@ class BucketPlan:
         planned = self._plan[index]
         # A batch that its slices cannot share evenly repeats its first cuts.
         return np.resize(planned, -(-len(planned) // self._slices) * self._slices)
+
+    def alike(self, index: int) -> Iterator[int]:
+        """The other cuts: the next shorter ones, which fit where this one fits, then the next longer ones."""
+        rank = int(np.flatnonzero(self._order == index)[0])
+        yield from map(int, self._order[:rank][::-1])
+        yield from map(int, self._order[rank + 1 :])

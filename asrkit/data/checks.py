@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from lhotse import CutSet
 from lhotse.cut import Cut, MonoCut
 
-from asrkit.data.cut_audio import TOLERANCE, CutError, read_samples, stored_features
+from asrkit.config import digest
+from asrkit.data.cut_audio import TOLERANCE, CutError, check_sound, files_of, read_samples, stored_features
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import language_of, open_cuts, text_of
+from asrkit.data.parallel import cores, in_processes, may_fork
+from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.text.normalization import sentence_key
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError, clip
 from asrkit.frames import FRAME_SHIFT, count_encoder_frames, count_features, count_window
 
-SILENCE_PEAK = 1e-3  # -60 dBFS
 SMALL_PART = 0.5  # of a cut: where its supervisions cover less, the check says so
 HISTOGRAM_EDGES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
+PART, MANY_PARTS = 2000, 25  # texts that are tokenized at a time; from so many parts on by all cores
+AUDIO_PART = 100  # cuts that are read at a time
+MOST_FILES = 20_000  # that are looked at to know whether audio has changed
 T = TypeVar("T")
 
 
@@ -46,26 +54,115 @@ def find_bad_cuts(
     cuts: Iterable[Cut],
     tokenizer: Tokenizer | None = None,
     read_audio: bool = False,
-    threads: int | None = None,
     languages: Sequence[str] = (),
     least: int = 1,
+    jobs: int = 1,
+    first: int | None = None,
 ) -> list[Finding]:
-    """Every reason why a cut of ``cuts`` cannot be trained on, in their order.
+    """Every reason why a cut of ``cuts`` cannot be trained on, in their order. What was found in a large manifest is remembered.
 
     Args:
         tokenizer: with it, texts are checked against its characters, and their tokens against the encoder's frames.
         read_audio: read what training reads of every cut, its audio or its stored features: unreadable, truncated, silent, not
-            finite, of another rate than the manifest says. ``threads`` at once, by default a few more than there are cores.
+            finite, of another rate than the manifest says.
         languages: those the model takes as an input; with them, each cut must have one of them.
         least: encoder frames that a cut must have.
+        jobs: processes that read and tokenize; one reads audio in a few more threads than there are cores.
+        first: read the audio of at most so many cuts, spread evenly, unless that of all was read before.
     """
-    listed = list(cuts)
-    findings = [finding for cut in listed for finding in _check_manifest(cut, tokenizer, languages, least)]
+    table = cuts if isinstance(cuts, CutTable) else CutTable(cuts)
+    found = [
+        (row, finding)
+        for row in _not_plainly_fine(table, languages, least).tolist()
+        for finding in _check_manifest(table[row], languages, least)
+    ]
+    if tokenizer is not None:
+        found += _spelling(table, tokenizer, jobs)
+        found.sort(key=itemgetter(0))
     if read_audio:
-        with ThreadPoolExecutor(threads) as pool:  # soundfile decodes outside Python's lock
-            for of_cut in pool.map(_check_audio, listed):
-                findings += of_cut
-    return findings
+        found += _audio(table, jobs, first)
+    return [finding for _, finding in found]
+
+
+def _not_plainly_fine(table: CutTable, languages: Sequence[str], least: int) -> np.ndarray:
+    """Rows of the cuts whose JSON has to be looked at to know that nothing is wrong with them."""
+    columns = table.columns
+    known = [number for number, name in enumerate(columns.names) if name in languages]
+    fine = columns.plain & (columns.durations > (count_window(least) + 1) * FRAME_SHIFT)
+    if languages:
+        fine &= np.isin(columns.languages, known)
+    return np.flatnonzero(~fine)
+
+
+Found = list[tuple[int, Finding]]  # findings with the rows of their cuts
+
+
+def _spelling(table: CutTable, tokenizer: Tokenizer, jobs: int) -> Found:
+    """Texts that the tokenizer cannot spell, or whose tokens are more than the encoder's frames."""
+
+    def check(rows: np.ndarray) -> Found:
+        return [(row, finding) for row in rows.tolist() for finding in _check_spelling(table, row, tokenizer)]
+
+    def find() -> Found:
+        parts = _parts(np.arange(len(table)), PART)
+        own = max(jobs, cores() if len(parts) >= MANY_PARTS and may_fork() else 1)
+        return [one for part in in_processes(check, parts, own, partial(_named, table)) for one in part]
+
+    return _remembered(table, "spelling", [sha256_of(tokenizer.path)], find)
+
+
+def _audio(table: CutTable, jobs: int, first: int | None) -> Found:
+    """Cuts whose audio, or stored features, cannot be trained on."""
+
+    def check(rows: np.ndarray) -> Found:
+        return [(row, finding) for row in rows.tolist() for finding in _check_audio(table[row])]
+
+    def find(rows: np.ndarray) -> Found:
+        parts = _parts(rows, AUDIO_PART)
+        return [one for part in in_processes(check, parts, jobs, partial(_named, table), threads=True) for one in part]
+
+    every = np.arange(len(table))
+    key = [_fingerprint(table)] if len(table) >= WORTH and table.digest else []
+    if first is None or len(table) <= first:
+        return _remembered(table, "audio", key, lambda: find(every))
+    if (known := _recall(table, "audio", key)) is not None:
+        return known
+    some = every[np.unique(np.linspace(0, len(table) - 1, first).astype(int))]
+    return _remembered(table, "audio", [*key, str(first)], lambda: find(some))
+
+
+def _parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+
+
+def _named(table: CutTable, rows: np.ndarray) -> str:
+    """A part of the work, for a message."""
+    ends = [clip(table[int(row)].id) for row in rows[[0, -1]]]
+    return f"cut {ends[0]}" if len(rows) == 1 else f"cuts {ends[0]} to {ends[1]}"
+
+
+def _fingerprint(table: CutTable) -> str:
+    """A digest of the names, sizes and times of a table's files, at most ``MOST_FILES`` of them, spread evenly: what was found
+    in them holds as long as they do not change."""
+    rows = np.unique(np.linspace(0, len(table) - 1, min(MOST_FILES, len(table))).astype(int))
+    return digest([[*files_of(table[row])] for row in rows.tolist()])
+
+
+def _remembered(table: CutTable, kind: str, key: Sequence[str], find: Callable[[], Found]) -> Found:
+    """What ``find`` finds in a table, or found in it before, if it is a large manifest."""
+    if (known := _recall(table, kind, key)) is not None:
+        return known
+    found = find()
+    if table.digest and len(table) >= WORTH:
+        content = json.dumps([[row, *astuple(finding)] for row, finding in found])
+        remember(kind, [table.digest, *key], {"findings": np.frombuffer(content.encode(), np.uint8)})
+    return found
+
+
+def _recall(table: CutTable, kind: str, key: Sequence[str]) -> Found | None:
+    if not table.digest or len(table) < WORTH or (known := recall(kind, [table.digest, *key])) is None:
+        return None
+    return [(row, Finding(*words)) for row, *words in json.loads(known["findings"].tobytes())]
 
 
 def alignment_need(tokens: list[int]) -> int:
@@ -73,10 +170,7 @@ def alignment_need(tokens: list[int]) -> int:
     return len(tokens) + sum(a == b for a, b in pairwise(tokens))
 
 
-def _check_manifest(
-    cut: Cut, tokenizer: Tokenizer | None, languages: Sequence[str], least: int = 1
-) -> Iterable[Finding]:
-    text = text_of(cut)
+def _check_manifest(cut: Cut, languages: Sequence[str], least: int = 1) -> Iterable[Finding]:
     if encoder_frames(cut.duration) < least:
         who = "the encoder needs" if least == 1 else f"{least} encoder frames need, of which a span can be hidden"
         detail = f"{cut.duration:.3f} s, less than the {count_window(least) * FRAME_SHIFT:.2f} s {who}"
@@ -97,43 +191,36 @@ def _check_manifest(
         yield Finding(
             cut.id, "language", f"its supervisions are of {', '.join(sorted(named))}; the model takes one at a time"
         )
-    if not text.strip():
+    if not text_of(cut).strip():
         yield Finding(cut.id, "text", "the text is empty")
-    elif tokenizer is not None:
-        if problem := tokenizer.cannot_spell(text):
-            yield Finding(cut.id, "characters", problem)
-        need, have = alignment_need(tokenizer.encode(text)), encoder_frames(cut.duration)
-        if need > have:
-            yield Finding(
-                cut.id,
-                "alignment",
-                f"{cut.duration:.2f} s give {have} encoder frames, its tokens need {need}; "
-                "is the text that of this recording? Longer tokens need fewer frames",
-            )
+
+
+def _check_spelling(table: CutTable, row: int, tokenizer: Tokenizer) -> Iterable[Finding]:
+    text, duration = table.text_of(row), float(table.durations[row])
+    if not text.strip():
+        return
+    if problem := tokenizer.cannot_spell(text):
+        yield Finding(table[row].id, "characters", problem)
+    need, have = alignment_need(tokenizer.encode(text)), encoder_frames(duration)
+    if need > have:
+        yield Finding(
+            table[row].id,
+            "alignment",
+            f"{duration:.2f} s give {have} encoder frames, its tokens need {need}; "
+            "is the text that of this recording? Longer tokens need fewer frames",
+        )
 
 
 def _check_audio(cut: Cut) -> list[Finding]:
     """What training would hear of this cut, by the code that training reads through."""
     try:
-        if cut.has_features:
-            features = stored_features(cut)
-            silent = bool(features.max() - features.min() < 1e-3)
-        else:
-            silent = bool(read_samples(cut).abs().max() < SILENCE_PEAK)
+        if not cut.has_features:
+            check_sound(cut, read_samples(cut))
+        elif bool((features := stored_features(cut)).max() - features.min() < 1e-3):
+            return [Finding(cut.id, "silent", "the stored features are the same everywhere")]
     except CutError as error:
         return [Finding(cut.id, error.kind, error.detail)]
-    if not silent:
-        return []
-    if cut.has_features:
-        return [Finding(cut.id, "silent", "the stored features are the same everywhere")]
-    return [Finding(cut.id, "silent", f"the peak lies below -60 dBFS{_other_channels(cut)}")]
-
-
-def _other_channels(cut: Cut) -> str:
-    """A hint, where a cut points to one channel of several."""
-    if not isinstance(cut, MonoCut) or cut.recording.num_channels < 2:
-        return ""
-    return f" in channel {cut.channel}, the one this cut points to, of {cut.recording.num_channels}"
+    return []
 
 
 def coverage(cut: Cut) -> float:
@@ -246,8 +333,8 @@ def _audio_of(cut: Cut) -> tuple[str, float] | None:
 
 
 def decodable_cuts(
-    manifest: Path, languages: Sequence[str] = (), tokenizer: Tokenizer | None = None
-) -> tuple[CutSet, list[str]]:
+    manifest: Path, languages: Sequence[str] = (), tokenizer: Tokenizer | None = None, jobs: int = 1
+) -> tuple[CutTable, list[str]]:
     """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others; a cut with an empty text, or
     without a supervision, is decoded too, and every word recognized in it counts as an insertion; a text that the tokenizer
     cannot spell is scored, and no model with this tokenizer can get it right.
@@ -259,7 +346,7 @@ def decodable_cuts(
         UserError: an unreadable manifest, or a line for each cut that cannot be decoded.
     """
     cuts = open_cuts(manifest, need_text=False)
-    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages)
+    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages, jobs=jobs)
     empty = [finding.cut_id for finding in findings if finding.kind == "text"]
     lines = {
         finding: f"{manifest}: cut {clip(finding.cut_id)}: {finding.kind}: {finding.detail}"
@@ -276,7 +363,8 @@ def decodable_cuts(
             "them is an insertion"
         )
     if tokenizer is not None:
-        problems = [(cut.id, problem) for cut in cuts if (problem := tokenizer.cannot_spell(text_of(cut)))]
+        rows = range(len(cuts))
+        problems = [(cuts[row].id, problem) for row in rows if (problem := tokenizer.cannot_spell(cuts.text_of(row)))]
         if problems:
             warnings.append(
                 f"{manifest}: {len(problems)} reference(s) cannot be recognized without an error, the first is that of cut "

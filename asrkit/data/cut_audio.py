@@ -7,6 +7,7 @@ libsndfile does not know.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from asrkit.errors import UserError, clip
 from asrkit.frames import FRAME_SHIFT, SAMPLE_RATE, count_features
 
 TOLERANCE = 0.02  # seconds a file may be shorter than its manifest says, as decoders differ
+SILENCE_PEAK = 1e-3  # -60 dBFS
 FBANKS = ("kaldi-fbank", "kaldifeat-fbank", "fbank")  # what lhotse calls Kaldi's log-mel features
 FRAME_TOLERANCE = 2  # feature frames
 
@@ -76,6 +78,22 @@ def read_samples(cut: Cut) -> Tensor:
     if not np.isfinite(samples).all():
         raise CutError(cut.id, "values", "the audio holds values that are not finite")
     return torch.from_numpy(np.ascontiguousarray(samples)).float().mean(dim=0)
+
+
+def check_sound(cut: Cut, samples: Tensor) -> None:
+    """
+    Raises:
+        CutError: ``silent``.
+    """
+    if samples.abs().max() < SILENCE_PEAK:
+        raise CutError(cut.id, "silent", f"the peak lies below -60 dBFS{_other_channels(cut)}")
+
+
+def _other_channels(cut: Cut) -> str:
+    """A hint, where a cut points to one channel of several."""
+    if not isinstance(cut, MonoCut) or cut.recording.num_channels < 2:
+        return ""
+    return f" in channel {cut.channel}, the one this cut points to, of {cut.recording.num_channels}"
 
 
 def _reason(error: Exception) -> str:
@@ -184,6 +202,18 @@ def stored_features(cut: Cut) -> Tensor:
     return torch.from_numpy(np.array(features, dtype=np.float32))
 
 
+def files_of(cut: Cut) -> Iterator[tuple[str, int, int]]:
+    """The files that a cut is read from: name, size in bytes and time of the last change; -1 where there is none."""
+    names = [source.source for one in _recordings(cut) for source in one.sources if source.type == "file"]
+    names += [str(path) for one in _features(cut) if (path := _file_of(one)) is not None]
+    for name in names:
+        try:
+            status = os.stat(name)
+            yield str(name), status.st_size, status.st_mtime_ns
+        except OSError:
+            yield str(name), -1, -1
+
+
 def _features(cut: Cut) -> Iterator[Features]:
     if isinstance(cut, MixedCut):
         for track in cut.tracks:
@@ -213,16 +243,27 @@ def _other_kind(manifest: Features) -> str | None:
     return None
 
 
-def feature_statistics(table: CutTable, max_cuts: int = 2000) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each mel bin over (at most, evenly spread) ``max_cuts`` cuts: (80,), (80,)."""
+def feature_statistics(table: CutTable, skip_bad: bool = False, max_cuts: int = 2000) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each mel bin over (at most, evenly spread) ``max_cuts`` cuts: (80,), (80,).
+
+    Raises:
+        CutError: a cut that cannot be read, unless ``skip_bad``; none that can.
+    """
     indices = np.unique(np.linspace(0, len(table) - 1, min(max_cuts, len(table))).astype(int))
     count = 0
     total = torch.zeros(NUM_MEL_BINS, dtype=torch.float64)
     squares = torch.zeros(NUM_MEL_BINS, dtype=torch.float64)
     for index in indices:
-        features = cut_features(table[int(index)]).double()
+        try:
+            features = cut_features(table[int(index)]).double()
+        except CutError:
+            if not skip_bad:
+                raise
+            continue
         count += len(features)
         total += features.sum(0)
         squares += features.square().sum(0)
+    if not count:
+        raise CutError(table[0].id, "unreadable", "nor can any other cut be read; run `asrkit data check`")
     mean = total / count
     return mean.float(), (squares / count - mean.square()).clamp(min=1e-4).sqrt().float()

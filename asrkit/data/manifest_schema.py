@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -58,7 +59,12 @@ Channels = Channel | list[Channel]
 
 def allowed_sources() -> frozenset[str]:
     """Types of audio sources that are read: ``SOURCES``, and those that ASRKIT_ALLOW_SOURCES lists, separated by commas."""
-    return SOURCES | {part.strip() for part in os.environ.get(ALLOW, "").split(",") if part.strip()}
+    return _allowed(os.environ.get(ALLOW, ""))
+
+
+@cache
+def _allowed(added: str) -> frozenset[str]:
+    return SOURCES | {part.strip() for part in added.split(",") if part.strip()}
 
 
 def check_source(kind: str, source: str | bytes) -> None:

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
+import numpy as np
+from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from asrkit.config import digest
-from asrkit.data.manifest_schema import MAX_DEPTH, check_cut, deeper_than, has_surrogates, without_nulls
+from asrkit.data.cut_table import Columns, CutTable, with_supervision
+from asrkit.data.cut_table import text_of as text_of  # with the other words about a cut, below
+from asrkit.data.manifest_schema import (
+    MAX_DEPTH,
+    allowed_sources,
+    check_cut,
+    deeper_than,
+    has_surrogates,
+    without_nulls,
+)
+from asrkit.data.parallel import cores, in_processes, may_fork
+from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.shar import FIELDS, attach, members_of, shards_of, tar_of
 from asrkit.disk import atomic_write, sha256_of
 from asrkit.errors import UserError, clip
 
 MAX_FINDINGS = 20  # a file of another format is wrong on every line: the first few say it all
-MAX_LINE = 64 << 20  # characters
+MAX_LINE = 64 << 20  # bytes
+MAX_OPENED = 4
+BLOCK = 16 << 20  # bytes
+PART, MANY_PARTS = 2000, 25  # lines that are checked at a time; from so many parts on by all cores
 
 
-def open_cuts(path: Path, need_text: bool = True) -> CutSet:
-    """Read and check a manifest: its cuts are in memory, their audio is not. Nothing is run or fetched.
+def open_cuts(path: Path, need_text: bool = True) -> CutTable:
+    """Read and check a manifest: the text of its cuts is in memory, their audio is not. Nothing is run or fetched.
+
+    A large manifest that was checked before, by its digest, is not checked again (``remembered.py``).
 
     Args:
         need_text: where it is not needed, a cut without a supervision is given one without words.
@@ -40,10 +59,10 @@ def open_cuts(path: Path, need_text: bool = True) -> CutSet:
         raise UserError(f"{path}: no such manifest; 'asrkit data import' and 'asrkit data prompts' make them")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path}: not a manifest; give a .jsonl or .jsonl.gz file of cuts, or a Shar directory")
-    return CutSet.from_cuts(_read_cuts([path], need_text))
+    return _read_cuts([path], need_text)
 
 
-def _open_shar(folder: Path, need_text: bool) -> CutSet:
+def _open_shar(folder: Path, need_text: bool) -> CutTable:
     if not (shards := shards_of(folder)):
         raise UserError(
             f"{folder}: not a Shar directory (no cuts.*.jsonl.gz in it); give a manifest file or a Shar directory"
@@ -57,32 +76,39 @@ def _open_shar(folder: Path, need_text: bool) -> CutSet:
             findings.append(f"{folder}: {error}")
     if findings:
         raise UserError.of(_few(findings, folder))
-    return CutSet.from_cuts(cuts)
+    return CutTable(cuts)
 
 
-def _read_cuts(paths: list[Path], need_text: bool) -> list[Cut]:
-    cuts: list[Cut] = []
-    findings: list[str] = []
-    first_line: dict[str, str] = {}  # where each id was first seen
-    for path in paths:
-        for number, line in _numbered_lines(path):
-            where = f"{path}:{number}"
-            try:
-                cut = _parse_cut(line, need_text)
-            except ValueError as error:
-                findings.append(f"{where}: {error}")
-                continue
-            if cut.id in first_line:
-                findings.append(
-                    f"{where}: cut {clip(cut.id)} is already at {first_line[cut.id]}; give each cut its own id"
-                )
-            first_line.setdefault(cut.id, where)
-            cuts.append(cut)
+def _read_cuts(paths: list[Path], need_text: bool) -> CutTable:
+    files = [_read_file(path, need_text) for path in paths]
+    table = files[0].table if len(files) == 1 else CutTable.joined([file.table for file in files])
+    findings = [(index, *finding) for index, file in enumerate(files) for finding in file.findings]
+    findings += _twice(table, files, paths)
     if findings:
-        raise UserError.of(_few(findings, paths[0]))
-    if not cuts:
+        lines = [f"{paths[index]}:{number}: {what}" for index, number, what in sorted(findings)]
+        raise UserError.of(_few(lines, paths[0]))
+    if not len(table):
         raise UserError(f"{paths[0]}: the manifest is empty; make it again, or give another")
-    return cuts
+    return table
+
+
+def _twice(table: CutTable, files: Sequence[_File], paths: list[Path]) -> list[tuple[int, int, str]]:
+    """A finding (file, line, what) for each cut of the files' ``table`` whose id an earlier one has."""
+    unique, counts = np.unique(table.columns.hashes, return_counts=True)
+    if len(unique) == len(table):
+        return []
+    findings, first = [], {}  # type: list[tuple[int, int, str]], dict[str, str]
+    ends = np.cumsum([len(file.table) for file in files])
+    for row in np.flatnonzero(np.isin(table.columns.hashes, unique[counts > 1])):
+        index = int(np.searchsorted(ends, row, side="right"))
+        number = int(files[index].numbers[row - ends[index]])  # a negative index counts from the file's end
+        cut_id = table[row].id
+        if cut_id in first:
+            findings.append(
+                (index, number, f"cut {clip(cut_id)} is already at {first[cut_id]}; give each cut its own id")
+            )
+        first.setdefault(cut_id, f"{paths[index]}:{number}")
+    return findings
 
 
 def _few(findings: list[str], path: Path) -> list[str]:
@@ -90,24 +116,135 @@ def _few(findings: list[str], path: Path) -> list[str]:
     return findings if rest <= 0 else [*findings[:MAX_FINDINGS], f"{path}: {rest} more lines like these"]
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
+class _File(NamedTuple):
+    """The cuts of one file, the line number of each, and what is wrong with other lines: (number, what)."""
+
+    table: CutTable
+    numbers: np.ndarray
+    findings: list[tuple[int, str]]
+
+
+# The last few files, as a training opens its manifest more than once.
+_OPENED: dict[tuple[str, bool, frozenset[str]], _File] = {}
+
+
+def _read_file(path: Path, need_text: bool) -> _File:
     try:
-        with open(path, "rb") as raw:
-            compressed = raw.read(2) == b"\x1f\x8b"  # by content, as a browser may have unpacked the file
-        with gzip.open(path, "rt", encoding="utf-8") if compressed else open(path, encoding="utf-8") as file:
-            while line := file.readline(MAX_LINE):
-                number += 1
-                if len(line) == MAX_LINE:
-                    raise UserError(
-                        f"{path}:{number}: longer than {MAX_LINE >> 20} million characters, so not a manifest"
-                    )
-                if line.strip():
-                    yield number, line
-    except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}:{number + 1}: cannot read further ({clip(error)}); the file is truncated or damaged, make it again"
-        ) from error
+        raw = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, 1, error) from error
+    digest, sources = hashlib.sha256(raw).hexdigest(), allowed_sources()
+    key = (digest, need_text, sources)
+    if key in _OPENED:
+        return _OPENED[key]
+    text = _unpacked(path, raw)
+    del raw
+    starts, ends, numbers = _lines(text)
+    kind, told = "manifest", [digest, str(need_text), *sorted(sources)]
+    known = recall(kind, told) if len(starts) >= WORTH else None
+    if known is not None:
+        names = tuple(json.loads(known.pop("names").tobytes()))
+        columns, findings, rows = Columns(**known, names=names), list[tuple[int, str]](), None
+    else:
+        columns, findings, rows = _check_lines(path, text, starts, ends, numbers, need_text)
+        if not findings and len(starts) >= WORTH:
+            names_text = np.frombuffer(json.dumps(columns.names).encode(), np.uint8)
+            remember(kind, told, {**vars(columns), "names": names_text})
+    if rows is not None:
+        starts, ends, numbers = starts[rows], ends[rows], numbers[rows]
+    file = _File(CutTable.of_lines(text, starts, ends, columns, digest), numbers, findings)
+    if not findings:
+        while len(_OPENED) >= MAX_OPENED:
+            del _OPENED[next(iter(_OPENED))]
+        _OPENED[key] = file
+    return file
+
+
+def _damaged(path: Path, number: int, error: Exception) -> UserError:
+    return UserError(
+        f"{path}:{number}: cannot read further ({clip(error)}); the file is truncated or damaged, make it again"
+    )
+
+
+def _unpacked(path: Path, raw: bytes) -> np.ndarray:
+    """The text of a manifest, (bytes,) uint8.
+
+    Raises:
+        UserError: it is truncated or damaged, or has a line without end.
+    """
+    if raw[:2] != b"\x1f\x8b":  # by content, as a browser may have unpacked the file
+        return np.frombuffer(raw, dtype=np.uint8)
+    text, line = bytearray(), 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+            while block := file.read(BLOCK):
+                line = line + len(block) if (last := block.rfind(b"\n")) < 0 else len(block) - last
+                if line > MAX_LINE:
+                    raise _too_long(path, text.count(b"\n") + block.count(b"\n") + 1)
+                text += block
+    except (EOFError, OSError, zlib.error) as error:
+        raise _damaged(path, text.count(b"\n") + 1, error) from error
+    return np.frombuffer(text, dtype=np.uint8)
+
+
+def _too_long(path: Path, number: int) -> UserError:
+    return UserError(f"{path}:{number}: longer than {MAX_LINE >> 20} million characters, so not a manifest")
+
+
+def _lines(text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the lines of a text that are not blank begin and end, and their numbers from 1: int64 (N,) each."""
+    blocks = range(0, len(text), BLOCK)
+    breaks = [np.flatnonzero(text[first : first + BLOCK] == ord("\n")) + first for first in blocks]
+    ends = np.concatenate([*breaks, [len(text)]]).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    filled = np.zeros(len(starts), bool)
+    filled[ends > starts] = text[starts[ends > starts]] == ord("{")
+    for row in np.flatnonzero(~filled & (ends > starts)):
+        filled[row] = bool(text[starts[row] : ends[row]].tobytes().strip())
+    rows = np.flatnonzero(filled)
+    return starts[rows], ends[rows], rows + 1
+
+
+def _check_lines(
+    path: Path, text: np.ndarray, starts: np.ndarray, ends: np.ndarray, numbers: np.ndarray, need_text: bool
+) -> tuple[Columns, list[tuple[int, str]], np.ndarray | None]:
+    """What is known of the cuts, what is wrong with other lines, and the rows of the good ones, if these are not all.
+
+    Raises:
+        UserError: bytes that are no text; a line without end.
+    """
+
+    bounds = list(zip(numbers.tolist(), starts.tolist(), ends.tolist(), strict=True))
+
+    def check(rows: range) -> tuple[Columns, list[tuple[int, str]], list[int]]:
+        findings: list[tuple[int, str]] = []
+        good: list[int] = []
+
+        def cuts() -> Iterator[Cut]:
+            for row in rows:
+                number, start, end = bounds[row]
+                if end - start > MAX_LINE:
+                    raise _too_long(path, number)
+                try:
+                    line = text[start:end].tobytes().decode()
+                except UnicodeDecodeError as error:
+                    raise _damaged(path, number, error) from error
+                try:
+                    cut = _parse_cut(line, need_text)
+                except ValueError as error:
+                    findings.append((number, str(error)))
+                else:
+                    good.append(row)
+                    yield cut
+
+        return Columns.of(cuts()), findings, good  # one at a time: Python's collector walks through all that is kept
+
+    parts = [range(first, min(first + PART, len(starts))) for first in range(0, len(starts), PART)] or [range(0)]
+    jobs = cores() if len(parts) >= MANY_PARTS and may_fork() else 1
+    checked = list(in_processes(check, parts, jobs, lambda rows: f"{path}:{numbers[rows.start]}"))
+    findings = [finding for _, wrong, _ in checked for finding in wrong]
+    rows = np.array([row for *_, good in checked for row in good], np.int64) if findings else None
+    return Columns.joined([columns for columns, *_ in checked]), findings, rows
 
 
 def _parse_cut(line: str, need_text: bool) -> Cut:
@@ -128,38 +265,34 @@ def _parse_cut(line: str, need_text: bool) -> Cut:
         raise ValueError("half a character (a lone surrogate) in a text, which no file takes; fix or remove the line")
     if not isinstance(data, dict):
         raise ValueError(f"not a Lhotse cut but {clip(repr(data), 60)}; fix or remove the line")
-    if deeper_than(MAX_DEPTH, data):
+    if line.count("{") + line.count("[") > MAX_DEPTH and deeper_than(MAX_DEPTH, data):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep; remove the line")
-    name = f"cut {clip(data['id'])}" if isinstance(data.get("id"), str) else "a cut without id"
     kind = data.get("type")
     if kind not in ("MonoCut", "MultiCut", "MixedCut", "Cut"):
         made = "Recording" if "sources" in data else "SupervisionSegment" if "text" in data else "something else"
         if kind is None and made != "something else":
             raise ValueError(f"a {made}, not a cut; 'lhotse cut simple' joins recordings and supervisions")
-        raise ValueError(f"{name}: not a Lhotse cut (type {clip(repr(kind), 60)}); fix or remove the line")
-    data = without_nulls(data)
+        raise ValueError(f"{_name(data)}: not a Lhotse cut (type {clip(repr(kind), 60)}); fix or remove the line")
+    if "null" in line:
+        data = without_nulls(data)
     findings = check_cut(data)
     if findings:
-        raise ValueError(f"{name}: {'; '.join(findings)}; fix or remove the line")
+        raise ValueError(f"{_name(data)}: {'; '.join(findings)}; fix or remove the line")
     try:
         cut = deserialize_item(data)
     except Exception as error:  # whatever a constructor says about fields it did not expect
-        raise ValueError(f"{name}: not a Lhotse cut ({clip(error)}); fix or remove the line") from error
+        raise ValueError(f"{_name(data)}: not a Lhotse cut ({clip(error)}); fix or remove the line") from error
     if not need_text:
-        cut = _with_supervision(cut)
+        cut = with_supervision(cut)
     if not cut.supervisions:
-        raise ValueError(f"{name}: no supervision; add one with the text, or remove the line")
+        raise ValueError(f"{_name(data)}: no supervision; add one with the text, or remove the line")
     if need_text and not all((supervision.text or "").strip() for supervision in cut.supervisions):
-        raise ValueError(f"{name}: the text is empty; add it, or remove the line")
+        raise ValueError(f"{_name(data)}: the text is empty; add it, or remove the line")
     return cut
 
 
-def _with_supervision(cut: Cut) -> Cut:
-    """The cut, with one supervision without words if it has none."""
-    if not cut.supervisions:
-        recording = cut.recording_id if cut.has_recording else cut.id
-        cut.supervisions = [SupervisionSegment(cut.id, recording, 0, cut.duration, text="")]
-    return cut
+def _name(data: dict[str, Any]) -> str:
+    return f"cut {clip(data['id'])}" if isinstance(data.get("id"), str) else "a cut without id"
 
 
 def write_cuts(path: Path, cuts: Iterable[Cut]) -> None:
@@ -210,11 +343,6 @@ def make_cut(
         custom=custom or None,
     )
     return MonoCut(id=cut_id, start=0, duration=duration, channel=0, recording=recording, supervisions=[supervision])
-
-
-def text_of(cut: Cut) -> str:
-    """All supervisions' texts of a cut, in order of time, joined by a space."""
-    return " ".join(s.text or "" for s in sorted(cut.supervisions, key=lambda s: s.start))
 
 
 def language_of(cut: Cut) -> str:

@@ -102,6 +102,7 @@ class SequenceBatch:
     cut_ids: list[str]
     durations: list[float] = field(default_factory=list)
     num_symbols: int = -1
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_symbols < 0:

@@ -28,12 +28,15 @@ from asrkit.data.augment import (
 )
 from asrkit.data.batch import Batch, _padded_symbols
 from asrkit.data.bucketing import BucketPlan
-from asrkit.data.cut_audio import cut_samples, stored_features
+from asrkit.data.cut_audio import CutError, check_sound, cut_samples, stored_features
 from asrkit.data.cut_table import CutTable
 from asrkit.data.features import NUM_MEL_BINS, fbank
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.errors import UserError
 from asrkit.frames import FRAME_SHIFT
+
+MOST_IN_A_ROW = 20  # cuts that cannot be read, before training ends
 
 
 @config
@@ -52,6 +55,9 @@ class AudioConfig:
     """How often the main manifest comes in an epoch for each time those of `also` do."""
     noise: Path | None = None
     """Manifest of noise recordings for augment.noise_probability; null makes Gaussian noise of a random color."""
+    check_first: Annotated[int, Field(ge=1)] = 5_000
+    """Read the audio of so many cuts of a manifest, spread evenly, before training starts. That of a larger manifest is
+    read by `asrkit data check`, whose result is remembered, or checked as it is trained on."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training data are varied."""
 
@@ -84,7 +90,8 @@ class DataConfig(AudioConfig):
 class AudioBatches(torch.utils.data.Dataset[Batch]):
     """``batches[step * slices + slice]``: the perturbed batch of a step and slice, without symbols.
 
-    With ``clean`` set, batches hold the clean features as well.
+    With ``clean`` set, batches hold the clean features as well. With ``skip_bad`` set, a cut that cannot be read is replaced by one of
+    like duration and named in ``left_out``; otherwise it ends the training.
     ``annotate``, where a stage sets it, makes ``segments`` of each utterance's perturbed cuts.
     """
 
@@ -101,20 +108,24 @@ class AudioBatches(torch.utils.data.Dataset[Batch]):
     ) -> None:
         self.table, self.plan, self.slices = table, plan, slices
         self.settings, self.noise, self.seed = settings, noise, seed
-        self.clean = False
+        self.clean = self.skip_bad = False
 
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self.slices)
         planned = self.plan(step)
         augment = self.settings.augment
         features, clean, symbols, cuts, texts, warps, parts = [], [], [], [], [], [], []
+        left_out: dict[str, str] = {}
         for position in range(part, len(planned), self.slices):
             # Seeded by the position in the whole batch, so that the number of processes does not change the data.
             random = np.random.default_rng((self.seed, 2, step, position))
-            joined = [self._cut(int(planned[position]), random)]
+            rows = [int(planned[position])]
+            wanted = [self._cut(rows[0], random)]
             if random.uniform() < augment.join:
-                joined.append(self._cut(int(random.choice(planned)), random))
-            made = [perturbed_features(cut, augment, random, self.noise, self.clean) for cut in joined]
+                rows.append(int(random.choice(planned)))
+                wanted.append(self._cut(rows[1], random))
+            pairs = [self._perturbed(row, cut, random, left_out) for row, cut in zip(rows, wanted, strict=True)]
+            joined, made = [cut for cut, _ in pairs], [perturbed for _, perturbed in pairs]
             parts.append(
                 [PerturbedCut(cut, len(frames), *added) for cut, (frames, _, added) in zip(joined, made, strict=True)]
             )
@@ -144,6 +155,36 @@ class AudioBatches(torch.utils.data.Dataset[Batch]):
             *_padded_symbols(symbols),
             clean=pad(clean)[0] if self.clean else torch.zeros(0),
             segments=self.annotate(parts) if self.annotate is not None else {},
+            left_out=left_out,
+        )
+
+    def _perturbed(
+        self, row: int, cut: Cut, random: np.random.Generator, left_out: dict[str, str]
+    ) -> tuple[Cut, Perturbed]:
+        """The cut of a row of the table, or one of like duration where it cannot be read, and its perturbed features.
+
+        Raises:
+            UserError: a cut that cannot be read and is not to be skipped; too many in a row.
+        """
+        instead = self.plan.alike(row)
+        for _ in range(MOST_IN_A_ROW):
+            try:
+                whole = cut.duration == self.table.durations[row]  # a part of it may well be silent
+                return cut, perturbed_features(cut, self.settings.augment, random, self.noise, self.clean, whole)
+            except CutError as error:
+                if not self.skip_bad:
+                    raise UserError(
+                        f"{error}; fix it, and run the same command again to go on from the last save, or add --set bad_cuts=skip; "
+                        "`asrkit data check` lists all such cuts"
+                    ) from error
+                left_out[error.cut_id] = f"{error.kind}: {error.detail}"
+                if (
+                    error.cut_id == cut.id and (row := next(instead, -1)) >= 0
+                ):  # else it is the noise, which is drawn again
+                    cut = self._cut(row, random)
+        raise UserError(
+            f"{len(left_out)} cuts in a row cannot be read, the last is {list(left_out)[-1]}: {list(left_out.values())[-1]}; "
+            "`asrkit data check` lists all such cuts"
         )
 
     def _cut(self, index: int, random: np.random.Generator) -> Cut:
@@ -177,20 +218,30 @@ class TrainBatches(AudioBatches):
         return self.tokenizer.encode(text, self.settings.bpe_dropout, seed=int(random.integers(1 << 31)))
 
 
+Perturbed = tuple[Tensor, Tensor, tuple[float, float]]  # what ``perturbed_features`` returns
+
+
 def perturbed_features(
-    cut: Cut, augment: AugmentConfig, random: np.random.Generator, noise: CutTable | None, clean: bool
-) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    cut: Cut,
+    augment: AugmentConfig,
+    random: np.random.Generator,
+    noise: CutTable | None,
+    clean: bool,
+    refuse_silence: bool = False,
+) -> Perturbed:
     """A cut's perturbed features (T, 80); if ``clean``, those whose timing alone was perturbed, else the same again; and
     the frames of silence that came before and after.
 
     Raises:
-        UserError: unreadable audio, or features of another dimension.
+        CutError: unreadable audio, of the cut or the noise, or features of another dimension; silence, where that is refused.
     """
     added = (0.0, 0.0)
     if cut.has_features:
         features = untouched = stored_features(cut)
     else:
         samples = cut_samples(cut)
+        if refuse_silence:
+            check_sound(cut, samples)
         noise_samples = None
         if random.uniform() < augment.noise_probability:
             noise_samples = (

@@ -85,6 +85,7 @@ def align(
     tokenizer: Path | None = None,
     senones: Path | None = None,
     device: str = "auto",
+    jobs: int = 1,
 ) -> Aligned:
     """Write the manifest's cuts to ``out``, with alignments in their supervisions.
 
@@ -92,19 +93,25 @@ def align(
         tokenizer: of the bpe units; a word's time is shared evenly among its pieces. None takes the model's own, which the CTC
             path times itself.
         senones: the tree to use; None grows one on these cuts and writes it beside ``out``, as OUT.senones.yaml.
+        jobs: processes that read audio and find the paths, on the CPU.
 
     Raises:
         UserError: an unusable run, manifest or option, or cuts that cannot be aligned, listed by id; nothing is written.
     """
     torch_device = choose_device(device)
+    if torch_device.type != "cpu" and jobs > 1:
+        raise UserError(
+            f"--jobs {jobs}: several processes align on the CPU only; add --device cpu, or leave --jobs out"
+        )
     run = open_run(parent)
     model = load_model(run)
     _check_options(out, settings, tokenizer, senones)
     tree = None if senones is None else load_tree(senones)
     model_tokenizer = Tokenizer(run.tokenizer_path)
     bpe_tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
-    cuts = list(open_cuts(manifest))
-    findings = find_bad_cuts(cuts, model_tokenizer, read_audio=True, languages=model.spec.languages)
+    table = open_cuts(manifest)
+    cuts = list(table)
+    findings = find_bad_cuts(table, model_tokenizer, True, model.spec.languages, jobs=jobs)
     findings += [
         Finding(cut.id, "words", reason) for cut in cuts for reason in _unusual(cut, model_tokenizer, bpe_tokenizer)
     ]
@@ -120,7 +127,9 @@ def align(
                 findings.append(Finding(cut.id, "phones", str(error)))
     good = _without(cuts, findings, settings.bad_cuts)
     acoustic = _acoustic(model.to(torch_device), settings.variant)
-    alignments, impossible = align_words(acoustic, good, model_tokenizer, settings.extension, settings.max_duration)
+    alignments, impossible = align_words(
+        acoustic, good, model_tokenizer, settings.extension, settings.max_duration, jobs
+    )
     findings += impossible
     good = _without(good, impossible, settings.bad_cuts)
     if bpe_tokenizer is not None:

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lhotse.cut import Cut
-
 from asrkit.data.checks import Finding, Overlap, Survey, find_bad_cuts, find_overlap, survey
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import open_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.disk import atomic_write
@@ -50,15 +49,20 @@ class Report:
 
 
 def check_manifests(
-    train: Sequence[Path], held_out: Sequence[Path], tokenizer_path: Path | None = None, *, read_audio: bool = True
+    train: Sequence[Path],
+    held_out: Sequence[Path],
+    tokenizer_path: Path | None = None,
+    *,
+    read_audio: bool = True,
+    jobs: int = 1,
 ) -> Report:
-    """Check every manifest, and each training one against each held-out one.
+    """Check every manifest, and each training one against each held-out one, in ``jobs`` processes.
 
     Raises:
         UserError: a manifest or the tokenizer cannot be opened; all of them at once.
     """
     report = Report()
-    opened: dict[Path, list[Cut]] = {}
+    opened: dict[Path, CutTable] = {}
     lines: list[str] = []
     tokenizer = None
     try:
@@ -67,14 +71,14 @@ def check_manifests(
         lines += error.lines
     for path in dict.fromkeys([*train, *held_out]):
         try:
-            opened[path] = list(open_cuts(path))
+            opened[path] = open_cuts(path)
         except UserError as error:
             lines += error.lines
     if lines:
         raise UserError.of(lines)
     for path, cuts in opened.items():
         report.surveys[str(path)] = survey(cuts, tokenizer)
-        report.findings[str(path)] = find_bad_cuts(cuts, tokenizer, read_audio=read_audio)
+        report.findings[str(path)] = find_bad_cuts(cuts, tokenizer, read_audio=read_audio, jobs=jobs)
     for one in train:
         for other in held_out:
             if one != other:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lhotse import CutSet
 
 from asrkit.config import to_dict
-from asrkit.data.batch import evaluation_batches
 from asrkit.data.checks import decodable_cuts
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import digest_of, speaker_of
 from asrkit.decoding.choice import ContextChoice
-from asrkit.decoding.evaluation import score
-from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
+from asrkit.decoding.evaluation import decode_cuts
+from asrkit.decoding.latency import summarize_latencies
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import Method, search
+from asrkit.decoding.search import Method
 from asrkit.disk import atomic_write
 from asrkit.errors import UserError
-from asrkit.reporting.progress import progress
 from asrkit.reporting.results import (
     EVALUATION,
     RESULT,
@@ -69,6 +66,7 @@ def evaluate(
     max_duration: float = 200.0,
     device: str = "auto",
     threads: int | None = None,
+    jobs: int = 1,
     out: Path | None = None,
 ) -> list[Evaluation]:
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
@@ -83,21 +81,26 @@ def evaluate(
         context: None is the first the variant was trained in.
         max_duration: seconds of padded audio decoded at once.
         threads: of torch; None leaves what is set.
+        jobs: processes that read and decode, each with one thread. Their seconds add up.
 
     Raises:
         UserError: everything wrong with the run directory, the manifest and the options, before any decoding.
     """
     if threads is not None:
+        if jobs > 1:
+            raise UserError("--threads: each of several --jobs computes with one thread; leave --threads out")
         torch.set_num_threads(threads)
     methods = list(dict.fromkeys(methods))
-    recognizer, cuts, warnings = _open(run_path, manifest, methods, beam, variant, context or ContextChoice(), device)
+    recognizer, cuts, warnings = _open(
+        run_path, manifest, methods, beam, variant, context or ContextChoice(), device, jobs
+    )
     digest = digest_of(manifest)
     directories = {
         method: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, method, beam) for method in methods
     }
     for directory in directories.values():
         _make(directory)
-    decoded = _decode(recognizer, cuts, methods, beam, max_duration)
+    decoded = decode_cuts(recognizer, cuts, methods, beam, max_duration, jobs)
     order = {cut.id: number for number, cut in enumerate(cuts)}
     speakers = {cut.id: speaker_of(cut) for cut in cuts}
     evaluations = []
@@ -123,7 +126,7 @@ def evaluate(
             decode_seconds=round(seconds, 3),
             real_time_factor=round(seconds / audio_seconds, 6),
             device=str(recognizer.device),
-            threads=torch.get_num_threads(),
+            threads=torch.get_num_threads() if jobs == 1 else 1,
             warnings=[*recognizer.warnings, *warnings],
         )
         _write(directories[method], result, utterances)
@@ -139,7 +142,8 @@ def _open(
     variant: str | None,
     choice: ContextChoice,
     device: str,
-) -> tuple[Recognizer, CutSet, list[str]]:
+    jobs: int,
+) -> tuple[Recognizer, CutTable, list[str]]:
     """The recognizer, the cuts, and warnings; everything wrong with either and with the options is reported at once."""
     findings = [f"--beam {beam}: must be at least 1"] if beam < 1 else []
     if contradictions := choice.contradictions():
@@ -150,8 +154,12 @@ def _open(
     if recognizer is not None:
         languages = recognizer.languages if recognizer.language is None else [recognizer.language]
     checked = _gather(
-        findings, lambda: decodable_cuts(manifest, languages, recognizer.tokenizer if recognizer else None)
+        findings, lambda: decodable_cuts(manifest, languages, recognizer.tokenizer if recognizer else None, jobs)
     )
+    if recognizer is not None and recognizer.device.type != "cpu" and jobs > 1:
+        findings.append(
+            f"--jobs {jobs}: several processes decode on the CPU only; add --device cpu, or leave --jobs out"
+        )
     if findings or recognizer is None or checked is None:
         raise UserError.of(findings)
     return recognizer, *checked
@@ -164,46 +172,6 @@ def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
     except UserError as error:
         findings += error.lines
         return None
-
-
-@dataclass
-class _Decoded:
-    """One method's hypotheses for a manifest; ``latencies`` (milliseconds a word) where words are aligned."""
-
-    scored: list[Scored] = field(default_factory=list)
-    latencies: list[float] | None = None
-    seconds: float = 0.0
-
-
-def _decode(
-    recognizer: Recognizer, cuts: CutSet, methods: Sequence[Method], beam: int, max_duration: float
-) -> dict[Method, _Decoded]:
-    """Decode every cut by every method; seconds of each count what they share: audio, features, encoder."""
-    streaming = recognizer.context.streaming
-    ends = {cut.id: aligned for cut in cuts if (aligned := word_ends(cut))} if streaming else {}
-    decoded = {method: _Decoded(latencies=[] if ends else None) for method in methods}
-    with progress("decoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
-        began = time.perf_counter()
-        for batch in evaluation_batches(cuts, max_duration):
-            encoded = recognizer.model.encode(batch.features, batch.feature_lens, batch.languages)
-            if recognizer.device.type == "cuda":
-                torch.cuda.synchronize(recognizer.device)
-            shared = time.perf_counter() - began
-            for method, total in decoded.items():
-                began = time.perf_counter()
-                hypotheses = search(recognizer.model, encoded, method, beam, recognizer.tokenizer.special_ids)
-                total.seconds += shared + time.perf_counter() - began
-                scored = score(batch, hypotheses, recognizer.tokenizer)
-                if total.latencies is not None:
-                    for number, hypothesis in enumerate(hypotheses):
-                        words = ends.get(batch.cut_ids[number]) or ()
-                        late = emission_latencies(hypothesis, recognizer.tokenizer, words, recognizer.context)
-                        total.latencies += late
-                        scored[number] = replace(scored[number], late_ms=tuple(round(value, 1) for value in late))
-                total.scored += scored
-            advance(sum(batch.durations))
-            began = time.perf_counter()
-    return decoded
 
 
 def _make(directory: Path) -> None:

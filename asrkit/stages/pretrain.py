@@ -82,7 +82,7 @@ def pretrain(
             dev_cuts = usable_cuts(
                 dev_cuts, None, settings.bad_cuts, run, read_audio=True, need_text=False, least=least
             )
-        if sum(1 for _ in datasets.training) == 1:
+        if len(datasets.training) == 1:
             run.note(f"{manifest}: holds one utterance, of which little can be learned; give as much audio as there is")
 
         def complete(task: TrainTask) -> TrainTask:
@@ -145,7 +145,7 @@ def new_encoder(settings: PretrainConfig, batches: MaskedBatches, *, with_statis
     for attention in model.encoder.submodels.values():
         attention.silence()  # type: ignore[operator]
     if with_statistics:
-        mean, std = feature_statistics(batches.table)
+        mean, std = feature_statistics(batches.table, batches.skip_bad)
         model.encoder.normalize.mean.copy_(mean)
         model.encoder.normalize.std.copy_(std)
     return model

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lhotse import CutSet
 from torch import Tensor, nn
 
 from asrkit.data.batch import Batch
+from asrkit.data.cut_table import CutTable
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.supernet.config import SupernetConfig, contradictions
@@ -172,7 +172,7 @@ def build_task(settings: SupernetConfig, parent: Path, out: Path, batches: Train
     )
 
 
-def other_member(settings: SupernetConfig, batches: TrainBatches, model: nn.Module, dev: CutSet) -> dict[str, float]:
+def other_member(settings: SupernetConfig, batches: TrainBatches, model: nn.Module, dev: CutTable) -> dict[str, float]:
     """The dev error rates of the variant that is not the default one, under its name."""
     name, context = (DENSE, settings.dense) if settings.default == SPARSE else (SPARSE, settings.sparse)
     method: Any = "greedy" if settings.loss.transducer_scale > 0 else "ctc"

@@ -39,10 +39,11 @@ from asrkit.training.checkpoint import STATE_FILE
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of file systems without locks
 FREE = (
+    "bad_cuts",
     "data.num_workers",
     "asynchronous.ray_address",
     "asynchronous.gpus_per_worker",
-)  # settings that may differ when a run is resumed, because they change no result
+)  # settings that may differ when a run is resumed: they change no result, or only what becomes of cuts that cannot be read
 
 Inputs = Mapping[str, Mapping[str, str]]  # by option: path and sha256
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut
 
 from asrkit.data.bucketing import BucketPlan
@@ -21,7 +20,7 @@ from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import AudioConfig, DataConfig, TrainBatches
 from asrkit.errors import UserError
 from asrkit.run_dir import TOKENIZER
-from asrkit.training.distributed import World, broadcast_object
+from asrkit.training.distributed import World, broadcast_object, from_main
 from asrkit.training.own_data import Report
 from asrkit.training.run_writer import LEFT_OUT, read_sealed
 
@@ -30,14 +29,14 @@ from asrkit.training.run_writer import LEFT_OUT, read_sealed
 class Datasets:
     """What a run trains on: the cuts of the manifest, of ``data.also``, and of the dev manifest."""
 
-    main: CutSet
-    others: list[CutSet]
-    dev: CutSet | None
+    main: CutTable
+    others: list[CutTable]
+    dev: CutTable | None
 
-    @property
-    def training(self) -> Iterator[Cut]:
+    @cached_property
+    def training(self) -> CutTable:
         """Every cut to train on."""
-        return chain(self.main, *self.others)
+        return CutTable.joined([self.main, *self.others])
 
 
 def read_datasets(
@@ -63,8 +62,8 @@ def read_datasets(
     _check_join(data, languages)
     words = data.needs_text
 
-    def usable(path: Path) -> CutSet:
-        cuts = open_cuts(path, words)
+    def usable(path: Path) -> CutTable:
+        cuts = _open(path, words, run.world)
         return usable_cuts(cuts, None, policy, run, need_text=words, languages=languages, least=least)
 
     main, *others = map(usable, (manifest, *data.also))
@@ -76,12 +75,24 @@ def read_datasets(
 
 def read_dev(
     dev: Path | None, data: AudioConfig, policy: str, run: Leaves, languages: Sequence[str], least: int = 1
-) -> CutSet | None:
+) -> CutTable | None:
     """The cuts of the dev manifest that can be used."""
     if dev is None:
         return None
     words = data.needs_text
-    return usable_cuts(open_cuts(dev, words), None, policy, run, need_text=words, languages=languages, least=least)
+    return usable_cuts(
+        _open(dev, words, run.world), None, policy, run, need_text=words, languages=languages, least=least
+    )
+
+
+def _open(path: Path, words: bool, world: World) -> CutTable:
+    """Open a manifest in all processes, first in the main one: the others need not check again what it remembers."""
+
+    def check() -> None:
+        open_cuts(path, words)
+
+    from_main(world, check)
+    return open_cuts(path, words)
 
 
 def _check_join(data: AudioConfig, languages: Sequence[str]) -> None:
@@ -114,9 +125,9 @@ def check_own_cuts(
     before = set(found.left_out)
     datasets = read_datasets(manifest, None, data, policy, found, languages, check_cuts)
     check_training_cuts(manifest, data, Tokenizer(tokenizer), policy, found)
-    cuts = [cut for cut in datasets.main if cut.id not in found.left_out]
+    cuts = datasets.main.without(found.left_out)
     new = {name: reason for name, reason in found.left_out.items() if name not in before}
-    return Report(digest_of(manifest, sound=False), len(cuts), sum(cut.duration for cut in cuts), new)
+    return Report(digest_of(manifest, sound=False), len(cuts), float(cuts.durations.sum()), new)
 
 
 class Leaves(Protocol):
@@ -145,16 +156,19 @@ class _Found:
 def check_training_cuts(
     manifest: Path, data: AudioConfig, tokenizer: Tokenizer | None, policy: str, run: Leaves, least: int = 1
 ) -> None:
-    """Leave out, or refuse, the cuts that cannot be trained on: their audio is read, and their texts are tokenized.
+    """Leave out, or refuse, the cuts that cannot be trained on: their texts are tokenized, and their audio is read, but for what is
+    checked as it is trained on (``data.check_first``).
 
     Raises:
         UserError: bad cuts under ``refuse``, or none left.
     """
     words = data.needs_text
     for path in (manifest, *data.also):
-        usable_cuts(open_cuts(path, words), tokenizer, policy, run, read_audio=True, need_text=words, least=least)
+        cuts = _open(path, words, run.world)
+        usable_cuts(cuts, tokenizer, policy, run, True, need_text=words, least=least, first=data.check_first)
     if data.noise is not None:
-        usable_cuts(open_cuts(data.noise, False), None, policy, run, read_audio=True, need_text=False)
+        cuts = _open(data.noise, False, run.world)
+        usable_cuts(cuts, None, policy, run, True, need_text=False, first=data.check_first)
 
 
 def training_batches(manifest: Path, data: DataConfig, out: Path, slices: int, seed: int) -> TrainBatches:
@@ -171,14 +185,11 @@ def training_batches(manifest: Path, data: DataConfig, out: Path, slices: int, s
 def open_tables(manifest: Path, data: AudioConfig, out: Path) -> tuple[CutTable, CutTable | None]:
     """The cuts to train on, and those of the noise, without the ones that the run directory ``out`` leaves out."""
     left_out = read_sealed(out / LEFT_OUT) if (out / LEFT_OUT).is_file() else {}
-    main, *others = (
-        (cut for cut in open_cuts(path, data.needs_text) if cut.id not in left_out)
-        for path in (*(manifest for _ in range(data.repeat)), *data.also)
-    )
-    table = CutTable(chain(main, *others))
+    main, *others = (open_cuts(path, data.needs_text).without(left_out) for path in (manifest, *data.also))
+    table = CutTable.joined([main] * data.repeat + others)
     if data.noise is None:
         return table, None
-    return table, CutTable(cut for cut in open_cuts(data.noise, False) if cut.id not in left_out)
+    return table, open_cuts(data.noise, False).without(left_out)
 
 
 def bucket_plan(durations: np.ndarray, data: AudioConfig, slices: int, seed: int) -> BucketPlan:
@@ -187,7 +198,7 @@ def bucket_plan(durations: np.ndarray, data: AudioConfig, slices: int, seed: int
 
 
 def usable_cuts(
-    cuts: CutSet,
+    cuts: CutTable,
     tokenizer: Tokenizer | None,
     policy: str,
     run: Leaves,
@@ -195,7 +206,8 @@ def usable_cuts(
     need_text: bool = True,
     languages: Sequence[str] = (),
     least: int = 1,
-) -> CutSet:
+    first: int | None = None,
+) -> CutTable:
     """The cuts that can be trained on; the others are listed by id, and refused or left out according to ``policy``. Cuts that a
     teacher has transcribed are always left out, because nobody can fix their texts.
 
@@ -204,13 +216,14 @@ def usable_cuts(
     Raises:
         UserError: bad cuts under ``refuse``, or none left.
     """
-    cuts = _without(cuts, run.left_out)
     findings: list[Finding] = []
     if run.fresh:
-        bad = find_bad_cuts(cuts, tokenizer, read_audio, languages=languages, least=least) if run.world.is_main else []
+        bad = find_bad_cuts(cuts, tokenizer, read_audio, languages, least, first=first) if run.world.is_main else []
         bad = [finding for finding in bad if need_text or finding.kind != "text"]
+        bad = [finding for finding in bad if finding.cut_id not in run.left_out]
         findings = broadcast_object(run.world, bad)  # type: ignore[assignment]
-    labeled = {cut.id for cut in cuts if is_labeled(cut)} if findings else set()
+    rows = cuts.rows_of({finding.cut_id for finding in findings})
+    labeled = {cut.id for cut in map(cuts.__getitem__, rows.tolist()) if is_labeled(cut)}
     refused = [finding for finding in findings if finding.cut_id not in labeled]
     if refused and policy == "refuse":
         raise UserError.of(
@@ -219,11 +232,7 @@ def usable_cuts(
         )
     for finding in findings:
         run.leave_out(finding.cut_id, f"{finding.kind}: {finding.detail}")
-    usable = _without(cuts, run.left_out)
+    usable = cuts.without(run.left_out)
     if not len(usable):
         raise UserError("no usable cut is left in the manifest")
     return usable
-
-
-def _without(cuts: CutSet, left_out: Container[str]) -> CutSet:
-    return CutSet.from_cuts(cut for cut in cuts if cut.id not in left_out) if left_out else cuts

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from lhotse import CutSet
 from lhotse.cut import Cut
 from torch import nn
 
 from asrkit.data.batch import evaluation_batches
+from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.evaluation import measure_wer
@@ -19,14 +19,14 @@ from asrkit.nn.context import Context
 
 def even_subset(cuts: Iterable[Cut], most: int) -> list[Cut]:
     """``most`` of the cuts, evenly spread, or all if there are no more; always the same ones."""
-    every = list(cuts)
+    every = cuts if isinstance(cuts, Sequence) else list(cuts)
     if len(every) <= most:
-        return every
+        return list(every)
     return [every[index * len(every) // most] for index in range(most)]
 
 
 def dev_measure(
-    cuts: CutSet,
+    cuts: CutTable,
     tokenizer: Tokenizer,
     max_duration: float,
     max_cuts: int,

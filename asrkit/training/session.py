@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut
 from torch import nn
 
 from asrkit.config import Positive, Seed, config, to_dict
+from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import AudioConfig, DataConfig, TrainBatches
 from asrkit.disk import sha256_of
@@ -117,7 +117,7 @@ class TaskRecipe:
         """The batches to train on; those of the first replica of this process, if each has its own."""
         data, seed = self.settings.data, self.settings.seed
         if len(self.manifests) == 1:
-            return self.open_batches(self.manifests[0], data, self.out, self.slices, seed)
+            return self._skipping(self.open_batches(self.manifests[0], data, self.out, self.slices, seed))
         if not self.replicas:
             assert isinstance(data, DataConfig)
             return no_batches(data, self.slices, Tokenizer(self.out / TOKENIZER), seed)
@@ -127,7 +127,12 @@ class TaskRecipe:
         """The batches of a replica's own data, which no other's augmentation is like."""
         settings = self.settings
         accumulate, seed = settings.training.accumulate, settings.seed + replica
-        return self.open_batches(self.manifests[replica], settings.data, self.out, accumulate, seed)
+        return self._skipping(self.open_batches(self.manifests[replica], settings.data, self.out, accumulate, seed))
+
+    def _skipping(self, batches: Any) -> Any:
+        """The batches, which are to do with unreadable cuts as the settings say."""
+        batches.skip_bad = self.settings.bad_cuts == "skip"
+        return batches
 
     def rebuild(self) -> TrainTask:
         """The task: the same model, loss and batches in every process, bit for bit."""
@@ -274,7 +279,7 @@ def run_recipe(
     build: Callable[[TrainBatches], TrainTask],
     manifest: Path | Sequence[Path],
     settings: StageConfig,
-    dev: CutSet | None,
+    dev: CutTable | None,
     prepare: Callable[[RunWriter, TrainBatches], None] | None = None,
     driver: Driver = SERIAL,
     check_own: Callable[[Path], Report] | None = None,
@@ -374,7 +379,7 @@ def _facts(run: RunWriter, model: AsrModel, variant: str | None, loss: LossConfi
 
 
 def _measure(
-    task: TrainTask, model: AsrModel, tokenizer: Tokenizer, settings: StageConfig, dev: CutSet
+    task: TrainTask, model: AsrModel, tokenizer: Tokenizer, settings: StageConfig, dev: CutTable
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A function from a model to its dev error rates and the task's other dev metrics."""
     spec = model.spec

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from lhotse.cut import Cut
 from pydantic import Field
 
 from asrkit.config import Advanced, Positive, Probability, Share, config, field_types, from_dict, to_dict
 from asrkit.data.augment import AugmentConfig
 from asrkit.data.batch import Batch
 from asrkit.data.cut_audio import feature_statistics
-from asrkit.data.manifests import language_of, text_of
+from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.disk import sha256_of
@@ -364,7 +363,7 @@ def new_parts_first(settings: StartConfig, parent: Path | None, loss: Loss) -> L
     return of_step
 
 
-def check_languages_present(settings: StartConfig, parent: Parent | None, cuts: Iterable[Cut]) -> None:
+def check_languages_present(settings: StartConfig, parent: Parent | None, cuts: CutTable) -> None:
     """Check that the training cuts contain all languages of a new model.
 
     Raises:
@@ -372,7 +371,7 @@ def check_languages_present(settings: StartConfig, parent: Parent | None, cuts: 
     """
     if (parent is not None and not parent.is_encoder) or not settings.model.languages:
         return
-    if missing := sorted({*settings.model.languages} - {language_of(cut) for cut in cuts}):
+    if missing := sorted({*settings.model.languages} - cuts.languages):
         raise UserError(
             f"model.languages: no training cut is in {', '.join(missing)}; leave these languages out, or add cuts"
         )
@@ -481,7 +480,7 @@ def new_model(
     for attention in model.encoder.submodels.values():
         attention.silence()  # type: ignore[operator]
     if with_statistics:
-        mean, std = feature_statistics(batches.table)
+        mean, std = feature_statistics(batches.table, batches.skip_bad)
         model.encoder.normalize.mean.copy_(mean)
         model.encoder.normalize.std.copy_(std)
     return model
@@ -492,12 +491,12 @@ def trained_variant(settings: EncoderConfig) -> str:
     return JOINT if settings.attention_dropout.probability < 1 else BACKBONE
 
 
-def make_tokenizer(run: RunWriter, given: Path | None, cuts: Iterable[Cut], settings: TokenizerConfig) -> Tokenizer:
+def make_tokenizer(run: RunWriter, given: Path | None, cuts: CutTable, settings: TokenizerConfig) -> Tokenizer:
     """The run's tokenizer: the one that exists already, else a copy of the given one, else one trained on the texts."""
     if given is not None:
         return copy_tokenizer(given, run)
     path = run.path / TOKENIZER
     if run.world.is_main and not path.is_file():
-        train_tokenizer((text_of(cut) for cut in cuts), settings.kind, settings.vocab_size, path)
+        train_tokenizer(map(cuts.text_of, range(len(cuts))), settings.kind, settings.vocab_size, path)
     broadcast_object(run.world, None)  # the others read it only once it is there
     return Tokenizer(path)

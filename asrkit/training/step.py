@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,13 +46,17 @@ class LossOutput:
 
 
 class TrainingBatch(Protocol):
-    """What the loop needs of a batch of audio or text; ``durations`` are seconds of audio, empty for text."""
+    """What the loop needs of a batch of audio or text; ``durations`` are seconds of audio, empty for text. ``left_out``: cuts that
+    could not be read, and why."""
 
     @property
     def cut_ids(self) -> list[str]: ...
 
     @property
     def durations(self) -> list[float]: ...
+
+    @property
+    def left_out(self) -> dict[str, str]: ...
 
     def to(self, device: torch.device) -> Any: ...
 
@@ -252,6 +257,7 @@ class BatchStream:
         self._source, self._processes = start_loader(batches, numbers, num_workers)
         self._device = device
         self._ahead: tuple[int, Any, float] | None = None
+        self._noted: set[str] = set()
 
     def __getitem__(self, number: int) -> tuple[Any, float]:
         batch, waited = self.peek(number)
@@ -280,11 +286,18 @@ class BatchStream:
                 batch = next(self._source)
             except UserError as error:  # from a loader process it comes wrapped in that process's traceback
                 raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+            self._note(batch.left_out)
             self._ahead = next(self._numbers), batch.to(self._device), time.monotonic() - began
         expected, batch, waited = self._ahead
         if number != expected:
             raise RuntimeError(f"batch {number} was requested, but {expected} is next")
         return batch, waited
+
+    def _note(self, left_out: Mapping[str, str]) -> None:
+        """Name the cuts that could not be read, each once, in whichever process trains on them."""
+        for cut_id in left_out.keys() - self._noted:
+            print(f"left out: cut {cut_id}: {left_out[cut_id]}", file=sys.stderr)
+        self._noted |= left_out.keys()
 
 
 @contextmanager

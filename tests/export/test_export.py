@@ -21,6 +21,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lhotse import CutSet
 from torch.nn.functional import pad
 
 from asrkit.config import from_dict
@@ -957,7 +958,7 @@ def test_a_recording_of_the_run_is_heard(run: Path, manifest: Path, tmp_path: Pa
     shutil.copytree(run, copy)
     shar, broken = tmp_path / "shar", tmp_path / "moved.jsonl.gz"
     shar.mkdir()
-    open_cuts(manifest).to_shar(shar, fields={"recording": "wav"})
+    CutSet.from_cuts(open_cuts(manifest)).to_shar(shar, fields={"recording": "wav"})
     assert stage_entry("s", "0", known_inputs({"manifest": shar}), "")["manifests"] == {
         str(shar): digest_of(shar, sound=False)
     }

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import soundfile
+from lhotse import CutSet
 from lhotse.supervision import AlignmentItem
 from rich.console import Console
 
@@ -613,7 +614,7 @@ def test_evaluations_of_manifests_of_one_name_stand_side_by_side(run: Path, mani
 
 def test_a_shar_directory_is_known_by_its_sound_too(manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
-    open_cuts(manifest).to_shar(tmp_path / "one", fields={"recording": "wav"})
+    CutSet.from_cuts(open_cuts(manifest)).to_shar(tmp_path / "one", fields={"recording": "wav"})
     shutil.copytree(tmp_path / "one", tmp_path / "same")
     assert len(digest_of(tmp_path / "one")) == 64 and digest_of(tmp_path / "one") == digest_of(tmp_path / "same")
     (tar,) = (tmp_path / "same").glob("recording.*.tar")

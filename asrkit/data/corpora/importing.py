@@ -17,6 +17,7 @@ from lhotse.cut import Cut
 from asrkit.data.features import load_samples
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.names import file_name
+from asrkit.data.parallel import in_processes
 from asrkit.data.text.normalization import TextError, as_written, normalize, split_of
 from asrkit.data.text.tokenizer import single_spaces
 from asrkit.disk import atomic_write
@@ -87,6 +88,7 @@ def import_recordings(
     where: Mapping[str, frozenset[str]] | None = None,
     refuse: bool = True,
     convert: bool = False,
+    jobs: int = 1,
 ) -> Imported:
     """Write OUT/SPLIT.jsonl.gz of a TSV or a folder; recordings stay where they are, at their rate.
 
@@ -96,7 +98,7 @@ def import_recordings(
         style: "words" (normalized), "raw" (as written) or "none" (without texts).
         where: columns and the values to keep.
         refuse: stop when any row is bad; otherwise leave bad rows out and report them.
-        convert: write 16 kHz mono FLAC to OUT/audio and let the manifests point there.
+        convert: write 16 kHz mono FLAC to OUT/audio and let the manifests point there, by ``jobs`` processes.
 
     Raises:
         UserError: nothing to import, missing columns, or, unless skipped, bad rows: all of them at once, and nothing is written.
@@ -121,7 +123,7 @@ def import_recordings(
     if result.skipped and (refuse or not result.cuts):
         raise UserError.of(_too_many(result.skipped, source, len(selected), refuse))
     if convert:
-        _convert(result, out)
+        _convert(result, out, jobs)
     for split, cuts in result.cuts.items():
         write_cuts(out / f"{split}.jsonl.gz", cuts)
     if result.skipped:
@@ -166,7 +168,7 @@ def _too_many(skipped: list[str], source: Path, num_rows: int, refuse: bool) -> 
     return lines
 
 
-def _convert(result: Imported, out: Path) -> None:
+def _convert(result: Imported, out: Path, jobs: int) -> None:
     """Write every cut's recording as 16 kHz mono FLAC, and let the cut point there; all of them or none.
 
     Raises:
@@ -181,7 +183,10 @@ def _convert(result: Imported, out: Path) -> None:
             samples = load_samples(Path(cut.recording.sources[0].source))
         except UserError as error:
             return error
-        soundfile.write(staging / name, samples.numpy(), SAMPLE_RATE, format="FLAC")
+        try:
+            soundfile.write(staging / name, samples.numpy(), SAMPLE_RATE, format="FLAC")
+        except (OSError, RuntimeError) as error:  # libsndfile's are of the second kind
+            return UserError(f"{audio}: cannot write ({clip(error)})")
         supervision = cut.supervisions[0]
         return make_cut(
             cut.id,
@@ -196,15 +201,17 @@ def _convert(result: Imported, out: Path) -> None:
 
     try:
         staging.mkdir(parents=True)
-        with ThreadPoolExecutor() as pool:
-            made = {split: list(pool.map(convert, cuts)) for split, cuts in result.cuts.items()}
+        made = {
+            split: list(in_processes(convert, cuts, jobs, lambda cut: f"cut {clip(cut.id)}", threads=True))
+            for split, cuts in result.cuts.items()
+        }
         findings = [error for cuts in made.values() for error in cuts if isinstance(error, UserError)]
         if findings:
             raise UserError.of([line for error in findings[:MAX_FINDINGS] for line in error.lines])
         audio.mkdir(exist_ok=True)
         for file in staging.iterdir():
             os.replace(file, audio / file.name)
-    except (OSError, RuntimeError) as error:  # libsndfile's are of the second kind
+    except OSError as error:
         raise UserError(f"{audio}: cannot write ({clip(error)})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
@@ -23,6 +22,7 @@ from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
+from asrkit.data.parallel import in_processes
 from asrkit.data.text.normalization import TextError, normalize, sentence_key
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
@@ -31,6 +31,7 @@ from asrkit.frames import SAMPLE_RATE
 VARIANTS = ("", *(f"+f{i}" for i in range(1, 6)), *(f"+m{i}" for i in range(1, 9)))
 BASE_VOICES = {"en": ("en-us", "en-us", "en", "en-gb-x-rp")}  # en is British; twice is twice as often
 TELEPHONE_RATE = 8000
+AT_ONCE = 500  # utterances whose samples are in memory
 RECORD = "synthesis.json"
 _RATE, _PITCH, _RANGE = 1, 3, 4  # espeak_PARAMETER
 
@@ -44,6 +45,9 @@ class Draw:
     pitch: int
     pitch_range: int
     seed: int
+
+
+Utterance = tuple[str, np.ndarray, int, str, str, Draw]  # id, samples, their rate, text, language, how it is spoken
 
 
 @dataclass
@@ -66,6 +70,7 @@ def synthesize(
     band: str = "wide",
     chains: float = 0.0,
     exclude: Sequence[Path] = (),
+    jobs: int = 1,
 ) -> Synthesized | None:
     """Write OUT/train.jsonl.gz and OUT/audio/*.flac: at least ``minutes`` of speech, 16 kHz mono.
 
@@ -75,6 +80,7 @@ def synthesize(
         band: "wide", or "telephone": nothing above 4 kHz.
         chains: share of the utterances that are new sentences, made of word pairs that occur in the texts.
         exclude: manifests whose sentences must not be said, such as test and dev.
+        jobs: processes that resample and encode.
 
     Returns:
         What was made, or None where ``out`` already holds exactly this.
@@ -115,23 +121,43 @@ def synthesize(
         result.excluded += len(texts) - len(allowed)
 
     record.unlink(missing_ok=True)  # from here on the folder is between two states
-    waiting: list[Future[Cut]] = []
-    seconds = 0.0
-    with ThreadPoolExecutor() as pool:  # encoding works outside Python's lock
-        for number, (language, voice_names, text) in enumerate(_plan(lists, seed, chains, unseen)):
-            if seconds >= minutes * 60:
-                break
+    result.cuts = _speak(speaker, out, _plan(lists, seed, chains, unseen), minutes * 60, seed, band, jobs)
+    write_cuts(out / "train.jsonl.gz", result.cuts)
+    write_record(record, wanted)
+    return result
+
+
+def _speak(
+    speaker: _Espeak,
+    out: Path,
+    plan: Iterator[tuple[str, list[str], str]],
+    least: float,
+    seed: int,
+    band: str,
+    jobs: int,
+) -> list[Cut]:
+    """The first utterances of a plan that last ``least`` seconds together, written to OUT/audio.
+
+    espeak-ng speaks in this process, one after the other, as each utterance leaves a state that the next one begins in;
+    ``jobs`` processes resample and encode.
+    """
+
+    def store(utterance: Utterance) -> Cut:
+        return _store(out, *utterance, band)
+
+    numbered, cuts, seconds = enumerate(plan), list[Cut](), 0.0
+    while seconds < least:
+        said: list[Utterance] = []
+        while seconds < least and len(said) < AT_ONCE:
+            number, (language, voice_names, text) = next(numbered)
             random = np.random.default_rng((seed, number))
             limits = ((130, 211), (25, 81), (25, 81), (0, 1 << 31))
             draw = Draw(str(random.choice(voice_names)), *(int(random.integers(*pair)) for pair in limits))
             samples, rate = speaker.say(text, draw)
             seconds += len(samples) / rate
-            cut_id = f"syn-{language}-{number:06d}"
-            waiting.append(pool.submit(_store, out, cut_id, samples, rate, text, language, draw, band))
-        result.cuts = [future.result() for future in waiting]
-    write_cuts(out / "train.jsonl.gz", result.cuts)
-    write_record(record, wanted)
-    return result
+            said.append((f"syn-{language}-{number:06d}", samples, rate, text, language, draw))
+        cuts += in_processes(store, said, jobs, lambda utterance: f"utterance {utterance[0]}", threads=True)
+    return cuts
 
 
 def read_texts(path: Path, language: str) -> tuple[list[str], int]:

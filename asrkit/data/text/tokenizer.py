@@ -104,11 +104,12 @@ class Tokenizer:
 
     def cannot_spell(self, text: str) -> str | None:
         """Why no sequence of tokens gives ``text`` back: a model with this tokenizer can never get it right. None if one does."""
+        ids, written = self.encode(text), single_spaces(text)
+        back = self.decode(ids)
+        if written == back and self.unk_id not in ids:
+            return None
         if missing := self.missing_characters(text):
             return f"the tokenizer has no {clip(' '.join(sorted(missing)))!r} (text: {clip(text)!r})"
-        written, back = single_spaces(text), self.decode(self.encode(text))
-        if written == back:
-            return None
         return (
             f"the tokenizer makes {clip(back)!r} of {clip(written)!r} (it normalizes texts); train one by leaving --tokenizer out, or "
             "write the texts as it does"

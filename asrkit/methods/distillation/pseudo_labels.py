@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lhotse import CutSet
 from lhotse.cut import Cut
 
 from asrkit.data.batch import evaluation_batches
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import open_cuts, text_of, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
@@ -53,7 +53,7 @@ def pseudo_label(
             findings.append(f"{len(twice)} cut ids occur twice, such as {twice[0]}; give each cut its own id")
         if findings:
             raise UserError.of(findings)
-        usable = usable_cuts(CutSet.from_cuts(silent), None, policy, run, True, False) if silent else []
+        usable = usable_cuts(CutTable(silent), None, policy, run, True, False) if silent else []
         texts = _transcribe(list(usable), teachers, method, max_duration, run)
         run.note(f"{run.path}: the teachers transcribed {len(texts)} utterances that have no text")
         for path, cuts in zip(written, opened, strict=True):
@@ -90,7 +90,7 @@ def _transcribe(
     return dict(json.loads(line) for line in gather_lists(world, transcripts))
 
 
-def _with_texts(cuts: CutSet, texts: dict[str, str], run: RunWriter) -> Iterator[Cut]:
+def _with_texts(cuts: CutTable, texts: dict[str, str], run: RunWriter) -> Iterator[Cut]:
     for cut in cuts:
         if text_of(cut).strip():
             yield cut

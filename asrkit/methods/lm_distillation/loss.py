@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lhotse import CutSet
 from torch import Tensor
 
 from asrkit.config import from_dict, to_dict
 from asrkit.data.alignment import SILENT, Annotator, PerturbedCut, Segments
 from asrkit.data.batch import Batch, evaluation_batches
+from asrkit.data.cut_table import CutTable
 from asrkit.data.text.units import Inventory
 from asrkit.losses.lm_distillation import (
     frame_accuracy,
@@ -114,12 +114,12 @@ def head_layer(layer: int | None, model: AsrModel) -> int:
     return len(model.encoder.blocks) - 1 if layer is None else layer
 
 
-def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[Any, CutSet], dict[str, float]]:
+def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[Any, CutTable], dict[str, float]]:
     """A function from a model and aligned cuts to the supervised head's frame accuracy, as reported in the paper."""
     supervised = replace(annotator, inventories={SUPERVISED: annotator.inventories[SUPERVISED]})
 
     @torch.no_grad()
-    def measure(model: AsrModel, cuts: CutSet) -> dict[str, float]:
+    def measure(model: AsrModel, cuts: CutTable) -> dict[str, float]:
         by_id = {cut.id: cut for cut in even_subset(cuts, settings.dev_max_cuts)}
         variant = model.spec.variant
         context = parse_context(model.spec.variants[variant].contexts[0])

@@ -1,0 +1,133 @@
+"""One function over parts in several processes: the same results, errors and names as in one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asrkit.data.corpora.importing import import_recordings
+from asrkit.data.corpora.synthesize import synthesize
+from asrkit.data.manifests import open_cuts
+from asrkit.data.parallel import in_processes
+from asrkit.disk import sha256_of
+from asrkit.errors import UserError
+from asrkit.stages.align import AlignConfig, align
+from asrkit.stages.data_check import check_manifests
+from asrkit.stages.evaluate import evaluate
+from helpers.small_runs import TEXTS, noise, write_run
+from helpers.tones import rewrite
+
+
+@given(st.lists(st.integers(), max_size=40), st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_results_come_in_order_whatever_the_number_of_processes(numbers: list[int], jobs: int) -> None:
+    assert list(in_processes(lambda number: (number, number * number), numbers, jobs)) == [
+        (number, number * number) for number in numbers
+    ]
+
+
+def test_the_parts_are_shared_out() -> None:
+    assert os.getpid() not in (pids := set(in_processes(lambda _: os.getpid(), range(40), 3))) and pids
+    assert set(in_processes(lambda _: os.getpid(), range(4), 1)) == {os.getpid()}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_user_s_mistake_is_that_of_the_first_part_that_has_one(jobs: int) -> None:
+    def work(number: int) -> int:
+        if number in (7, 11):
+            raise UserError(f"part {number}: is wrong", "another line")
+        return number
+
+    taken = []
+    with pytest.raises(UserError) as error:
+        for number in in_processes(work, range(20), jobs):
+            taken.append(number)
+    assert error.value.lines == ("part 7: is wrong", "another line") and taken == list(range(7))
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    def work(number: int) -> float:
+        return 1 / number
+
+    with pytest.raises(RuntimeError, match=r"ZeroDivisionError[\s\S]*return 1 / number"):
+        list(in_processes(work, [1, 0], 2))
+
+
+def test_a_killed_process_is_named_and_none_is_left() -> None:
+    def work(number: int) -> int:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+    pids = []
+    with pytest.raises(UserError, match=r"process \d of 2 \(pid \d+\) was killed by SIGKILL.*at part 5; run it again"):
+        for pid in in_processes(work, range(9), 2, lambda number: f"part {number}"):
+            pids.append(pid)
+    assert pids
+    for pid in set(pids):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of recordings with their texts, imported."""
+    folder, random = tmp_path_factory.mktemp("corpus"), np.random.default_rng(5)
+    (folder / "wav").mkdir()
+    for number in range(12):
+        soundfile.write(folder / "wav" / f"{number}.wav", noise(random, 8000 + 900 * number), 8000)
+        (folder / "wav" / f"{number}.txt").write_text(TEXTS[0])
+    return folder
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The digests of all files of a folder, but for paths that manifests hold."""
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*.flac"))}
+
+
+def test_imports_synthesis_checks_evaluations_and_alignments_are_the_same(corpus: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    made = []
+    for jobs in (1, 2):
+        out = tmp_path / "import"  # manifests name their files
+        if out.exists():
+            out.rename(tmp_path / "first")
+        import_recordings(corpus / "wav", out, language="en", convert=True, jobs=jobs)
+        manifest = out / "all.jsonl.gz"
+        results = tmp_path / f"results-{jobs}"
+        evaluate(run, manifest, methods=("greedy", "beam"), beam=2, max_duration=3.0, jobs=jobs, out=results)
+        align(run, manifest, tmp_path / f"{jobs}.jsonl.gz", AlignConfig(max_duration=3.0, bad_cuts="skip"), jobs=jobs)
+        broken = tmp_path / f"broken-{jobs}.jsonl.gz"
+        broken.write_bytes(manifest.read_bytes())
+        rewrite(broken, lambda number, cut: cut["recording"].update(sampling_rate=8000) if number in (3, 8) else None)
+        findings = check_manifests([broken], [], run / "tokenizer.model", jobs=jobs).findings[str(broken)]
+        utterances = [path.read_bytes() for path in sorted(results.glob("*/utterances.jsonl"))]
+        made.append((_files(out), sha256_of(manifest), utterances, sha256_of(tmp_path / f"{jobs}.jsonl.gz"), findings))
+    assert made[0] == made[1]
+    assert len(made[0][0]) == 12 and len(made[0][2]) == 2 and {finding.kind for finding in made[0][4]} == {"rate"}
+
+
+@pytest.mark.slow
+def test_synthetic_speech_is_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("espeakng_loader")
+    (tmp_path / "texts").write_text("\n".join(TEXTS[::2]))
+    made = []
+    for jobs in (1, 2):
+        out = tmp_path / "out"
+        arguments = {"minutes": 0.5, "jobs": jobs}  # in a process each, as espeak-ng goes on from the state it is in
+        speaking = multiprocessing.get_context("fork").Process(
+            target=synthesize, args=([(tmp_path / "texts", "en")], out), kwargs=arguments
+        )
+        speaking.start()
+        speaking.join()
+        made.append((_files(out), [cut.to_dict() for cut in open_cuts(out / "train.jsonl.gz")]))
+        out.rename(tmp_path / f"out-{jobs}")
+    assert made[0] == made[1] and len(made[0][0]) > 5
