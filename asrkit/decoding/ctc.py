@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import ctc_loss, pad
 
-from asrkit.decoding.hypothesis import Hypothesis, NBest, append_hash, collect, n_best_of, silent_columns, traced
+from asrkit.decoding.hypothesis import (
+    Hypothesis,
+    NBest,
+    append_hash,
+    collect,
+    collect_n_best,
+    n_best_of,
+    silent_columns,
+    traced,
+)
 
 
 @torch.no_grad()
@@ -27,7 +38,36 @@ def ctc_greedy_search(
     return collect(emitted, best.masked_fill(~valid, 0.0).sum(dim=1), blank)
 
 
-@torch.no_grad()
+class TokenLm(Protocol):
+    """A language model over tokens whose state is a number, as ``models.ngram`` has it; token 0 is the end of the text."""
+
+    start_state: int
+
+    def step(self, states: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-probabilities (N,) of symbols (N,) after states (N,), and the states after them."""
+
+
+@dataclass(frozen=True)
+class NgramFusion:
+    """A language model beside CTC: a text's score is log P(text | speech) + ``scale`` log P(text) + ``bonus`` for each token.
+
+    Source: Hannun et al. 2014, equation 3; there of words.
+    """
+
+    lm: TokenLm
+    scale: float
+    bonus: float = 0.0
+
+    def step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens of any shape add to the score after states of the same shape, and the states after them."""
+        scores, after = self.lm.step(states.flatten(), tokens.flatten())
+        return (self.scale * scores + self.bonus).view(states.shape), after.view(states.shape)
+
+    def end(self, states: Tensor) -> Tensor:
+        """What the end of the text adds after states of any shape."""
+        return self.scale * self.lm.step(states.flatten(), torch.zeros_like(states).flatten())[0].view(states.shape)
+
+
 def ctc_beam_n_best(
     log_probs: Tensor, lens: Tensor, beam: int = 4, blank: int = 0, special_ids: Collection[int] = ()
 ) -> NBest:
@@ -35,6 +75,31 @@ def ctc_beam_n_best(
 
     Args:
         log_probs: (B, T', V); lens: (B,).
+    """
+    emitted, scores = _ctc_beams(log_probs, lens, beam, blank, special_ids, None)
+    return n_best_of(emitted, scores, blank)
+
+
+def ctc_beam_search(
+    log_probs: Tensor,
+    lens: Tensor,
+    beam: int = 4,
+    blank: int = 0,
+    special_ids: Collection[int] = (),
+    fusion: NgramFusion | None = None,
+) -> list[list[Hypothesis]]:
+    """The same as hypotheses, by the score of ``fusion`` where there is one; with a scale and a bonus of 0 it changes nothing."""
+    if fusion is not None and fusion.scale == 0 and fusion.bonus == 0:
+        fusion = None
+    emitted, scores = _ctc_beams(log_probs, lens, beam, blank, special_ids, fusion)
+    return collect_n_best(emitted, scores, blank)
+
+
+@torch.no_grad()
+def _ctc_beams(
+    log_probs: Tensor, lens: Tensor, beam: int, blank: int, special_ids: Collection[int], fusion: NgramFusion | None
+) -> tuple[Tensor, Tensor]:
+    """Prefix beam search: what each of the last hypotheses emitted in each frame (B, K, T'), and their scores (B, K), best first.
 
     Source: Graves et al. 2006 and Hannun et al. 2014, batched by tensor operations: equal prefixes are found by their hashes, and
     a frame's symbols are its ``beam`` + 1 likeliest ones.
@@ -51,6 +116,8 @@ def ctc_beam_n_best(
     prefixes = torch.zeros(batch, beam, dtype=torch.int64, device=device)
     last = torch.full_like(prefixes, blank)
     unmoved = torch.arange(beam, device=device).expand(batch, beam)
+    fused = torch.zeros_like(ends_blank)  # of each prefix, what the language model adds, and its state
+    states = torch.full_like(prefixes, 0 if fusion is None else fusion.lm.start_state)
     parents, emitted = [], []
     for t in range(num_frames):
         total = torch.logaddexp(ends_blank, ends_token)
@@ -67,6 +134,11 @@ def ctc_beam_n_best(
         stays = torch.logaddexp(stays, joins)
         rests = total + log_probs[:, t, blank].unsqueeze(1)
         everything = torch.cat([torch.logaddexp(stays, rests), grown.flatten(1)], dim=1)
+        if fusion is not None:
+            gains, after = fusion.step(states.unsqueeze(2).expand(-1, -1, choices), added)
+            all_fused = torch.cat([fused, (fused.unsqueeze(2) + gains).flatten(1)], dim=1)
+            all_states = torch.cat([states, after.flatten(1)], dim=1)
+            everything = everything + all_fused
         _, chosen = everything.topk(beam, dim=1)
         grows = chosen >= beam
         pair = (chosen - beam).clamp(min=0)
@@ -79,10 +151,38 @@ def ctc_beam_n_best(
         ends_blank, ends_token = (
             torch.where(active, new, old) for new, old in ((new_blank, ends_blank), (new_token, ends_token))
         )
+        if fusion is not None:
+            fused = torch.where(active, all_fused.gather(1, chosen), fused)
+            states = torch.where(active, all_states.gather(1, chosen), states)
         emits = token != blank
         prefixes, last = prefixes.gather(1, parent), last.gather(1, parent)
         prefixes, last = torch.where(emits, append_hash(prefixes, token), prefixes), torch.where(emits, token, last)
         parents.append(parent)
         emitted.append(token)
-    scores, order = torch.logaddexp(ends_blank, ends_token).sort(dim=1, descending=True)
-    return n_best_of(traced(parents, emitted, order), scores, blank)
+    scores = torch.logaddexp(ends_blank, ends_token)
+    if fusion is not None:
+        scores = scores + fused + fusion.end(states)
+    scores, order = scores.sort(dim=1, descending=True)
+    return traced(parents, emitted, order), scores
+
+
+def ctc_log_probs_of(log_probs: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """The log-probability of each hypothesis by CTC, (B, N) differentiable; -inf where it has no path.
+
+    Args:
+        log_probs: (B, T', V); lens: (B,). tokens: (B, N, U); token_lens: (B, N).
+    """
+    count = tokens.shape[1]
+    symbols, symbol_lens = tokens.flatten(0, 1), token_lens.flatten()
+    lens = lens.repeat_interleave(count)
+    within = torch.arange(1, symbols.shape[1], device=symbols.device) < symbol_lens.unsqueeze(1)
+    repeats = ((symbols[:, 1:] == symbols[:, :-1]) & within).sum(1)
+    losses = ctc_loss(
+        log_probs.repeat_interleave(count, dim=0).transpose(0, 1),
+        symbols,
+        lens,
+        symbol_lens,
+        reduction="none",
+        zero_infinity=True,
+    )
+    return torch.where(lens >= symbol_lens + repeats, -losses, -torch.inf).view(token_lens.shape)

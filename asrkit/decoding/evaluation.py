@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from asrkit.data.batch import Batch
+import torch
+from lhotse import CutSet
+
+from asrkit.data.batch import Batch, evaluation_batches
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel
+from asrkit.decoding.domain import Search
 from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.decoding.latency import emission_latencies, word_ends
+from asrkit.decoding.nbest import Agreement, calibrate, distinct
+from asrkit.decoding.recognizer import Recognizer
 from asrkit.decoding.search import Method, decode
-from asrkit.reporting.wer import ErrorCounts, Scored, total_chars, total_words
+from asrkit.decoding.transcripts import Transcript
+from asrkit.decoding.words import timed_words
+from asrkit.reporting.confidence import summarize_confidence
+from asrkit.reporting.progress import progress
+from asrkit.reporting.results import Confidence
+from asrkit.reporting.wer import NOTHING, ErrorCounts, Scored, align, total_chars, total_words
 
 
 def score(batch: Batch, hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer) -> list[Scored]:
@@ -44,3 +60,99 @@ def measure_wer(
         )
         scored += score(batch, hypotheses, tokenizer)
     return total_words(scored), total_chars(scored), [(s.cut_id, s.ref, s.hyp) for s in scored]
+
+
+@dataclass
+class Decoded:
+    """One search's results on a manifest.
+
+    latencies: milliseconds a word, where words are aligned. agreements, hypotheses: by cut id; the former of a search with
+    alternatives.
+    """
+
+    scored: list[Scored] = field(default_factory=list)
+    latencies: list[float] | None = None
+    seconds: float = 0.0
+    hypotheses: dict[str, Hypothesis] = field(default_factory=dict)
+    agreements: dict[str, Agreement] = field(default_factory=dict)
+
+    @property
+    def no_path(self) -> int:
+        """Utterances without a path through a graph."""
+        return sum(hypothesis.score == -math.inf for hypothesis in self.hypotheses.values())
+
+    def right(self) -> list[list[bool]]:
+        """Whether each word of each utterance in ``agreements`` is right, in the order of ``scored``."""
+        return [
+            [
+                ref == hyp
+                for ref, hyp in align(scored.ref.split(), self.agreements[scored.cut_id].words)
+                if hyp != NOTHING
+            ]
+            for scored in self.scored
+        ]
+
+    def temperature(self) -> float:
+        """The temperature that fits the confidences best; see ``calibrate``."""
+        return calibrate([self.agreements[scored.cut_id] for scored in self.scored], self.right())
+
+    def set_confidences(self, temperature: float, calibrated_on: Path | None) -> Confidence:
+        """Put the words' confidences into ``scored``; returns how well they tell which words are right."""
+        rows = [self.agreements[scored.cut_id].confidences(temperature).tolist() for scored in self.scored]
+        right = [word for words in self.right() for word in words]
+        self.scored = [
+            replace(scored, confidence=tuple(round(value, 4) for value in row))
+            for scored, row in zip(self.scored, rows, strict=True)
+        ]
+        values = [value for row in rows for value in row]
+        return summarize_confidence(values, right, temperature, None if calibrated_on is None else str(calibrated_on))
+
+    def transcripts(self, durations: Mapping[str, float], tokenizer: Tokenizer) -> list[Transcript]:
+        """The hypotheses as the transcripts of recordings that are called as the cuts."""
+        return [
+            Transcript(
+                Path(scored.cut_id),
+                round(durations[scored.cut_id], 3),
+                scored.hyp,
+                timed_words(self.hypotheses[scored.cut_id], tokenizer, 0.0, scored.confidence),
+                name=scored.cut_id,
+            )
+            for scored in self.scored
+        ]
+
+
+def decode_cuts(
+    recognizer: Recognizer, cuts: CutSet, searches: Mapping[str, Search], max_duration: float
+) -> dict[str, Decoded]:
+    """Decode every cut by every search; seconds of each count what they share: audio, features, encoder."""
+    streaming = recognizer.context.streaming
+    ends = {cut.id: aligned for cut in cuts if (aligned := word_ends(cut))} if streaming else {}
+    decoded = {name: Decoded(latencies=[] if ends else None) for name in searches}
+    with progress("decoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
+        began = time.perf_counter()
+        for batch in evaluation_batches(cuts, max_duration):
+            encoded = recognizer.model.encode(batch.features, batch.feature_lens, batch.languages)
+            if recognizer.device.type == "cuda":
+                torch.cuda.synchronize(recognizer.device)
+            shared = time.perf_counter() - began
+            for name, total in decoded.items():
+                began = time.perf_counter()
+                n_best = searches[name].run(encoded)
+                total.seconds += shared + time.perf_counter() - began
+                hypotheses = [alternatives[0] for alternatives in n_best]
+                scored = score(batch, hypotheses, recognizer.tokenizer)
+                if total.latencies is not None:
+                    for number, hypothesis in enumerate(hypotheses):
+                        words = ends.get(batch.cut_ids[number]) or ()
+                        late = emission_latencies(hypothesis, recognizer.tokenizer, words, recognizer.context)
+                        total.latencies += late
+                        scored[number] = replace(scored[number], late_ms=tuple(round(value, 1) for value in late))
+                total.scored += scored
+                total.hypotheses |= dict(zip(batch.cut_ids, hypotheses, strict=True))
+                if searches[name].n_best:
+                    for cut_id, alternatives in zip(batch.cut_ids, n_best, strict=True):
+                        texts = distinct(alternatives, recognizer.tokenizer)
+                        total.agreements[cut_id] = Agreement(texts, recognizer.tokenizer)
+            advance(sum(batch.durations))
+            began = time.perf_counter()
+    return decoded

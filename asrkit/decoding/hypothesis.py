@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,6 +33,15 @@ def collect(emitted: Tensor, scores: Tensor, blank: int, slots_per_frame: int = 
         slots = (row != blank).nonzero().squeeze(1)
         hypotheses.append(Hypothesis(row[slots].tolist(), (slots // slots_per_frame).tolist(), score))
     return hypotheses
+
+
+def collect_n_best(emitted: Tensor, scores: Tensor, blank: int) -> list[list[Hypothesis]]:
+    """Hypotheses of a grid ``emitted`` (B, N, T') of tokens and ``blank``, with their scores (B, N), in their order; those of
+    score -inf are left out, but for an utterance's first."""
+    batch, count, _ = emitted.shape
+    flat = collect(emitted.flatten(0, 1), scores.flatten(), blank)
+    rows = [flat[row * count : (row + 1) * count] for row in range(batch)]
+    return [[h for n, h in enumerate(row) if n == 0 or h.score > -math.inf] for row in rows]
 
 
 def silent_columns(special_ids: Collection[int], blank: int, device: torch.device) -> Tensor:

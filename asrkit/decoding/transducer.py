@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from asrkit.decoding.acoustic import AcousticModel
-from asrkit.decoding.hypothesis import Hypothesis, NBest, append_hash, collect, n_best_of, silent_columns, traced
+from asrkit.decoding.hypothesis import (
+    Hypothesis,
+    NBest,
+    append_hash,
+    collect,
+    collect_n_best,
+    n_best_of,
+    silent_columns,
+    traced,
+)
 
 
 def _start_context(model: AcousticModel, device: torch.device) -> Tensor:
@@ -103,6 +112,17 @@ def beam_n_best(
     ended = _beams(model, joiner_in, lens, beam, special_ids)
     scores, order = ended.scores.sort(dim=1, descending=True)
     return n_best_of(traced(ended.parents, ended.emitted, order), scores, model.blank)
+
+
+@torch.no_grad()
+def beam_hypotheses(
+    model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int = 4, special_ids: Collection[int] = ()
+) -> list[list[Hypothesis]]:
+    """Every hypothesis that ``beam_search`` ends with, in the order of its final choice."""
+    ended = _beams(model, joiner_in, lens, beam, special_ids)
+    order = (ended.scores / (ended.sizes + model.context_size)).argsort(dim=1, descending=True, stable=True)
+    emitted = traced(ended.parents, ended.emitted, order)
+    return collect_n_best(emitted, ended.scores.gather(1, order), model.blank)
 
 
 class _Beams(NamedTuple):

@@ -50,10 +50,51 @@ class Latencies:
 
 
 @config
+class GraphUse:
+    """The decoding graph that CTC was searched over, and how; ``bytes`` are those of its file. no_path: utterances without a path
+    through it, whose text is empty."""
+
+    path: str
+    sha256: str
+    bytes: Count
+    scale: float
+    search_beam: float
+    output_beam: float
+    max_active: Count
+    paths: Count
+    no_path: Count = 0
+
+
+@config
+class LmUse:
+    """The language model that the search had, its weight, and what each token added to the score beside it."""
+
+    path: str
+    sha256: str
+    scale: float
+    bonus: float
+
+
+@config
+class Confidence:
+    """How well the confidences of recognized words tell which are right: the share that is, the mean confidence, and the expected
+    calibration error over ``bins`` bins of equal width; None where there is no word. ``temperature`` divided the scores of the
+    n-best texts; ``calibrated_on``: the manifest it was fitted on, None of one that was given."""
+
+    words: Count
+    right: float | None
+    mean: float | None
+    ece: float | None
+    bins: Count
+    temperature: float
+    calibrated_on: str | None
+
+
+@config
 class Result:
     """One evaluation: what was decoded (run, variant, context, manifest, method), how well, and how fast.
 
-    ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
+    ``graph``, ``lm``: what the search had beside the model. ``confidence``: None of a search without alternatives. ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
     """
 
     run: str
@@ -74,11 +115,17 @@ class Result:
     device: str
     threads: int
     warnings: list[str]
+    graph: GraphUse | None = None
+    lm: LmUse | None = None
+    confidence: Confidence | None = None
 
     @property
     def search(self) -> str:
-        """The method, and the size of a beam: ``greedy``, ``beam 4``."""
-        return self.method if self.beam is None else f"{self.method} {self.beam}"
+        """The method, the size of a beam, and what it had beside the model: ``greedy``, ``beam 4``, ``ctc-graph hlg 0.5``."""
+        parts = [self.method] if self.beam is None else [self.method, str(self.beam)]
+        for use in (self.graph, self.lm):
+            parts += [] if use is None else [Path(use.path).name, f"{use.scale:g}"]
+        return " ".join(parts)
 
 
 def summarize(utterances: Sequence[Scored]) -> Errors:
@@ -111,10 +158,11 @@ class Utterance:
     pieces: list[str] = field(default_factory=list)
     frames: list[Count] = field(default_factory=list)
     late_ms: list[float] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
 
     @property
     def scored(self) -> Scored:
-        timed = (tuple(self.pieces), tuple(self.frames), tuple(self.late_ms))
+        timed = (tuple(self.pieces), tuple(self.frames), tuple(self.late_ms), tuple(self.confidence))
         return Scored(self.id, self.ref, self.hyp, self.language, self.speaker, *timed)
 
 
@@ -131,6 +179,7 @@ def utterance_line(utterance: Scored) -> str:
         pieces=list(utterance.pieces),
         frames=list(utterance.frames),
         late_ms=list(utterance.late_ms),
+        confidence=list(utterance.confidence),
     )
     return json.dumps(to_dict(row), ensure_ascii=False) + "\n"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,17 +13,18 @@ import torch
 from lhotse import CutSet
 
 from asrkit.config import to_dict
-from asrkit.data.batch import evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import digest_of, speaker_of
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.choice import ContextChoice
-from asrkit.decoding.evaluation import score
-from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
+from asrkit.decoding.domain import Domain, Search, make_search
+from asrkit.decoding.evaluation import Decoded, decode_cuts
+from asrkit.decoding.latency import summarize_latencies
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import Method, search
+from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
+from asrkit.decoding.transcripts import SUBTITLES, Format, render
 from asrkit.disk import atomic_write
 from asrkit.errors import UserError
-from asrkit.reporting.progress import progress
 from asrkit.reporting.results import (
     EVALUATION,
     RESULT,
@@ -45,6 +46,7 @@ from asrkit.reporting.wer import (
 )
 
 ALIGNMENTS, CONFUSIONS = "alignments.txt", "confusions.txt"
+HYPOTHESES = "hypotheses"  # with a format as suffix
 
 T = TypeVar("T")
 
@@ -70,6 +72,10 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
     out: Path | None = None,
+    domain: Domain | None = None,
+    calibrate_on: Path | None = None,
+    temperature: float = 1.0,
+    formats: Sequence[Format] = (),
 ) -> list[Evaluation]:
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
@@ -83,78 +89,113 @@ def evaluate(
         context: None is the first the variant was trained in.
         max_duration: seconds of padded audio decoded at once.
         threads: of torch; None leaves what is set.
+        domain: a decoding graph, which takes the place of ``methods``, or a language model beside CTC.
+        calibrate_on: a manifest whose references the temperature of confidences is fitted to; None takes ``temperature``.
+        formats: in which hypotheses are also written.
 
     Raises:
         UserError: everything wrong with the run directory, the manifest and the options, before any decoding.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    methods = list(dict.fromkeys(methods))
-    recognizer, cuts, warnings = _open(run_path, manifest, methods, beam, variant, context or ContextChoice(), device)
+    domain, choice = domain or Domain(), context or ContextChoice()
+    names = [CTC_GRAPH] if domain.graph is not None else list(dict.fromkeys(methods))
+    findings = _contradictions(names, beam, domain, choice, calibrate_on, temperature, formats)
+    recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, names))
+    searches: dict[str, Search] = {}
+    if recognizer is not None:
+        needs_alternatives = calibrate_on is not None
+        for name in names:
+            made = _gather(findings, partial(make_search, recognizer, name, beam, domain, needs_alternatives))
+            searches |= {} if made is None else {name: made}
+    checked = _gather(findings, lambda: _cuts(manifest, recognizer))
+    dev = None if calibrate_on is None else _gather(findings, lambda: _cuts(calibrate_on, recognizer))
+    if findings or recognizer is None or checked is None:
+        raise UserError.of(list(dict.fromkeys(findings)))
+    cuts, warnings = checked
     digest = digest_of(manifest)
     directories = {
-        method: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, method, beam) for method in methods
+        name: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, search, name, beam)
+        for name, search in searches.items()
     }
     for directory in directories.values():
         _make(directory)
-    decoded = _decode(recognizer, cuts, methods, beam, max_duration)
+    fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration)
+    decoded = decode_cuts(recognizer, cuts, searches, max_duration)
     order = {cut.id: number for number, cut in enumerate(cuts)}
     speakers = {cut.id: speaker_of(cut) for cut in cuts}
     evaluations = []
-    for method in methods:
-        named = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in decoded[method].scored]
-        utterances = sorted(named, key=lambda utterance: order[utterance.cut_id])
-        latencies, seconds = decoded[method].latencies, decoded[method].seconds
-        audio_seconds = float(sum(cut.duration for cut in cuts))
-        result = Result(
-            run=str(run_path),
-            weights_sha256=recognizer.weights_sha256,
-            variant=recognizer.variant,
-            context=str(recognizer.context),
-            latency_ms=recognizer.context.latency_ms,
-            manifest=str(manifest),
-            manifest_sha256=digest,
-            method=method,
-            beam=beam if method == "beam" else None,
-            total=summarize(utterances),
-            languages={language: summarize(part) for language, part in by_language(utterances).items()},
-            emission_latency=None if latencies is None else Latencies(**summarize_latencies(latencies)),
-            audio_seconds=round(audio_seconds, 3),
-            decode_seconds=round(seconds, 3),
-            real_time_factor=round(seconds / audio_seconds, 6),
-            device=str(recognizer.device),
-            threads=torch.get_num_threads(),
-            warnings=[*recognizer.warnings, *warnings],
-        )
-        _write(directories[method], result, utterances)
-        evaluations.append(Evaluation(directories[method], to_dict(result), utterances))
+    for name, search in searches.items():
+        done = decoded[name]
+        named = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in done.scored]
+        done.scored = sorted(named, key=lambda utterance: order[utterance.cut_id])
+        confidence = None
+        if search.n_best:
+            heat = fitted[name].temperature() if name in fitted else temperature
+            confidence = done.set_confidences(heat, calibrate_on)
+        about = {"manifest": str(manifest), "manifest_sha256": digest, "method": name}
+        about |= {"run": str(run_path), "beam": beam if name in BEAMS else None, "confidence": confidence}
+        result = _result(recognizer, cuts, done, search, about, warnings)
+        _write(directories[name], result, done, cuts, recognizer.tokenizer, formats)
+        evaluations.append(Evaluation(directories[name], to_dict(result), done.scored))
     return evaluations
 
 
-def _open(
-    run_path: Path,
-    manifest: Path,
-    methods: Sequence[Method],
+def _contradictions(
+    names: Sequence[str],
     beam: int,
-    variant: str | None,
+    domain: Domain,
     choice: ContextChoice,
-    device: str,
-) -> tuple[Recognizer, CutSet, list[str]]:
-    """The recognizer, the cuts, and warnings; everything wrong with either and with the options is reported at once."""
+    calibrate_on: Path | None,
+    temperature: float,
+    formats: Sequence[Format],
+) -> list[str]:
+    """What is wrong with the options, whatever the model."""
     findings = [f"--beam {beam}: must be at least 1"] if beam < 1 else []
-    if contradictions := choice.contradictions():
-        findings += contradictions
-        choice = ContextChoice()
-    recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, methods))
-    languages: Sequence[str] = ()
-    if recognizer is not None:
-        languages = recognizer.languages if recognizer.language is None else [recognizer.language]
-    checked = _gather(
-        findings, lambda: decodable_cuts(manifest, languages, recognizer.tokenizer if recognizer else None)
+    findings += [*choice.contradictions(), *domain.findings(names)]
+    greedy = [name for name in names if name != CTC_GRAPH and name not in BEAMS]
+    if calibrate_on is not None and greedy:
+        findings.append(f"--calibrate: --method {greedy[0]} has no alternatives; choose beam, ctc-beam or --graph")
+    if not temperature > 0:
+        findings.append(f"--confidence-temperature {temperature}: must be above 0")
+    findings += [f"--format {form}: is about one recording; choose another" for form in formats if form in SUBTITLES]
+    return findings
+
+
+def _cuts(manifest: Path, recognizer: Recognizer | None) -> tuple[CutSet, list[str]]:
+    """The cuts, and warnings about them; without a recognizer they are checked as far as possible."""
+    if recognizer is None:
+        return decodable_cuts(manifest, (), None)
+    languages = recognizer.languages if recognizer.language is None else [recognizer.language]
+    return decodable_cuts(manifest, languages, recognizer.tokenizer)
+
+
+def _result(
+    recognizer: Recognizer, cuts: CutSet, done: Decoded, search: Search, about: dict[str, Any], warnings: Sequence[str]
+) -> Result:
+    """result.json; ``about`` are the fields that name what was decoded."""
+    audio_seconds = float(sum(cut.duration for cut in cuts))
+    without = (
+        [] if done.no_path == 0 else [f"{done.no_path} utterances have no path through the graph; widen its beams"]
     )
-    if findings or recognizer is None or checked is None:
-        raise UserError.of(findings)
-    return recognizer, *checked
+    return Result(
+        **about,
+        weights_sha256=recognizer.weights_sha256,
+        variant=recognizer.variant,
+        context=str(recognizer.context),
+        latency_ms=recognizer.context.latency_ms,
+        total=summarize(done.scored),
+        languages={language: summarize(part) for language, part in by_language(done.scored).items()},
+        emission_latency=None if done.latencies is None else Latencies(**summarize_latencies(done.latencies)),
+        audio_seconds=round(audio_seconds, 3),
+        decode_seconds=round(done.seconds, 3),
+        real_time_factor=round(done.seconds / audio_seconds, 6),
+        device=str(recognizer.device),
+        threads=torch.get_num_threads(),
+        warnings=[*recognizer.warnings, *warnings, *without],
+        graph=None if search.graph is None else replace(search.graph, no_path=done.no_path),
+        lm=search.lm,
+    )
 
 
 def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
@@ -166,46 +207,6 @@ def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
         return None
 
 
-@dataclass
-class _Decoded:
-    """One method's hypotheses for a manifest; ``latencies`` (milliseconds a word) where words are aligned."""
-
-    scored: list[Scored] = field(default_factory=list)
-    latencies: list[float] | None = None
-    seconds: float = 0.0
-
-
-def _decode(
-    recognizer: Recognizer, cuts: CutSet, methods: Sequence[Method], beam: int, max_duration: float
-) -> dict[Method, _Decoded]:
-    """Decode every cut by every method; seconds of each count what they share: audio, features, encoder."""
-    streaming = recognizer.context.streaming
-    ends = {cut.id: aligned for cut in cuts if (aligned := word_ends(cut))} if streaming else {}
-    decoded = {method: _Decoded(latencies=[] if ends else None) for method in methods}
-    with progress("decoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
-        began = time.perf_counter()
-        for batch in evaluation_batches(cuts, max_duration):
-            encoded = recognizer.model.encode(batch.features, batch.feature_lens, batch.languages)
-            if recognizer.device.type == "cuda":
-                torch.cuda.synchronize(recognizer.device)
-            shared = time.perf_counter() - began
-            for method, total in decoded.items():
-                began = time.perf_counter()
-                hypotheses = search(recognizer.model, encoded, method, beam, recognizer.tokenizer.special_ids)
-                total.seconds += shared + time.perf_counter() - began
-                scored = score(batch, hypotheses, recognizer.tokenizer)
-                if total.latencies is not None:
-                    for number, hypothesis in enumerate(hypotheses):
-                        words = ends.get(batch.cut_ids[number]) or ()
-                        late = emission_latencies(hypothesis, recognizer.tokenizer, words, recognizer.context)
-                        total.latencies += late
-                        scored[number] = replace(scored[number], late_ms=tuple(round(value, 1) for value in late))
-                total.scored += scored
-            advance(sum(batch.durations))
-            began = time.perf_counter()
-    return decoded
-
-
 def _make(directory: Path) -> None:
     """Create ``directory`` before the work, so that a path that cannot be written is reported at once."""
     try:
@@ -214,18 +215,25 @@ def _make(directory: Path) -> None:
         raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
 
 
-def _name(manifest: Path, digest: str, recognizer: Recognizer, method: Method, beam: int) -> str:
-    """``test-3f2a9c01-near-chunk16-left64-beam4``: a result's directory."""
+def _name(manifest: Path, digest: str, recognizer: Recognizer, search: Search, method: str, beam: int) -> str:
+    """``test-3f2a9c01-near-chunk16-left64-beam4``, ``test-3f2a9c01-backbone-full-ctc-graph-hlg-0.5``: a result's directory."""
     context = str(recognizer.context).replace("=", "").replace(",", "-")
-    search = f"beam{beam}" if method == "beam" else method
-    return f"{manifest_name(str(manifest))}-{digest[:8]}-{recognizer.variant}-{context}-{search}"
+    parts = [f"{method}{beam}" if method in BEAMS else method]
+    for use in (search.graph, search.lm):
+        parts += [] if use is None else [Path(use.path).resolve().name, f"{use.scale:g}"]
+    return f"{manifest_name(str(manifest))}-{digest[:8]}-{recognizer.variant}-{context}-{'-'.join(parts)}"
 
 
-def _write(directory: Path, result: Result, utterances: Sequence[Scored]) -> None:
+def _write(
+    directory: Path, result: Result, done: Decoded, cuts: CutSet, tokenizer: Tokenizer, formats: Sequence[Format]
+) -> None:
     """Write the files of one method; result.json comes last, so where it is new, all are."""
+    utterances = done.scored
     total = format_summary(total_words(utterances))
     heading = f"{result.manifest} by {result.run}, {result.variant}, {result.context}, {result.search}: {total}\n\n"
+    transcripts = done.transcripts({cut.id: cut.duration for cut in cuts}, tokenizer)
     contents = {
+        **{f"{HYPOTHESES}.{form}": render(transcripts, form) for form in formats},
         ALIGNMENTS: heading + "\n".join(format_alignment(utterance) for utterance in utterances),
         CONFUSIONS: heading + format_confusions(confusions(utterances)),
         UTTERANCES: "".join(utterance_line(utterance) for utterance in utterances),

@@ -12,11 +12,14 @@ import torch
 from asrkit.data.augment import pad
 from asrkit.data.features import fbank
 from asrkit.decoding.choice import ContextChoice
+from asrkit.decoding.domain import Domain, Search, make_search
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
+from asrkit.decoding.nbest import Agreement, distinct
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import Method, decode
+from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
 from asrkit.decoding.streaming import Endpoint, Partial, StreamingRecognizer
+from asrkit.decoding.transcripts import Alternative, Transcript
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
@@ -24,17 +27,6 @@ from asrkit.frames import SAMPLE_RATE
 
 BATCH_SECONDS = 120.0
 STDIN = Path("-")
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What was recognized in one file, or in ``error`` why it could not be read."""
-
-    path: Path
-    seconds: float = 0.0
-    text: str = ""
-    words: list[Word] = field(default_factory=list)
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +39,7 @@ class _Part:
     text: str = ""
     words: list[Word] = field(default_factory=list)
     error: str | None = None
+    nbest: list[Alternative] = field(default_factory=list)
 
 
 def transcribe(
@@ -60,6 +53,9 @@ def transcribe(
     language: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    domain: Domain | None = None,
+    nbest: int = 0,
+    temperature: float = 1.0,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Transcript]:
     """Yield the transcript of each file, in order, each as soon as it is done.
@@ -71,13 +67,26 @@ def transcribe(
         variant: the active sub-models; None is the one the last stage trained.
         context: None is the first the variant was trained in.
         language: what is spoken, for a model with languages.
+        domain: a decoding graph, which takes the place of ``method``, or a language model beside CTC.
+        nbest: how many texts of each stretch to give; 0 gives the best one alone.
+        temperature: of the confidences of words, which a search with alternatives has.
         warn: is called with a line where the model is used in a way it was not trained for.
 
     Raises:
-        UserError: the run directory cannot be used.
+        UserError: the run directory, the graph or the language model cannot be used, or options contradict each other.
     """
-    recognizer = _prepare(run_path, method, beam, variant, context, language, device, threads, warn)
-    decoded = (part for batch in _batches(_parts(paths)) for part in _decode(recognizer, batch, method, beam))
+    domain = domain or Domain()
+    name: str = method if domain.graph is None else CTC_GRAPH
+    findings = domain.findings([name])
+    if nbest and name != CTC_GRAPH and name not in BEAMS:
+        findings.append(f"--nbest: --method {name} has no alternatives; choose beam, ctc-beam or --graph")
+    if not temperature > 0:
+        findings.append(f"--confidence-temperature {temperature}: must be above 0")
+    recognizer = _prepare(run_path, name, beam, variant, context, language, device, threads, warn, findings)
+    search = make_search(recognizer, name, beam, domain, nbest > 0)
+    decoded = (
+        part for batch in _batches(_parts(paths)) for part in _decode(recognizer, batch, search, nbest, temperature)
+    )
     for _, parts in groupby(decoded, key=lambda part: part.number):
         yield _join(parts)
 
@@ -132,7 +141,7 @@ def transcribe_stream(
 
 def _prepare(
     run_path: Path,
-    method: Method,
+    method: str,
     beam: int,
     variant: str | None,
     context: ContextChoice | None,
@@ -140,9 +149,10 @@ def _prepare(
     device: str,
     threads: int | None,
     warn: Callable[[str], None],
+    known: Sequence[str] = (),
 ) -> Recognizer:
     choice = context or ContextChoice()
-    findings = choice.contradictions()
+    findings = [*choice.contradictions(), *known]
     if beam < 1:
         findings.append(f"--beam {beam}: must be at least 1")
     if findings:
@@ -185,32 +195,43 @@ def _num_samples(part: _Part) -> int:
     return 0 if part.piece is None else len(part.piece.samples)
 
 
-def _decode(recognizer: Recognizer, batch: list[_Part], method: Method, beam: int) -> Iterator[_Part]:
+def _decode(
+    recognizer: Recognizer, batch: list[_Part], search: Search, nbest: int, temperature: float
+) -> Iterator[_Part]:
     pieces = [part.piece for part in batch if part.piece is not None]
-    decoded: list[Hypothesis] = []
+    decoded: list[list[Hypothesis]] = []
     if pieces:
         features, lens = pad([fbank(piece.samples) for piece in pieces])
-        special_ids = recognizer.tokenizer.special_ids
-        decoded = decode(recognizer.model, features, lens, method, beam, special_ids=special_ids)
-    hypotheses = iter(decoded)
+        decoded = search.run(recognizer.model.encode(features, lens))
+    alternatives = iter(decoded)
     for part in batch:
         if part.piece is None:
             yield part
             continue
-        hypothesis = next(hypotheses)
-        words = timed_words(hypothesis, recognizer.tokenizer, part.piece.start)
-        text = recognizer.tokenizer.decode(hypothesis.tokens)
-        yield _Part(part.number, part.path, part.piece, text, words)
+        texts = distinct(next(alternatives), recognizer.tokenizer)
+        confidences = (
+            Agreement(texts, recognizer.tokenizer).confidences(temperature).tolist() if search.n_best else None
+        )
+        words = timed_words(texts[0], recognizer.tokenizer, part.piece.start, confidences)
+        written = [
+            Alternative(recognizer.tokenizer.decode(h.tokens), round(h.score, 3)) for h in texts[: max(1, nbest)]
+        ]
+        yield _Part(part.number, part.path, part.piece, written[0].text, words, nbest=written[:nbest])
 
 
 def _join(parts: Iterable[_Part]) -> Transcript:
-    texts, words, seconds, path, error = [], [], 0.0, Path(), None
+    texts, words, seconds, path, error, nbest = [], [], 0.0, Path(), None, []
     for part in parts:
         path, error = part.path, part.error or error
         texts.append(part.text)
-        words += part.words
+        words += [replace(word, confidence=_rounded(word.confidence)) for word in part.words]
+        nbest += [part.nbest] if part.nbest else []
         if part.piece is not None:
             seconds = part.piece.start + part.piece.seconds
     if error is not None:
         return Transcript(path, error=error)
-    return Transcript(path, round(seconds, 3), " ".join(text for text in texts if text), words)
+    return Transcript(path, round(seconds, 3), " ".join(text for text in texts if text), words, nbest=nbest)
+
+
+def _rounded(confidence: float | None) -> float | None:
+    return None if confidence is None else round(confidence, 4)
