@@ -207,7 +207,7 @@ def test_other_formats_and_kinds_are_refused_in_one_line(tmp_path: Path) -> None
             f"is a run directory of format {FORMAT + 1}, and this version of asrkit reads formats up",
         ),
         ({"format": "one"}, "is a run directory of format one"),
-        ({"kind": "tts"}, "holds a model of kind tts, and this version of asrkit knows asr, lm, encoder"),
+        ({"kind": "tts"}, "holds a model of kind tts, and this version of asrkit knows asr, lm, ngram, encoder"),
         ({"kind": None}, "is no model of format 1"),
         ({"spec": None}, "is no model of format 1"),
         ({"spec": {"vocab_size": 3}}, "another version of asrkit made it (model.yaml: encoder: "),
