@@ -10,7 +10,6 @@ from typing import cast
 
 from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
 from asrkit.decoding.ctc import NgramFusion
-from asrkit.decoding.graph import load_graph, size_of
 from asrkit.decoding.graph_search import GraphOptions, GraphSearch
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.language_models import open_language_model, scorer_of
@@ -19,6 +18,7 @@ from asrkit.decoding.recognizer import Recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method, search_n_best
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
+from asrkit.models.ctc_graph import load_graph, size_of
 from asrkit.models.ngram.automaton import Ngram
 from asrkit.reporting.results import GraphUse, LmUse
 

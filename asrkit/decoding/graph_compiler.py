@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.decoding.graph import END, MAX_ARCS, CtcGraph
 from asrkit.errors import UserError
+from asrkit.models.ctc_graph import END, MAX_ARCS, CtcGraph
 from asrkit.models.ngram.arpa import UNKNOWN
 from asrkit.models.ngram.automaton import Ngram
 

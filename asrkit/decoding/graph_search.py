@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 from asrkit.config import NonNegative, Positive, config
 from asrkit.decoding.acoustic import EncoderOutput
 from asrkit.decoding.ctc import ctc_log_probs_of
-from asrkit.decoding.graph import CtcGraph
 from asrkit.decoding.hypothesis import Hypothesis, without_blanks
 from asrkit.decoding.lattices import Lattice, graph_lattice
 from asrkit.errors import UserError
 from asrkit.extras import require
+from asrkit.models.ctc_graph import CtcGraph
 
 SCORED_AT_ONCE = 64  # texts whose frames are in memory together
 # Of the log-probabilities from which paths are drawn: the lower, the more they differ. icefall's usual value.

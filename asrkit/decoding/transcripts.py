@@ -110,10 +110,10 @@ def cues_of(words: Sequence[Word]) -> list[Cue]:
         if not groups or not near or size > LINE * LINES:
             groups.append([])
         groups[-1].append(word)
-    nexts = [group[0].start for group in groups[1:]] + [float("inf")]
+    following = [*(group[0].start for group in groups[1:]), float("inf")][: len(groups)]
     return [
-        Cue(group[0].start, max(group[-1].end, min(group[0].start + SHORTEST, following)), _wrapped(group))
-        for group, following in zip(groups, nexts, strict=True)
+        Cue(group[0].start, max(group[-1].end, min(group[0].start + SHORTEST, after)), _wrapped(group))
+        for group, after in zip(groups, following, strict=True)
     ]
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.data.text.tokenizer import Tokenizer, single_spaces
-from asrkit.decoding.graph import CtcGraph, GraphRecord, save_graph
 from asrkit.decoding.graph_compiler import graph_of_pieces, graph_of_sentences, graph_of_words
 from asrkit.decoding.graph_search import k2_for_graphs
 from asrkit.disk import occupied, sha256_of
 from asrkit.errors import UserError
 from asrkit.export.directory import is_exported, open_exported
 from asrkit.methods.sequence.denominator import FILE, load_denominator
+from asrkit.models.ctc_graph import CtcGraph, GraphRecord, save_graph
 from asrkit.models.ngram.arpa import UNKNOWN
 from asrkit.models.ngram.automaton import load_ngram, symbols_of_pieces
 from asrkit.models.registry import NGRAM, spec_of, spec_of_kind
