@@ -12,6 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
+from asrkit.cli.fusion import (
+    BlankPenalty,
+    HotwordsFile,
+    HotwordsScore,
+    LengthBonus,
+    Lm,
+    LmRescore,
+    LmScale,
+    Lodr,
+    LodrScale,
+    Temperature,
+    Tuned,
+    fusion_options,
+)
 from asrkit.cli.options import io, output
 
 # The names of asrkit.decoding.search.METHODS, which would import torch here.
@@ -24,7 +38,7 @@ decoding = partial(typer.Option, rich_help_panel="Decoding")
 streams = partial(typer.Option, rich_help_panel="Streaming")
 
 Run = Annotated[Path, io("--from", help="Run directory of any stage, or an exported directory.", show_default=False)]
-Beam = Annotated[int, decoding(min=1, help="Hypotheses that --method beam keeps.")]
+Beam = Annotated[int | None, decoding(min=1, help="Hypotheses that --method beam keeps. [default: 4]")]
 Threads = Annotated[int | None, decoding(min=1, help="CPU threads. [default: torch's own choice]")]
 Variant = Annotated[
     str | None,
@@ -48,14 +62,17 @@ def register(app: typer.Typer) -> None:
     app.command("transcribe")(transcribe)
 
 
-def evaluate(
+def evaluate(  # long: a parameter for each option
     run: Run,
     manifest: Annotated[Path, io(help="Cuts to decode: .jsonl, .jsonl.gz or a Shar directory.")],
     out: Annotated[
         Path | None, io(help="Directory for the results. [default: evaluation/ in the run directory]")
     ] = None,
-    method: Annotated[list[MethodOrAll] | None, decoding(help="Search method. Repeatable. [default: greedy]")] = None,
-    beam: Beam = 4,
+    method: Annotated[
+        list[MethodOrAll] | None,
+        decoding(help="Search method. Repeatable. [default: greedy; beam with a language model or hotwords]"),
+    ] = None,
+    beam: Beam = None,
     variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
@@ -63,6 +80,17 @@ def evaluate(
     max_duration: Annotated[float, decoding(min=1, help="Seconds of audio to decode at once.")] = 200.0,
     device: Device = "auto",
     threads: Threads = None,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+    tuned: Tuned = None,
     as_json: Annotated[bool, output("--json", help="Print the results as JSON, one line per method.")] = False,
 ) -> None:
     """Decode a manifest and count its word and character errors.
@@ -74,6 +102,8 @@ def evaluate(
         asrkit evaluate --from exp/near --variant near --chunk 16 --left 64 --manifest test.jsonl.gz
 
         asrkit evaluate --from exp/near --variant attention --mode full --manifest test.jsonl.gz
+
+        asrkit evaluate --from exp/backbone --method beam --lm exp/lm4 --lm-scale 0.3 --manifest test.jsonl.gz
 
     A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
     latency), and the time from the end of a word to its output where the manifest has word alignments.
@@ -87,18 +117,22 @@ def evaluate(
     from asrkit.reporting.tables import evaluation_table, table_console
     from asrkit.stages.evaluate import evaluate as run_evaluation
 
-    names: list[Any] = [name.value for name in method or [MethodOrAll.greedy]]
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    names: list[Any] = [name.value for name in method or [MethodOrAll.greedy if request is None else MethodOrAll.beam]]
     evaluations = run_evaluation(
         run,
         manifest,
         methods=METHODS if "all" in names else names,
-        beam=beam,
+        beam=width,
         variant=variant,
         context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
         max_duration=max_duration,
         device=device,
         threads=threads,
         out=out,
+        fusion=request,
     )
     results = [evaluation.result for evaluation in evaluations]
     for warning in results[0]["warnings"]:
@@ -112,14 +146,17 @@ def evaluate(
         typer.echo(f"alignments, confusions, JSON: {evaluation.directory}")
 
 
-def transcribe(
+def transcribe(  # long: a parameter for each option
     run: Run,
     audio: Annotated[
         list[Path],
         typer.Argument(help="Audio files of any format, rate, channels and length; with --stream also - (raw PCM)."),
     ],
-    method: Annotated[Method, decoding(help="Search method.")] = Method.greedy,
-    beam: Beam = 4,
+    method: Annotated[
+        Method | None,
+        decoding(help="Search method. [default: greedy; beam with a language model, hotwords or --nbest]"),
+    ] = None,
+    beam: Beam = None,
     variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
@@ -140,6 +177,20 @@ def transcribe(
     longest: Annotated[
         float | None, streams(min=1, help="With --stream: longest utterance in seconds. [default: 20]")
     ] = None,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+    tuned: Tuned = None,
+    nbest: Annotated[
+        int, output("--nbest", min=0, help="Also print this many texts of each file or part of one, with their scores.")
+    ] = 0,
     timestamps: Annotated[
         bool, output("--timestamps", help="Print one line per word with its start in seconds.")
     ] = False,
@@ -156,6 +207,8 @@ def transcribe(
 
         asrkit transcribe --from exp/near --stream --chunk 16 talk.wav
 
+        asrkit transcribe --from exp/backbone --hotwords names.txt --nbest 4 talk.wav
+
         arecord -q -t raw -f S16_LE -r 16000 -c 1 | asrkit transcribe --from exp/near --stream -
 
     Long files are split at pauses. A file that cannot be read is reported, the others are transcribed, and the exit code is 1.
@@ -167,9 +220,14 @@ def transcribe(
     from asrkit.decoding.choice import ContextChoice
 
     context = ContextChoice(full=mode is Mode.full, chunk=chunk, left=left)
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    method = method or (Method.greedy if request is None and not nbest else Method.beam)
     shared: dict[str, Any] = {
+        "fusion": request,
         "method": method.value,
-        "beam": beam,
+        "beam": max(width, nbest) if beam is None else width,
         "variant": variant,
         "context": context,
         "language": language,
@@ -177,11 +235,11 @@ def transcribe(
         "threads": threads,
         "warn": lambda line: typer.echo(f"warning: {line}", err=True),
     }
-    _check_stream_options(stream, audio, timestamps, fast, pause, longest)
+    _check_stream_options(stream, audio, timestamps, fast, pause, longest, nbest)
     if stream:
         _stream(run, audio, not fast, pause, longest, as_json, shared)
         return
-    _transcribe(run, audio, timestamps, as_json, shared)
+    _transcribe(run, audio, timestamps, as_json, {**shared, "nbest": nbest})
 
 
 def _transcribe(run: Path, audio: list[Path], timestamps: bool, as_json: bool, shared: dict[str, Any]) -> None:
@@ -201,12 +259,21 @@ def _transcribe(run: Path, audio: list[Path], timestamps: bool, as_json: bool, s
                 typer.echo(f"{word.start:10.2f}  {word.text}")
         elif done.error is None:
             typer.echo(f"{done.path}: {done.text}")
+        for piece in () if as_json else done.nbest:
+            for choice in piece.texts:
+                typer.echo(f"{piece.start:10.2f}  {choice.score:10.3f}  {choice.text}")
     if failed:
         raise typer.Exit(1)
 
 
 def _check_stream_options(
-    stream: bool, audio: list[Path], timestamps: bool, fast: bool, pause: float | None, longest: float | None
+    stream: bool,
+    audio: list[Path],
+    timestamps: bool,
+    fast: bool,
+    pause: float | None,
+    longest: float | None,
+    nbest: int,
 ) -> None:
     """Refuse options that would be without effect."""
     from asrkit.errors import UserError
@@ -214,6 +281,8 @@ def _check_stream_options(
     findings = []
     if stream and timestamps:
         findings.append("--stream and --timestamps do not go together; --stream --json prints the times of words")
+    if stream and nbest:
+        findings.append("--stream and --nbest do not go together; transcribe the whole file for its n-best texts")
     if stream and sum(path == Path("-") for path in audio) > 1:
         findings.append("-: standard input can be read only once")
     if not stream:
@@ -266,4 +335,5 @@ def _stream(
 def _json_row(row: dict[str, Any]) -> dict[str, Any]:
     if row["error"] is not None:
         return {"path": str(row["path"]), "error": row["error"]}
-    return {"path": str(row["path"]), "seconds": row["seconds"], "text": row["text"], "words": row["words"]}
+    kept = ("seconds", "text", "words", *(["nbest"] if row["nbest"] else []))
+    return {"path": str(row["path"]), **{key: row[key] for key in kept}}

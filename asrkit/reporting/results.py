@@ -50,10 +50,24 @@ class Latencies:
 
 
 @config
+class DecodingRecord:
+    """What a search heeded besides the acoustic model.
+
+    settings: those of ``decoding.fusion.FusionConfig``. sources: path and digest of each part, by option: lm, lodr, hotwords.
+    tuned_on: path and digest of the manifest the settings were tuned on; None where nobody says.
+    """
+
+    settings: dict[str, float | str]
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    tuned_on: dict[str, str] | None = None
+
+
+@config
 class Result:
     """One evaluation: what was decoded (run, variant, context, manifest, method), how well, and how fast.
 
     ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
+    ``decoding``: None of a search by the acoustic model alone.
     """
 
     run: str
@@ -74,11 +88,17 @@ class Result:
     device: str
     threads: int
     warnings: list[str]
+    decoding: DecodingRecord | None = None
 
     @property
     def search(self) -> str:
-        """The method, and the size of a beam: ``greedy``, ``beam 4``."""
-        return self.method if self.beam is None else f"{self.method} {self.beam}"
+        """The method, the size of a beam, and what else counted: ``greedy``, ``beam 4``, ``beam 4 lm 0.3 hotwords``."""
+        words = [self.method if self.beam is None else f"{self.method} {self.beam}"]
+        if self.decoding is not None:
+            scales = {name: self.decoding.settings.get(f"{name}_scale", "") for name in self.decoding.sources}
+            words += [f"{name} {scale}".rstrip() for name, scale in scales.items()]
+            words += ["tuned decoding"] if not self.decoding.sources else []
+        return " ".join(words)
 
 
 def summarize(utterances: Sequence[Scored]) -> Errors:

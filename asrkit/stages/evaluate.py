@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lhotse import CutSet
 
+from asrkit.config import digest as content_digest
 from asrkit.config import to_dict
-from asrkit.data.batch import evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import digest_of, speaker_of
 from asrkit.decoding.choice import ContextChoice
-from asrkit.decoding.evaluation import score
-from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
+from asrkit.decoding.evaluation import decode_cuts, decoding_record
+from asrkit.decoding.fusion import Fusion, FusionRequest, load_fusion
+from asrkit.decoding.latency import summarize_latencies
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import Method, search
+from asrkit.decoding.search import Method, cannot_fuse
 from asrkit.disk import atomic_write
 from asrkit.errors import UserError
-from asrkit.reporting.progress import progress
 from asrkit.reporting.results import (
     EVALUATION,
     RESULT,
     UTTERANCES,
+    DecodingRecord,
     Latencies,
     Result,
     manifest_name,
@@ -70,11 +71,13 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
     out: Path | None = None,
+    fusion: FusionRequest | None = None,
 ) -> list[Evaluation]:
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
     Each method has its directory, ``<out>/<manifest>-<digest>-<variant>-<context>-<method>``, by default in
-    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A streaming
+    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A beam that heeds
+    a language model and the like has the digest of all that in its name too. A streaming
     context is decoded chunk by chunk, as on a device. An utterance with an empty reference is decoded too: every word
     recognized in it is an insertion.
 
@@ -83,6 +86,7 @@ def evaluate(
         context: None is the first the variant was trained in.
         max_duration: seconds of padded audio decoded at once.
         threads: of torch; None leaves what is set.
+        fusion: what else the beam search heeds; None: nothing.
 
     Raises:
         UserError: everything wrong with the run directory, the manifest and the options, before any decoding.
@@ -90,14 +94,18 @@ def evaluate(
     if threads is not None:
         torch.set_num_threads(threads)
     methods = list(dict.fromkeys(methods))
-    recognizer, cuts, warnings = _open(run_path, manifest, methods, beam, variant, context or ContextChoice(), device)
+    recognizer, fused, cuts, warnings = _open(
+        run_path, manifest, methods, beam, variant, context or ContextChoice(), device, fusion
+    )
     digest = digest_of(manifest)
+    record, tuned_here = decoding_record(fusion, fused, manifest, digest)
     directories = {
-        method: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, method, beam) for method in methods
+        method: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, method, beam, record)
+        for method in methods
     }
     for directory in directories.values():
         _make(directory)
-    decoded = _decode(recognizer, cuts, methods, beam, max_duration)
+    decoded = decode_cuts(recognizer, cuts, methods, beam, max_duration, fused)
     order = {cut.id: number for number, cut in enumerate(cuts)}
     speakers = {cut.id: speaker_of(cut) for cut in cuts}
     evaluations = []
@@ -124,7 +132,8 @@ def evaluate(
             real_time_factor=round(seconds / audio_seconds, 6),
             device=str(recognizer.device),
             threads=torch.get_num_threads(),
-            warnings=[*recognizer.warnings, *warnings],
+            warnings=[*recognizer.warnings, *warnings, *tuned_here],
+            decoding=record,
         )
         _write(directories[method], result, utterances)
         evaluations.append(Evaluation(directories[method], to_dict(result), utterances))
@@ -139,22 +148,28 @@ def _open(
     variant: str | None,
     choice: ContextChoice,
     device: str,
-) -> tuple[Recognizer, CutSet, list[str]]:
-    """The recognizer, the cuts, and warnings; everything wrong with either and with the options is reported at once."""
+    fusion: FusionRequest | None,
+) -> tuple[Recognizer, Fusion | None, CutSet, list[str]]:
+    """The recognizer, what else counts, the cuts, and warnings; everything wrong with either and with the options is reported at once."""
     findings = [f"--beam {beam}: must be at least 1"] if beam < 1 else []
+    if fusion is not None:
+        findings += [cannot_fuse(method) for method in methods if method != "beam"]
     if contradictions := choice.contradictions():
         findings += contradictions
         choice = ContextChoice()
     recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, methods))
     languages: Sequence[str] = ()
+    fused = None
     if recognizer is not None:
+        if fusion is not None:
+            fused = _gather(findings, partial(load_fusion, fusion, recognizer.tokenizer, recognizer.device))
         languages = recognizer.languages if recognizer.language is None else [recognizer.language]
     checked = _gather(
         findings, lambda: decodable_cuts(manifest, languages, recognizer.tokenizer if recognizer else None)
     )
     if findings or recognizer is None or checked is None:
         raise UserError.of(findings)
-    return recognizer, *checked
+    return recognizer, fused, *checked
 
 
 def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
@@ -166,46 +181,6 @@ def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
         return None
 
 
-@dataclass
-class _Decoded:
-    """One method's hypotheses for a manifest; ``latencies`` (milliseconds a word) where words are aligned."""
-
-    scored: list[Scored] = field(default_factory=list)
-    latencies: list[float] | None = None
-    seconds: float = 0.0
-
-
-def _decode(
-    recognizer: Recognizer, cuts: CutSet, methods: Sequence[Method], beam: int, max_duration: float
-) -> dict[Method, _Decoded]:
-    """Decode every cut by every method; seconds of each count what they share: audio, features, encoder."""
-    streaming = recognizer.context.streaming
-    ends = {cut.id: aligned for cut in cuts if (aligned := word_ends(cut))} if streaming else {}
-    decoded = {method: _Decoded(latencies=[] if ends else None) for method in methods}
-    with progress("decoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
-        began = time.perf_counter()
-        for batch in evaluation_batches(cuts, max_duration):
-            encoded = recognizer.model.encode(batch.features, batch.feature_lens, batch.languages)
-            if recognizer.device.type == "cuda":
-                torch.cuda.synchronize(recognizer.device)
-            shared = time.perf_counter() - began
-            for method, total in decoded.items():
-                began = time.perf_counter()
-                hypotheses = search(recognizer.model, encoded, method, beam, recognizer.tokenizer.special_ids)
-                total.seconds += shared + time.perf_counter() - began
-                scored = score(batch, hypotheses, recognizer.tokenizer)
-                if total.latencies is not None:
-                    for number, hypothesis in enumerate(hypotheses):
-                        words = ends.get(batch.cut_ids[number]) or ()
-                        late = emission_latencies(hypothesis, recognizer.tokenizer, words, recognizer.context)
-                        total.latencies += late
-                        scored[number] = replace(scored[number], late_ms=tuple(round(value, 1) for value in late))
-                total.scored += scored
-            advance(sum(batch.durations))
-            began = time.perf_counter()
-    return decoded
-
-
 def _make(directory: Path) -> None:
     """Create ``directory`` before the work, so that a path that cannot be written is reported at once."""
     try:
@@ -214,10 +189,14 @@ def _make(directory: Path) -> None:
         raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
 
 
-def _name(manifest: Path, digest: str, recognizer: Recognizer, method: Method, beam: int) -> str:
+def _name(
+    manifest: Path, digest: str, recognizer: Recognizer, method: Method, beam: int, record: DecodingRecord | None
+) -> str:
     """``test-3f2a9c01-near-chunk16-left64-beam4``: a result's directory."""
     context = str(recognizer.context).replace("=", "").replace(",", "-")
     search = f"beam{beam}" if method == "beam" else method
+    if record is not None:
+        search += f"-{content_digest(to_dict(record))[:8]}"
     return f"{manifest_name(str(manifest))}-{digest[:8]}-{recognizer.variant}-{context}-{search}"
 
 

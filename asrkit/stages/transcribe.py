@@ -12,11 +12,14 @@ import torch
 from asrkit.data.augment import pad
 from asrkit.data.features import fbank
 from asrkit.decoding.choice import ContextChoice
+from asrkit.decoding.fusion import Fusion, FusionRequest, load_fusion
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
+from asrkit.decoding.nbest import Alternative, PieceTexts, alternatives, cannot_list
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import Method, decode
+from asrkit.decoding.search import Method, cannot_fuse, search
 from asrkit.decoding.streaming import Endpoint, Partial, StreamingRecognizer
+from asrkit.decoding.transducer import beam_hypotheses
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
@@ -35,6 +38,7 @@ class Transcript:
     text: str = ""
     words: list[Word] = field(default_factory=list)
     error: str | None = None
+    nbest: list[PieceTexts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class _Part:
     text: str = ""
     words: list[Word] = field(default_factory=list)
     error: str | None = None
+    texts: list[Alternative] = field(default_factory=list)
+
+    @property
+    def num_samples(self) -> int:
+        return 0 if self.piece is None else len(self.piece.samples)
 
 
 def transcribe(
@@ -61,6 +70,8 @@ def transcribe(
     device: str = "auto",
     threads: int | None = None,
     warn: Callable[[str], None] = lambda line: None,
+    fusion: FusionRequest | None = None,
+    nbest: int = 0,
 ) -> Iterator[Transcript]:
     """Yield the transcript of each file, in order, each as soon as it is done.
 
@@ -72,12 +83,14 @@ def transcribe(
         context: None is the first the variant was trained in.
         language: what is spoken, for a model with languages.
         warn: is called with a line where the model is used in a way it was not trained for.
+        fusion: what else a beam search heeds; None: nothing.
+        nbest: texts of each piece to give beside the best one, by a beam search; 0: none.
 
     Raises:
-        UserError: the run directory cannot be used.
+        UserError: the run directory cannot be used, or the options do not fit together.
     """
-    recognizer = _prepare(run_path, method, beam, variant, context, language, device, threads, warn)
-    decoded = (part for batch in _batches(_parts(paths)) for part in _decode(recognizer, batch, method, beam))
+    how = _prepare(run_path, method, beam, variant, context, language, device, threads, warn, fusion, nbest)
+    decoded = (part for batch in _batches(_parts(paths)) for part in _decode(how, batch))
     for _, parts in groupby(decoded, key=lambda part: part.number):
         yield _join(parts)
 
@@ -96,29 +109,28 @@ def transcribe_stream(
     device: str = "auto",
     threads: int | None = None,
     warn: Callable[[str], None] = lambda line: None,
+    fusion: FusionRequest | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Path, Partial | UserError]]:
     """Yield what is recognized in each file in turn, as soon as it is known, or why the file cannot be read.
 
-    Args:
+    Args (the others are those of ``transcribe``):
         paths: audio files; ``-`` is raw 16-bit little-endian mono at 16 kHz on standard input.
-        variant: the active sub-models; None is the one the last stage trained.
         context: None is the first streaming one the variant was trained in.
-        language: what is spoken, for a model with languages.
         endpoint: when an utterance is over.
         paced: files are read at the pace they were spoken.
-        warn: is called with a line where the model is used in a way it was not trained for.
         stopped: called again and again; when it returns True, the sound ends there, and no further file begins.
 
     Raises:
         UserError: the run directory cannot be used.
     """
     choice = replace(context or ContextChoice(), streaming=True)
-    recognizer = _prepare(run_path, method, beam, variant, choice, language, device, threads, warn)
+    how = _prepare(run_path, method, beam, variant, choice, language, device, threads, warn, fusion, 0)
     for path in paths:
         if stopped():
             return
-        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, beam, endpoint)
+        model, tokenizer = how.recognizer.model, how.recognizer.tokenizer
+        stream = StreamingRecognizer(model, tokenizer, method, beam, endpoint, how.fusion)
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
                 for partial in stream.accept(block):
@@ -128,6 +140,17 @@ def transcribe_stream(
             continue
         for partial in stream.finish():
             yield path, partial
+
+
+@dataclass(frozen=True)
+class _How:
+    """The recognizer, and how it searches."""
+
+    recognizer: Recognizer
+    method: Method
+    beam: int
+    fusion: Fusion | None
+    nbest: int
 
 
 def _prepare(
@@ -140,11 +163,16 @@ def _prepare(
     device: str,
     threads: int | None,
     warn: Callable[[str], None],
-) -> Recognizer:
+    fusion: FusionRequest | None,
+    nbest: int,
+) -> _How:
     choice = context or ContextChoice()
     findings = choice.contradictions()
     if beam < 1:
         findings.append(f"--beam {beam}: must be at least 1")
+    if fusion is not None and method != "beam":
+        findings.append(cannot_fuse(method))
+    findings += cannot_list(nbest, method, beam)
     if findings:
         raise UserError.of(findings)
     if threads is not None:
@@ -155,7 +183,8 @@ def _prepare(
         raise UserError(f"{run_path}: needs the language of the recordings; give --language, one of {known}")
     for line in recognizer.warnings:
         warn(line)
-    return recognizer
+    fused = None if fusion is None else load_fusion(fusion, recognizer.tokenizer, recognizer.device)
+    return _How(recognizer, method, beam, fused, nbest)
 
 
 def _parts(paths: Sequence[Path]) -> Iterator[_Part]:
@@ -172,45 +201,50 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     waiting: list[_Part] = []
     longest = 0
     for part in parts:
-        longest = max(longest, _num_samples(part))
+        longest = max(longest, part.num_samples)
         if waiting and longest * (len(waiting) + 1) > BATCH_SECONDS * SAMPLE_RATE:
             yield waiting
-            waiting, longest = [], _num_samples(part)
+            waiting, longest = [], part.num_samples
         waiting.append(part)
     if waiting:
         yield waiting
 
 
-def _num_samples(part: _Part) -> int:
-    return 0 if part.piece is None else len(part.piece.samples)
-
-
-def _decode(recognizer: Recognizer, batch: list[_Part], method: Method, beam: int) -> Iterator[_Part]:
+def _decode(how: _How, batch: list[_Part]) -> Iterator[_Part]:
+    recognizer = how.recognizer
     pieces = [part.piece for part in batch if part.piece is not None]
-    decoded: list[Hypothesis] = []
+    decoded: list[list[Hypothesis]] = []
     if pieces:
         features, lens = pad([fbank(piece.samples) for piece in pieces])
         special_ids = recognizer.tokenizer.special_ids
-        decoded = decode(recognizer.model, features, lens, method, beam, special_ids=special_ids)
+        encoded = recognizer.model.encode(features, lens)
+        options = (how.beam, special_ids, how.fusion)
+        if how.nbest:
+            decoded = beam_hypotheses(recognizer.model, encoded.joiner_in, encoded.lens, *options)
+        else:
+            decoded = [[found] for found in search(recognizer.model, encoded, how.method, *options)]
     hypotheses = iter(decoded)
     for part in batch:
         if part.piece is None:
             yield part
             continue
-        hypothesis = next(hypotheses)
+        several = next(hypotheses)
+        hypothesis = several[0]
         words = timed_words(hypothesis, recognizer.tokenizer, part.piece.start)
         text = recognizer.tokenizer.decode(hypothesis.tokens)
-        yield _Part(part.number, part.path, part.piece, text, words)
+        texts = alternatives(several, recognizer.tokenizer, how.nbest)
+        yield _Part(part.number, part.path, part.piece, text, words, texts=texts)
 
 
 def _join(parts: Iterable[_Part]) -> Transcript:
-    texts, words, seconds, path, error = [], [], 0.0, Path(), None
+    texts, words, nbest, seconds, path, error = [], [], [], 0.0, Path(), None
     for part in parts:
         path, error = part.path, part.error or error
         texts.append(part.text)
         words += part.words
         if part.piece is not None:
             seconds = part.piece.start + part.piece.seconds
+            nbest += [PieceTexts(round(part.piece.start, 3), round(seconds, 3), part.texts)] if part.texts else []
     if error is not None:
         return Transcript(path, error=error)
-    return Transcript(path, round(seconds, 3), " ".join(text for text in texts if text), words)
+    return Transcript(path, round(seconds, 3), " ".join(text for text in texts if text), words, nbest=nbest)
