@@ -1,4 +1,4 @@
-"""evaluate and transcribe."""
+"""evaluate, tune and transcribe."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ Device = Annotated[str, decoding(help="auto, cpu, cuda or cuda:N.")]
 def register(app: typer.Typer) -> None:
     """Add the commands that decode."""
     app.command("evaluate")(evaluate)
+    app.command("tune")(tune)
     app.command("transcribe")(transcribe)
 
 
@@ -144,6 +145,71 @@ def evaluate(  # long: a parameter for each option
     table_console().print(evaluation_table(results))
     for evaluation in evaluations:
         typer.echo(f"alignments, confusions, JSON: {evaluation.directory}")
+
+
+def tune(
+    run: Run,
+    manifest: Annotated[Path, io(help="Dev cuts to count the errors on: .jsonl, .jsonl.gz or a Shar directory.")],
+    out: Annotated[Path, io(help="File to write, such as decoding.yaml, for --decoding of the other commands.")],
+    over: Annotated[
+        str,
+        decoding(
+            help="Options to tune, with commas between: lm-scale, lodr-scale, length-bonus, blank-penalty, temperature, "
+            "hotwords-score, beam. NAME=0.1:0.2:0.3 tries these values instead of the usual ones."
+        ),
+    ] = "lm-scale,blank-penalty",
+    beam: Beam = None,
+    variant: Variant = None,
+    mode: ModeOption = None,
+    chunk: Chunk = None,
+    left: Left = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+) -> None:
+    """Find the scales of a language model and the like that give the fewest word errors on dev cuts.
+
+    Examples:
+
+        asrkit tune --from exp/backbone --lm exp/lm4 --manifest dev.jsonl.gz --over lm-scale,blank-penalty --out exp/decoding.yaml
+
+        asrkit evaluate --from exp/backbone --decoding exp/decoding.yaml --manifest test.jsonl.gz
+
+    The cuts are encoded once and decoded for every value. Options are tried one at a time, in turns; each begins with the value of
+    its own option here. A result of `asrkit evaluate --decoding` says what it was tuned on, and is marked where that is the manifest
+    it was evaluated on.
+    """
+    from asrkit.decoding.choice import ContextChoice
+    from asrkit.stages.tune import tune as run_tuning
+
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(None, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    tuned = run_tuning(
+        run,
+        manifest,
+        out,
+        over,
+        request=request,
+        beam=width,
+        variant=variant,
+        context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
+        device=device,
+        threads=threads,
+        note=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(
+        f"{out}: word error rate {100 * tuned.wer:.2f} % on {tuned.words} words; {len(tuned.trials)} settings were tried"
+    )
 
 
 def transcribe(  # long: a parameter for each option
