@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,8 +12,9 @@ from asrkit.cli.options import given, io
 
 if TYPE_CHECKING:
     from asrkit.decoding.domain import Domain
+    from asrkit.decoding.fusion import FusionRequest
 
-domain = partial(typer.Option, rich_help_panel="Graphs and language models")
+domain = partial(typer.Option, rich_help_panel="Decoding graphs, of CTC")
 
 Graph = Annotated[
     Path | None, domain(help="Decode CTC over this graph, which `asrkit graph` makes; it takes the place of --method.")
@@ -33,14 +34,6 @@ Paths = Annotated[
         help="--graph: paths drawn from the lattice for n-best texts and confidences. [default: 0, or 100 where they are needed]",
     ),
 ]
-Lm = Annotated[
-    Path | None,
-    domain(
-        help="Language model of word pieces: an n-gram in the search of --method ctc-beam, any for the n-best texts of --graph."
-    ),
-]
-LmScale = Annotated[float, domain(min=0.0, help="Weight of --lm; tune it on dev.")]
-Bonus = Annotated[float, domain(help="--lm in ctc-beam: added to the score for each token; tune it on dev.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -48,18 +41,8 @@ def register(app: typer.Typer) -> None:
     app.command("graph")(graph)
 
 
-def domain_of(
-    graph: Path | None,
-    graph_scale: float | None,
-    search_beam: float | None,
-    output_beam: float | None,
-    max_active: int | None,
-    paths: int | None,
-    lm: Path | None,
-    lm_scale: float,
-    bonus: float,
-) -> Domain:
-    """What the options say.
+def domain_of(fusion: FusionRequest | None, graph: Path | None, options: dict[str, Any]) -> Domain:
+    """What a search has beside the model; ``options`` are those of a search over a graph, by the fields of GraphOptions.
 
     Raises:
         UserError: options of a graph without one, or values that cannot be.
@@ -69,18 +52,11 @@ def domain_of(
     from asrkit.decoding.graph_search import GraphOptions
     from asrkit.errors import UserError
 
-    names = {
-        "scale": graph_scale,
-        "search_beam": search_beam,
-        "output_beam": output_beam,
-        "max_active": max_active,
-        "paths": paths,
-    }
-    options = given(names)
+    options = given(options)
     if graph is None and options:
         spelled = ["--graph-scale" if name == "scale" else f"--{name.replace('_', '-')}" for name in options]
         raise UserError(f"{', '.join(spelled)}: of a search over a graph; give --graph too")
-    return Domain(graph, from_dict(GraphOptions, options, "--graph"), lm, lm_scale, bonus)
+    return Domain(graph, from_dict(GraphOptions, options, "--graph"), fusion)
 
 
 def graph(

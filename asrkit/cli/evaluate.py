@@ -1,4 +1,4 @@
-"""evaluate and transcribe."""
+"""evaluate, tune and transcribe."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
-from asrkit.cli.domain import (
-    Bonus,
-    Graph,
-    GraphScale,
+from asrkit.cli.domain import Graph, GraphScale, MaxActive, OutputBeam, Paths, SearchBeam, domain_of
+from asrkit.cli.fusion import (
+    BlankPenalty,
+    HotwordsFile,
+    HotwordsScore,
+    LengthBonus,
     Lm,
+    LmRescore,
     LmScale,
-    MaxActive,
-    OutputBeam,
-    Paths,
-    SearchBeam,
-    domain_of,
+    Lodr,
+    LodrScale,
+    Temperature,
+    Tuned,
+    fusion_options,
 )
 from asrkit.cli.options import io, output
 
 # The methods of asrkit.decoding.search, which would import torch here.
-METHODS = ["greedy", "beam", "ctc", "ctc-beam"]
-Method = StrEnum("Method", [(name, name) for name in METHODS])
-MethodOrAll = StrEnum("MethodOrAll", [(name, name) for name in [*METHODS, "all"]])
+Method = StrEnum("Method", {"greedy": "greedy", "beam": "beam", "ctc": "ctc", "ctc_beam": "ctc-beam"})
+MethodOrAll = StrEnum(
+    "MethodOrAll", {"greedy": "greedy", "beam": "beam", "ctc": "ctc", "ctc_beam": "ctc-beam", "all": "all"}
+)
 # Those of asrkit.decoding.transcripts.FORMATS; a file of subtitles is about one recording.
 TextFormat = StrEnum("TextFormat", ["txt", "json", "ctm", "stm"])
 AnyFormat = StrEnum("AnyFormat", ["txt", "json", "srt", "vtt", "ctm", "stm"])
@@ -38,10 +42,10 @@ Mode = StrEnum("Mode", ["full"])
 
 decoding = partial(typer.Option, rich_help_panel="Decoding")
 streams = partial(typer.Option, rich_help_panel="Streaming")
-confidence = partial(typer.Option, rich_help_panel="Alternatives and confidence")
+confidence = partial(typer.Option, rich_help_panel="Confidence of words")
 
 Run = Annotated[Path, io("--from", help="Run directory of any stage, or an exported directory.", show_default=False)]
-Beam = Annotated[int, decoding(min=1, help="Hypotheses that --method beam and ctc-beam keep.")]
+Beam = Annotated[int | None, decoding(min=1, help="Hypotheses that --method beam and ctc-beam keep. [default: 4]")]
 Threads = Annotated[int | None, decoding(min=1, help="CPU threads. [default: torch's own choice]")]
 Variant = Annotated[
     str | None,
@@ -57,29 +61,29 @@ Left = Annotated[
     decoding(min=0, help="Frames before the chunk that attention sees. [default: as trained with that chunk]"),
 ]
 Device = Annotated[str, decoding(help="auto, cpu, cuda or cuda:N.")]
-Temperature = Annotated[
-    float,
-    confidence(
-        "--confidence-temperature",
-        help="Divides the scores of the n-best texts before the confidences of words are computed.",
-    ),
+ConfidenceTemperature = Annotated[
+    float, confidence(help="Divides the scores of the n-best texts before the confidences are computed.")
 ]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands that decode."""
     app.command("evaluate")(evaluate)
+    app.command("tune")(tune)
     app.command("transcribe")(transcribe)
 
 
-def evaluate(
+def evaluate(  # long: a parameter for each option
     run: Run,
     manifest: Annotated[Path, io(help="Cuts to decode: .jsonl, .jsonl.gz or a Shar directory.")],
     out: Annotated[
         Path | None, io(help="Directory for the results. [default: evaluation/ in the run directory]")
     ] = None,
-    method: Annotated[list[MethodOrAll] | None, decoding(help="Search method. Repeatable. [default: greedy]")] = None,
-    beam: Beam = 4,
+    method: Annotated[
+        list[MethodOrAll] | None,
+        decoding(help="Search method. Repeatable. [default: greedy; beam with a language model or hotwords]"),
+    ] = None,
+    beam: Beam = None,
     variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
@@ -87,19 +91,27 @@ def evaluate(
     max_duration: Annotated[float, decoding(min=1, help="Seconds of audio to decode at once.")] = 200.0,
     device: Device = "auto",
     threads: Threads = None,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+    tuned: Tuned = None,
     graph: Graph = None,
     graph_scale: GraphScale = None,
     search_beam: SearchBeam = None,
     output_beam: OutputBeam = None,
     max_active: MaxActive = None,
     paths: Paths = None,
-    lm: Lm = None,
-    lm_scale: LmScale = 0.3,
-    bonus: Bonus = 0.0,
     calibrate: Annotated[
-        Path | None, confidence(help="Cuts, such as dev, that the temperature of confidences is fitted to first.")
+        Path | None, confidence(help="Cuts, such as dev, that --confidence-temperature is fitted to first.")
     ] = None,
-    temperature: Temperature = 1.0,
+    confidence_temperature: ConfidenceTemperature = 1.0,
     formats: Annotated[
         list[TextFormat] | None,
         output("--format", help="Also write the hypotheses so: txt, json, ctm or stm. Repeatable."),
@@ -116,9 +128,9 @@ def evaluate(
 
         asrkit evaluate --from exp/near --variant attention --mode full --manifest test.jsonl.gz
 
-        asrkit evaluate --from exp/backbone --graph exp/hlg --graph-scale 0.5 --manifest test.jsonl.gz
+        asrkit evaluate --from exp/backbone --method beam --lm exp/lm4 --lm-scale 0.3 --manifest test.jsonl.gz
 
-        asrkit evaluate --from exp/backbone --method ctc-beam --lm exp/lm4 --calibrate dev.jsonl.gz --manifest test.jsonl.gz
+        asrkit evaluate --from exp/backbone --graph exp/hlg --graph-scale 0.5 --calibrate dev.jsonl.gz --manifest test.jsonl.gz
 
     A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
     latency), and the time from the end of a word to its output where the manifest has word alignments.
@@ -132,23 +144,28 @@ def evaluate(
     from asrkit.reporting.tables import evaluation_table, table_console
     from asrkit.stages.evaluate import evaluate as run_evaluation
 
-    names: list[Any] = [name.value for name in method or [MethodOrAll.greedy]]
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    names: list[Any] = [name.value for name in method or [MethodOrAll.greedy if request is None else MethodOrAll.beam]]
     _check_graph(graph, bool(method))
+    options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
+    domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
     evaluations = run_evaluation(
         run,
         manifest,
         methods=METHODS if "all" in names else names,
-        beam=beam,
+        beam=width,
         variant=variant,
         context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
         max_duration=max_duration,
         device=device,
         threads=threads,
         out=out,
-        domain=domain_of(graph, graph_scale, search_beam, output_beam, max_active, paths, lm, lm_scale, bonus),
+        domain=domain,
         calibrate_on=calibrate,
-        temperature=temperature,
-        formats=[form.value for form in formats or ()],  # type: ignore[misc]
+        temperature=confidence_temperature,
+        formats=cast(Any, [form.value for form in formats or ()]),
     )
     results = [evaluation.result for evaluation in evaluations]
     for warning in results[0]["warnings"]:
@@ -162,14 +179,82 @@ def evaluate(
         typer.echo(f"alignments, confusions, JSON: {evaluation.directory}")
 
 
-def transcribe(
+def tune(
+    run: Run,
+    manifest: Annotated[Path, io(help="Dev cuts to count the errors on: .jsonl, .jsonl.gz or a Shar directory.")],
+    out: Annotated[Path, io(help="File to write, such as decoding.yaml, for --decoding of the other commands.")],
+    over: Annotated[
+        str,
+        decoding(
+            help="Options to tune, with commas between: lm-scale, lodr-scale, length-bonus, blank-penalty, temperature, "
+            "hotwords-score, beam. NAME=0.1:0.2:0.3 tries these values instead of the usual ones."
+        ),
+    ] = "lm-scale,blank-penalty",
+    beam: Beam = None,
+    variant: Variant = None,
+    mode: ModeOption = None,
+    chunk: Chunk = None,
+    left: Left = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+) -> None:
+    """Find the scales of a language model and the like that give the fewest word errors on dev cuts.
+
+    Examples:
+
+        asrkit tune --from exp/backbone --lm exp/lm4 --manifest dev.jsonl.gz --over lm-scale,blank-penalty --out exp/decoding.yaml
+
+        asrkit evaluate --from exp/backbone --decoding exp/decoding.yaml --manifest test.jsonl.gz
+
+    The cuts are encoded once and decoded for every value. Options are tried one at a time, in turns; each begins with the value of
+    its own option here. A result of `asrkit evaluate --decoding` says what it was tuned on, and is marked where that is the manifest
+    it was evaluated on.
+    """
+    from asrkit.decoding.choice import ContextChoice
+    from asrkit.stages.tune import tune as run_tuning
+
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(None, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    tuned = run_tuning(
+        run,
+        manifest,
+        out,
+        over,
+        request=request,
+        beam=width,
+        variant=variant,
+        context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
+        device=device,
+        threads=threads,
+        note=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(
+        f"{out}: word error rate {100 * tuned.wer:.2f} % on {tuned.words} words; {len(tuned.trials)} settings were tried"
+    )
+
+
+def transcribe(  # long: a parameter for each option
     run: Run,
     audio: Annotated[
         list[Path],
         typer.Argument(help="Audio files of any format, rate, channels and length; with --stream also - (raw PCM)."),
     ],
-    method: Annotated[Method | None, decoding(help="Search method. [default: greedy]")] = None,
-    beam: Beam = 4,
+    method: Annotated[
+        Method | None,
+        decoding(help="Search method. [default: greedy; beam with a language model, hotwords or --nbest]"),
+    ] = None,
+    beam: Beam = None,
     variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
@@ -179,17 +264,6 @@ def transcribe(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
-    graph: Graph = None,
-    graph_scale: GraphScale = None,
-    search_beam: SearchBeam = None,
-    output_beam: OutputBeam = None,
-    max_active: MaxActive = None,
-    paths: Paths = None,
-    lm: Lm = None,
-    lm_scale: LmScale = 0.3,
-    bonus: Bonus = 0.0,
-    nbest: Annotated[int, confidence(min=0, help="Also give so many texts of each stretch, with --format json.")] = 0,
-    temperature: Temperature = 1.0,
     stream: Annotated[bool, streams("--stream", help="Show the text while the audio comes in.")] = False,
     fast: Annotated[
         bool, streams("--fast", help="With --stream: read files as fast as possible instead of in real time.")
@@ -201,7 +275,36 @@ def transcribe(
     longest: Annotated[
         float | None, streams(min=1, help="With --stream: longest utterance in seconds. [default: 20]")
     ] = None,
-    form: Annotated[AnyFormat, output("--format", help="What is printed or written of a file.")] = AnyFormat.txt,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+    tuned: Tuned = None,
+    graph: Graph = None,
+    graph_scale: GraphScale = None,
+    search_beam: SearchBeam = None,
+    output_beam: OutputBeam = None,
+    max_active: MaxActive = None,
+    paths: Paths = None,
+    confidence_temperature: ConfidenceTemperature = 1.0,
+    nbest: Annotated[
+        int,
+        output(
+            "--nbest",
+            min=0,
+            help="Also print this many texts of each file or part of one, with their scores; with --format txt or json.",
+        ),
+    ] = 0,
+    form: Annotated[
+        AnyFormat,
+        output("--format", help="txt; json and ctm with times and confidences; subtitles; or stm, segments."),
+    ] = AnyFormat.txt,
     out: Annotated[
         Path | None, output(help="Folder for a file of each recording, such as talk.srt. [default: print them]")
     ] = None,
@@ -221,6 +324,10 @@ def transcribe(
 
         asrkit transcribe --from exp/near --stream --chunk 16 talk.wav
 
+        asrkit transcribe --from exp/backbone --hotwords names.txt --nbest 4 talk.wav
+
+        asrkit transcribe --from exp/backbone --method ctc-beam --lm exp/lm4 --format srt --out subtitles talk.wav
+
         arecord -q -t raw -f S16_LE -r 16000 -c 1 | asrkit transcribe --from exp/near --stream -
 
     Long files are split at pauses. A file that cannot be read is reported, the others are transcribed, and the exit code is 1.
@@ -232,9 +339,17 @@ def transcribe(
     from asrkit.decoding.choice import ContextChoice
 
     context = ContextChoice(full=mode is Mode.full, chunk=chunk, left=left)
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    _check_graph(graph, method is not None)
+    options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
+    domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
+    method = method or (Method.greedy if request is None and not nbest else Method.beam)
+    form = AnyFormat.json if as_json else form
     shared: dict[str, Any] = {
-        "method": (method or Method.greedy).value,
-        "beam": beam,
+        "method": method.value,
+        "beam": max(width, nbest) if beam is None else width,
         "variant": variant,
         "context": context,
         "language": language,
@@ -242,17 +357,13 @@ def transcribe(
         "threads": threads,
         "warn": lambda line: typer.echo(f"warning: {line}", err=True),
     }
-    form = AnyFormat.json if as_json else form
-    domain = domain_of(graph, graph_scale, search_beam, output_beam, max_active, paths, lm, lm_scale, bonus)
-    _check_stream_options(stream, audio, timestamps, fast, pause, longest)
-    _check_graph(graph, method is not None)
-    _check_output(stream, audio, form, out, timestamps, nbest, domain.graph or domain.lm)
+    _check_output(stream, audio, form.value, out, timestamps, nbest, graph)
+    _check_stream_options(stream, audio, timestamps, fast, pause, longest, nbest)
     if stream:
-        _stream(run, audio, not fast, pause, longest, as_json, shared)
+        _stream(run, audio, not fast, pause, longest, as_json, shared | {"fusion": request})
         return
-    _transcribe(
-        run, audio, form.value, out, timestamps, shared | {"domain": domain, "nbest": nbest, "temperature": temperature}
-    )
+    shared |= {"domain": domain, "nbest": nbest, "temperature": confidence_temperature}
+    _transcribe(run, audio, form.value, out, timestamps, shared)
 
 
 def _check_graph(graph: Path | None, method: bool) -> None:
@@ -264,18 +375,18 @@ def _check_graph(graph: Path | None, method: bool) -> None:
 
 
 def _check_output(
-    stream: bool, audio: list[Path], form: str, out: Path | None, timestamps: bool, nbest: int, beside: Path | None
+    stream: bool, audio: list[Path], form: str, out: Path | None, timestamps: bool, nbest: int, graph: Path | None
 ) -> None:
     """Refuse outputs that contradict each other."""
     from asrkit.errors import UserError
 
     findings = []
-    if stream and (form not in ("txt", "json") or out is not None or nbest or beside is not None):
-        findings.append("--stream: prints text or --json; drop --format, --out, --nbest, --graph and --lm")
+    if stream and (form not in ("txt", "json") or out is not None or graph is not None):
+        findings.append("--stream: prints text or --json; drop --format, --out and --graph")
     if timestamps and (form != "txt" or out is not None):
         findings.append("--timestamps: is an output of its own; drop --format and --out")
-    if nbest and form != "json":
-        findings.append("--nbest: only json shows more than one text; give --format json")
+    if nbest and (form not in ("txt", "json") or (form == "txt" and out is not None)):
+        findings.append(f"--nbest: a file of {form} has one text only; give --format json")
     if form in ("srt", "vtt") and out is None and len(audio) > 1:
         findings.append(f"--format {form}: is about one recording; give a folder for the files with --out")
     if out is not None:
@@ -305,12 +416,21 @@ def _transcribe(
             typer.echo(f"{done.path}: {write_transcript(out, done, form)}")
         elif not timestamps and out is None and (done.error is None or form == "json"):
             typer.echo(render([done], form), nl=False)
+        for piece in done.nbest if form == "txt" else ():
+            for choice in piece.texts:
+                typer.echo(f"{piece.start:10.2f}  {choice.score:10.3f}  {choice.text}")
     if failed:
         raise typer.Exit(1)
 
 
 def _check_stream_options(
-    stream: bool, audio: list[Path], timestamps: bool, fast: bool, pause: float | None, longest: float | None
+    stream: bool,
+    audio: list[Path],
+    timestamps: bool,
+    fast: bool,
+    pause: float | None,
+    longest: float | None,
+    nbest: int,
 ) -> None:
     """Refuse options that would be without effect."""
     from asrkit.errors import UserError
@@ -318,6 +438,8 @@ def _check_stream_options(
     findings = []
     if stream and timestamps:
         findings.append("--stream and --timestamps do not go together; --stream --json prints the times of words")
+    if stream and nbest:
+        findings.append("--stream and --nbest do not go together; transcribe the whole file for its n-best texts")
     if stream and sum(path == Path("-") for path in audio) > 1:
         findings.append("-: standard input can be read only once")
     if not stream:

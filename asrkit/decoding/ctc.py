@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import ctc_loss, pad
 
+from asrkit.decoding.fusion import TokenScorer
 from asrkit.decoding.hypothesis import (
     Hypothesis,
     NBest,
@@ -38,34 +38,44 @@ def ctc_greedy_search(
     return collect(emitted, best.masked_fill(~valid, 0.0).sum(dim=1), blank)
 
 
-class TokenLm(Protocol):
-    """A language model over tokens whose state is a number, as ``models.ngram`` has it; token 0 is the end of the text."""
-
-    start_state: int
-
-    def step(self, states: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-probabilities (N,) of symbols (N,) after states (N,), and the states after them."""
-
-
 @dataclass(frozen=True)
-class NgramFusion:
-    """A language model beside CTC: a text's score is log P(text | speech) + ``scale`` log P(text) + ``bonus`` for each token.
+class CtcFusion:
+    """What counts beside CTC: a text's score is log P(text | speech) + the weighted scores of ``parts`` + ``bonus`` for each token.
+
+    Every candidate is scored before the best are chosen, so the states of the parts are numbers, as those of n-grams and of hotwords
+    are; they are kept as tensors (..., P).
 
     Source: Hannun et al. 2014, equation 3; there of words.
     """
 
-    lm: TokenLm
-    scale: float
+    parts: Sequence[tuple[TokenScorer, float]]
     bonus: float = 0.0
 
+    @property
+    def counts(self) -> bool:
+        """Whether it changes any score."""
+        return self.bonus != 0 or any(weight != 0 for _, weight in self.parts)
+
+    def start(self, batch: int, beam: int) -> Tensor:
+        """The states (B, K, P) before the first token."""
+        states = [part.start(batch * beam)[0].view(batch, beam) for part, _ in self.parts]
+        return torch.stack(states, dim=2) if states else torch.zeros(batch, beam, 0, dtype=torch.int64)
+
     def step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens of any shape add to the score after states of the same shape, and the states after them."""
-        scores, after = self.lm.step(states.flatten(), tokens.flatten())
-        return (self.scale * scores + self.bonus).view(states.shape), after.view(states.shape)
+        """What ``tokens`` (...) add to the score after states (..., P), and the states after them."""
+        total, after = torch.full(tokens.shape, self.bonus, device=tokens.device), states.clone()
+        for number, (part, weight) in enumerate(self.parts):
+            scores, (changed,) = part.step((states[..., number].flatten(),), tokens.flatten())
+            total = total + weight * scores.view(tokens.shape)
+            after[..., number] = changed.view(tokens.shape)
+        return total, after
 
     def end(self, states: Tensor) -> Tensor:
-        """What the end of the text adds after states of any shape."""
-        return self.scale * self.lm.step(states.flatten(), torch.zeros_like(states).flatten())[0].view(states.shape)
+        """What the end of the text adds after states (..., P)."""
+        total = torch.zeros(states.shape[:-1], device=states.device)
+        for number, (part, weight) in enumerate(self.parts):
+            total = total + weight * part.end((states[..., number].flatten(),)).view(total.shape)
+        return total
 
 
 def ctc_beam_n_best(
@@ -86,18 +96,17 @@ def ctc_beam_search(
     beam: int = 4,
     blank: int = 0,
     special_ids: Collection[int] = (),
-    fusion: NgramFusion | None = None,
+    fusion: CtcFusion | None = None,
 ) -> list[list[Hypothesis]]:
-    """The same as hypotheses, by the score of ``fusion`` where there is one; with a scale and a bonus of 0 it changes nothing."""
-    if fusion is not None and fusion.scale == 0 and fusion.bonus == 0:
-        fusion = None
+    """The same as hypotheses, by the score of ``fusion`` where there is one; with weights and a bonus of 0 it changes nothing."""
+    fusion = fusion if fusion is not None and fusion.counts else None
     emitted, scores = _ctc_beams(log_probs, lens, beam, blank, special_ids, fusion)
     return collect_n_best(emitted, scores, blank)
 
 
 @torch.no_grad()
 def _ctc_beams(
-    log_probs: Tensor, lens: Tensor, beam: int, blank: int, special_ids: Collection[int], fusion: NgramFusion | None
+    log_probs: Tensor, lens: Tensor, beam: int, blank: int, special_ids: Collection[int], fusion: CtcFusion | None
 ) -> tuple[Tensor, Tensor]:
     """Prefix beam search: what each of the last hypotheses emitted in each frame (B, K, T'), and their scores (B, K), best first.
 
@@ -117,7 +126,7 @@ def _ctc_beams(
     last = torch.full_like(prefixes, blank)
     unmoved = torch.arange(beam, device=device).expand(batch, beam)
     fused = torch.zeros_like(ends_blank)  # of each prefix, what the language model adds, and its state
-    states = torch.full_like(prefixes, 0 if fusion is None else fusion.lm.start_state)
+    states = CtcFusion([]).start(batch, beam) if fusion is None else fusion.start(batch, beam)  # (B, K, P)
     parents, emitted = [], []
     for t in range(num_frames):
         total = torch.logaddexp(ends_blank, ends_token)
@@ -135,9 +144,9 @@ def _ctc_beams(
         rests = total + log_probs[:, t, blank].unsqueeze(1)
         everything = torch.cat([torch.logaddexp(stays, rests), grown.flatten(1)], dim=1)
         if fusion is not None:
-            gains, after = fusion.step(states.unsqueeze(2).expand(-1, -1, choices), added)
+            gains, after = fusion.step(states.unsqueeze(2).expand(-1, -1, choices, -1), added)
             all_fused = torch.cat([fused, (fused.unsqueeze(2) + gains).flatten(1)], dim=1)
-            all_states = torch.cat([states, after.flatten(1)], dim=1)
+            all_states = torch.cat([states, after.flatten(1, 2)], dim=1)
             everything = everything + all_fused
         _, chosen = everything.topk(beam, dim=1)
         grows = chosen >= beam
@@ -153,7 +162,8 @@ def _ctc_beams(
         )
         if fusion is not None:
             fused = torch.where(active, all_fused.gather(1, chosen), fused)
-            states = torch.where(active, all_states.gather(1, chosen), states)
+            picked = all_states.gather(1, chosen.unsqueeze(2).expand(-1, -1, states.shape[2]))
+            states = torch.where(active.unsqueeze(2), picked, states)
         emits = token != blank
         prefixes, last = prefixes.gather(1, parent), last.gather(1, parent)
         prefixes, last = torch.where(emits, append_hash(prefixes, token), prefixes), torch.where(emits, token, last)

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from lhotse import CutSet
 
+from asrkit.config import to_dict
 from asrkit.data.batch import Batch, evaluation_batches
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel
 from asrkit.decoding.domain import Search
+from asrkit.decoding.fusion import Fusion, FusionRequest
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.latency import emission_latencies, word_ends
 from asrkit.decoding.nbest import Agreement, calibrate, distinct
@@ -24,7 +26,7 @@ from asrkit.decoding.transcripts import Transcript
 from asrkit.decoding.words import timed_words
 from asrkit.reporting.confidence import summarize_confidence
 from asrkit.reporting.progress import progress
-from asrkit.reporting.results import Confidence
+from asrkit.reporting.results import Confidence, DecodingRecord
 from asrkit.reporting.wer import NOTHING, ErrorCounts, Scored, align, total_chars, total_words
 
 
@@ -156,3 +158,19 @@ def decode_cuts(
             advance(sum(batch.durations))
             began = time.perf_counter()
     return decoded
+
+
+def decoding_record(
+    request: FusionRequest | None, fusion: Fusion | None, manifest: Path, manifest_sha256: str
+) -> tuple[DecodingRecord | None, list[str]]:
+    """What a result says of ``fusion``; and a warning where it was tuned on the very manifest that is decoded."""
+    if request is None or fusion is None:
+        return None, []
+    tuned_on = None if request.tuned_on is None else dict(request.tuned_on)
+    sources = {name: dict(source) for name, source in fusion.sources.items()}
+    record = DecodingRecord(settings=to_dict(fusion.settings), sources=sources, tuned_on=tuned_on)
+    if tuned_on is None or tuned_on["sha256"] != manifest_sha256:
+        return record, []
+    return record, [
+        f"{manifest}: the decoding was tuned on these very cuts, so the errors are too few; evaluate on others"
+    ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+SCORED_AT_ONCE = 256  # texts
 _ODD_CONSTANT = 0x1E3779B97F4A7C15  # spreads a hash's bits (the golden ratio, as in Fibonacci hashing)
 
 
@@ -91,3 +93,23 @@ def append_hash(prefixes: Tensor, tokens: Tensor) -> Tensor:
     """64-bit hashes of token sequences, each with one token appended; the product wraps around on purpose."""
     mixed = (prefixes ^ (tokens + 1)) * _ODD_CONSTANT
     return mixed ^ (mixed >> 31)
+
+
+Scorer = Callable[[Tensor, Tensor], Tensor]  # tokens (N, U), padded with 0, and lengths (N,) to scores (N,)
+
+
+def rescored(n_best: Sequence[Sequence[Hypothesis]], scorer: Scorer) -> list[list[Hypothesis]]:
+    """N-best lists of a batch by their score and what ``scorer`` gives their tokens, the best one first."""
+    texts = [torch.tensor(h.tokens, dtype=torch.int64) for hypotheses in n_best for h in hypotheses]
+    gains: list[float] = []
+    for begin in range(0, len(texts), SCORED_AT_ONCE):
+        part = texts[begin : begin + SCORED_AT_ONCE]
+        gains += scorer(pad_sequence(part, batch_first=True), torch.tensor([len(text) for text in part])).tolist()
+    scores = iter(gains)
+    return [
+        sorted(
+            (Hypothesis(h.tokens, h.frames, h.score + next(scores)) for h in hypotheses),
+            key=lambda hypothesis: -hypothesis.score,
+        )
+        for hypotheses in n_best
+    ]

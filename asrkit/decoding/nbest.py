@@ -1,11 +1,12 @@
-"""N-best lists: no text twice, and how sure each word of the best text is.
+"""N-best lists as a user reads them: no text twice, and how sure each word of the best text is.
 
 Shapes: N texts of an utterance, W words of the best one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.hypothesis import Hypothesis
+from asrkit.decoding.search import BEAMS, CTC_GRAPH
 from asrkit.decoding.words import word_frames
 from asrkit.reporting.wer import NOTHING, align
 
@@ -37,21 +39,37 @@ def distinct(hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer) -> list[Hyp
     ]
 
 
-Scorer = Callable[[Sequence[Sequence[int]]], Sequence[float]]  # log P of sequences of tokens, by a language model
+@dataclass(frozen=True)
+class Alternative:
+    """A text, and the natural logarithm of the sum of its hypotheses' scores."""
+
+    text: str
+    score: float
 
 
-def rescored(n_best: Sequence[Sequence[Hypothesis]], scorer: Scorer, scale: float) -> list[list[Hypothesis]]:
-    """N-best lists of a batch by their score + ``scale`` log P(text), the best one first."""
-    if scale == 0:
-        return [list(hypotheses) for hypotheses in n_best]
-    scores = iter(scorer([hypothesis.tokens for hypotheses in n_best for hypothesis in hypotheses]))
-    return [
-        sorted(
-            (Hypothesis(h.tokens, h.frames, h.score + scale * next(scores)) for h in hypotheses),
-            key=lambda hypothesis: -hypothesis.score,
-        )
-        for hypotheses in n_best
-    ]
+@dataclass(frozen=True)
+class PieceTexts:
+    """The n-best texts of a piece of a file, which begins at ``start`` and ends at ``end``, in seconds."""
+
+    start: float
+    end: float
+    texts: list[Alternative]
+
+
+def cannot_list(nbest: int, method: str, beam: int) -> list[str]:
+    """Why a search has no ``nbest`` texts; [] if it may."""
+    if not nbest or method == CTC_GRAPH:
+        return []
+    if method not in BEAMS:
+        return [f"--nbest {nbest}: --method {method} has one text only; decode with --method beam, ctc-beam or --graph"]
+    if nbest > beam:
+        return [f"--nbest {nbest}: a beam of {beam} ends with {beam} hypotheses at most; give --beam {nbest}"]
+    return []
+
+
+def alternatives(hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer, most: int) -> list[Alternative]:
+    """The texts of one utterance's hypotheses in their order, at most ``most``; see ``distinct``."""
+    return [Alternative(tokenizer.decode(h.tokens), h.score) for h in distinct(hypotheses, tokenizer)[:most]]
 
 
 class Agreement:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from asrkit.decoding.nbest import PieceTexts
 from asrkit.decoding.words import Word
 from asrkit.disk import atomic_write
 
@@ -28,18 +29,10 @@ LINE, LINES = 42, 2
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """Another text of a recording, and its natural log-probability by the scores of the search."""
-
-    text: str
-    score: float
-
-
-@dataclass(frozen=True)
 class Transcript:
     """What was recognized in one file, or in ``error`` why it could not be read.
 
-    name: what NIST's formats call the recording; of none, the file's name without suffix. nbest: where it was asked for, the likeliest texts of each stretch that was decoded by itself, the best one first.
+    name: what NIST's formats call the recording; of none, the file's name without suffix. nbest: where they were asked for, the likeliest texts of each piece that was decoded by itself.
     """
 
     path: Path
@@ -48,7 +41,7 @@ class Transcript:
     words: list[Word] = field(default_factory=list)
     error: str | None = None
     name: str = ""
-    nbest: list[list[Alternative]] = field(default_factory=list)
+    nbest: list[PieceTexts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ def json_row(transcript: Transcript) -> dict[str, object]:
     words = [{key: value for key, value in asdict(word).items() if value is not None} for word in transcript.words]
     row = {"path": str(transcript.path), "seconds": transcript.seconds, "text": transcript.text, "words": words}
     if transcript.nbest:
-        row["nbest"] = [[asdict(alternative) for alternative in stretch] for stretch in transcript.nbest]
+        row["nbest"] = [asdict(piece) for piece in transcript.nbest]
     return row
 
 
@@ -134,8 +127,8 @@ def _subtitles(words: Sequence[Word], form: Format) -> str:
     for cue in cues_of(words):
         # In WebVTT, & and < begin entities and tags (W3C, section 4.2.2); pysubs2 writes texts as they are.
         text = html.escape(cue.text, quote=False) if form == "vtt" else cue.text
-        times = {"start": round(1000 * cue.start), "end": round(1000 * cue.end)}
-        events.append(pysubs2.SSAEvent(**times, text=text.replace("\n", "\\N")))
+        start, end = round(1000 * cue.start), round(1000 * cue.end)
+        events.append(pysubs2.SSAEvent(start, end, text.replace("\n", "\\N")))
     return events.to_string(form, keep_ssa_tags=True)
 
 

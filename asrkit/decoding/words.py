@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from asrkit.data.text.tokenizer import WORD_START, Tokenizer
 from asrkit.decoding.hypothesis import Hypothesis
@@ -65,5 +66,5 @@ def timed_words(
             round(offset + (word.last + 1) * ENCODER_SHIFT, 2),
             confidence,
         )
-        for word, confidence in zip(words, confidences or [None] * len(words), strict=True)
+        for word, confidence in zip(words, confidences or repeat(None, len(words)), strict=True)
     ]

@@ -27,7 +27,6 @@ from asrkit.errors import UserError
 from asrkit.run_dir import read_yaml, write_yaml
 
 TENSORS, RECORD = "graph.safetensors", "graph.yaml"
-FORMAT = 1
 MAX_ARCS = 20_000_000  # 16 bytes of memory each, and as many on disk
 END = -1  # the label of an arc into the final state
 
@@ -40,7 +39,7 @@ class GraphRecord:
     has, of a graph of words or sentences. not_spelled: words of the model that the tokenizer cannot spell, which are not in it.
     sha256: of the tensors' file; own: of everything else in this file, as canonical JSON."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     source: Source
     origin: str
     origin_sha256: str
@@ -104,8 +103,8 @@ def save_graph(out: Path, graph: CtcGraph, facts: dict[str, Any]) -> GraphRecord
     """Write the graph's directory, whole or not at all; ``facts`` are the fields of the record that the graph does not tell."""
     with atomic_directory(out) as directory:
         save_file({"arcs": graph.arcs.contiguous(), "scores": graph.scores.contiguous()}, directory / TENSORS)
-        counts = {"states": graph.num_states, "arcs": len(graph.arcs), "sha256": sha256_of(directory / TENSORS)}
-        record = GraphRecord(**facts, **counts)
+        counted = {"states": graph.num_states, "arcs": len(graph.arcs), "sha256": sha256_of(directory / TENSORS)}
+        record = from_dict(GraphRecord, {**facts, **counted}, RECORD)
         write_yaml(directory / RECORD, to_dict(record) | {"own": _own(record)})
     return record
 

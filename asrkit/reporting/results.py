@@ -50,6 +50,19 @@ class Latencies:
 
 
 @config
+class DecodingRecord:
+    """What a search heeded besides the acoustic model.
+
+    settings: those of ``decoding.fusion.FusionConfig``. sources: path and digest of each part, by option: lm, lodr, hotwords.
+    tuned_on: path and digest of the manifest the settings were tuned on; None where nobody says.
+    """
+
+    settings: dict[str, float | str]
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    tuned_on: dict[str, str] | None = None
+
+
+@config
 class GraphUse:
     """The decoding graph that CTC was searched over, and how; ``bytes`` are those of its file. no_path: utterances without a path
     through it, whose text is empty."""
@@ -63,16 +76,6 @@ class GraphUse:
     max_active: Count
     paths: Count
     no_path: Count = 0
-
-
-@config
-class LmUse:
-    """The language model that the search had, its weight, and what each token added to the score beside it."""
-
-    path: str
-    sha256: str
-    scale: float
-    bonus: float
 
 
 @config
@@ -94,7 +97,8 @@ class Confidence:
 class Result:
     """One evaluation: what was decoded (run, variant, context, manifest, method), how well, and how fast.
 
-    ``graph``, ``lm``: what the search had beside the model. ``confidence``: None of a search without alternatives. ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
+    ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
+    ``decoding``: None of a search by the acoustic model alone. ``confidence``: None of a search without alternatives.
     """
 
     run: str
@@ -115,17 +119,20 @@ class Result:
     device: str
     threads: int
     warnings: list[str]
+    decoding: DecodingRecord | None = None
     graph: GraphUse | None = None
-    lm: LmUse | None = None
     confidence: Confidence | None = None
 
     @property
     def search(self) -> str:
-        """The method, the size of a beam, and what it had beside the model: ``greedy``, ``beam 4``, ``ctc-graph hlg 0.5``."""
-        parts = [self.method] if self.beam is None else [self.method, str(self.beam)]
-        for use in (self.graph, self.lm):
-            parts += [] if use is None else [Path(use.path).name, f"{use.scale:g}"]
-        return " ".join(parts)
+        """The method, the size of a beam, and what else counted: ``greedy``, ``beam 4``, ``beam 4 lm 0.3 hotwords``."""
+        words = [self.method if self.beam is None else f"{self.method} {self.beam}"]
+        words += [] if self.graph is None else [Path(self.graph.path).name, f"{self.graph.scale:g}"]
+        if self.decoding is not None:
+            scales = {name: self.decoding.settings.get(f"{name}_scale", "") for name in self.decoding.sources}
+            words += [f"{name} {scale}".rstrip() for name, scale in scales.items()]
+            words += ["tuned decoding"] if not self.decoding.sources else []
+        return " ".join(words)
 
 
 def summarize(utterances: Sequence[Scored]) -> Errors:

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 import torch
 from lhotse import CutSet
 
+from asrkit.config import digest as content_digest
 from asrkit.config import to_dict
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import digest_of, speaker_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
-from asrkit.decoding.evaluation import Decoded, decode_cuts
+from asrkit.decoding.evaluation import Decoded, decode_cuts, decoding_record
 from asrkit.decoding.latency import summarize_latencies
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
@@ -29,6 +30,7 @@ from asrkit.reporting.results import (
     EVALUATION,
     RESULT,
     UTTERANCES,
+    DecodingRecord,
     Latencies,
     Result,
     manifest_name,
@@ -80,7 +82,8 @@ def evaluate(
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
     Each method has its directory, ``<out>/<manifest>-<digest>-<variant>-<context>-<method>``, by default in
-    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A streaming
+    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A search that heeds
+    a language model and the like has the digest of all that in its name too. A streaming
     context is decoded chunk by chunk, as on a device. An utterance with an empty reference is decoded too: every word
     recognized in it is an insertion.
 
@@ -89,7 +92,7 @@ def evaluate(
         context: None is the first the variant was trained in.
         max_duration: seconds of padded audio decoded at once.
         threads: of torch; None leaves what is set.
-        domain: a decoding graph, which takes the place of ``methods``, or a language model beside CTC.
+        domain: what the search has beside the model: a graph, which takes the place of ``methods``, language models and the like.
         calibrate_on: a manifest whose references the temperature of confidences is fitted to; None takes ``temperature``.
         formats: in which hypotheses are also written.
 
@@ -114,8 +117,11 @@ def evaluate(
         raise UserError.of(list(dict.fromkeys(findings)))
     cuts, warnings = checked
     digest = digest_of(manifest)
+    records = {
+        name: decoding_record(domain.fusion, search.fusion, manifest, digest) for name, search in searches.items()
+    }
     directories = {
-        name: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, search, name, beam)
+        name: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, search, name, beam, records[name][0])
         for name, search in searches.items()
     }
     for directory in directories.values():
@@ -133,9 +139,11 @@ def evaluate(
         if search.n_best:
             heat = fitted[name].temperature() if name in fitted else temperature
             confidence = done.set_confidences(heat, calibrate_on)
-        about = {"manifest": str(manifest), "manifest_sha256": digest, "method": name}
-        about |= {"run": str(run_path), "beam": beam if name in BEAMS else None, "confidence": confidence}
-        result = _result(recognizer, cuts, done, search, about, warnings)
+        record, tuned_here = records[name]
+        about: dict[str, Any] = {"manifest": str(manifest), "manifest_sha256": digest, "method": name}
+        about |= {"run": str(run_path), "beam": beam if name in BEAMS else None}
+        about |= {"decoding": record, "confidence": confidence}
+        result = _result(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
         _write(directories[name], result, done, cuts, recognizer.tokenizer, formats)
         evaluations.append(Evaluation(directories[name], to_dict(result), done.scored))
     return evaluations
@@ -194,7 +202,6 @@ def _result(
         threads=torch.get_num_threads(),
         warnings=[*recognizer.warnings, *warnings, *without],
         graph=None if search.graph is None else replace(search.graph, no_path=done.no_path),
-        lm=search.lm,
     )
 
 
@@ -215,13 +222,22 @@ def _make(directory: Path) -> None:
         raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
 
 
-def _name(manifest: Path, digest: str, recognizer: Recognizer, search: Search, method: str, beam: int) -> str:
+def _name(
+    manifest: Path,
+    digest: str,
+    recognizer: Recognizer,
+    search: Search,
+    method: str,
+    beam: int,
+    record: DecodingRecord | None,
+) -> str:
     """``test-3f2a9c01-near-chunk16-left64-beam4``, ``test-3f2a9c01-backbone-full-ctc-graph-hlg-0.5``: a result's directory."""
-    context = str(recognizer.context).replace("=", "").replace(",", "-")
-    parts = [f"{method}{beam}" if method in BEAMS else method]
-    for use in (search.graph, search.lm):
-        parts += [] if use is None else [Path(use.path).resolve().name, f"{use.scale:g}"]
-    return f"{manifest_name(str(manifest))}-{digest[:8]}-{recognizer.variant}-{context}-{'-'.join(parts)}"
+    parts = [manifest_name(str(manifest)), digest[:8], recognizer.variant]
+    parts += [str(recognizer.context).replace("=", "").replace(",", "-")]
+    parts += [f"{method}{beam}" if method in BEAMS else method]
+    parts += [] if search.graph is None else [Path(search.graph.path).resolve().name, f"{search.graph.scale:g}"]
+    parts += [] if record is None else [content_digest(to_dict(record))[:8]]
+    return "-".join(parts)
 
 
 def _write(

@@ -13,13 +13,14 @@ from asrkit.data.augment import pad
 from asrkit.data.features import fbank
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
+from asrkit.decoding.fusion import FusionRequest, load_fusion
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
-from asrkit.decoding.nbest import Agreement, distinct
+from asrkit.decoding.nbest import Agreement, Alternative, PieceTexts, alternatives, cannot_list, distinct
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
+from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method, cannot_fuse
 from asrkit.decoding.streaming import Endpoint, Partial, StreamingRecognizer
-from asrkit.decoding.transcripts import Alternative, Transcript
+from asrkit.decoding.transcripts import Transcript
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
@@ -39,7 +40,11 @@ class _Part:
     text: str = ""
     words: list[Word] = field(default_factory=list)
     error: str | None = None
-    nbest: list[Alternative] = field(default_factory=list)
+    texts: list[Alternative] = field(default_factory=list)
+
+    @property
+    def num_samples(self) -> int:
+        return 0 if self.piece is None else len(self.piece.samples)
 
 
 def transcribe(
@@ -53,10 +58,10 @@ def transcribe(
     language: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    warn: Callable[[str], None] = lambda line: None,
     domain: Domain | None = None,
     nbest: int = 0,
     temperature: float = 1.0,
-    warn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Transcript]:
     """Yield the transcript of each file, in order, each as soon as it is done.
 
@@ -67,19 +72,17 @@ def transcribe(
         variant: the active sub-models; None is the one the last stage trained.
         context: None is the first the variant was trained in.
         language: what is spoken, for a model with languages.
-        domain: a decoding graph, which takes the place of ``method``, or a language model beside CTC.
-        nbest: how many texts of each stretch to give; 0 gives the best one alone.
-        temperature: of the confidences of words, which a search with alternatives has.
         warn: is called with a line where the model is used in a way it was not trained for.
+        domain: what the search has beside the model: a graph, which takes the place of ``method``, language models and the like.
+        nbest: texts of each piece to give beside the best one, by a search that has alternatives; 0: none.
+        temperature: of the confidences of words, which such a search has.
 
     Raises:
-        UserError: the run directory, the graph or the language model cannot be used, or options contradict each other.
+        UserError: the run directory cannot be used, or the options do not fit together.
     """
     domain = domain or Domain()
     name: str = method if domain.graph is None else CTC_GRAPH
-    findings = domain.findings([name])
-    if nbest and name != CTC_GRAPH and name not in BEAMS:
-        findings.append(f"--nbest: --method {name} has no alternatives; choose beam, ctc-beam or --graph")
+    findings = [*domain.findings([name]), *cannot_list(nbest, name, beam)]
     if not temperature > 0:
         findings.append(f"--confidence-temperature {temperature}: must be above 0")
     recognizer = _prepare(run_path, name, beam, variant, context, language, device, threads, warn, findings)
@@ -105,29 +108,29 @@ def transcribe_stream(
     device: str = "auto",
     threads: int | None = None,
     warn: Callable[[str], None] = lambda line: None,
+    fusion: FusionRequest | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Path, Partial | UserError]]:
     """Yield what is recognized in each file in turn, as soon as it is known, or why the file cannot be read.
 
-    Args:
+    Args (the others are those of ``transcribe``):
         paths: audio files; ``-`` is raw 16-bit little-endian mono at 16 kHz on standard input.
-        variant: the active sub-models; None is the one the last stage trained.
         context: None is the first streaming one the variant was trained in.
-        language: what is spoken, for a model with languages.
         endpoint: when an utterance is over.
         paced: files are read at the pace they were spoken.
-        warn: is called with a line where the model is used in a way it was not trained for.
         stopped: called again and again; when it returns True, the sound ends there, and no further file begins.
 
     Raises:
         UserError: the run directory cannot be used.
     """
     choice = replace(context or ContextChoice(), streaming=True)
-    recognizer = _prepare(run_path, method, beam, variant, choice, language, device, threads, warn)
+    findings = [] if fusion is None or method in BEAMS else [cannot_fuse(method)]
+    recognizer = _prepare(run_path, method, beam, variant, choice, language, device, threads, warn, findings)
+    fused = None if fusion is None else load_fusion(fusion, recognizer.tokenizer, recognizer.device)
     for path in paths:
         if stopped():
             return
-        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, beam, endpoint)
+        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, beam, endpoint, fused)
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
                 for partial in stream.accept(block):
@@ -149,7 +152,7 @@ def _prepare(
     device: str,
     threads: int | None,
     warn: Callable[[str], None],
-    known: Sequence[str] = (),
+    known: Sequence[str],
 ) -> Recognizer:
     choice = context or ContextChoice()
     findings = [*choice.contradictions(), *known]
@@ -182,17 +185,13 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     waiting: list[_Part] = []
     longest = 0
     for part in parts:
-        longest = max(longest, _num_samples(part))
+        longest = max(longest, part.num_samples)
         if waiting and longest * (len(waiting) + 1) > BATCH_SECONDS * SAMPLE_RATE:
             yield waiting
-            waiting, longest = [], _num_samples(part)
+            waiting, longest = [], part.num_samples
         waiting.append(part)
     if waiting:
         yield waiting
-
-
-def _num_samples(part: _Part) -> int:
-    return 0 if part.piece is None else len(part.piece.samples)
 
 
 def _decode(
@@ -203,35 +202,31 @@ def _decode(
     if pieces:
         features, lens = pad([fbank(piece.samples) for piece in pieces])
         decoded = search.run(recognizer.model.encode(features, lens))
-    alternatives = iter(decoded)
+    hypotheses = iter(decoded)
     for part in batch:
         if part.piece is None:
             yield part
             continue
-        texts = distinct(next(alternatives), recognizer.tokenizer)
-        confidences = (
-            Agreement(texts, recognizer.tokenizer).confidences(temperature).tolist() if search.n_best else None
-        )
-        words = timed_words(texts[0], recognizer.tokenizer, part.piece.start, confidences)
-        written = [
-            Alternative(recognizer.tokenizer.decode(h.tokens), round(h.score, 3)) for h in texts[: max(1, nbest)]
-        ]
-        yield _Part(part.number, part.path, part.piece, written[0].text, words, nbest=written[:nbest])
+        several = distinct(next(hypotheses), recognizer.tokenizer)
+        confidences = None
+        if search.n_best:
+            values = Agreement(several, recognizer.tokenizer).confidences(temperature).tolist()
+            confidences = [round(value, 4) for value in values]
+        words = timed_words(several[0], recognizer.tokenizer, part.piece.start, confidences)
+        text = recognizer.tokenizer.decode(several[0].tokens)
+        texts = alternatives(several, recognizer.tokenizer, nbest)
+        yield _Part(part.number, part.path, part.piece, text, words, texts=texts)
 
 
 def _join(parts: Iterable[_Part]) -> Transcript:
-    texts, words, seconds, path, error, nbest = [], [], 0.0, Path(), None, []
+    texts, words, nbest, seconds, path, error = [], [], [], 0.0, Path(), None
     for part in parts:
         path, error = part.path, part.error or error
         texts.append(part.text)
-        words += [replace(word, confidence=_rounded(word.confidence)) for word in part.words]
-        nbest += [part.nbest] if part.nbest else []
+        words += part.words
         if part.piece is not None:
             seconds = part.piece.start + part.piece.seconds
+            nbest += [PieceTexts(round(part.piece.start, 3), round(seconds, 3), part.texts)] if part.texts else []
     if error is not None:
         return Transcript(path, error=error)
     return Transcript(path, round(seconds, 3), " ".join(text for text in texts if text), words, nbest=nbest)
-
-
-def _rounded(confidence: float | None) -> float | None:
-    return None if confidence is None else round(confidence, 4)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
-from asrkit.decoding.ctc import NgramFusion, ctc_beam_n_best, ctc_beam_search
-from asrkit.decoding.hypothesis import Hypothesis
-from asrkit.decoding.nbest import Agreement, calibrate, distinct, rescored
+from asrkit.decoding.ctc import CtcFusion, ctc_beam_n_best, ctc_beam_search
+from asrkit.decoding.fusion import NgramScorer
+from asrkit.decoding.hypothesis import Hypothesis, rescored
+from asrkit.decoding.nbest import Agreement, calibrate, distinct
 from asrkit.models.ngram.automaton import Ngram, automaton
 from asrkit.models.ngram.kneser_ney import estimate
 from asrkit.reporting.confidence import expected_calibration_error, summarize_confidence
@@ -55,7 +56,9 @@ def test_with_a_language_model_it_is_the_brute_force_over_all_strings(seed: int,
         language = float(lm.sequence_log_probs([text]).double().sum())
         expected[text] = acoustic + scale * language + bonus * len(text)
     ranked = sorted(expected, key=lambda text: -expected[text])
-    (found,) = ctc_beam_search(log_probs, torch.tensor([FRAMES]), 200, fusion=NgramFusion(lm, scale, bonus))
+    (found,) = ctc_beam_search(
+        log_probs, torch.tensor([FRAMES]), 200, fusion=CtcFusion([(NgramScorer(lm), scale)], bonus)
+    )
     assert len(found) == len(expected) and {tuple(h.tokens) for h in found} == set(expected)
     assert tuple(found[0].tokens) == ranked[0]
     for hypothesis in found:
@@ -65,7 +68,10 @@ def test_with_a_language_model_it_is_the_brute_force_over_all_strings(seed: int,
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 8), min_size=2, max_size=4))
 def test_a_batch_is_its_utterances_one_by_one(seed: int, sizes: list[int]) -> None:
-    fusion, lens = NgramFusion(small_lm(seed), 0.7, 0.2), torch.tensor(sizes)
+    fusion, lens = (
+        CtcFusion([(NgramScorer(small_lm(seed)), 0.7), (NgramScorer(small_lm(seed + 1, 2)), -0.2)], 0.2),
+        torch.tensor(sizes),
+    )
     log_probs = random_frames(seed, len(sizes), 8, VOCAB)
     for row, size in enumerate(sizes):
         log_probs[row, size:] = math.nan
@@ -80,7 +86,7 @@ def test_a_batch_is_its_utterances_one_by_one(seed: int, sizes: list[int]) -> No
 def test_a_scale_of_zero_changes_no_bit(beam: int) -> None:
     log_probs, lens = random_frames(3, 3, 20, 9).float(), torch.tensor([20, 11, 0])
     plain = ctc_beam_n_best(log_probs, lens, beam, special_ids=[0, 5])
-    for fusion in (None, NgramFusion(small_lm(1), 0.0)):
+    for fusion in (None, CtcFusion([(NgramScorer(small_lm(1)), 0.0)])):
         for row, found in enumerate(ctc_beam_search(log_probs, lens, beam, 0, [0, 5], fusion)):
             kept = [n for n in range(beam) if n == 0 or plain.scores[row, n] > -math.inf]
             assert [h.score for h in found] == plain.scores[row, kept].tolist()
@@ -138,13 +144,17 @@ def test_expected_calibration_error() -> None:
     expected = (3 * abs(2.9 / 3 - 2 / 3) + 2 * 0.05 + 0) / 6
     assert expected_calibration_error(confidences, right) == pytest.approx(expected)
     summary = summarize_confidence(confidences, right, 2.0, "dev")
-    assert (summary.words, summary.right, summary.ece) == (6, 0.5, pytest.approx(expected))
+    assert (summary.words, summary.right) == (6, 0.5) and summary.ece == pytest.approx(expected)
     assert summarize_confidence([], [], 1.0, None).ece is None
 
 
 def test_rescoring_orders_by_both_scores() -> None:
-    n_best = [[Hypothesis([1], [0], -1.0), Hypothesis([2], [0], -2.0)], [Hypothesis([], [], -3.0)]]
-    scores = {(1,): -10.0, (2,): -1.0, (): -5.0}
-    found = rescored(n_best, lambda texts: [scores[tuple(text)] for text in texts], 0.5)
-    assert [[(h.tokens, h.score) for h in row] for row in found] == [[([2], -2.5), ([1], -6.0)], [([], -5.5)]]
-    assert rescored(n_best, lambda texts: [1 / 0], 0.0) == n_best
+    n_best = [[Hypothesis([1], [0], -1.0), Hypothesis([2, 3], [0, 1], -2.0)], [Hypothesis([], [], -3.0)]]
+    gains = {(1,): -5.0, (2, 3): -0.5, (): -2.5}
+
+    def scorer(tokens: Tensor, lens: Tensor) -> Tensor:
+        rows = zip(tokens.tolist(), lens.tolist(), strict=True)
+        return torch.tensor([gains[tuple(row[:size])] for row, size in rows])
+
+    found = rescored(n_best, scorer)
+    assert [[(h.tokens, h.score) for h in row] for row in found] == [[([2, 3], -2.5), ([1], -6.0)], [([], -5.5)]]

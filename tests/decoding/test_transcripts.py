@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pysubs2
 import pytest
 
+from asrkit.decoding.nbest import Alternative, PieceTexts
 from asrkit.decoding.transcripts import (
     FORMATS,
     LINE,
     LINES,
     LONGEST,
-    Alternative,
     Transcript,
     cues_of,
     render,
@@ -29,7 +30,7 @@ def words_of(texts: list[str], step: float = 0.5, confidence: float | None = 0.2
     return [Word(text, n * step, n * step + 0.3, confidence) for n, text in enumerate(texts)]
 
 
-def transcript(texts: list[str], path: str = "a b.wav", **more: float) -> Transcript:
+def transcript(texts: list[str], path: str = "a b.wav", **more: Any) -> Transcript:
     words = words_of(texts, **more)
     return Transcript(Path(path), words[-1].end if words else 1.0, " ".join(texts), words)
 
@@ -78,13 +79,10 @@ def test_json_says_what_is_known() -> None:
         "words": [{"text": "one", "start": 0.0, "end": 0.3}],
     }
     full = Transcript(
-        Path("x"), 1.0, "one", words_of(["one"]), nbest=[[Alternative("one", -1.0), Alternative("on", -2.5)]]
+        Path("x"), 1.0, "one", words_of(["one"]), nbest=[PieceTexts(0.0, 1.0, [Alternative("one", -1.0), Alternative("on", -2.5)])]
     )
     row = json.loads(render([full], "json"))
-    assert row["words"][0]["confidence"] == 0.25 and row["nbest"] == [
-        [{"text": "one", "score": -1.0}, {"text": "on", "score": -2.5}]
-    ]
-    assert json.loads(render([Transcript(Path("x"), error="gone")], "json")) == {"path": "x", "error": "gone"}
+    assert row["words"][0]["confidence"] == 0.25 and row["nbest"] == [{"start": 0.0, "end": 1.0, "texts": [{"text": "one", "score": -1.0}, {"text": "on", "score": -2.5}]}]assert json.loads(render([Transcript(Path("x"), error="gone")], "json")) == {"path": "x", "error": "gone"}
 
 
 def test_silence_and_errors_in_every_format(tmp_path: Path) -> None:
