@@ -25,6 +25,7 @@ EXTRAS = {
     "k2": Extra("k2", "k2", "it must be built for this torch: `asrkit doctor` prints the command that installs it"),
     "onnx": _from_pip("onnx", "onnx", "export"),
     "onnxruntime": _from_pip("onnxruntime", "onnxruntime", "export"),
+    "kaldifst": _from_pip("kaldifst", "kaldifst", "export"),
     "espeak": _from_pip("espeakng_loader", "espeak-ng", "synth", " (GPL-3)"),
     "tensorboard": _from_pip("torch.utils.tensorboard", "TensorBoard", "tensorboard"),
     "report": _from_pip("asrkit.reporting.page.render", "jinja2 and matplotlib", "report"),

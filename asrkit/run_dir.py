@@ -2,7 +2,7 @@
 
 config.yaml        the stage's resolved configuration
 model.yaml         format number, kind (see ``models.registry``) and the model's spec
-model.safetensors  the weights to use
+model.safetensors  the weights to use; an n-gram model has lm.arpa instead
 tokenizer.model    sentencepiece model; tokens.txt beside it; kinds without text have none
 lineage.yaml       every stage from the first, with digests
 metrics.jsonl      one line a logged step
@@ -30,10 +30,12 @@ CONFIG, MODEL, WEIGHTS = "config.yaml", "model.yaml", "model.safetensors"
 TOKENIZER, TOKENS, LINEAGE = "tokenizer.model", "tokens.txt", "lineage.yaml"
 EXPORT = "export.yaml"  # not of a run directory: what marks an exported model
 METRICS, STATE = "metrics.jsonl", "state"
+ARPA = "lm.arpa"  # of an n-gram model, which has no weights
 DONE = "done"  # is there once the stage has finished
 # The files whose digests the last entry of the lineage holds; a run without a tokenizer has none of it.
 DIGESTS = {
     "weights_sha256": WEIGHTS,
+    "arpa_sha256": ARPA,
     "model_spec_sha256": MODEL,
     "tokenizer_sha256": TOKENIZER,
     "tokens_sha256": TOKENS,
@@ -76,6 +78,12 @@ class RunDir:
     def tokenizer_path(self) -> Path:
         return self.path / TOKENIZER
 
+    @property
+    def weights_path(self) -> Path:
+        """The file whose digest says which model this is."""
+        arpa = self.path / ARPA
+        return arpa if arpa.is_file() else self.path / WEIGHTS
+
     def weights(self) -> dict[str, Tensor]:
         """All tensors of ``model.safetensors``, by parameter name, on the CPU."""
         from safetensors.torch import load_file
@@ -106,6 +114,8 @@ class RunDir:
 
     def _header(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """By parameter name, the shape of each tensor and safetensors' name of its type."""
+        if not self.stored_names:  # n-grams
+            return {}
         from safetensors import safe_open
 
         with safe_open(self.path / WEIGHTS, framework="numpy") as file:
@@ -175,7 +185,8 @@ def open_run(path: Path) -> RunDir:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory; give the --out of a training stage")
-    missing = [name for name in (CONFIG, MODEL, WEIGHTS, LINEAGE) if not (path / name).is_file()]
+    weights = [] if (path / ARPA).is_file() else [WEIGHTS]
+    missing = [name for name in (CONFIG, MODEL, *weights, LINEAGE) if not (path / name).is_file()]
     if missing and (path / EXPORT).is_file():
         raise UserError(f"{path}: is an exported model, not a run directory; pass the run it was exported from")
     if missing:
@@ -193,12 +204,12 @@ def open_run(path: Path) -> RunDir:
         migrated.model["spec"],
         read_yaml(path / CONFIG),
         migrated.lineage,
-        {name: migrated.rename(name) for name in _tensor_names(path / WEIGHTS)},
+        {name: migrated.rename(name) for name in (_tensor_names(path / WEIGHTS) if weights else ())},
     )
 
 
 def _check_digests(path: Path, entry: dict[str, Any]) -> None:
-    """Every file that the lineage has a digest of is there and has it; weights and model.yaml always have one."""
+    """Every file that the lineage has a digest of is there and has it; weights, n-grams and model.yaml always have one."""
     findings = []
     for key, name in DIGESTS.items():
         expected = entry.get(key)

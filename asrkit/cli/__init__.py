@@ -15,6 +15,7 @@ from asrkit.cli import (
     compress,
     data,
     distill,
+    domain,
     evaluate,
     export,
     failures,
@@ -54,7 +55,21 @@ def _root(
     """Turn real speech into small, fast, streaming speech recognizers."""
 
 
-for _group in (data, train, submodel, distill, sequence, supernet, compress, lm, evaluate, export, inspect, settings):
+for _group in (
+    data,
+    train,
+    submodel,
+    distill,
+    sequence,
+    supernet,
+    compress,
+    lm,
+    domain,
+    evaluate,
+    export,
+    inspect,
+    settings,
+):
     _group.register(app)
 
 

@@ -1,4 +1,4 @@
-"""evaluate and transcribe."""
+"""evaluate, tune and transcribe."""
 
 from __future__ import annotations
 
@@ -8,23 +8,44 @@ from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
+from asrkit.cli.domain import Graph, GraphScale, MaxActive, OutputBeam, Paths, SearchBeam, domain_of
+from asrkit.cli.fusion import (
+    BlankPenalty,
+    HotwordsFile,
+    HotwordsScore,
+    LengthBonus,
+    Lm,
+    LmRescore,
+    LmScale,
+    Lodr,
+    LodrScale,
+    Temperature,
+    Tuned,
+    fusion_options,
+)
 from asrkit.cli.options import Jobs, io, output
 
-# The names of asrkit.decoding.search.METHODS, which would import torch here.
-Method = StrEnum("Method", ["greedy", "beam", "ctc"])
-MethodOrAll = StrEnum("MethodOrAll", ["greedy", "beam", "ctc", "all"])
+# The methods of asrkit.decoding.search, which would import torch here.
+Method = StrEnum("Method", {"greedy": "greedy", "beam": "beam", "ctc": "ctc", "ctc_beam": "ctc-beam"})
+MethodOrAll = StrEnum(
+    "MethodOrAll", {"greedy": "greedy", "beam": "beam", "ctc": "ctc", "ctc_beam": "ctc-beam", "all": "all"}
+)
+# Those of asrkit.decoding.transcripts.FORMATS; a file of subtitles is about one recording.
+TextFormat = StrEnum("TextFormat", ["txt", "json", "ctm", "stm"])
+AnyFormat = StrEnum("AnyFormat", ["txt", "json", "srt", "vtt", "ctm", "stm"])
 
 Mode = StrEnum("Mode", ["full"])
 
 decoding = partial(typer.Option, rich_help_panel="Decoding")
 streams = partial(typer.Option, rich_help_panel="Streaming")
+confidence = partial(typer.Option, rich_help_panel="Confidence of words")
 
 Run = Annotated[Path, io("--from", help="Run directory of any stage, or an exported directory.", show_default=False)]
-Beam = Annotated[int, decoding(min=1, help="Hypotheses that --method beam keeps.")]
+Beam = Annotated[int | None, decoding(min=1, help="Hypotheses that --method beam and ctc-beam keep. [default: 4]")]
 Threads = Annotated[int | None, decoding(min=1, help="CPU threads. [default: torch's own choice]")]
 Variant = Annotated[
     str | None,
@@ -40,22 +61,29 @@ Left = Annotated[
     decoding(min=0, help="Frames before the chunk that attention sees. [default: as trained with that chunk]"),
 ]
 Device = Annotated[str, decoding(help="auto, cpu, cuda or cuda:N.")]
+ConfidenceTemperature = Annotated[
+    float, confidence(help="Divides the scores of the n-best texts before the confidences are computed.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands that decode."""
     app.command("evaluate")(evaluate)
+    app.command("tune")(tune)
     app.command("transcribe")(transcribe)
 
 
-def evaluate(
+def evaluate(  # long: a parameter for each option
     run: Run,
     manifest: Annotated[Path, io(help="Cuts to decode: .jsonl, .jsonl.gz or a Shar directory.")],
     out: Annotated[
         Path | None, io(help="Directory for the results. [default: evaluation/ in the run directory]")
     ] = None,
-    method: Annotated[list[MethodOrAll] | None, decoding(help="Search method. Repeatable. [default: greedy]")] = None,
-    beam: Beam = 4,
+    method: Annotated[
+        list[MethodOrAll] | None,
+        decoding(help="Search method. Repeatable. [default: greedy; beam with a language model or hotwords]"),
+    ] = None,
+    beam: Beam = None,
     variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
@@ -64,6 +92,31 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = None,
     jobs: Jobs = 1,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+    tuned: Tuned = None,
+    graph: Graph = None,
+    graph_scale: GraphScale = None,
+    search_beam: SearchBeam = None,
+    output_beam: OutputBeam = None,
+    max_active: MaxActive = None,
+    paths: Paths = None,
+    calibrate: Annotated[
+        Path | None, confidence(help="Cuts, such as dev, that --confidence-temperature is fitted to first.")
+    ] = None,
+    confidence_temperature: ConfidenceTemperature = 1.0,
+    formats: Annotated[
+        list[TextFormat] | None,
+        output("--format", help="Also write the hypotheses so: txt, json, ctm or stm. Repeatable."),
+    ] = None,
     as_json: Annotated[bool, output("--json", help="Print the results as JSON, one line per method.")] = False,
 ) -> None:
     """Decode a manifest and count its word and character errors.
@@ -75,6 +128,10 @@ def evaluate(
         asrkit evaluate --from exp/near --variant near --chunk 16 --left 64 --manifest test.jsonl.gz
 
         asrkit evaluate --from exp/near --variant attention --mode full --manifest test.jsonl.gz
+
+        asrkit evaluate --from exp/backbone --method beam --lm exp/lm4 --lm-scale 0.3 --manifest test.jsonl.gz
+
+        asrkit evaluate --from exp/backbone --graph exp/hlg --graph-scale 0.5 --calibrate dev.jsonl.gz --manifest test.jsonl.gz
 
     A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
     latency), and the time from the end of a word to its output where the manifest has word alignments.
@@ -88,12 +145,18 @@ def evaluate(
     from asrkit.reporting.tables import evaluation_table, table_console
     from asrkit.stages.evaluate import evaluate as run_evaluation
 
-    names: list[Any] = [name.value for name in method or [MethodOrAll.greedy]]
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    names: list[Any] = [name.value for name in method or [MethodOrAll.greedy if request is None else MethodOrAll.beam]]
+    _check_graph(graph, bool(method))
+    options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
+    domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
     evaluations = run_evaluation(
         run,
         manifest,
         methods=METHODS if "all" in names else names,
-        beam=beam,
+        beam=width,
         variant=variant,
         context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
         max_duration=max_duration,
@@ -101,6 +164,10 @@ def evaluate(
         threads=threads,
         jobs=jobs,
         out=out,
+        domain=domain,
+        calibrate_on=calibrate,
+        temperature=confidence_temperature,
+        formats=cast(Any, [form.value for form in formats or ()]),
     )
     results = [evaluation.result for evaluation in evaluations]
     for warning in results[0]["warnings"]:
@@ -114,14 +181,82 @@ def evaluate(
         typer.echo(f"alignments, confusions, JSON: {evaluation.directory}")
 
 
-def transcribe(
+def tune(
+    run: Run,
+    manifest: Annotated[Path, io(help="Dev cuts to count the errors on: .jsonl, .jsonl.gz or a Shar directory.")],
+    out: Annotated[Path, io(help="File to write, such as decoding.yaml, for --decoding of the other commands.")],
+    over: Annotated[
+        str,
+        decoding(
+            help="Options to tune, with commas between: lm-scale, lodr-scale, length-bonus, blank-penalty, temperature, "
+            "hotwords-score, beam. NAME=0.1:0.2:0.3 tries these values instead of the usual ones."
+        ),
+    ] = "lm-scale,blank-penalty",
+    beam: Beam = None,
+    variant: Variant = None,
+    mode: ModeOption = None,
+    chunk: Chunk = None,
+    left: Left = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+) -> None:
+    """Find the scales of a language model and the like that give the fewest word errors on dev cuts.
+
+    Examples:
+
+        asrkit tune --from exp/backbone --lm exp/lm4 --manifest dev.jsonl.gz --over lm-scale,blank-penalty --out exp/decoding.yaml
+
+        asrkit evaluate --from exp/backbone --decoding exp/decoding.yaml --manifest test.jsonl.gz
+
+    The cuts are encoded once and decoded for every value. Options are tried one at a time, in turns; each begins with the value of
+    its own option here. A result of `asrkit evaluate --decoding` says what it was tuned on, and is marked where that is the manifest
+    it was evaluated on.
+    """
+    from asrkit.decoding.choice import ContextChoice
+    from asrkit.stages.tune import tune as run_tuning
+
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(None, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    tuned = run_tuning(
+        run,
+        manifest,
+        out,
+        over,
+        request=request,
+        beam=width,
+        variant=variant,
+        context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
+        device=device,
+        threads=threads,
+        note=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(
+        f"{out}: word error rate {100 * tuned.wer:.2f} % on {tuned.words} words; {len(tuned.trials)} settings were tried"
+    )
+
+
+def transcribe(  # long: a parameter for each option
     run: Run,
     audio: Annotated[
         list[Path],
         typer.Argument(help="Audio files of any format, rate, channels and length; with --stream also - (raw PCM)."),
     ],
-    method: Annotated[Method, decoding(help="Search method.")] = Method.greedy,
-    beam: Beam = 4,
+    method: Annotated[
+        Method | None,
+        decoding(help="Search method. [default: greedy; beam with a language model, hotwords or --nbest]"),
+    ] = None,
+    beam: Beam = None,
     variant: Variant = None,
     mode: ModeOption = None,
     chunk: Chunk = None,
@@ -142,12 +277,45 @@ def transcribe(
     longest: Annotated[
         float | None, streams(min=1, help="With --stream: longest utterance in seconds. [default: 20]")
     ] = None,
+    lm: Lm = None,
+    lm_scale: LmScale = None,
+    lm_rescore: LmRescore = False,
+    lodr: Lodr = None,
+    lodr_scale: LodrScale = None,
+    length_bonus: LengthBonus = None,
+    blank_penalty: BlankPenalty = None,
+    temperature: Temperature = None,
+    hotwords: HotwordsFile = None,
+    hotwords_score: HotwordsScore = None,
+    tuned: Tuned = None,
+    graph: Graph = None,
+    graph_scale: GraphScale = None,
+    search_beam: SearchBeam = None,
+    output_beam: OutputBeam = None,
+    max_active: MaxActive = None,
+    paths: Paths = None,
+    confidence_temperature: ConfidenceTemperature = 1.0,
+    nbest: Annotated[
+        int,
+        output(
+            "--nbest",
+            min=0,
+            help="Also print this many texts of each file or part of one, with their scores; with --format txt or json.",
+        ),
+    ] = 0,
+    form: Annotated[
+        AnyFormat,
+        output("--format", help="txt; json and ctm with times and confidences; subtitles; or stm, segments."),
+    ] = AnyFormat.txt,
+    out: Annotated[
+        Path | None, output(help="Folder for a file of each recording, such as talk.srt. [default: print them]")
+    ] = None,
     timestamps: Annotated[
         bool, output("--timestamps", help="Print one line per word with its start in seconds.")
     ] = False,
     as_json: Annotated[
         bool,
-        output("--json", help="Print one JSON object per file, or per change of a stream, with the times of words."),
+        output("--json", help="Short for --format json. Of a stream: one JSON object per change."),
     ] = False,
 ) -> None:
     """Transcribe audio files, or a live stream.
@@ -157,6 +325,10 @@ def transcribe(
         asrkit transcribe --from exp/backbone a.wav b.flac
 
         asrkit transcribe --from exp/near --stream --chunk 16 talk.wav
+
+        asrkit transcribe --from exp/backbone --hotwords names.txt --nbest 4 talk.wav
+
+        asrkit transcribe --from exp/backbone --method ctc-beam --lm exp/lm4 --format srt --out subtitles talk.wav
 
         arecord -q -t raw -f S16_LE -r 16000 -c 1 | asrkit transcribe --from exp/near --stream -
 
@@ -169,9 +341,17 @@ def transcribe(
     from asrkit.decoding.choice import ContextChoice
 
     context = ContextChoice(full=mode is Mode.full, chunk=chunk, left=left)
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
+    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
+    width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    _check_graph(graph, method is not None)
+    options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
+    domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
+    method = method or (Method.greedy if request is None and not nbest else Method.beam)
+    form = AnyFormat.json if as_json else form
     shared: dict[str, Any] = {
         "method": method.value,
-        "beam": beam,
+        "beam": max(width, nbest) if beam is None else width,
         "variant": variant,
         "context": context,
         "language": language,
@@ -179,15 +359,50 @@ def transcribe(
         "threads": threads,
         "warn": lambda line: typer.echo(f"warning: {line}", err=True),
     }
-    _check_stream_options(stream, audio, timestamps, fast, pause, longest)
+    _check_output(stream, audio, form.value, out, timestamps, nbest, graph)
+    _check_stream_options(stream, audio, timestamps, fast, pause, longest, nbest)
     if stream:
-        _stream(run, audio, not fast, pause, longest, as_json, shared)
+        _stream(run, audio, not fast, pause, longest, as_json, shared | {"fusion": request})
         return
-    _transcribe(run, audio, timestamps, as_json, shared)
+    shared |= {"domain": domain, "nbest": nbest, "temperature": confidence_temperature}
+    _transcribe(run, audio, form.value, out, timestamps, shared)
 
 
-def _transcribe(run: Path, audio: list[Path], timestamps: bool, as_json: bool, shared: dict[str, Any]) -> None:
-    """Print the text of each file; exit code 1 where one cannot be read."""
+def _check_graph(graph: Path | None, method: bool) -> None:
+    """Refuse a graph beside a method."""
+    from asrkit.errors import UserError
+
+    if graph is not None and method:
+        raise UserError("--graph and --method: a graph is decoded by its own search; drop --method")
+
+
+def _check_output(
+    stream: bool, audio: list[Path], form: str, out: Path | None, timestamps: bool, nbest: int, graph: Path | None
+) -> None:
+    """Refuse outputs that contradict each other."""
+    from asrkit.errors import UserError
+
+    findings = []
+    if stream and (form not in ("txt", "json") or out is not None or graph is not None):
+        findings.append("--stream: prints text or --json; drop --format, --out and --graph")
+    if timestamps and (form != "txt" or out is not None):
+        findings.append("--timestamps: is an output of its own; drop --format and --out")
+    if nbest and (form not in ("txt", "json") or (form == "txt" and out is not None)):
+        findings.append(f"--nbest: a file of {form} has one text only; give --format json")
+    if form in ("srt", "vtt") and out is None and len(audio) > 1:
+        findings.append(f"--format {form}: is about one recording; give a folder for the files with --out")
+    if out is not None:
+        names = [path.stem for path in audio]
+        findings += [f"--out: two recordings are called {name}" for name in sorted(set(names)) if names.count(name) > 1]
+    if findings:
+        raise UserError.of(findings)
+
+
+def _transcribe(
+    run: Path, audio: list[Path], form: Any, out: Path | None, timestamps: bool, shared: dict[str, Any]
+) -> None:
+    """Print or write the text of each file; exit code 1 where one cannot be read."""
+    from asrkit.decoding.transcripts import render, write_transcript
     from asrkit.stages.transcribe import transcribe as run_transcription
 
     failed = False
@@ -195,20 +410,29 @@ def _transcribe(run: Path, audio: list[Path], timestamps: bool, as_json: bool, s
         if done.error is not None:
             failed = True
             typer.echo(f"error: {done.error}", err=True)
-        if as_json:
-            typer.echo(json.dumps(_json_row(asdict(done)), ensure_ascii=False))
-        elif done.error is None and timestamps:
+        if timestamps and done.error is None:
             typer.echo(f"{done.path}:")
             for word in done.words:
                 typer.echo(f"{word.start:10.2f}  {word.text}")
-        elif done.error is None:
-            typer.echo(f"{done.path}: {done.text}")
+        elif out is not None and done.error is None:
+            typer.echo(f"{done.path}: {write_transcript(out, done, form)}")
+        elif not timestamps and out is None and (done.error is None or form == "json"):
+            typer.echo(render([done], form), nl=False)
+        for piece in done.nbest if form == "txt" else ():
+            for choice in piece.texts:
+                typer.echo(f"{piece.start:10.2f}  {choice.score:10.3f}  {choice.text}")
     if failed:
         raise typer.Exit(1)
 
 
 def _check_stream_options(
-    stream: bool, audio: list[Path], timestamps: bool, fast: bool, pause: float | None, longest: float | None
+    stream: bool,
+    audio: list[Path],
+    timestamps: bool,
+    fast: bool,
+    pause: float | None,
+    longest: float | None,
+    nbest: int,
 ) -> None:
     """Refuse options that would be without effect."""
     from asrkit.errors import UserError
@@ -216,6 +440,8 @@ def _check_stream_options(
     findings = []
     if stream and timestamps:
         findings.append("--stream and --timestamps do not go together; --stream --json prints the times of words")
+    if stream and nbest:
+        findings.append("--stream and --nbest do not go together; transcribe the whole file for its n-best texts")
     if stream and sum(path == Path("-") for path in audio) > 1:
         findings.append("-: standard input can be read only once")
     if not stream:
@@ -263,9 +489,3 @@ def _stream(
             raise typer.Exit(130)
     if failed:
         raise typer.Exit(1)
-
-
-def _json_row(row: dict[str, Any]) -> dict[str, Any]:
-    if row["error"] is not None:
-        return {"path": str(row["path"]), "error": row["error"]}
-    return {"path": str(row["path"]), "seconds": row["seconds"], "text": row["text"], "words": row["words"]}

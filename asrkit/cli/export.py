@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command("export")(export)
 
 
-def export(
+def export(  # long: a parameter for each option
     run: Annotated[Path, io("--from", help="Run directory of any stage.", show_default=False)],
     out: Annotated[Path, io(help="Directory to create; it must not exist or must be empty.", show_default=False)],
     pack: Annotated[Path | None, io(help="Also write the directory as this .tar file.")] = None,
@@ -60,6 +60,10 @@ def export(
         str | None,
         of_model(help="Language the files recognize, of a model with a language input.", show_default=False),
     ] = None,
+    graph: Annotated[
+        Path | None, of_model(help="Decoding graph for CTC, by `asrkit graph`, that the client searches over.")
+    ] = None,
+    graph_scale: Annotated[float, of_model(min=0.0, help="Weight of the language model in the graph.")] = 1.0,
     format: Annotated[
         Format, of_file(help="onnx, for sherpa-onnx, or torchscript, for libtorch, in float32.")
     ] = Format.onnx,
@@ -82,6 +86,8 @@ def export(
 
         asrkit export --from exp/sparse-int4 --report data/prompts/test.jsonl.gz --pack model.tar --out exp/onnx-int4
 
+        asrkit export --from exp/backbone --graph exp/hlg --graph-scale 0.5 --out exp/onnx-graph
+
     The directory holds a transducer (encoder, decoder, joiner), the same encoder with CTC, tokens.txt, README.md with the
     commands that run them, and export.yaml. The integers and masks are the trained ones. Nothing is written unless
     onnxruntime computes the same as torch. `asrkit evaluate` and `asrkit transcribe` also run the exported directory.
@@ -103,6 +109,8 @@ def export(
         report=report,
         pack=pack,
         license=license,
+        graph=graph,
+        graph_scale=graph_scale,
         warn=lambda line: typer.echo(f"warning: {line}", err=True),
     )
     _print(exported, out, None if report is None else json.loads((directory / "report.json").read_text()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,8 @@ from typing import Annotated
 import typer
 
 from asrkit.cli.options import Config, Device, Jobs, Out, Overrides, Seed, given, io, train_or_stop
+
+LmKind = StrEnum("LmKind", ["lstm", "transformer", "ngram"])
 
 alignment = partial(typer.Option, rich_help_panel="Alignment")
 language_model = partial(typer.Option, rich_help_panel="Language model")
@@ -82,7 +85,15 @@ def train_lm(
     dev: Annotated[
         Path | None, io(help="Text or cuts to measure perplexity on. Without it some sentences are held out.")
     ] = None,
-    unit: Annotated[str | None, language_model(help="Unit to predict: bpe, phone or senone. [default: bpe]")] = None,
+    kind: Annotated[
+        LmKind | None, language_model(help="lstm, transformer, or ngram: counted, in a moment. [default: lstm]")
+    ] = None,
+    order: Annotated[
+        int | None, language_model(help="Units of the longest n-grams: sets `ngram.order`. [default: 4]")
+    ] = None,
+    unit: Annotated[
+        str | None, language_model(help="Unit to predict: bpe, phone or senone; of n-grams bpe or word. [default: bpe]")
+    ] = None,
     language: Annotated[
         str | None, language_model(help="Language to pronounce --text in, such as en, for phones and senones.")
     ] = None,
@@ -98,9 +109,11 @@ def train_lm(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a language model over word pieces, phones or senones, to teach a recognizer.
+    """Train a language model over word pieces, phones or senones, to decode with or to teach a recognizer.
 
     Examples:
+
+        asrkit train-lm --text corpus.txt --kind ngram --order 4 --tokenizer exp/backbone/tokenizer.model --out exp/lm4
 
         asrkit train-lm --text corpus.txt --unit bpe --tokenizer exp/backbone/tokenizer.model --out exp/lm-bpe
 
@@ -108,17 +121,28 @@ def train_lm(
 
         asrkit train-lm --manifest aligned.jsonl.gz --unit senone --out exp/lm-senone
 
-    The weights with the best perplexity on the held-out sentences are kept. For a Transformer instead of an LSTM, use
-    --set model.architecture=transformer.
+    The weights with the best perplexity on the held-out sentences are kept. An n-gram model is written as an ARPA file.
     """
     from asrkit.config import resolve
     from asrkit.errors import UserError
     from asrkit.stages.train_lm import TrainLmConfig
     from asrkit.stages.train_lm import train_lm as run
+    from asrkit.training.ngram import NgramConfig
 
     source = text or manifest
     if source is None or (text is not None and manifest is not None):
         raise UserError("--text, --manifest: give one of them to train on")
-    options = given({"unit": unit, "language": language, "seed": seed})
-    settings = resolve(TrainLmConfig, config, overrides or (), options=options)
-    train_or_stop(out, lambda: run(source, out, settings, dev=dev, tokenizer=tokenizer, senones=senones, device=device))
+    if order is not None and kind is not LmKind.ngram:
+        raise UserError("--order: works with --kind ngram only")
+    network = None if kind in (None, LmKind.ngram) else kind
+    options = {"unit": unit, "language": language, "seed": seed, "model.architecture": network and network.value}
+    defaults = TrainLmConfig(ngram=NgramConfig()) if kind is LmKind.ngram else None
+    settings = resolve(
+        TrainLmConfig, config, overrides or (), defaults, options=given({**options, "ngram.order": order})
+    )
+    train_or_stop(
+        out,
+        lambda: run(
+            source, out, settings, dev=dev, tokenizer=tokenizer, senones=senones, device=device, note=typer.echo
+        ),
+    )

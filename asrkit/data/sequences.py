@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from asrkit.data.alignment import symbols_of
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.manifests import language_of, open_cuts, text_of
 from asrkit.data.senones import SenoneTree
+from asrkit.data.text.normalization import split_of
 from asrkit.data.text.phones import phones_of
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.data.text.units import Inventory, Unit
+from asrkit.data.text.units import Inventory, LmUnit
 from asrkit.errors import UserError
+
+MAX_FINDINGS = 20  # unusable lines that an error names
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,22 @@ def is_manifest(path: Path) -> bool:
     return path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
-def read_sentences(path: Path, unit: Unit, language: str = "") -> Iterator[Sentence]:
-    """The lines of a UTF-8 text, empty ones left out, or the cuts of a manifest: the words of those for bpe, else their alignment.
+def read_sentences(path: Path, unit: LmUnit, language: str = "") -> Iterator[Sentence]:
+    """The lines of a UTF-8 text, empty ones left out, or the cuts of a manifest: the words of those for bpe and word, else their alignment.
 
     Raises:
         UserError: the file cannot be read, or a cut is not aligned in this unit.
     """
     if is_manifest(path):
         cuts = list(open_cuts(path))
-        if unit != "bpe" and (bare := [cut.id for cut in cuts if symbols_of(cut, unit) is None]):
+        aligned = unit not in ("bpe", "word")
+        if aligned and (bare := [cut.id for cut in cuts if symbols_of(cut, unit) is None]):
             raise UserError(
                 f"{path}: {len(bare)} cuts have no {unit} alignment, such as {', '.join(bare[:10])}; "
                 f"run asrkit align --unit {unit} on it, or give --text"
             )
         for number, cut in enumerate(cuts, start=1):
-            symbols = None if unit == "bpe" else symbols_of(cut, unit)
+            symbols = symbols_of(cut, unit) if aligned else None
             yield Sentence(number, f"cut {cut.id}", text_of(cut), language_of(cut) or language, symbols)
         return
     try:
@@ -65,10 +70,10 @@ def read_sentences(path: Path, unit: Unit, language: str = "") -> Iterator[Sente
 
 
 def speller(
-    unit: Unit, tokenizer: Tokenizer | None = None, tree: SenoneTree | None = None
+    unit: LmUnit, tokenizer: Tokenizer | None = None, tree: SenoneTree | None = None
 ) -> Callable[[Sentence], Sequence[str]]:
-    """A function from a sentence to its units: those of its alignment, else the tokenizer's pieces, espeak-ng's phones, or the
-    tree's senones of those phones.
+    """A function from a sentence to its units: those of its alignment, else its words, the tokenizer's pieces, espeak-ng's
+    phones, or the tree's senones of those phones.
 
     The function raises ``UserError`` for a sentence that the unit cannot spell.
     """
@@ -76,6 +81,8 @@ def speller(
     def spell(sentence: Sentence) -> Sequence[str]:
         if sentence.symbols is not None:
             return sentence.symbols
+        if unit == "word":
+            return sentence.text.split()
         if unit == "bpe":
             assert tokenizer is not None
             if problem := tokenizer.cannot_spell(sentence.text):
@@ -88,6 +95,44 @@ def speller(
         return tree.senones_of(phones)
 
     return spell
+
+
+def spelled_sentences(
+    source: Path,
+    dev: Path | None,
+    unit: LmUnit,
+    language: str,
+    held_out: float,
+    bad_lines: Literal["refuse", "skip"],
+    spell: Callable[[Sentence], Sequence[str]],
+    note: Callable[[str], None],
+) -> Iterator[tuple[Sentence, Sequence[str], bool]]:
+    """Each sentence of ``source`` and ``dev``, its units, and whether it is to be measured on instead of trained on: those of dev
+    are, or without one the share ``held_out`` of the source. Lines that cannot be written in the units are left out and noted.
+
+    Raises:
+        UserError: after the last sentence: lines that cannot be written in the units, unless ``bad_lines`` is skip; or there is
+            none to train on.
+    """
+    findings: list[str] = []
+    empty = True
+    for path in (source, *([] if dev is None else [dev])):
+        for sentence in read_sentences(path, unit, language):
+            try:
+                symbols = spell(sentence)
+            except UserError as error:
+                findings.append(f"{sentence.where}: {error}")
+                continue
+            measured = path is dev or (dev is None and split_of(sentence.text, dev=held_out, test=0.0) == "dev")
+            empty = empty and measured
+            yield sentence, symbols, measured
+    if findings and bad_lines == "refuse":
+        more = f"{len(findings)} unusable lines: fix them, or leave them out with --set bad_lines=skip"
+        raise UserError.of([*findings[:MAX_FINDINGS], more])
+    for finding in findings:
+        note(f"left out: {finding}")
+    if empty:
+        raise UserError(f"{source}: no sentence is left to train on")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import ctc_loss, pad
 
-from asrkit.decoding.hypothesis import Hypothesis, NBest, append_hash, collect, n_best_of, silent_columns, traced
+from asrkit.decoding.fusion import TokenScorer
+from asrkit.decoding.hypothesis import (
+    Hypothesis,
+    NBest,
+    append_hash,
+    collect,
+    collect_n_best,
+    n_best_of,
+    silent_columns,
+    traced,
+)
 
 
 @torch.no_grad()
@@ -27,7 +38,46 @@ def ctc_greedy_search(
     return collect(emitted, best.masked_fill(~valid, 0.0).sum(dim=1), blank)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class CtcFusion:
+    """What counts beside CTC: a text's score is log P(text | speech) + the weighted scores of ``parts`` + ``bonus`` for each token.
+
+    Every candidate is scored before the best are chosen, so the states of the parts are numbers, as those of n-grams and of hotwords
+    are; they are kept as tensors (..., P).
+
+    Source: Hannun et al. 2014, equation 3; there of words.
+    """
+
+    parts: Sequence[tuple[TokenScorer, float]]
+    bonus: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it changes any score."""
+        return self.bonus != 0 or any(weight != 0 for _, weight in self.parts)
+
+    def start(self, batch: int, beam: int) -> Tensor:
+        """The states (B, K, P) before the first token."""
+        states = [part.start(batch * beam)[0].view(batch, beam) for part, _ in self.parts]
+        return torch.stack(states, dim=2) if states else torch.zeros(batch, beam, 0, dtype=torch.int64)
+
+    def step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``tokens`` (...) add to the score after states (..., P), and the states after them."""
+        total, after = torch.full(tokens.shape, self.bonus, device=tokens.device), states.clone()
+        for number, (part, weight) in enumerate(self.parts):
+            scores, (changed,) = part.step((states[..., number].flatten(),), tokens.flatten())
+            total = total + weight * scores.view(tokens.shape)
+            after[..., number] = changed.view(tokens.shape)
+        return total, after
+
+    def end(self, states: Tensor) -> Tensor:
+        """What the end of the text adds after states (..., P)."""
+        total = torch.zeros(states.shape[:-1], device=states.device)
+        for number, (part, weight) in enumerate(self.parts):
+            total = total + weight * part.end((states[..., number].flatten(),)).view(total.shape)
+        return total
+
+
 def ctc_beam_n_best(
     log_probs: Tensor, lens: Tensor, beam: int = 4, blank: int = 0, special_ids: Collection[int] = ()
 ) -> NBest:
@@ -35,6 +85,30 @@ def ctc_beam_n_best(
 
     Args:
         log_probs: (B, T', V); lens: (B,).
+    """
+    emitted, scores = _ctc_beams(log_probs, lens, beam, blank, special_ids, None)
+    return n_best_of(emitted, scores, blank)
+
+
+def ctc_beam_search(
+    log_probs: Tensor,
+    lens: Tensor,
+    beam: int = 4,
+    blank: int = 0,
+    special_ids: Collection[int] = (),
+    fusion: CtcFusion | None = None,
+) -> list[list[Hypothesis]]:
+    """The same as hypotheses, by the score of ``fusion`` where there is one; with weights and a bonus of 0 it changes nothing."""
+    fusion = fusion if fusion is not None and fusion.counts else None
+    emitted, scores = _ctc_beams(log_probs, lens, beam, blank, special_ids, fusion)
+    return collect_n_best(emitted, scores, blank)
+
+
+@torch.no_grad()
+def _ctc_beams(
+    log_probs: Tensor, lens: Tensor, beam: int, blank: int, special_ids: Collection[int], fusion: CtcFusion | None
+) -> tuple[Tensor, Tensor]:
+    """Prefix beam search: what each of the last hypotheses emitted in each frame (B, K, T'), and their scores (B, K), best first.
 
     Source: Graves et al. 2006 and Hannun et al. 2014, batched by tensor operations: equal prefixes are found by their hashes, and
     a frame's symbols are its ``beam`` + 1 likeliest ones.
@@ -51,6 +125,8 @@ def ctc_beam_n_best(
     prefixes = torch.zeros(batch, beam, dtype=torch.int64, device=device)
     last = torch.full_like(prefixes, blank)
     unmoved = torch.arange(beam, device=device).expand(batch, beam)
+    fused = torch.zeros_like(ends_blank)  # of each prefix, what the language model adds, and its state
+    states = CtcFusion([]).start(batch, beam) if fusion is None else fusion.start(batch, beam)  # (B, K, P)
     parents, emitted = [], []
     for t in range(num_frames):
         total = torch.logaddexp(ends_blank, ends_token)
@@ -67,6 +143,11 @@ def ctc_beam_n_best(
         stays = torch.logaddexp(stays, joins)
         rests = total + log_probs[:, t, blank].unsqueeze(1)
         everything = torch.cat([torch.logaddexp(stays, rests), grown.flatten(1)], dim=1)
+        if fusion is not None:
+            gains, after = fusion.step(states.unsqueeze(2).expand(-1, -1, choices, -1), added)
+            all_fused = torch.cat([fused, (fused.unsqueeze(2) + gains).flatten(1)], dim=1)
+            all_states = torch.cat([states, after.flatten(1, 2)], dim=1)
+            everything = everything + all_fused
         _, chosen = everything.topk(beam, dim=1)
         grows = chosen >= beam
         pair = (chosen - beam).clamp(min=0)
@@ -79,10 +160,39 @@ def ctc_beam_n_best(
         ends_blank, ends_token = (
             torch.where(active, new, old) for new, old in ((new_blank, ends_blank), (new_token, ends_token))
         )
+        if fusion is not None:
+            fused = torch.where(active, all_fused.gather(1, chosen), fused)
+            picked = all_states.gather(1, chosen.unsqueeze(2).expand(-1, -1, states.shape[2]))
+            states = torch.where(active.unsqueeze(2), picked, states)
         emits = token != blank
         prefixes, last = prefixes.gather(1, parent), last.gather(1, parent)
         prefixes, last = torch.where(emits, append_hash(prefixes, token), prefixes), torch.where(emits, token, last)
         parents.append(parent)
         emitted.append(token)
-    scores, order = torch.logaddexp(ends_blank, ends_token).sort(dim=1, descending=True)
-    return n_best_of(traced(parents, emitted, order), scores, blank)
+    scores = torch.logaddexp(ends_blank, ends_token)
+    if fusion is not None:
+        scores = scores + fused + fusion.end(states)
+    scores, order = scores.sort(dim=1, descending=True)
+    return traced(parents, emitted, order), scores
+
+
+def ctc_log_probs_of(log_probs: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """The log-probability of each hypothesis by CTC, (B, N) differentiable; -inf where it has no path.
+
+    Args:
+        log_probs: (B, T', V); lens: (B,). tokens: (B, N, U); token_lens: (B, N).
+    """
+    count = tokens.shape[1]
+    symbols, symbol_lens = tokens.flatten(0, 1), token_lens.flatten()
+    lens = lens.repeat_interleave(count)
+    within = torch.arange(1, symbols.shape[1], device=symbols.device) < symbol_lens.unsqueeze(1)
+    repeats = ((symbols[:, 1:] == symbols[:, :-1]) & within).sum(1)
+    losses = ctc_loss(
+        log_probs.repeat_interleave(count, dim=0).transpose(0, 1),
+        symbols,
+        lens,
+        symbol_lens,
+        reduction="none",
+        zero_infinity=True,
+    )
+    return torch.where(lens >= symbol_lens + repeats, -losses, -torch.inf).view(token_lens.shape)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+SCORED_AT_ONCE = 256  # texts
 _ODD_CONSTANT = 0x1E3779B97F4A7C15  # spreads a hash's bits (the golden ratio, as in Fibonacci hashing)
 
 
@@ -32,6 +35,15 @@ def collect(emitted: Tensor, scores: Tensor, blank: int, slots_per_frame: int = 
         slots = (row != blank).nonzero().squeeze(1)
         hypotheses.append(Hypothesis(row[slots].tolist(), (slots // slots_per_frame).tolist(), score))
     return hypotheses
+
+
+def collect_n_best(emitted: Tensor, scores: Tensor, blank: int) -> list[list[Hypothesis]]:
+    """Hypotheses of a grid ``emitted`` (B, N, T') of tokens and ``blank``, with their scores (B, N), in their order; those of
+    score -inf are left out, but for an utterance's first."""
+    batch, count, _ = emitted.shape
+    flat = collect(emitted.flatten(0, 1), scores.flatten(), blank)
+    rows = [flat[row * count : (row + 1) * count] for row in range(batch)]
+    return [[h for n, h in enumerate(row) if n == 0 or h.score > -math.inf] for row in rows]
 
 
 def silent_columns(special_ids: Collection[int], blank: int, device: torch.device) -> Tensor:
@@ -81,3 +93,23 @@ def append_hash(prefixes: Tensor, tokens: Tensor) -> Tensor:
     """64-bit hashes of token sequences, each with one token appended; the product wraps around on purpose."""
     mixed = (prefixes ^ (tokens + 1)) * _ODD_CONSTANT
     return mixed ^ (mixed >> 31)
+
+
+Scorer = Callable[[Tensor, Tensor], Tensor]  # tokens (N, U), padded with 0, and lengths (N,) to scores (N,)
+
+
+def rescored(n_best: Sequence[Sequence[Hypothesis]], scorer: Scorer) -> list[list[Hypothesis]]:
+    """N-best lists of a batch by their score and what ``scorer`` gives their tokens, the best one first."""
+    texts = [torch.tensor(h.tokens, dtype=torch.int64) for hypotheses in n_best for h in hypotheses]
+    gains: list[float] = []
+    for begin in range(0, len(texts), SCORED_AT_ONCE):
+        part = texts[begin : begin + SCORED_AT_ONCE]
+        gains += scorer(pad_sequence(part, batch_first=True), torch.tensor([len(text) for text in part])).tolist()
+    scores = iter(gains)
+    return [
+        sorted(
+            (Hypothesis(h.tokens, h.frames, h.score + next(scores)) for h in hypotheses),
+            key=lambda hypothesis: -hypothesis.score,
+        )
+        for hypotheses in n_best
+    ]

@@ -12,7 +12,7 @@ from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.choice import ContextChoice, listed, was_trained
 from asrkit.decoding.exported import ExportedAcousticModel
-from asrkit.decoding.search import METHODS, Method
+from asrkit.decoding.search import METHODS, uses_ctc
 from asrkit.decoding.streaming import StreamingModel
 from asrkit.devices import choose_device
 from asrkit.disk import sha256_of
@@ -50,7 +50,7 @@ def load_recognizer(
     device: str = "auto",
     variant: str | None = None,
     context: Context | ContextChoice | None = None,
-    methods: Sequence[Method] = METHODS,
+    methods: Sequence[str] = METHODS,
     language: str | None = None,
 ) -> Recognizer:
     """Load the model and tokenizer of a run directory, or of an exported one.
@@ -108,7 +108,7 @@ def _load_exported(
     device: str,
     variant: str | None,
     context: Context | ContextChoice | None,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     language: str | None,
 ) -> Recognizer:
     """An exported directory, which is one variant in one context, on the CPU."""
@@ -128,8 +128,8 @@ def _load_exported(
         context = choice.among([only], True, f"{path}: the exported model")
     if context != only:
         raise UserError(f"{path}: was exported in context {only}, not {context}; {again}")
-    transducer = any(method != "ctc" for method in methods)
-    files = [file for file in FILES if (file == CTC and "ctc" in methods) or (file != CTC and transducer)]
+    ctc = [uses_ctc(method) for method in methods]
+    files = [file for file in FILES if (any(ctc) if file == CTC else not all(ctc))]
     loaded = ExportedModel(path, exported.state_size, exported.format, files)
     model = ExportedAcousticModel(loaded, only, exported.vocab_size, exported.context_size)
     tokenizer = _load_tokenizer(path / TOKENIZER, exported.vocab_size)

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from asrkit.data.features import LOG_EPS, NUM_MEL_BINS, OnlineFbank
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
+from asrkit.decoding.fusion import Fusion
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.search import Method, search
 from asrkit.decoding.words import Word, timed_words
@@ -118,6 +119,7 @@ class StreamingRecognizer:
 
     Args:
         endpoint: when an utterance is over; None is a second's pause, or 20 seconds.
+        fusion: what else a beam search heeds; each utterance begins a sentence.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class StreamingRecognizer:
         method: Method = "greedy",
         beam: int = 4,
         endpoint: Endpoint | None = None,
+        fusion: Fusion | None = None,
     ) -> None:
+        self.fusion = fusion
         self.model, self.tokenizer, self.method, self.beam = model, tokenizer, method, beam
         self.endpoint = endpoint or Endpoint()
         self._features, self._encoder = OnlineFbank(), ChunkEncoder(model)
@@ -175,7 +179,7 @@ class StreamingRecognizer:
         ctc = [part.ctc_log_probs for part in self._utterance if part.ctc_log_probs is not None]
         lens = torch.tensor([joiner_in.shape[1]], device=joiner_in.device)
         encoded = EncoderOutput(joiner_in, lens, torch.cat(ctc, dim=1) if ctc else None)
-        return search(self.model, encoded, self.method, self.beam, self.tokenizer.special_ids)[0]
+        return search(self.model, encoded, self.method, self.beam, self.tokenizer.special_ids, self.fusion)[0]
 
     def _partial(self, hypothesis: Hypothesis, final: bool, time: float) -> Partial:
         start = self._start * ENCODER_SHIFT

@@ -9,6 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor
 
 from asrkit.decoding.acoustic import AcousticModel
-from asrkit.decoding.hypothesis import Hypothesis, NBest, append_hash, collect, n_best_of, silent_columns, traced
+from asrkit.decoding.fusion import Fusion
+from asrkit.decoding.hypothesis import (
+    Hypothesis,
+    NBest,
+    append_hash,
+    collect,
+    n_best_of,
+    silent_columns,
+    traced,
+    without_blanks,
+)
 
 
 def _start_context(model: AcousticModel, device: torch.device) -> Tensor:
@@ -81,26 +92,59 @@ def _merge(scores: Tensor, prefixes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def beam_search(
-    model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int = 4, special_ids: Collection[int] = ()
+    model: AcousticModel,
+    joiner_in: Tensor,
+    lens: Tensor,
+    beam: int = 4,
+    special_ids: Collection[int] = (),
+    fusion: Fusion | None = None,
 ) -> list[Hypothesis]:
     """Modified beam search over ``joiner_in`` (B, T', J) with ``beam`` hypotheses an utterance, without ``special_ids``.
 
     At each frame the ``beam`` best of all (hypothesis, symbol) pairs survive, then those with equal tokens
     are merged by adding their probabilities. The final choice is by log-probability over length, where the
     length counts the start context as the runtime does.
+
+    Args:
+        fusion: what else counts, language models for instance; None: nothing.
     """
-    ended = _beams(model, joiner_in, lens, beam, special_ids)
+    ended = _beams(model, joiner_in, lens, beam, special_ids, fusion)
     best = (ended.scores / (ended.sizes + model.context_size)).argmax(dim=1, keepdim=True)  # (B, 1)
     emitted = traced(ended.parents, ended.emitted, best)
     return collect(emitted.squeeze(1), ended.scores.gather(1, best).squeeze(1), model.blank)
 
 
 @torch.no_grad()
+def beam_hypotheses(
+    model: AcousticModel,
+    joiner_in: Tensor,
+    lens: Tensor,
+    beam: int = 4,
+    special_ids: Collection[int] = (),
+    fusion: Fusion | None = None,
+) -> list[list[Hypothesis]]:
+    """Every hypothesis that ``beam_search`` ends with, of each utterance, in its order: the first is the one it returns."""
+    ended = _beams(model, joiner_in, lens, beam, special_ids, fusion)
+    _, order = (ended.scores / (ended.sizes + model.context_size)).sort(dim=1, descending=True, stable=True)
+    emitted = traced(ended.parents, ended.emitted, order)
+    scores = ended.scores.gather(1, order)
+    return [
+        [hypothesis for hypothesis in collect(*row, model.blank) if hypothesis.score > -math.inf]
+        for row in zip(emitted, scores, strict=True)
+    ]
+
+
+@torch.no_grad()
 def beam_n_best(
-    model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int = 4, special_ids: Collection[int] = ()
+    model: AcousticModel,
+    joiner_in: Tensor,
+    lens: Tensor,
+    beam: int = 4,
+    special_ids: Collection[int] = (),
+    fusion: Fusion | None = None,
 ) -> NBest:
     """Every hypothesis that ``beam_search`` ends with, the likeliest first; no two of an utterance have the same tokens."""
-    ended = _beams(model, joiner_in, lens, beam, special_ids)
+    ended = _beams(model, joiner_in, lens, beam, special_ids, fusion)
     scores, order = ended.scores.sort(dim=1, descending=True)
     return n_best_of(traced(ended.parents, ended.emitted, order), scores, model.blank)
 
@@ -114,7 +158,14 @@ class _Beams(NamedTuple):
     emitted: list[Tensor]
 
 
-def _beams(model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int, special_ids: Collection[int]) -> _Beams:
+def _beams(
+    model: AcousticModel,
+    joiner_in: Tensor,
+    lens: Tensor,
+    beam: int,
+    special_ids: Collection[int],
+    fusion: Fusion | None,
+) -> _Beams:
     (batch, num_frames, _), device = joiner_in.shape, joiner_in.device
     choices = min(beam, model.vocab_size)
     contexts = _start_context(model, device).repeat(batch * beam, 1)  # (B * K, C)
@@ -129,9 +180,12 @@ def _beams(model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int, spe
     blank = prefixes.new_tensor(model.blank)
     shortest = int(lens.min()) if batch else 0
     parents, emitted = [], []
+    fused = [] if fusion is None else fusion.start(batch * beam)
     for t in range(num_frames):
         frame = joiner_in[:, t].repeat_interleave(beam, dim=0)
         logits = model.join(frame, predicted).index_fill(1, silent, -torch.inf)
+        if fusion is not None:
+            logits = fusion.logits(logits, model.blank)
         # The best of all pairs are among the best of each hypothesis.
         best, symbols = logits.topk(choices, dim=1)
         best = (best - logits.logsumexp(dim=1, keepdim=True)).view(batch, beam, choices)
@@ -145,11 +199,17 @@ def _beams(model: AcousticModel, joiner_in: Tensor, lens: Tensor, beam: int, spe
         emits = tokens != blank
         prefixes, sizes = prefixes.gather(1, parent), sizes.gather(1, parent) + emits
         prefixes = torch.where(emits, append_hash(prefixes, tokens), prefixes)
-        scores = _merge(grown, prefixes)
         rows = (first_row + parent).flatten()
+        if fusion is not None:  # after the choice, as the runtime does
+            gains, fused = fusion.advance(fused, rows, tokens.flatten(), model.blank)
+            grown = grown + gains.view(batch, beam)
+        scores = _merge(grown, prefixes)
         contexts, predicted = _extend(model, contexts[rows], predicted[rows], tokens.flatten())
         parents.append(parent)
         emitted.append(tokens)
+    if fusion is not None:
+        grid = traced(parents, emitted, unmoved.expand(batch, beam))
+        scores = scores + fusion.end(fused, *without_blanks(grid, model.blank))
     return _Beams(scores, sizes, parents, emitted)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from asrkit.data.text.tokenizer import WORD_START, Tokenizer
 from asrkit.decoding.hypothesis import Hypothesis
@@ -11,10 +13,16 @@ from asrkit.frames import ENCODER_SHIFT
 
 @dataclass(frozen=True)
 class Word:
-    """A word and the time its first piece was emitted, in seconds; a transducer emits somewhat late."""
+    """A word, and in seconds when its first piece was emitted and when the frame of its last piece ends; a transducer emits
+    somewhat late.
+
+    confidence: the probability that the word is right, None where the search has no alternatives to it.
+    """
 
     text: str
     start: float
+    end: float
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,20 @@ def word_frames(hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[WordFrames
     return words
 
 
-def timed_words(hypothesis: Hypothesis, tokenizer: Tokenizer, offset: float = 0.0) -> list[Word]:
-    """The words of a hypothesis whose first frame lies ``offset`` seconds into the recording."""
+def timed_words(
+    hypothesis: Hypothesis,
+    tokenizer: Tokenizer,
+    offset: float = 0.0,
+    confidences: Sequence[float] | None = None,
+) -> list[Word]:
+    """The words of a hypothesis whose first frame lies ``offset`` seconds into the recording, each with its confidence."""
     words = word_frames(hypothesis, tokenizer)
-    return [Word(word.text, round(offset + word.first * ENCODER_SHIFT, 2)) for word in words]
+    return [
+        Word(
+            word.text,
+            round(offset + word.first * ENCODER_SHIFT, 2),
+            round(offset + (word.last + 1) * ENCODER_SHIFT, 2),
+            confidence,
+        )
+        for word, confidence in zip(words, confidences or repeat(None, len(words)), strict=True)
+    ]

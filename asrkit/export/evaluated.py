@@ -47,7 +47,7 @@ def _trained(path: Path) -> Evaluated:
 
     def size(variant: str, method: str) -> int:
         unused = {f"submodel {name}" for name in set(spec.submodels) - set(spec.variants[variant].submodels)}
-        unused |= {"predictor", "joiner"} if method == "ctc" else {"ctc_head"}
+        unused |= {"predictor", "joiner"} if method.startswith("ctc") else {"ctc_head"}
         return sum(part["bytes"] for name, part in stored_sizes(run, spec, variant).items() if name not in unused)
 
     return Evaluated(path, entry["stage"], entry["seconds"], size, run.lineage, run, spec)
@@ -57,7 +57,7 @@ def _exported(path: Path) -> Evaluated:
     exported = open_exported(path)
 
     def size(variant: str, method: str) -> int:
-        wanted = (CTC,) if method == "ctc" else (ENCODER, DECODER, JOINER)
+        wanted = (CTC,) if method.startswith("ctc") else (ENCODER, DECODER, JOINER)
         return sum(exported.files[f"{file}{SUFFIXES[exported.format]}"].bytes for file in wanted)
 
     entry = {"stage": "export", "weights_sha256": sha256_of(path / EXPORT), "versions": exported.versions}

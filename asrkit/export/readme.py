@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from asrkit.export.directory import Exported
+from asrkit.export.openfst import GRAPH_FST
 from asrkit.frames import FRAME_SHIFT, SUBSAMPLING, count_window
 from asrkit.nn.context import Context
 from asrkit.reporting.tables import percent
@@ -156,6 +157,20 @@ sherpa-onnx --zipformer2-ctc-model=ctc.onnx --tokens=tokens.txt --left-padding=0
 ```
 """
 
+_GRAPH = """
+## CTC with the graph
+
+`ctc-graph.fst` says what can be recognized and how likely it is. As above, but with this recognizer:
+
+```python
+recognizer = sherpa_onnx.{recognizer}(model="ctc.onnx", tokens="tokens.txt", ctc_graph="ctc-graph.fst")
+```
+
+```sh
+{program} {option}=ctc.onnx --tokens=tokens.txt --ctc-graph=ctc-graph.fst {padding}a.wav
+```
+"""
+
 _HOTWORDS = """
 ## Hotwords
 
@@ -244,6 +259,13 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
         text += _script(exported)
     elif context.chunk is None:
         text += _client(exported) + _OFFLINE
+        if GRAPH_FST in exported.files:
+            text += _GRAPH.format(
+                recognizer="OfflineRecognizer.from_zipformer_ctc",
+                program="sherpa-onnx-offline",
+                option="--zipformer-ctc-model",
+                padding="",
+            )
         text += _HOTWORDS.format(recognizer="OfflineRecognizer", program="sherpa-onnx-offline", options="")
     else:
         tail = tail_seconds(context.chunk)
@@ -254,6 +276,13 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
             tail=tail,
         )
         padding = f"--left-padding=0 --right-padding={tail:.2f} "
+        if GRAPH_FST in exported.files:
+            text += _GRAPH.format(
+                recognizer="OnlineRecognizer.from_zipformer2_ctc",
+                program="sherpa-onnx",
+                option="--zipformer2-ctc-model",
+                padding=padding,
+            )
         text += _HOTWORDS.format(recognizer="OnlineRecognizer", program="sherpa-onnx", options=padding)
     files = (f"| {name} | {record.bytes} | `{record.sha256}` |" for name, record in exported.files.items())
     stages = (f"- {entry.get('stage')}: `{entry.get('command')}`" for entry in exported.run.lineage)

@@ -31,10 +31,12 @@ from asrkit.export.graphs import graphs
 from asrkit.export.integers import OPSET
 from asrkit.export.layers import QUANTIZED, describe_layers, multiplies_two_bits, part_records
 from asrkit.export.onnx_file import write_onnx
+from asrkit.export.openfst import GRAPH_FST, write_openfst
 from asrkit.export.readme import describe
 from asrkit.export.script import write_script
 from asrkit.extras import require
 from asrkit.models import AsrModel
+from asrkit.models.ctc_graph import CtcGraph
 from asrkit.models.surgery import dequantized_model
 from asrkit.nn.compression import CompressedLinear
 from asrkit.nn.context import Context
@@ -46,7 +48,8 @@ Tensors = dict[str, dict[str, int] | None]  # by file: bytes by part of the mode
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the user asked of the files, but for where they go. ``report``: the manifest to measure on."""
+    """What the user asked of the files, but for where they go. ``report``: the manifest to measure on. ``graph``: the directory of a
+    decoding graph for CTC, ``graph_scale``: its weight."""
 
     variant: str | None = None
     streaming: bool = False
@@ -58,6 +61,8 @@ class ExportOptions:
     format: Format = "onnx"
     report: str | None = None
     license: str | None = None
+    graph: str | None = None
+    graph_scale: float = 1.0
 
     @property
     def dense(self) -> bool:
@@ -69,6 +74,10 @@ class ExportOptions:
         findings = []
         if not self.streaming and (self.chunk is not None or self.left is not None):
             findings.append("--chunk and --left are for streaming; give --streaming too")
+        if self.graph is not None and self.format == "torchscript":
+            findings.append("--graph: is searched by sherpa-onnx, which runs ONNX; drop --format")
+        if self.graph is None and self.graph_scale != 1.0:
+            findings.append("--graph-scale: give --graph too")
         if self.dequantize and self.format == "torchscript":
             findings.append("--dequantize: TorchScript is float32 anyway; drop it")
         elif self.dense and self.quantize and QUANTIZED[self.quantize].activations is not None:
@@ -88,7 +97,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What goes into the files: ``model``, rounded where that was asked for, in one variant and context.
+    """What goes into the files: ``model``, rounded where that was asked for, in one variant and context, and the graph.
 
     layers: the compressed ones of the variant. written: those that the files hold as integers and masks.
     """
@@ -102,6 +111,7 @@ class ExportPlan:
     layers: dict[str, CompressedLinear]
     written: dict[str, CompressedLinear]
     state_size: int
+    graph: CtcGraph | None = None
 
 
 def write_files(plan: ExportPlan, directory: Path) -> Tensors:
@@ -124,6 +134,8 @@ def write_files(plan: ExportPlan, directory: Path) -> Tensors:
     tokenizer = Tokenizer.load(plan.run.tokenizer_path)
     tokenizer.copy_to(directory / TOKENIZER)
     tokenizer.write_scores(directory / BPE_VOCAB)
+    if plan.graph is not None:
+        write_openfst(directory / GRAPH_FST, plan.graph, options.graph_scale)
     return tensors
 
 
@@ -147,7 +159,8 @@ def write_record(plan: ExportPlan, directory: Path, tensors: Tensors, parity: Pa
         quantize=options.quantize,
         dequantized=dequantized,
         files={
-            name: record_of(directory / name, tensors.get(name)) for name in (*tensors, TOKENS, TOKENIZER, BPE_VOCAB)
+            name: record_of(directory / name, tensors.get(name))
+            for name in (*tensors, TOKENS, TOKENIZER, BPE_VOCAB, *([] if plan.graph is None else [GRAPH_FST]))
         },
         parts=part_records(model, {file: parts for file, parts in tensors.items() if parts is not None}),
         parity=parity,

@@ -14,6 +14,7 @@ from asrkit.nn.conformer import FeedForward, LayerNorm
 from asrkit.nn.dropout import Dropout
 from asrkit.nn.submodels import Attention
 
+LmState = tuple[Tensor, ...]
 END = 0  # what every sequence begins and ends with: the tokenizer's blank, which is no unit
 
 
@@ -50,6 +51,44 @@ class LanguageModel(nn.Module):
             for block in self.layers:
                 x = block(x, seen)
         return self.out(self.dropout(x)).float()
+
+    def start(self, rows: int) -> LmState:
+        """What ``step`` remembers of ``rows`` sequences before the ``END`` that begins them."""
+        shape, new = self.spec.shape, self.out.weight.new_zeros
+        if isinstance(self.layers, nn.LSTM):
+            return new(rows, shape.num_layers, shape.dim), new(rows, shape.num_layers, shape.dim)
+        empty = new(rows, shape.num_layers, 0, shape.dim)
+        return torch.zeros(rows, dtype=torch.int64, device=empty.device), empty, empty
+
+    def step(self, symbols: Tensor, state: LmState) -> tuple[Tensor, LmState]:
+        """One symbol (N,) more to logits (N, V) of the next one, those of ``forward``, and the state after it.
+
+        A state's tensors have the N sequences first: h and c (N, layers, D) of an LSTM; of a Transformer how many symbols there
+        were (N,), and keys and values (N, layers, S, D), at the end of S those of the last symbol.
+        """
+        x = self.embedding(symbols).unsqueeze(1)
+        if isinstance(self.layers, nn.LSTM):
+            x, (h, c) = self.layers(x, (state[0].transpose(0, 1).contiguous(), state[1].transpose(0, 1).contiguous()))
+            return self.out(x.squeeze(1)).float(), (h.transpose(0, 1), c.transpose(0, 1))
+        lens, keys, values = state
+        assert isinstance(self.layers, nn.ModuleList)
+        longest = int(lens.max()) if len(lens) else 0
+        keys, values = (part[:, :, part.shape[2] - longest :] for part in (keys, values))
+        size = longest + 1
+        seen = (torch.arange(size, device=x.device) >= size - 1 - lens.unsqueeze(1)).unsqueeze(1)
+        later = []
+        for number, block in enumerate(self.layers):
+            assert isinstance(block, _Block)
+            added, after = block.attention(x, seen, history=(keys[:, number], values[:, number]))
+            x = x + added
+            x = block.norm(x + block.feedforward(x))
+            later.append(after)
+        state = (
+            lens + 1,
+            torch.stack([key for key, _ in later], dim=1),
+            torch.stack([value for _, value in later], dim=1),
+        )
+        return self.out(x.squeeze(1)).float(), state
 
 
 class _Block(nn.Module):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 from asrkit.config import from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.migration import FORMAT
-from asrkit.models.spec import LmSpec, ModelSpec, PretrainedEncoderSpec
+from asrkit.models.spec import LmSpec, ModelSpec, NgramSpec, PretrainedEncoderSpec
 from asrkit.run_dir import MODEL, WEIGHTS, RunDir, write_yaml
 
 if TYPE_CHECKING:
@@ -24,22 +24,24 @@ if TYPE_CHECKING:
     from asrkit.models.lm import LanguageModel
     from asrkit.models.pretrained import PretrainedEncoder
 
-ASR, LM, ENCODER = "asr", "lm", "encoder"
-Spec = ModelSpec | LmSpec | PretrainedEncoderSpec
+ASR, LM, NGRAM, ENCODER = "asr", "lm", "ngram", "encoder"
+NetworkSpec = ModelSpec | LmSpec | PretrainedEncoderSpec
+Spec = NetworkSpec | NgramSpec
 
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of run directory.
 
-    ``title``: what it is, in a sentence. ``spec`` and ``build``: the spec's class, and from a spec to an untrained module.
+    ``title``: what it is, in a sentence. ``spec`` and ``build``: the spec's class, and from a spec to an untrained module; None
+    where there is no module, only n-grams.
     ``tokenizer``: whether the run has one. ``made_by``: the command that makes one, for whoever gave something else.
     ``next``: what to do with one, for whoever gave it where a recognizer is needed; ``{path}`` is the run.
     """
 
     title: str
     spec: type
-    build: Callable[[Any], nn.Module]
+    build: Callable[[Any], nn.Module] | None
     tokenizer: bool
     made_by: str
     next: str
@@ -79,6 +81,14 @@ KINDS = {
         True,
         "asrkit train-lm",
         "let it teach a recognizer with `asrkit distill-lm --lm NAME={path}`",
+    ),
+    NGRAM: Kind(
+        "an n-gram model",
+        NgramSpec,
+        None,
+        False,  # one of words has none
+        "asrkit train-lm --kind ngram",
+        "decode with it by `asrkit evaluate --from RUN --lm {path} --method beam`",
     ),
     ENCODER: Kind(
         "a pretrained encoder",
@@ -157,9 +167,11 @@ def build(spec: ModelSpec) -> AsrModel: ...
 def build(spec: LmSpec) -> LanguageModel: ...
 @overload
 def build(spec: PretrainedEncoderSpec) -> PretrainedEncoder: ...
-def build(spec: Spec) -> nn.Module:
-    """An untrained module of a spec of any kind."""
-    return KINDS[_kind_of_spec(spec)].build(spec)
+def build(spec: NetworkSpec) -> nn.Module:
+    """An untrained module of a spec of any kind that has one."""
+    make = KINDS[_kind_of_spec(spec)].build
+    assert make is not None
+    return make(spec)
 
 
 def write_model(path: Path, spec: Spec) -> None:
@@ -171,7 +183,7 @@ def _kind_of_spec(spec: Spec) -> str:
     return next(name for name, kind in KINDS.items() if type(spec) is kind.spec)
 
 
-def least_parameters(spec: Spec) -> int:
+def least_parameters(spec: NetworkSpec) -> int:
     """A number of parameters that a model of ``spec`` has at least, by its largest matrices and every size it names."""
     if isinstance(spec, LmSpec):
         shape = spec.shape

@@ -292,6 +292,20 @@ class LmSpec:
     """The network."""
 
 
+@config
+class NgramSpec:
+    """An n-gram model; the run's lm.arpa holds its vocabulary, which is of words or of the pieces of the run's tokenizer.model."""
+
+    unit: Literal["bpe", "word"]
+    """The unit it is a model of."""
+    vocab_size: Annotated[int, Field(ge=2)]
+    """Number of units, with <unk> and the end of a sequence."""
+    order: Annotated[int, Field(ge=1, le=10)]
+    """The longest n-gram has this many units."""
+    counts: list[int]
+    """Number of n-grams of each order, from 1 on."""
+
+
 Size = Literal["tiny", "small", "medium", "large"]
 
 # Parameters with 500 tokens, the pruning joiner included, which only serves training: 1.53 M, 4.95 M, 24.8 M, 103.6 M.

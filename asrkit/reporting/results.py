@@ -50,10 +50,55 @@ class Latencies:
 
 
 @config
+class DecodingRecord:
+    """What a search heeded besides the acoustic model.
+
+    settings: those of ``decoding.fusion.FusionConfig``. sources: path and digest of each part, by option: lm, lodr, hotwords.
+    tuned_on: path and digest of the manifest the settings were tuned on; None where nobody says.
+    """
+
+    settings: dict[str, float | str]
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    tuned_on: dict[str, str] | None = None
+
+
+@config
+class GraphUse:
+    """The decoding graph that CTC was searched over, and how; ``bytes`` are those of its file. no_path: utterances without a path
+    through it, whose text is empty."""
+
+    path: str
+    sha256: str
+    bytes: Count
+    scale: float
+    search_beam: float
+    output_beam: float
+    max_active: Count
+    paths: Count
+    no_path: Count = 0
+
+
+@config
+class Confidence:
+    """How well the confidences of recognized words tell which are right: the share that is, the mean confidence, and the expected
+    calibration error over ``bins`` bins of equal width; None where there is no word. ``temperature`` divided the scores of the
+    n-best texts; ``calibrated_on``: the manifest it was fitted on, None of one that was given."""
+
+    words: Count
+    right: float | None
+    mean: float | None
+    ece: float | None
+    bins: Count
+    temperature: float
+    calibrated_on: str | None
+
+
+@config
 class Result:
     """One evaluation: what was decoded (run, variant, context, manifest, method), how well, and how fast.
 
     ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
+    ``decoding``: None of a search by the acoustic model alone. ``confidence``: None of a search without alternatives.
     """
 
     run: str
@@ -74,11 +119,20 @@ class Result:
     device: str
     threads: int
     warnings: list[str]
+    decoding: DecodingRecord | None = None
+    graph: GraphUse | None = None
+    confidence: Confidence | None = None
 
     @property
     def search(self) -> str:
-        """The method, and the size of a beam: ``greedy``, ``beam 4``."""
-        return self.method if self.beam is None else f"{self.method} {self.beam}"
+        """The method, the size of a beam, and what else counted: ``greedy``, ``beam 4``, ``beam 4 lm 0.3 hotwords``."""
+        words = [self.method if self.beam is None else f"{self.method} {self.beam}"]
+        words += [] if self.graph is None else [Path(self.graph.path).name, f"{self.graph.scale:g}"]
+        if self.decoding is not None:
+            scales = {name: self.decoding.settings.get(f"{name}_scale", "") for name in self.decoding.sources}
+            words += [f"{name} {scale}".rstrip() for name, scale in scales.items()]
+            words += ["tuned decoding"] if not self.decoding.sources else []
+        return " ".join(words)
 
 
 def summarize(utterances: Sequence[Scored]) -> Errors:
@@ -111,10 +165,11 @@ class Utterance:
     pieces: list[str] = field(default_factory=list)
     frames: list[Count] = field(default_factory=list)
     late_ms: list[float] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
 
     @property
     def scored(self) -> Scored:
-        timed = (tuple(self.pieces), tuple(self.frames), tuple(self.late_ms))
+        timed = (tuple(self.pieces), tuple(self.frames), tuple(self.late_ms), tuple(self.confidence))
         return Scored(self.id, self.ref, self.hyp, self.language, self.speaker, *timed)
 
 
@@ -131,6 +186,7 @@ def utterance_line(utterance: Scored) -> str:
         pieces=list(utterance.pieces),
         frames=list(utterance.frames),
         late_ms=list(utterance.late_ms),
+        confidence=list(utterance.confidence),
     )
     return json.dumps(to_dict(row), ensure_ascii=False) + "\n"
 

@@ -69,7 +69,7 @@ class Scored:
     """One utterance's reference and hypothesis, aligned.
 
     Where these are known: ``pieces`` and ``frames``, each emitted word piece and its encoder frame; ``late_ms``, how late each
-    rightly recognized word was known.
+    rightly recognized word was known; ``confidence``, of each recognized word.
     """
 
     cut_id: str
@@ -80,6 +80,7 @@ class Scored:
     pieces: tuple[str, ...] = ()
     frames: tuple[int, ...] = ()
     late_ms: tuple[float, ...] = ()
+    confidence: tuple[float, ...] = ()
 
     @cached_property
     def pairs(self) -> Pairs:

@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from asrkit.config import digest as content_digest
 from asrkit.config import to_dict
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import digest_of, speaker_of
+from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.choice import ContextChoice
-from asrkit.decoding.evaluation import decode_cuts
+from asrkit.decoding.domain import Domain, Search, make_search
+from asrkit.decoding.evaluation import Decoded, decode_cuts, decoding_record
 from asrkit.decoding.latency import summarize_latencies
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import Method
+from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
+from asrkit.decoding.transcripts import SUBTITLES, Format, render
 from asrkit.disk import atomic_write
 from asrkit.errors import UserError
 from asrkit.reporting.results import (
     EVALUATION,
     RESULT,
     UTTERANCES,
+    DecodingRecord,
     Latencies,
     Result,
     manifest_name,
@@ -42,6 +48,7 @@ from asrkit.reporting.wer import (
 )
 
 ALIGNMENTS, CONFUSIONS = "alignments.txt", "confusions.txt"
+HYPOTHESES = "hypotheses"  # with a format as suffix
 
 T = TypeVar("T")
 
@@ -68,11 +75,16 @@ def evaluate(
     threads: int | None = None,
     jobs: int = 1,
     out: Path | None = None,
+    domain: Domain | None = None,
+    calibrate_on: Path | None = None,
+    temperature: float = 1.0,
+    formats: Sequence[Format] = (),
 ) -> list[Evaluation]:
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
     Each method has its directory, ``<out>/<manifest>-<digest>-<variant>-<context>-<method>``, by default in
-    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A streaming
+    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A search that heeds
+    a language model and the like has the digest of all that in its name too. A streaming
     context is decoded chunk by chunk, as on a device. An utterance with an empty reference is decoded too: every word
     recognized in it is an insertion.
 
@@ -82,6 +94,9 @@ def evaluate(
         max_duration: seconds of padded audio decoded at once.
         threads: of torch; None leaves what is set.
         jobs: processes that read and decode, each with one thread. Their seconds add up.
+        domain: what the search has beside the model: a graph, which takes the place of ``methods``, language models and the like.
+        calibrate_on: a manifest whose references the temperature of confidences is fitted to; None takes ``temperature``.
+        formats: in which hypotheses are also written.
 
     Raises:
         UserError: everything wrong with the run directory, the manifest and the options, before any decoding.
@@ -90,79 +105,117 @@ def evaluate(
         if jobs > 1:
             raise UserError("--threads: each of several --jobs computes with one thread; leave --threads out")
         torch.set_num_threads(threads)
-    methods = list(dict.fromkeys(methods))
-    recognizer, cuts, warnings = _open(
-        run_path, manifest, methods, beam, variant, context or ContextChoice(), device, jobs
-    )
-    digest = digest_of(manifest)
-    directories = {
-        method: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, method, beam) for method in methods
-    }
-    for directory in directories.values():
-        _make(directory)
-    decoded = decode_cuts(recognizer, cuts, methods, beam, max_duration, jobs)
-    order = {cut.id: number for number, cut in enumerate(cuts)}
-    speakers = {cut.id: speaker_of(cut) for cut in cuts}
-    evaluations = []
-    for method in methods:
-        named = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in decoded[method].scored]
-        utterances = sorted(named, key=lambda utterance: order[utterance.cut_id])
-        latencies, seconds = decoded[method].latencies, decoded[method].seconds
-        audio_seconds = float(sum(cut.duration for cut in cuts))
-        result = Result(
-            run=str(run_path),
-            weights_sha256=recognizer.weights_sha256,
-            variant=recognizer.variant,
-            context=str(recognizer.context),
-            latency_ms=recognizer.context.latency_ms,
-            manifest=str(manifest),
-            manifest_sha256=digest,
-            method=method,
-            beam=beam if method == "beam" else None,
-            total=summarize(utterances),
-            languages={language: summarize(part) for language, part in by_language(utterances).items()},
-            emission_latency=None if latencies is None else Latencies(**summarize_latencies(latencies)),
-            audio_seconds=round(audio_seconds, 3),
-            decode_seconds=round(seconds, 3),
-            real_time_factor=round(seconds / audio_seconds, 6),
-            device=str(recognizer.device),
-            threads=torch.get_num_threads() if jobs == 1 else 1,
-            warnings=[*recognizer.warnings, *warnings],
-        )
-        _write(directories[method], result, utterances)
-        evaluations.append(Evaluation(directories[method], to_dict(result), utterances))
-    return evaluations
-
-
-def _open(
-    run_path: Path,
-    manifest: Path,
-    methods: Sequence[Method],
-    beam: int,
-    variant: str | None,
-    choice: ContextChoice,
-    device: str,
-    jobs: int,
-) -> tuple[Recognizer, CutTable, list[str]]:
-    """The recognizer, the cuts, and warnings; everything wrong with either and with the options is reported at once."""
-    findings = [f"--beam {beam}: must be at least 1"] if beam < 1 else []
-    if contradictions := choice.contradictions():
-        findings += contradictions
-        choice = ContextChoice()
-    recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, methods))
-    languages: Sequence[str] = ()
+    domain, choice = domain or Domain(), context or ContextChoice()
+    names = [CTC_GRAPH] if domain.graph is not None else list(dict.fromkeys(methods))
+    findings = _contradictions(names, beam, domain, choice, calibrate_on, temperature, formats)
+    recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, names))
+    searches: dict[str, Search] = {}
     if recognizer is not None:
-        languages = recognizer.languages if recognizer.language is None else [recognizer.language]
-    checked = _gather(
-        findings, lambda: decodable_cuts(manifest, languages, recognizer.tokenizer if recognizer else None, jobs)
-    )
+        needs_alternatives = calibrate_on is not None
+        for name in names:
+            made = _gather(findings, partial(make_search, recognizer, name, beam, domain, needs_alternatives))
+            searches |= {} if made is None else {name: made}
+    checked = _gather(findings, lambda: _cuts(manifest, recognizer, jobs))
+    dev = None if calibrate_on is None else _gather(findings, lambda: _cuts(calibrate_on, recognizer, jobs))
     if recognizer is not None and recognizer.device.type != "cpu" and jobs > 1:
         findings.append(
             f"--jobs {jobs}: several processes decode on the CPU only; add --device cpu, or leave --jobs out"
         )
     if findings or recognizer is None or checked is None:
-        raise UserError.of(findings)
-    return recognizer, *checked
+        raise UserError.of(list(dict.fromkeys(findings)))
+    cuts, warnings = checked
+    digest = digest_of(manifest)
+    records = {
+        name: decoding_record(domain.fusion, search.fusion, manifest, digest) for name, search in searches.items()
+    }
+    directories = {
+        name: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, search, name, beam, records[name][0])
+        for name, search in searches.items()
+    }
+    for directory in directories.values():
+        _make(directory)
+    fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, jobs)
+    decoded = decode_cuts(recognizer, cuts, searches, max_duration, jobs)
+    order = {cut.id: number for number, cut in enumerate(cuts)}
+    speakers = {cut.id: speaker_of(cut) for cut in cuts}
+    evaluations = []
+    for name, search in searches.items():
+        done = decoded[name]
+        named = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in done.scored]
+        done.scored = sorted(named, key=lambda utterance: order[utterance.cut_id])
+        confidence = None
+        if search.n_best:
+            heat = fitted[name].temperature() if name in fitted else temperature
+            confidence = done.set_confidences(heat, calibrate_on)
+        record, tuned_here = records[name]
+        about: dict[str, Any] = {"manifest": str(manifest), "manifest_sha256": digest, "method": name}
+        about |= {"run": str(run_path), "beam": beam if name in BEAMS else None}
+        about |= {"decoding": record, "confidence": confidence}
+        about |= {"threads": torch.get_num_threads() if jobs == 1 else 1}
+        result = _result(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
+        _write(directories[name], result, done, cuts, recognizer.tokenizer, formats)
+        evaluations.append(Evaluation(directories[name], to_dict(result), done.scored))
+    return evaluations
+
+
+def _contradictions(
+    names: Sequence[str],
+    beam: int,
+    domain: Domain,
+    choice: ContextChoice,
+    calibrate_on: Path | None,
+    temperature: float,
+    formats: Sequence[Format],
+) -> list[str]:
+    """What is wrong with the options, whatever the model."""
+    findings = [f"--beam {beam}: must be at least 1"] if beam < 1 else []
+    findings += [*choice.contradictions(), *domain.findings(names)]
+    greedy = [name for name in names if name != CTC_GRAPH and name not in BEAMS]
+    if calibrate_on is not None and greedy:
+        findings.append(f"--calibrate: --method {greedy[0]} has no alternatives; choose beam, ctc-beam or --graph")
+    if not temperature > 0:
+        findings.append(f"--confidence-temperature {temperature}: must be above 0")
+    findings += [f"--format {form}: is about one recording; choose another" for form in formats if form in SUBTITLES]
+    return findings
+
+
+def _cuts(manifest: Path, recognizer: Recognizer | None, jobs: int) -> tuple[CutTable, list[str]]:
+    """The cuts, and warnings about them; without a recognizer they are checked as far as possible."""
+    if recognizer is None:
+        return decodable_cuts(manifest, (), None, jobs)
+    languages = recognizer.languages if recognizer.language is None else [recognizer.language]
+    return decodable_cuts(manifest, languages, recognizer.tokenizer, jobs)
+
+
+def _result(
+    recognizer: Recognizer,
+    cuts: CutTable,
+    done: Decoded,
+    search: Search,
+    about: dict[str, Any],
+    warnings: Sequence[str],
+) -> Result:
+    """result.json; ``about`` are the fields that name what was decoded."""
+    audio_seconds = float(sum(cut.duration for cut in cuts))
+    without = (
+        [] if done.no_path == 0 else [f"{done.no_path} utterances have no path through the graph; widen its beams"]
+    )
+    return Result(
+        **about,
+        weights_sha256=recognizer.weights_sha256,
+        variant=recognizer.variant,
+        context=str(recognizer.context),
+        latency_ms=recognizer.context.latency_ms,
+        total=summarize(done.scored),
+        languages={language: summarize(part) for language, part in by_language(done.scored).items()},
+        emission_latency=None if done.latencies is None else Latencies(**summarize_latencies(done.latencies)),
+        audio_seconds=round(audio_seconds, 3),
+        decode_seconds=round(done.seconds, 3),
+        real_time_factor=round(done.seconds / audio_seconds, 6),
+        device=str(recognizer.device),
+        warnings=[*recognizer.warnings, *warnings, *without],
+        graph=None if search.graph is None else replace(search.graph, no_path=done.no_path),
+    )
 
 
 def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
@@ -182,18 +235,34 @@ def _make(directory: Path) -> None:
         raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
 
 
-def _name(manifest: Path, digest: str, recognizer: Recognizer, method: Method, beam: int) -> str:
-    """``test-3f2a9c01-near-chunk16-left64-beam4``: a result's directory."""
-    context = str(recognizer.context).replace("=", "").replace(",", "-")
-    search = f"beam{beam}" if method == "beam" else method
-    return f"{manifest_name(str(manifest))}-{digest[:8]}-{recognizer.variant}-{context}-{search}"
+def _name(
+    manifest: Path,
+    digest: str,
+    recognizer: Recognizer,
+    search: Search,
+    method: str,
+    beam: int,
+    record: DecodingRecord | None,
+) -> str:
+    """``test-3f2a9c01-near-chunk16-left64-beam4``, ``test-3f2a9c01-backbone-full-ctc-graph-hlg-0.5``: a result's directory."""
+    parts = [manifest_name(str(manifest)), digest[:8], recognizer.variant]
+    parts += [str(recognizer.context).replace("=", "").replace(",", "-")]
+    parts += [f"{method}{beam}" if method in BEAMS else method]
+    parts += [] if search.graph is None else [Path(search.graph.path).resolve().name, f"{search.graph.scale:g}"]
+    parts += [] if record is None else [content_digest(to_dict(record))[:8]]
+    return "-".join(parts)
 
 
-def _write(directory: Path, result: Result, utterances: Sequence[Scored]) -> None:
+def _write(
+    directory: Path, result: Result, done: Decoded, cuts: CutTable, tokenizer: Tokenizer, formats: Sequence[Format]
+) -> None:
     """Write the files of one method; result.json comes last, so where it is new, all are."""
+    utterances = done.scored
     total = format_summary(total_words(utterances))
     heading = f"{result.manifest} by {result.run}, {result.variant}, {result.context}, {result.search}: {total}\n\n"
+    transcripts = done.transcripts({cut.id: cut.duration for cut in cuts}, tokenizer)
     contents = {
+        **{f"{HYPOTHESES}.{form}": render(transcripts, form) for form in formats},
         ALIGNMENTS: heading + "\n".join(format_alignment(utterance) for utterance in utterances),
         CONFUSIONS: heading + format_confusions(confusions(utterances)),
         UTTERANCES: "".join(utterance_line(utterance) for utterance in utterances),

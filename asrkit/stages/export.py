@@ -25,6 +25,7 @@ from asrkit.export.runtime import ExportedModel
 from asrkit.export.writer import ExportOptions, ExportPlan, write_card, write_files, write_record
 from asrkit.extras import require
 from asrkit.models import load_model
+from asrkit.models.ctc_graph import load_graph
 from asrkit.models.surgery import in_language, in_variant
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, RunDir, open_run
@@ -47,6 +48,8 @@ def export(
     report: Path | None = None,
     pack: Path | None = None,
     license: str | None = None,
+    graph: Path | None = None,
+    graph_scale: float = 1.0,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write the exported directory ``out``, after the check that it computes what the model does.
@@ -61,12 +64,13 @@ def export(
         pack: also write the directory as this .tar. It appears after the directory; where only the directory is there, as after
             a kill between the two, the same call completes it.
         license: of the model, for its card; an SPDX name.
+        graph: the directory of a decoding graph, which the client searches CTC over; graph_scale: its weight.
         warn: is given a line where the model will run in a way it was not trained for, and for what could not be checked.
 
     Raises:
         UserError: the run directory cannot be exported so, ``out`` is taken, or the check fails; nothing is left.
     """
-    for package in ("onnx", "onnxruntime"):
+    for package in ("onnx", "onnxruntime", *(["kaldifst"] if graph is not None else [])):
         require(package, for_="export")
     options = ExportOptions(
         variant,
@@ -79,6 +83,8 @@ def export(
         format,
         None if report is None else str(report),
         license,
+        None if graph is None else str(graph),
+        graph_scale,
     )
     run = open_run(run_path)
     weights_sha256 = sha256_of(run.path / WEIGHTS)
@@ -121,6 +127,12 @@ def _plan(
             cuts = list(decodable_cuts(Path(options.report), [options.language] if options.language else [])[0])
         except UserError as error:
             findings += error.lines
+    tokenizer, graph = Tokenizer.load(run.tokenizer_path), None
+    if options.graph is not None:
+        try:
+            graph, _ = load_graph(Path(options.graph), tokenizer)
+        except UserError as error:
+            findings += error.lines
     if findings:
         raise UserError.of(findings)
     model = in_variant(model, name)  # with the masks and integers that are on in it, and no others
@@ -131,7 +143,7 @@ def _plan(
     context = export_context(trained, attends, choice, f"{run.path}: variant {name}", warn)
     if options.quantize is not None:
         model = quantized(model, options.quantize, submodels, warn)
-    silence(model, Tokenizer.load(run.tokenizer_path).special_ids)
+    silence(model, tokenizer.special_ids)
     layers = active_layers(model, submodels)
     if options.dense and any(layer.how.activations is not None for layer in layers.values()):
         raise UserError(
@@ -146,7 +158,8 @@ def _plan(
             f"{LARGE_STATE:,}; a smaller --left or fewer sub-models make it smaller"
         )
     written = {} if options.dense else layers
-    return ExportPlan(run, weights_sha256, options, model, name, context, layers, written, state_size), cuts
+    plan = ExportPlan(run, weights_sha256, options, model, name, context, layers, written, state_size, graph)
+    return plan, cuts
 
 
 def _write(plan: ExportPlan, cuts: list[Cut] | None, directory: Path, warn: Callable[[str], None]) -> Exported:

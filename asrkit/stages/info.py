@@ -8,12 +8,12 @@ from typing import Any
 
 from asrkit.config import to_dict
 from asrkit.disk import sha256_of
-from asrkit.models.registry import ASR, kind_of, spec_of_kind
+from asrkit.models.registry import ASR, NGRAM, kind_of, spec_of_kind
 from asrkit.models.sizes import linear_paths, stored_sizes
-from asrkit.models.spec import ModelSpec
+from asrkit.models.spec import ModelSpec, NgramSpec
 from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_results
-from asrkit.run_dir import WEIGHTS, RunDir, open_run
+from asrkit.run_dir import RunDir, open_run
 
 # Beside the encoder, what recognizing needs; the rest only serves training.
 DECODER = ("predictor", "joiner", "ctc_head")
@@ -31,7 +31,7 @@ def describe_run(path: Path) -> dict[str, Any]:
     kind_of(run)  # refuses one that this version does not know
     spec = spec_of_kind(run, run.kind)
     recognizer: ModelSpec | None = spec if run.kind == ASR else None
-    parts = _parts(run)
+    parts = _ngrams(run, spec) if run.kind == NGRAM else _parts(run)
     evaluations = _evaluations(run)
     compression = None if recognizer is None else _compression(run, recognizer)
     return {
@@ -40,7 +40,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "stages": run.lineage,
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts),
-        "bytes": (run.path / WEIGHTS).stat().st_size,
+        "bytes": run.weights_path.stat().st_size,
         "vocabulary": run.model_spec.get("vocab_size"),
         "features": run.model_spec.get("features"),
         "languages": [] if recognizer is None else recognizer.languages,
@@ -81,6 +81,14 @@ def _parts(run: RunDir) -> list[dict[str, Any]]:
         part["parameters"] += 0 if masks else numbers
         part["bytes"] += size
     return [{"part": name, **part} for name, part in sorted(parts.items())]
+
+
+def _ngrams(run: RunDir, spec: NgramSpec) -> list[dict[str, Any]]:
+    """The n-grams as a part; a back-off weight counts as a parameter."""
+    size = run.weights_path.stat().st_size
+    return [
+        {"part": f"{spec.order}-grams and shorter", "parameters": 2 * sum(spec.counts) - spec.counts[-1], "bytes": size}
+    ]
 
 
 def _part_of(tensor: str) -> str:
@@ -156,7 +164,7 @@ def _variants(
 
 def _evaluations(run: RunDir) -> list[dict[str, Any]]:
     """What ``evaluate`` left in the run directory; ``current`` where it was these very weights."""
-    weights = sha256_of(run.path / WEIGHTS)
+    weights = sha256_of(run.weights_path)
     return [
         {
             "manifest": result.manifest,

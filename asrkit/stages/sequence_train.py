@@ -18,6 +18,7 @@ import torch
 from asrkit.data.batch import Batch
 from asrkit.data.manifests import text_of
 from asrkit.data.train_batches import TrainBatches
+from asrkit.decoding.lattices import graph_lattice
 from asrkit.methods.sequence.config import SequenceTrainConfig, check_sequence
 from asrkit.methods.sequence.denominator import (
     DIGEST,
@@ -25,7 +26,7 @@ from asrkit.methods.sequence.denominator import (
     make_denominator,
     save_denominator,
 )
-from asrkit.methods.sequence.lattices import denominator_lattice, k2_for_lattices
+from asrkit.methods.sequence.lattices import k2_for_lattices
 from asrkit.methods.sequence.loss import SEARCHER, SequenceLoss
 from asrkit.methods.sequence.search_cache import COMPLETE, SearchCache, fill_cache, no_path
 from asrkit.methods.supernet.members import others_of_a_supernet
@@ -147,7 +148,7 @@ def make_graph(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batc
             languages = model.language_ids(batch.languages)
             encoded, lens = model.encode(batch.features, batch.feature_lens, settings.variant, context, None, languages)
             outputs = model.ctc_log_probs(encoded)
-        lattice = denominator_lattice(k2, fsa, outputs, lens.clamp(min=1), settings.lattice.kappa, how)
+        lattice = graph_lattice(k2, fsa, outputs, lens.clamp(min=1), settings.lattice.kappa, how)
         found = set(lattice.rows.tolist())
         pathless += [cut_id for row, cut_id in enumerate(batch.cut_ids) if row not in found]
     if pathless:

@@ -1,4 +1,5 @@
-"""train-lm: a causal language model over word pieces, phones or senones, to teach a recognizer (arXiv 2110.10429)."""
+"""train-lm: a causal language model over word pieces, phones or senones, to decode with or to teach a recognizer
+(arXiv 2110.10429), or an n-gram model of word pieces or words."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import field
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -17,18 +19,18 @@ from asrkit.config import Positive, Seed, config, to_dict
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.senones import load_tree
 from asrkit.data.sequences import (
-    Sentence,
     SequenceBatch,
     SequenceBatches,
     SequenceTable,
     is_manifest,
     read_sentences,
+    spelled_sentences,
     speller,
 )
-from asrkit.data.text.normalization import split_of
 from asrkit.data.text.phones import check_language
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
-from asrkit.data.text.units import Inventory, Unit, write_inventory
+from asrkit.data.text.units import Inventory, LmUnit, write_inventory
+from asrkit.disk import occupied
 from asrkit.errors import UserError
 from asrkit.losses.language_model import sequence_nll
 from asrkit.models.lm import LanguageModel
@@ -37,19 +39,18 @@ from asrkit.run_dir import TOKENIZER
 from asrkit.training.config import TrainingConfig
 from asrkit.training.distributed import broadcast_object
 from asrkit.training.loop import train
+from asrkit.training.ngram import NgramConfig, train_ngram
 from asrkit.training.optim import OptimizerConfig
 from asrkit.training.session import open_training, slices_of
 from asrkit.training.step import LossOutput, TrainTask
-
-MAX_FINDINGS = 20  # unusable lines that an error names
 
 
 @config
 class TrainLmConfig:
     """Settings of train-lm. config.yaml of the run holds them all."""
 
-    unit: Unit = "bpe"
-    """Unit the model predicts: bpe, phone or senone."""
+    unit: LmUnit = "bpe"
+    """Unit the model predicts: bpe, phone or senone; of an n-gram model bpe or word."""
     language: str = ""
     """Language whose pronunciations the phones of a text are, such as en."""
     seed: Seed = 1
@@ -66,6 +67,8 @@ class TrainLmConfig:
     """Number of length buckets; a batch holds sentences of one. More buckets mean less padding."""
     model: LmShape = field(default_factory=LmShape)
     """Shape of the language model."""
+    ngram: NgramConfig | None = None
+    """An n-gram model instead; then only the settings of units and lines count beside these."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3))
     )
@@ -82,23 +85,29 @@ def train_lm(
     senones: Path | None = None,
     device: str = "auto",
     command: str = "",
+    note: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Train a language model on a text or manifest, or resume an interrupted run; returns ``out``.
+    """Train a language model on a text or manifest, or resume an interrupted run; returns ``out``. An n-gram model is estimated at
+    once: its directory is whole or not there.
 
     Args:
         source: a text with one sentence per line, or a manifest, whose texts are used for bpe and whose alignments for other units.
         dev: the same, to measure perplexity on; None holds out a share of the sentences.
         tokenizer: for bpe, such as the recognizer's; None trains one.
         senones: the tree that ``align`` wrote; needed for the senones of a text.
+        note: is called with each line about an n-gram model.
 
     Raises:
         UserError: files or options that do not fit together, lines that cannot be written in the units, an unusable out.
         Interrupted: stopped by a signal, state saved.
     """
     unit = settings.unit
-    _check_options(unit, settings.language, source, dev, tokenizer, senones)
+    _check_options(settings, source, dev, tokenizer, senones)
     kind = "manifest" if is_manifest(source) else "text"
     inputs = {kind: source, "dev": dev, "tokenizer": tokenizer, "senones": senones}
+    if settings.ngram is not None:
+        return _train_ngram(source, out, settings, dev, tokenizer, inputs, command, note)
+    assert unit != "word"
     with open_training("train-lm", out, to_dict(settings), inputs, device=device, command=command) as run:
         if run.finished:
             return out
@@ -114,11 +123,16 @@ def train_lm(
             broadcast_object(world, None)  # the others read it only once it is there
         tree = None if senones is None else load_tree(senones)
         spell = speller(unit, Tokenizer(path) if unit == "bpe" else None, tree)
-        tables = _read(source, dev, settings, spell, run.note)
+        tables = SequenceTable(str(source)), SequenceTable(str(dev or source))
+        sentences = spelled_sentences(
+            source, dev, unit, settings.language, settings.held_out, settings.bad_lines, spell, run.note
+        )
+        for sentence, symbols, measured in sentences:
+            tables[measured].append(sentence.number, symbols)
         if unit != "bpe":
             if world.is_main and not path.is_file():
-                symbols = chain.from_iterable(table.symbols for table in tables) if tree is None else tree.senones
-                write_inventory(symbols, path)
+                units = chain.from_iterable(table.symbols for table in tables) if tree is None else tree.senones
+                write_inventory(units, path)
             broadcast_object(world, None)
         inventory = Inventory.of(Tokenizer(path), unit)
         for table in tables:
@@ -161,48 +175,53 @@ def perplexity_of(held_out: SequenceTable, max_symbols: int) -> Callable[[nn.Mod
 
 
 def _check_options(
-    unit: Unit, language: str, source: Path, dev: Path | None, tokenizer: Path | None, senones: Path | None
+    settings: TrainLmConfig, source: Path, dev: Path | None, tokenizer: Path | None, senones: Path | None
 ) -> None:
+    unit, language = settings.unit, settings.language
     texts = [path for path in (source, dev) if path is not None and not is_manifest(path)]
     findings = []
+    if (settings.ngram is not None) > (unit in ("bpe", "word")):
+        findings.append(f"--unit {unit}: an n-gram model is of bpe or word units")
+    if (unit == "word") > (settings.ngram is not None):
+        findings.append("--unit word: works with --kind ngram only; a network predicts bpe, phone or senone units")
     if tokenizer is not None and unit != "bpe":
         findings.append(f"--tokenizer: works with --unit bpe only; {unit} units come from the alignments or the text")
     if senones is not None and unit != "senone":
         findings.append("--senones: works with --unit senone only; leave it out")
     if unit == "senone" and senones is None and texts:
         findings.append(f"{texts[0]}: the senones of a text need the tree that align wrote; pass it with --senones")
-    if unit != "bpe" and texts and not language:
+    pronounced = unit in ("phone", "senone")
+    if pronounced and texts and not language:
         findings.append(f"{texts[0]}: say in which language it is pronounced, as in --language en")
     if findings:
         raise UserError.of(findings)
-    if unit != "bpe" and texts:
+    if pronounced and texts:
         check_language(language)
 
 
-def _read(
+def _train_ngram(
     source: Path,
-    dev: Path | None,
+    out: Path,
     settings: TrainLmConfig,
-    spell: Callable[[Sentence], Any],
+    dev: Path | None,
+    tokenizer: Path | None,
+    inputs: dict[str, Path | None],
+    command: str,
     note: Callable[[str], None],
-) -> tuple[SequenceTable, SequenceTable]:
-    """The sequences to train on and those to measure on; lines that cannot be written in the units are refused or left out."""
-    table, held_out = SequenceTable(str(source)), SequenceTable(str(dev or source))
-    findings: list[str] = []
-    for path, whole in ((source, table), *([] if dev is None else [(dev, held_out)])):
-        for sentence in read_sentences(path, settings.unit, settings.language):
-            try:
-                symbols = spell(sentence)
-            except UserError as error:
-                findings.append(f"{sentence.where}: {error}")
-                continue
-            is_held_out = dev is None and split_of(sentence.text, dev=settings.held_out, test=0.0) == "dev"
-            (held_out if is_held_out else whole).append(sentence.number, symbols)
-    if findings and settings.bad_lines == "refuse":
-        more = f"{len(findings)} unusable lines: fix them, or leave them out with --set bad_lines=skip"
-        raise UserError.of([*findings[:MAX_FINDINGS], more])
-    for finding in findings:
-        note(f"left out: {finding}")
-    if not len(table):
-        raise UserError(f"{source}: no sentence is left to train on")
-    return table, held_out
+) -> Path:
+    assert settings.ngram is not None
+    if findings := occupied(out):
+        raise UserError.of(findings)
+    with TemporaryDirectory() as folder:
+        pieces = None
+        if settings.unit == "bpe":
+            path = tokenizer or Path(folder) / TOKENIZER
+            if tokenizer is None:
+                texts = (sentence.text for sentence in read_sentences(source, "bpe"))
+                train_tokenizer(texts, "bpe", settings.vocab_size, path)
+            pieces = Tokenizer(path)
+        sentences = spelled_sentences(
+            source, dev, settings.unit, "", settings.held_out, settings.bad_lines, speller(settings.unit, pieces), note
+        )
+        train_ngram(sentences, out, settings.ngram, pieces, to_dict(settings), inputs, command, note)
+    return out

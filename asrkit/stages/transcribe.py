@@ -12,11 +12,15 @@ import torch
 from asrkit.data.augment import pad
 from asrkit.data.features import fbank
 from asrkit.decoding.choice import ContextChoice
+from asrkit.decoding.domain import Domain, Search, make_search
+from asrkit.decoding.fusion import FusionRequest, load_fusion
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
+from asrkit.decoding.nbest import Agreement, Alternative, PieceTexts, alternatives, cannot_list, distinct
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import Method, decode
+from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method, cannot_fuse
 from asrkit.decoding.streaming import Endpoint, Partial, StreamingRecognizer
+from asrkit.decoding.transcripts import Transcript
 from asrkit.decoding.windows import Piece, read_pieces
 from asrkit.decoding.words import Word, timed_words
 from asrkit.errors import UserError
@@ -24,17 +28,6 @@ from asrkit.frames import SAMPLE_RATE
 
 BATCH_SECONDS = 120.0
 STDIN = Path("-")
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What was recognized in one file, or in ``error`` why it could not be read."""
-
-    path: Path
-    seconds: float = 0.0
-    text: str = ""
-    words: list[Word] = field(default_factory=list)
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,11 @@ class _Part:
     text: str = ""
     words: list[Word] = field(default_factory=list)
     error: str | None = None
+    texts: list[Alternative] = field(default_factory=list)
+
+    @property
+    def num_samples(self) -> int:
+        return 0 if self.piece is None else len(self.piece.samples)
 
 
 def transcribe(
@@ -61,6 +59,9 @@ def transcribe(
     device: str = "auto",
     threads: int | None = None,
     warn: Callable[[str], None] = lambda line: None,
+    domain: Domain | None = None,
+    nbest: int = 0,
+    temperature: float = 1.0,
 ) -> Iterator[Transcript]:
     """Yield the transcript of each file, in order, each as soon as it is done.
 
@@ -72,12 +73,23 @@ def transcribe(
         context: None is the first the variant was trained in.
         language: what is spoken, for a model with languages.
         warn: is called with a line where the model is used in a way it was not trained for.
+        domain: what the search has beside the model: a graph, which takes the place of ``method``, language models and the like.
+        nbest: texts of each piece to give beside the best one, by a search that has alternatives; 0: none.
+        temperature: of the confidences of words, which such a search has.
 
     Raises:
-        UserError: the run directory cannot be used.
+        UserError: the run directory cannot be used, or the options do not fit together.
     """
-    recognizer = _prepare(run_path, method, beam, variant, context, language, device, threads, warn)
-    decoded = (part for batch in _batches(_parts(paths)) for part in _decode(recognizer, batch, method, beam))
+    domain = domain or Domain()
+    name: str = method if domain.graph is None else CTC_GRAPH
+    findings = [*domain.findings([name]), *cannot_list(nbest, name, beam)]
+    if not temperature > 0:
+        findings.append(f"--confidence-temperature {temperature}: must be above 0")
+    recognizer = _prepare(run_path, name, beam, variant, context, language, device, threads, warn, findings)
+    search = make_search(recognizer, name, beam, domain, nbest > 0)
+    decoded = (
+        part for batch in _batches(_parts(paths)) for part in _decode(recognizer, batch, search, nbest, temperature)
+    )
     for _, parts in groupby(decoded, key=lambda part: part.number):
         yield _join(parts)
 
@@ -96,29 +108,29 @@ def transcribe_stream(
     device: str = "auto",
     threads: int | None = None,
     warn: Callable[[str], None] = lambda line: None,
+    fusion: FusionRequest | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Path, Partial | UserError]]:
     """Yield what is recognized in each file in turn, as soon as it is known, or why the file cannot be read.
 
-    Args:
+    Args (the others are those of ``transcribe``):
         paths: audio files; ``-`` is raw 16-bit little-endian mono at 16 kHz on standard input.
-        variant: the active sub-models; None is the one the last stage trained.
         context: None is the first streaming one the variant was trained in.
-        language: what is spoken, for a model with languages.
         endpoint: when an utterance is over.
         paced: files are read at the pace they were spoken.
-        warn: is called with a line where the model is used in a way it was not trained for.
         stopped: called again and again; when it returns True, the sound ends there, and no further file begins.
 
     Raises:
         UserError: the run directory cannot be used.
     """
     choice = replace(context or ContextChoice(), streaming=True)
-    recognizer = _prepare(run_path, method, beam, variant, choice, language, device, threads, warn)
+    findings = [] if fusion is None or method in BEAMS else [cannot_fuse(method)]
+    recognizer = _prepare(run_path, method, beam, variant, choice, language, device, threads, warn, findings)
+    fused = None if fusion is None else load_fusion(fusion, recognizer.tokenizer, recognizer.device)
     for path in paths:
         if stopped():
             return
-        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, beam, endpoint)
+        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, beam, endpoint, fused)
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
                 for partial in stream.accept(block):
@@ -132,7 +144,7 @@ def transcribe_stream(
 
 def _prepare(
     run_path: Path,
-    method: Method,
+    method: str,
     beam: int,
     variant: str | None,
     context: ContextChoice | None,
@@ -140,9 +152,10 @@ def _prepare(
     device: str,
     threads: int | None,
     warn: Callable[[str], None],
+    known: Sequence[str],
 ) -> Recognizer:
     choice = context or ContextChoice()
-    findings = choice.contradictions()
+    findings = [*choice.contradictions(), *known]
     if beam < 1:
         findings.append(f"--beam {beam}: must be at least 1")
     if findings:
@@ -172,45 +185,48 @@ def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
     waiting: list[_Part] = []
     longest = 0
     for part in parts:
-        longest = max(longest, _num_samples(part))
+        longest = max(longest, part.num_samples)
         if waiting and longest * (len(waiting) + 1) > BATCH_SECONDS * SAMPLE_RATE:
             yield waiting
-            waiting, longest = [], _num_samples(part)
+            waiting, longest = [], part.num_samples
         waiting.append(part)
     if waiting:
         yield waiting
 
 
-def _num_samples(part: _Part) -> int:
-    return 0 if part.piece is None else len(part.piece.samples)
-
-
-def _decode(recognizer: Recognizer, batch: list[_Part], method: Method, beam: int) -> Iterator[_Part]:
+def _decode(
+    recognizer: Recognizer, batch: list[_Part], search: Search, nbest: int, temperature: float
+) -> Iterator[_Part]:
     pieces = [part.piece for part in batch if part.piece is not None]
-    decoded: list[Hypothesis] = []
+    decoded: list[list[Hypothesis]] = []
     if pieces:
         features, lens = pad([fbank(piece.samples) for piece in pieces])
-        special_ids = recognizer.tokenizer.special_ids
-        decoded = decode(recognizer.model, features, lens, method, beam, special_ids=special_ids)
+        decoded = search.run(recognizer.model.encode(features, lens))
     hypotheses = iter(decoded)
     for part in batch:
         if part.piece is None:
             yield part
             continue
-        hypothesis = next(hypotheses)
-        words = timed_words(hypothesis, recognizer.tokenizer, part.piece.start)
-        text = recognizer.tokenizer.decode(hypothesis.tokens)
-        yield _Part(part.number, part.path, part.piece, text, words)
+        several = distinct(next(hypotheses), recognizer.tokenizer)
+        confidences = None
+        if search.n_best:
+            values = Agreement(several, recognizer.tokenizer).confidences(temperature).tolist()
+            confidences = [round(value, 4) for value in values]
+        words = timed_words(several[0], recognizer.tokenizer, part.piece.start, confidences)
+        text = recognizer.tokenizer.decode(several[0].tokens)
+        texts = alternatives(several, recognizer.tokenizer, nbest)
+        yield _Part(part.number, part.path, part.piece, text, words, texts=texts)
 
 
 def _join(parts: Iterable[_Part]) -> Transcript:
-    texts, words, seconds, path, error = [], [], 0.0, Path(), None
+    texts, words, nbest, seconds, path, error = [], [], [], 0.0, Path(), None
     for part in parts:
         path, error = part.path, part.error or error
         texts.append(part.text)
         words += part.words
         if part.piece is not None:
             seconds = part.piece.start + part.piece.seconds
+            nbest += [PieceTexts(round(part.piece.start, 3), round(seconds, 3), part.texts)] if part.texts else []
     if error is not None:
         return Transcript(path, error=error)
-    return Transcript(path, round(seconds, 3), " ".join(text for text in texts if text), words)
+    return Transcript(path, round(seconds, 3), " ".join(text for text in texts if text), words, nbest=nbest)

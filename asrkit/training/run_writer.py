@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,30 +218,47 @@ def write_untrained_run(
     Raises:
         UserError: ``out`` is taken or cannot be written.
     """
-    began = time.monotonic()
-    known = known_inputs(inputs or {})
-    content = {
-        "stage": stage,
-        "from": str(parent.path),
-        "from_weights_sha256": sha256_of(parent.path / WEIGHTS),
-        **settings,
-        "inputs": known,
-    }
-    with atomic_directory(out) as folder:
-        write_yaml(folder / CONFIG, content)
-        write_model(folder, model.spec)
+    start = {"from": str(parent.path), "from_weights_sha256": sha256_of(parent.path / WEIGHTS)}
+    with whole_run(out, stage, {**start, **settings}, model.spec, inputs or {}, parent.lineage, command) as (
+        folder,
+        entry,
+    ):
         Tokenizer(parent.tokenizer_path).copy_to(folder / TOKENIZER)
         save_weights(folder / WEIGHTS, model)
-        entry = {
-            **stage_entry(stage, digest(content), known, command),
-            **(extra or {}),
-            "metrics": {},
-            "seconds": round(time.monotonic() - began, 1),
-            **digests_of(folder),
-        }
-        write_yaml(folder / LINEAGE, [*parent.lineage, entry])
-        (folder / DONE).write_text("")
+        entry |= extra or {}
     return out
+
+
+@contextmanager
+def whole_run(
+    out: Path,
+    stage: str,
+    settings: Mapping[str, Any],
+    spec: Spec,
+    inputs: Mapping[str, Path | None],
+    lineage: Sequence[dict[str, Any]] = (),
+    command: str = "",
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a directory for the files of a model, beside ``out``, and the stage's entry in the lineage, for what it should say in
+    addition; they become the run directory ``out`` when the block succeeds.
+
+    Args:
+        lineage: the entries of the stages before.
+
+    Raises:
+        UserError: ``out`` is taken or cannot be written, or inputs that do not exist.
+    """
+    began = time.monotonic()
+    known = known_inputs(inputs)
+    content = {"stage": stage, **settings, "inputs": known}
+    entry = {**stage_entry(stage, digest(content), known, command), "metrics": {}}
+    with atomic_directory(out) as folder:
+        write_yaml(folder / CONFIG, content)
+        write_model(folder, spec)
+        yield folder, entry
+        entry |= {"seconds": round(time.monotonic() - began, 1), **digests_of(folder)}
+        write_yaml(folder / LINEAGE, [*lineage, entry])
+        (folder / DONE).write_text("")
 
 
 def stage_entry(stage: str, config_sha256: str, inputs: Inputs, command: str) -> dict[str, Any]:

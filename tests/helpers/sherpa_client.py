@@ -42,7 +42,7 @@ def accept(recognizer):
 if not job["streaming"]:
     make = sherpa_onnx.OfflineRecognizer
     recognizer = (
-        make.from_zipformer_ctc(model=job["path"] + "/ctc.onnx", **shared) if method is None
+        make.from_zipformer_ctc(model=job["path"] + "/ctc.onnx", ctc_graph=job["graph"], **shared) if method is None
         else make.from_transducer(**files, **shared, decoding_method=method)
     )
     streams = accept(recognizer)
@@ -52,7 +52,7 @@ else:
     make = sherpa_onnx.OnlineRecognizer
     endpoint = {"enable_endpoint_detection": True, "rule3_min_utterance_length": 0.6} if job["endpoint"] else {}
     recognizer = (
-        make.from_zipformer2_ctc(model=job["path"] + "/ctc.onnx", **shared, **endpoint) if method is None
+        make.from_zipformer2_ctc(model=job["path"] + "/ctc.onnx", ctc_graph=job["graph"], **shared, **endpoint) if method is None
         else make.from_transducer(**files, **shared, **endpoint, decoding_method=method)
     )
     streams = accept(recognizer)
@@ -75,14 +75,15 @@ print(json.dumps(found))
 """
 
 
-def client(path: Path, audio: list[Path], method: Method, endpoint: bool = False) -> Any:
-    """What sherpa-onnx finds: (tokens, seconds) of each recording, or the number of endpoints.
+def client(path: Path, audio: list[Path], method: Method, endpoint: bool = False, graph: str = "") -> Any:
+    """What sherpa-onnx finds: (tokens, seconds) of each recording, or the number of endpoints. ``graph``: a file to search CTC over.
 
     In a process of its own: a model it does not like ends the process.
     """
     pytest.importorskip("sherpa_onnx", reason="needs sherpa-onnx, which runs what is exported")
     context = open_exported(path).parsed_context
     job = {"path": str(path), "audio": [str(file) for file in audio], "method": method, "endpoint": endpoint}
+    job["graph"] = graph and str(path / graph)
     job |= {"streaming": context.streaming, "tail": 0.0 if context.chunk is None else tail_seconds(context.chunk)}
     done = subprocess.run([sys.executable, "-c", CLIENT], input=json.dumps(job), capture_output=True, text=True)
     assert done.returncode == 0, f"{done.returncode}\n{done.stderr}"

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from asrkit.config import from_dict
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
+from asrkit.decoding.ctc import ctc_log_probs_of
+from asrkit.decoding.lattices import Lattice, graph_lattice
 from asrkit.errors import UserError
 from asrkit.losses.sequence import expected_errors, sampled_errors
 from asrkit.methods.sequence.config import LATTICE, Criterion, DenominatorConfig, LatticeConfig
@@ -27,7 +29,6 @@ from asrkit.methods.sequence.denominator import (
     save_denominator,
 )
 from asrkit.methods.sequence.hypotheses import (
-    ctc_log_probs_of,
     errors_of,
     find_n_best,
     path_log_probs,
@@ -36,7 +37,7 @@ from asrkit.methods.sequence.hypotheses import (
     transducer_log_probs,
     with_reference,
 )
-from asrkit.methods.sequence.lattices import Lattice, Outer, denominator_lattice, outer
+from asrkit.methods.sequence.lattices import Outer, outer
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.reporting.wer import Scored
 from asrkit.training.asr_loss import LossConfig
@@ -360,7 +361,7 @@ def lattice_and_outer(
     settings = from_dict(LatticeConfig, {"denominator": WIDE, "reject_frames": False, **how}, "test")
     fsa = graph().fsa(k2, outputs.device)
     searched = outputs if found_by is None else found_by
-    lattice = denominator_lattice(k2, fsa, searched, lens, settings.kappa, settings.denominator)
+    lattice = graph_lattice(k2, fsa, searched, lens, settings.kappa, settings.denominator)
     priors = torch.tensor([graph().log_prob(text) for text in TEXTS])
     return lattice, outer(criterion, k2, lattice, outputs, lens, SYMBOLS, SYMBOL_LENS, settings, priors)
 
@@ -540,7 +541,7 @@ def test_without_a_language_model_mmi_is_ctc(k2: ModuleType) -> None:
     outputs, lens = outputs_of(LENS, 11)
     fsa = graph(lm_scale=0.0).fsa(k2, outputs.device)
     settings = from_dict(LatticeConfig, {"denominator": WIDE}, "test")
-    lattice = denominator_lattice(k2, fsa, outputs, lens, settings.kappa, settings.denominator)
+    lattice = graph_lattice(k2, fsa, outputs, lens, settings.kappa, settings.denominator)
     found = outer("mmi", k2, lattice, outputs, lens, SYMBOLS, SYMBOL_LENS, settings, torch.zeros(3))
     logits = outputs.clone().requires_grad_()
     log_probs = logits.log_softmax(2)

@@ -16,6 +16,7 @@ from asrkit.data.text.tokenizer import BLANK_ID, UNK_ID, WORD_START, Tokenizer
 from asrkit.disk import atomic_write
 
 Unit = Literal["bpe", "phone", "senone"]
+LmUnit = Literal["bpe", "phone", "senone", "word"]  # words are units of n-gram models alone, which need no inventory
 FIRST = max(BLANK_ID, UNK_ID) + 1  # the id of the first unit
 UNITS: tuple[Unit, ...] = ("bpe", "phone", "senone")
 

@@ -1,5 +1,4 @@
-"""Lattice criteria on the CTC head, by k2: lattices, their scores from the frames' outputs of now, and the derivatives of MMI,
-boosted MMI, sMBR and MPE.
+"""Lattice criteria on the CTC head, by k2: the derivatives of MMI, boosted MMI, sMBR and MPE by the frames' outputs of now.
 
 A lattice is searched with one model's outputs and scored with the current ones, so that it may be older than the weights.
 
@@ -10,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from asrkit.decoding.alignment import ctc_align
+from asrkit.decoding.lattices import Lattice, dense_frames, lattice_of
 from asrkit.extras import require
 from asrkit.losses.sequence import mmi_derivative, overlap
-from asrkit.methods.sequence.config import Criterion, DenominatorConfig, LatticeConfig
+from asrkit.methods.sequence.config import Criterion, LatticeConfig
 
 
 def k2_for_lattices() -> ModuleType:
@@ -30,42 +29,6 @@ def k2_for_lattices() -> ModuleType:
     return require("k2", for_="the lattice criteria mmi, bmmi, smbr and mpe")
 
 
-@dataclass(frozen=True)
-class Lattice:
-    """Paths of frames of B utterances, as arcs; k2 sums over the paths.
-
-    fsas: k2's FsaVec of B lattices. rows, frames, labels: (A,) int64, the utterance, frame and token of each arc; arcs into the
-        final state have the label -1. graph: (A,), the part of an arc's score that comes from the graph.
-    """
-
-    fsas: Any
-    rows: Tensor
-    frames: Tensor
-    labels: Tensor
-    graph: Tensor
-
-    def scored(self, outputs: Tensor, kappa: float, bonus: Tensor | None = None) -> Any:
-        """The lattices with the scores kappa * outputs (B, T, V) + graph + ``bonus`` (A,), differentiable."""
-        acoustic = outputs[self.rows, self.frames, self.labels.clamp(min=0)]
-        scores = self.graph + kappa * torch.where(self.labels >= 0, acoustic, 0.0)
-        fsas = self.fsas.clone()
-        fsas.scores = scores if bonus is None else scores + bonus
-        return fsas
-
-
-def denominator_lattice(
-    k2: ModuleType, graph: Any, outputs: Tensor, lens: Tensor, kappa: float, how: DenominatorConfig
-) -> Lattice:
-    """The likely paths of utterances through the denominator ``graph``: outputs (B, T, V) log-probabilities, lens (B,) at least 1.
-    The lattice of an utterance without any has no arcs."""
-    order = lens.argsort(descending=True, stable=True)
-    dense = _dense(k2, kappa * outputs.detach(), lens, order)
-    fsas = k2.intersect_dense_pruned(
-        graph, dense, how.search_beam, how.output_beam, how.min_active, how.max_active, frame_idx_name="frame"
-    )
-    return _lattice(k2, fsas, order, fsas.lm)
-
-
 def numerator_lattice(
     k2: ModuleType, symbols: Tensor, symbol_lens: Tensor, outputs: Tensor, lens: Tensor, kappa: float, beam: float
 ) -> Lattice:
@@ -73,27 +36,9 @@ def numerator_lattice(
     order = lens.argsort(descending=True, stable=True)
     texts = [row[:length] for row, length in zip(symbols.tolist(), symbol_lens.tolist(), strict=True)]
     graph = k2.ctc_graph([texts[row] for row in order.tolist()], device=str(outputs.device))
-    dense = _dense(k2, kappa * outputs.detach(), lens, order)
+    dense = dense_frames(k2, kappa * outputs.detach(), lens, order)
     fsas = k2.intersect_dense(graph, dense, beam, frame_idx_name="frame")
-    return _lattice(k2, fsas, order, torch.zeros_like(fsas.scores))
-
-
-def _dense(k2: ModuleType, outputs: Tensor, lens: Tensor, order: Tensor) -> Any:
-    """Frames as k2 takes them, the longest utterance first."""
-    segments = torch.stack([order, torch.zeros_like(order), lens[order]], dim=1)
-    return k2.DenseFsaVec(outputs.float(), segments.to(torch.int32).cpu())
-
-
-def _lattice(k2: ModuleType, fsas: Any, order: Tensor, graph: Tensor) -> Lattice:
-    """With the utterances in their own order again."""
-    back = order.argsort()
-    fsas.graph_scores = graph.detach()
-    fsas = k2.index_fsa(fsas, back.to(torch.int32))
-    shape = fsas.arcs.shape()
-    rows = shape.row_ids(1).long()[shape.row_ids(2).long()]
-    labels = fsas.labels.long()
-    frames = torch.where(labels >= 0, fsas.frame.long(), 0)  # the last arcs lie beyond the last frame
-    return Lattice(fsas, rows, frames, labels, fsas.graph_scores)
+    return lattice_of(k2, fsas, order, torch.zeros_like(fsas.scores))
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from asrkit.data.batch import Batch
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.decoding.ctc import ctc_log_probs_of
+from asrkit.decoding.lattices import graph_lattice
 from asrkit.losses.sequence import expected_errors, outer_gradient_loss, sampled_errors
 from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.methods.sequence.denominator import Denominator
 from asrkit.methods.sequence.hypotheses import (
-    ctc_log_probs_of,
     errors_of,
     find_n_best,
     sample_ctc,
@@ -24,7 +25,7 @@ from asrkit.methods.sequence.hypotheses import (
     transducer_log_probs,
     with_reference,
 )
-from asrkit.methods.sequence.lattices import denominator_lattice, k2_for_lattices, outer
+from asrkit.methods.sequence.lattices import k2_for_lattices, outer
 from asrkit.methods.sequence.search_cache import SearchCache
 from asrkit.models.asr import AsrModel
 from asrkit.nn.context import Context
@@ -152,7 +153,7 @@ class SequenceLoss:
             searched = outputs if searcher is model else searcher.ctc_log_probs(found)
             if outputs.device not in self._fsas:
                 self._fsas[outputs.device] = graph.fsa(k2, outputs.device)
-            lattice = denominator_lattice(k2, self._fsas[outputs.device], searched, lens, how.kappa, how.denominator)
+            lattice = graph_lattice(k2, self._fsas[outputs.device], searched, lens, how.kappa, how.denominator)
         texts = zip(batch.symbols.tolist(), batch.symbol_lens.tolist(), strict=True)
         priors = outputs.new_tensor([graph.log_prob(ids[:length]) for ids, length in texts])
         result = outer(criterion, k2, lattice, outputs, lens, batch.symbols, batch.symbol_lens, how, priors)

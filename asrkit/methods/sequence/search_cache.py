@@ -20,12 +20,13 @@ from asrkit.data.batch import Batch, evaluation_batches
 from asrkit.data.cut_table import CutTable
 from asrkit.data.train_batches import TrainBatches
 from asrkit.decoding.hypothesis import NBest
+from asrkit.decoding.lattices import Lattice, graph_lattice
 from asrkit.disk import remove
 from asrkit.errors import UserError
 from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.methods.sequence.denominator import Denominator
 from asrkit.methods.sequence.hypotheses import find_n_best
-from asrkit.methods.sequence.lattices import Lattice, denominator_lattice, k2_for_lattices
+from asrkit.methods.sequence.lattices import k2_for_lattices
 from asrkit.models.asr import AsrModel
 from asrkit.nn.context import Context
 from asrkit.run_dir import write_yaml
@@ -160,7 +161,7 @@ def _search(
             return
         k2, how = k2_for_lattices(), settings.lattice
         outputs = model.ctc_log_probs(encoded)
-        lattice = denominator_lattice(
+        lattice = graph_lattice(
             k2, graph.fsa(k2, outputs.device), outputs, lens.clamp(min=1), how.kappa, how.denominator
         )
     fsas = lattice.fsas

@@ -1,0 +1,91 @@
+"""graph, and the options of searches with a graph or a language model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from asrkit.cli.options import given, io
+
+if TYPE_CHECKING:
+    from asrkit.decoding.domain import Domain
+    from asrkit.decoding.fusion import FusionRequest
+
+domain = partial(typer.Option, rich_help_panel="Decoding graphs, of CTC")
+
+Graph = Annotated[
+    Path | None, domain(help="Decode CTC over this graph, which `asrkit graph` makes; it takes the place of --method.")
+]
+GraphScale = Annotated[
+    float | None, domain(min=0.0, help="Weight of the language model in the graph; tune it on dev. [default: 1]")
+]
+SearchBeam = Annotated[
+    float | None, domain(help="--graph: log-probability by which a path may fall behind in the search. [default: 20]")
+]
+OutputBeam = Annotated[float | None, domain(help="--graph: the same in the lattice that is left. [default: 8]")]
+MaxActive = Annotated[int | None, domain(min=1, help="--graph: states kept in each frame at most. [default: 10000]")]
+Paths = Annotated[
+    int | None,
+    domain(
+        min=0,
+        help="--graph: paths drawn from the lattice for n-best texts and confidences. [default: 0, or 100 where they are needed]",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command ``graph``."""
+    app.command("graph")(graph)
+
+
+def domain_of(fusion: FusionRequest | None, graph: Path | None, options: dict[str, Any]) -> Domain:
+    """What a search has beside the model; ``options`` are those of a search over a graph, by the fields of GraphOptions.
+
+    Raises:
+        UserError: options of a graph without one, or values that cannot be.
+    """
+    from asrkit.config import from_dict
+    from asrkit.decoding.domain import Domain
+    from asrkit.decoding.graph_search import GraphOptions
+    from asrkit.errors import UserError
+
+    options = given(options)
+    if graph is None and options:
+        spelled = ["--graph-scale" if name == "scale" else f"--{name.replace('_', '-')}" for name in options]
+        raise UserError(f"{', '.join(spelled)}: of a search over a graph; give --graph too")
+    return Domain(graph, from_dict(GraphOptions, options, "--graph"), fusion)
+
+
+def graph(
+    run: Annotated[Path, io("--from", help="Run directory of the model, or an exported one: its tokenizer counts.")],
+    out: Annotated[Path, io(help="Directory of the graph.")],
+    lm: Annotated[
+        Path | None, io(help="n-gram model of words or word pieces, by `asrkit train-lm --kind ngram`.")
+    ] = None,
+    text: Annotated[
+        Path | None, io(help="UTF-8 text: its lines are all that can be recognized, such as a device's commands.")
+    ] = None,
+) -> None:
+    """Make a decoding graph of CTC's topology, a lexicon and a language model; needs k2.
+
+    Examples:
+
+        asrkit graph --from exp/backbone --lm exp/lm4 --out exp/hlg
+
+        asrkit graph --from exp/backbone --text commands.txt --out exp/commands
+
+        asrkit graph --from exp/mmi --out exp/mmi-graph
+
+    Without --lm and --text, the graph is the denominator that sequence-train has left in the run directory: a model trained by MMI
+    with an n-gram is decoded with the same one. Then: asrkit evaluate --from exp/backbone --graph exp/hlg --manifest test.jsonl.gz
+    """
+    from asrkit.stages.graph import make_graph
+
+    record = make_graph(run, out, lm=lm, text=text)
+    for word in record.not_spelled:
+        typer.echo(f"left out: the tokenizer cannot spell {word}", err=True)
+    words = f", {record.words:,} words" if record.words else ""
+    typer.echo(f"{out}: {record.states:,} states, {record.arcs:,} arcs{words}")

@@ -1,0 +1,189 @@
+"""CTC over a decoding graph, by k2: the best path, and n-best texts from the lattice.
+
+Shapes: B utterances, T frames, V tokens, P paths, N texts of all utterances together, U tokens of a text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from asrkit.config import NonNegative, Positive, config
+from asrkit.decoding.acoustic import EncoderOutput
+from asrkit.decoding.ctc import ctc_log_probs_of
+from asrkit.decoding.hypothesis import Hypothesis, without_blanks
+from asrkit.decoding.lattices import Lattice, graph_lattice
+from asrkit.errors import UserError
+from asrkit.extras import require
+from asrkit.models.ctc_graph import CtcGraph
+
+SCORED_AT_ONCE = 64  # texts whose frames are in memory together
+# Of the log-probabilities from which paths are drawn: the lower, the more they differ. icefall's usual value.
+DIVERSITY = 0.5
+
+Beam = Annotated[float, Field(gt=0.0)]
+
+
+@config
+class GraphOptions:
+    """How a graph is searched. The beams' defaults are those of icefall."""
+
+    scale: NonNegative = 1.0
+    """Weight of the graph's language model."""
+    search_beam: Beam = 20.0
+    """Log-probability by which a path may fall behind the best one while it is searched."""
+    output_beam: Beam = 8.0
+    """Log-probability by which a path of the lattice may be worse than its best one."""
+    min_active: Positive = 30
+    """States that are kept in each frame, whatever the beam."""
+    max_active: Positive = 10_000
+    """States that are kept in each frame at most. Fewer take less time."""
+    paths: Annotated[int, Field(ge=0)] = 0
+    """Paths drawn from the lattice for n-best texts, confidences and rescoring; 0 finds the best path alone."""
+
+
+@dataclass
+class GraphSearch:
+    """A search over a graph: called with a batch's encoder output, it gives each utterance's texts, the best one first.
+
+    The first is the text of the best path. With ``options.paths``, every text has the score log P(text | speech), over all its
+    alignments, + ``options.scale`` times the graph's score; without, the score is that of the best path.
+    An utterance through whose frames the pruned graph has no path has an empty text with the score -inf.
+    """
+
+    graph: CtcGraph
+    options: GraphOptions
+    k2: ModuleType = field(init=False)
+    _fsas: dict[torch.device, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.k2 = k2_for_graphs()
+
+    @torch.no_grad()
+    def __call__(self, encoded: EncoderOutput) -> list[list[Hypothesis]]:
+        """See the class.
+
+        Raises:
+            UserError: the model has no CTC head.
+        """
+        if encoded.ctc_log_probs is None:
+            raise UserError("this model has no CTC head, which --graph decodes; use --method greedy or beam")
+        heard = (encoded.lens > 0).nonzero().squeeze(1)
+        results = [[Hypothesis([], [], 0.0)] for _ in range(len(encoded.lens))]
+        if len(heard):
+            searched = self._search(encoded.ctc_log_probs[heard].float(), encoded.lens[heard])
+            for row, hypotheses in zip(heard.tolist(), searched, strict=True):
+                results[row] = hypotheses
+        return results
+
+    def _search(self, log_probs: Tensor, lens: Tensor) -> list[list[Hypothesis]]:
+        fsa = self._fsas.get(log_probs.device)
+        if fsa is None:
+            fsa = self._fsas[log_probs.device] = self.graph.fsa(self.k2, self.options.scale, log_probs.device)
+        # Padding may hold anything, and k2 computes with all of it.
+        valid = torch.arange(log_probs.shape[1], device=lens.device) < lens.unsqueeze(1)
+        log_probs = torch.where(valid.unsqueeze(2), log_probs, 0.0)
+        lattice = graph_lattice(self.k2, fsa, log_probs, lens, 1.0, self.options)
+        scored = lattice.scored(log_probs, 1.0)
+        totals = scored.get_tot_scores(use_double_scores=True, log_semiring=False)
+        best = best_paths(self.k2, lattice, scored, log_probs.shape[1])
+        best = best._replace(graph=best.graph.masked_fill(~totals.isfinite(), -torch.inf))
+        if self.options.paths == 0:
+            return _hypotheses(best, totals, len(lens))
+        texts = n_best_texts(self.k2, lattice, scored, best, self.options.paths)
+        tokens, token_lens = without_blanks(texts.emitted.unsqueeze(0), 0)
+        tokens, token_lens = tokens.squeeze(0), token_lens.squeeze(0)
+        totals = _acoustic(log_probs, lens, texts.rows, tokens, token_lens) + texts.graph
+        return _hypotheses(texts, totals, len(lens))
+
+
+def k2_for_graphs() -> ModuleType:
+    """k2.
+
+    Raises:
+        UserError: it cannot be used; says how to get it, and what does without.
+    """
+    try:
+        return require("k2", for_="decoding graphs")
+    except UserError as error:
+        raise UserError(f"{error}; without k2, use --method ctc-beam --lm with an n-gram of word pieces") from error
+
+
+class Paths(NamedTuple):
+    """Paths through frames: the utterance of each (P,), what it emits in each frame (P, T), 0 for nothing, and its scores of the
+    graph (P,)."""
+
+    rows: Tensor
+    emitted: Tensor
+    graph: Tensor
+
+
+def best_paths(k2: ModuleType, lattice: Lattice, scored: Any, num_frames: int) -> Paths:
+    """The best path of each of B utterances; one without any emits nothing."""
+    fsas = scored.clone()
+    fsas.arc = torch.arange(len(lattice.rows), dtype=torch.int32, device=lattice.rows.device)
+    arcs = k2.shortest_path(fsas, use_double_scores=True).arc.long()
+    rows = torch.arange(fsas.shape[0], device=lattice.rows.device)
+    return _paths_of(lattice, rows, lattice.rows[arcs], arcs, num_frames)
+
+
+def n_best_texts(k2: ModuleType, lattice: Lattice, scored: Any, best: Paths, paths: int) -> Paths:
+    """The different texts among the ``best`` path of each utterance and ``paths`` more that are drawn from its lattice, those of the
+    best first: of each text, the first path with it, and the best score of the graph."""
+    diverse = scored.clone()
+    diverse.scores = DIVERSITY * scored.scores
+    # By a deterministic algorithm, in spite of its name; an utterance without paths gets none.
+    ragged = k2.random_paths(diverse, True, paths)
+    rows, path_of_arc = ragged.shape.row_ids(1).long(), ragged.shape.row_ids(2).long()
+    drawn = _paths_of(lattice, rows, path_of_arc, ragged.values.long(), best.emitted.shape[1])
+    rows, emitted, graph = (torch.cat(pair) for pair in zip(best, drawn, strict=True))
+    tokens, _ = without_blanks(emitted.unsqueeze(0), 0)
+    _, text = torch.unique(torch.cat([rows.unsqueeze(1), tokens.squeeze(0)], dim=1), dim=0, return_inverse=True)
+    by_place = text.argsort(stable=True)
+    by_graph = graph.argsort(descending=True)
+    by_graph = by_graph[text[by_graph].argsort(stable=True)]
+    begins = text[by_place].diff(prepend=text.new_tensor([-1])) != 0
+    first, top = by_place[begins], graph[by_graph][begins]
+    order = first.argsort()
+    return Paths(rows[first[order]], emitted[first[order]], top[order])
+
+
+def _paths_of(lattice: Lattice, rows: Tensor, path_of_arc: Tensor, arcs: Tensor, num_frames: int) -> Paths:
+    """Paths whose utterances are ``rows`` (P,), made of ``arcs`` of the lattice; ``path_of_arc`` says of which path each is."""
+    graph = torch.zeros(len(rows), device=rows.device).index_add(0, path_of_arc, lattice.graph[arcs])
+    labels = torch.zeros(len(rows), num_frames, dtype=torch.int64, device=rows.device)
+    inside = lattice.labels[arcs] >= 0
+    labels[path_of_arc[inside], lattice.frames[arcs[inside]]] = lattice.labels[arcs[inside]]
+    return Paths(rows, _begun(labels), graph)
+
+
+def _begun(labels: Tensor) -> Tensor:
+    """The tokens of frames (P, T) where they begin, 0 where they go on or are blank."""
+    return labels.masked_fill(labels == pad(labels[:, :-1], (1, 0)), 0)
+
+
+def _acoustic(log_probs: Tensor, lens: Tensor, rows: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """log P(text | speech) by CTC, (N,): the sum over all alignments, not only those in the lattice."""
+    scores = []
+    for begin in range(0, len(rows), SCORED_AT_ONCE):
+        part = slice(begin, begin + SCORED_AT_ONCE)
+        row, sizes = rows[part], token_lens[part].unsqueeze(1)
+        scores.append(ctc_log_probs_of(log_probs[row], lens[row], tokens[part].unsqueeze(1), sizes).squeeze(1))
+    return torch.cat(scores)
+
+
+def _hypotheses(paths: Paths, scores: Tensor, batch: int) -> list[list[Hypothesis]]:
+    """The texts of each utterance: the first path's, and the others by their scores."""
+    every: list[list[tuple[bool, float, Hypothesis]]] = [[] for _ in range(batch)]
+    for row, emitted, score in zip(paths.rows.tolist(), paths.emitted.cpu(), scores.tolist(), strict=True):
+        frames = emitted.nonzero().squeeze(1)
+        hypothesis = Hypothesis(emitted[frames].tolist(), frames.tolist(), score)
+        every[row].append((not every[row], score, hypothesis))
+    ordered = [sorted(rows, key=lambda entry: (-entry[0], -entry[1])) for rows in every]
+    return [[hypothesis for _, _, hypothesis in rows] for rows in ordered]

@@ -1,0 +1,86 @@
+"""decoding.yaml: how to search, as ``asrkit tune`` found it, and what it was tuned on."""
+
+from __future__ import annotations
+
+from dataclasses import field, replace
+from pathlib import Path
+
+from asrkit.config import Positive, config, from_dict, to_dict
+from asrkit.decoding.fusion import FusionConfig, FusionRequest
+from asrkit.errors import UserError
+from asrkit.run_dir import read_yaml, write_yaml
+
+PARTS = ("lm", "lodr", "hotwords")
+
+
+@config
+class Source:
+    """A file or directory, and the SHA-256 of what it held."""
+
+    path: str
+    sha256: str
+
+
+@config
+class Trial:
+    """One of the settings that were tried, by the names of the options, and its word error rate."""
+
+    settings: dict[str, float]
+    wer: float
+
+
+@config
+class TunedDecoding:
+    """The content of decoding.yaml: a beam search with language models and the like.
+
+    recognizer: weights of the model it was tuned with. tuned_on: the manifest. wer, words: word error rate and words there.
+    trials: everything that was tried.
+    """
+
+    beam: Positive
+    settings: FusionConfig
+    lm: Source | None = None
+    lodr: Source | None = None
+    hotwords: Source | None = None
+    recognizer: Source
+    tuned_on: Source
+    wer: float
+    words: int
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def request(self) -> FusionRequest:
+        """What it asks of a search."""
+        parts = {name: source for name in PARTS if (source := getattr(self, name)) is not None}
+        return FusionRequest(
+            self.settings,
+            **{name: Path(source.path) for name, source in parts.items()},
+            expected={name: source.sha256 for name, source in parts.items()},
+            tuned_on=to_dict(self.tuned_on),
+        )
+
+
+def write_tuned(path: Path, tuned: TunedDecoding) -> None:
+    """Write decoding.yaml, whole or not at all."""
+    write_yaml(path, to_dict(tuned))
+
+
+def read_tuned(path: Path) -> TunedDecoding:
+    """Read decoding.yaml.
+
+    Raises:
+        UserError: it is missing, or not such a file; a line for each wrong value.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `asrkit tune` writes one")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no decoding; `asrkit tune` writes one")
+    return from_dict(TunedDecoding, content, str(path))
+
+
+def overridden(request: FusionRequest, settings: FusionConfig, parts: dict[str, Path | None]) -> FusionRequest:
+    """The request with other settings, and other parts where they are given; a part that is given need not be the one tuned with."""
+    given = {name: path for name, path in parts.items() if path is not None}
+    expected = {name: digest for name, digest in request.expected.items() if name not in given}
+    return replace(request, settings=settings, expected=expected, **given)  # type: ignore[arg-type]

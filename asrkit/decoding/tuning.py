@@ -1,0 +1,86 @@
+"""The search for the settings of a beam search with the fewest errors: one option at a time, in turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from asrkit.errors import UserError
+
+# The values that are tried of each option, by its name; our choice.
+GRID: dict[str, tuple[float, ...]] = {
+    "lm-scale": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+    "lodr-scale": (0.0, 0.05, 0.1, 0.2, 0.3),
+    "length-bonus": (-0.5, 0.0, 0.5, 1.0),
+    "blank-penalty": (0.0, 0.5, 1.0, 1.5, 2.0),
+    "temperature": (0.8, 1.0, 1.25, 1.5),
+    "hotwords-score": (0.5, 1.0, 1.5, 2.0, 3.0),
+    "beam": (2, 4, 8),
+}
+PART_OF = {"lm-scale": "lm", "lodr-scale": "lodr", "hotwords-score": "hotwords"}  # what an option is of no use without
+ROUNDS = 2
+MAX_VALUES = 50
+
+Settings = dict[str, float]
+
+
+def parse_over(text: str, parts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """``lm-scale,blank-penalty=0:0.5:1`` to the values to try of each option, those of ``GRID`` where none are given.
+
+    Args:
+        parts: which of lm, lodr and hotwords there are.
+
+    Raises:
+        UserError: a line for each option that there is not, has no part, or a value that is no number.
+    """
+    findings, over = [], {}
+    for word in text.split(","):
+        name, equals, listed = word.strip().partition("=")
+        if name not in GRID:
+            findings.append(f"--over {name}: is none of {', '.join(GRID)}")
+            continue
+        if PART_OF.get(name, "") not in ("", *parts):
+            findings.append(f"--over {name}: there is nothing to weigh without --{PART_OF[name]}")
+        values = listed.split(":") if equals else []
+        try:
+            numbers = tuple(map(float, values)) or GRID[name]
+        except ValueError:
+            numbers = (math.nan,)
+        if not all(map(math.isfinite, numbers)) or len(numbers) > MAX_VALUES:
+            findings.append(f"--over {word.strip()}: write numbers with colons between them, as in {name}=0.1:0.2:0.3")
+        elif name == "beam" and not all(number >= 1 and number == int(number) for number in numbers):
+            findings.append(f"--over {word.strip()}: a beam is a whole number from 1 on")
+        else:
+            over[name] = numbers
+    if findings:
+        raise UserError.of(findings)
+    return over
+
+
+def coordinate_search(
+    start: Settings, over: Mapping[str, Sequence[float]], measure: Callable[[Settings], float]
+) -> tuple[Settings, list[tuple[Settings, float]]]:
+    """The settings with the smallest measure, and everything that was tried with its measure.
+
+    Each option in turn takes the best of its values with the others as they are, the first of equals, until a whole round changes
+    nothing, or ``ROUNDS`` have passed. Nothing is measured twice.
+    """
+    tried: list[tuple[Settings, float]] = []
+    known: dict[tuple[float, ...], float] = {}
+
+    def error(settings: Settings) -> float:
+        key = tuple(settings.values())
+        if key not in known:
+            known[key] = measure(settings)
+            tried.append((settings, known[key]))
+        return known[key]
+
+    best = dict(start)
+    for _ in range(ROUNDS):
+        before = best
+        for name, values in over.items():
+            candidates = [best, *({**best, name: value} for value in values)]
+            best = min(candidates, key=error)
+        if best == before:
+            break
+    return best, tried

@@ -1,0 +1,1 @@
+"""N-gram language models: estimated by modified Kneser-Ney smoothing, stored as ARPA, scored as a back-off automaton."""

@@ -1,0 +1,250 @@
+"""An n-gram model as a back-off automaton of tensors, scored for a batch of states at once.
+
+A state is what the model remembers: an n-gram of less than the highest order, or nothing (state 0). A symbol that follows it in
+the model is an arc; any other symbol is scored by the state without its oldest word, plus the back-off weight.
+
+Shapes: N states asked at once, S states, A arcs, V symbols (0 is the end of a sequence, as in the neural models), W words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.errors import UserError, clip
+from asrkit.models.ngram.arpa import BEGIN, END, UNKNOWN, Arpa, read_arpa
+
+UNKNOWN_LOG_PROB = -100.0 * math.log(10)  # of what a model without <unk> does not know, as KenLM has it
+MAX_SUM = 1.05  # what the probabilities after a state may add up to: files have them rounded
+SHOWN = 5  # words that an error names
+
+
+@dataclass(frozen=True)
+class Ngram:
+    """The automaton. Log-probabilities are natural logarithms; words are those of the model, W of them.
+
+    symbols: the V symbols that are scored; the first is the end. words: (V,) int64, the word of each; that of <unk> for a symbol
+        that the model does not have.
+    order: of the model. start_state: the state before the first symbol.
+    unigrams: (W,) float32, log-probabilities in state 0. firsts: (W,) the states they lead to.
+    keys: (A + 1,) int64, state * W + word of each arc, ascending, and one that no arc has. log_probs, targets: (A + 1,) its
+        score and where it leads. arc_begins: (S + 1,) the first arc of each state.
+    lower, backoffs: (S,) the state to back off to, and the weight.
+    """
+
+    symbols: Sequence[str]
+    words: Tensor
+    order: int
+    start_state: int
+    unigrams: Tensor
+    firsts: Tensor
+    keys: Tensor
+    log_probs: Tensor
+    targets: Tensor
+    arc_begins: Tensor
+    lower: Tensor
+    backoffs: Tensor
+
+    def to(self, device: torch.device) -> Ngram:
+        """The same with its tensors on a device."""
+        moved: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def step(self, states: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor]:
+        """Log P of symbols (N,) after states (N,), and the states after them."""
+        return self._step(states, self.words[symbols])
+
+    def advance(self, states: Tensor, symbols: Tensor) -> Tensor:
+        """The states (N,) after symbols (N,)."""
+        return self.step(states, symbols)[1]
+
+    def score(self, states: Tensor) -> Tensor:
+        """Log-probabilities (N, V) of every symbol after each of ``states`` (N,)."""
+        chain, weights = [states], [self.backoffs.new_zeros(states.shape)]
+        for _ in range(self.order - 2):
+            weights.append(weights[-1] + self.backoffs[chain[-1]])
+            chain.append(self.lower[chain[-1]])
+        rows = (weights[-1] + self.backoffs[chain[-1]]).unsqueeze(1) + self.unigrams
+        number = torch.arange(len(states), device=states.device)
+        for state, weight in zip(reversed(chain), reversed(weights), strict=True):  # the longest match is written last
+            begin = self.arc_begins[state]
+            counts = self.arc_begins[state + 1] - begin
+            row = number.repeat_interleave(counts)
+            arc = torch.arange(len(row), device=row.device) + (begin - counts.cumsum(0) + counts)[row]
+            rows[row, self.keys[arc] % len(self.unigrams)] = weight[row] + self.log_probs[arc]
+        return rows[:, self.words]
+
+    def sequence_log_probs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Log P of each symbol of each sequence, and of its end: (B, longest + 1), 0 beyond it."""
+        lens = torch.tensor([len(sequence) for sequence in sequences])
+        padded = torch.zeros(len(lens), int(lens.max()) + 1, dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            padded[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+        states = torch.full((len(lens),), self.start_state, dtype=torch.int64)
+        columns = []
+        for position in range(padded.shape[1]):
+            scores, states = self.step(states, padded[:, position])
+            columns.append(scores.masked_fill(position > lens, 0.0))
+        return torch.stack(columns, dim=1)
+
+    def _step(self, states: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        total = self.backoffs.new_zeros(states.shape)
+        scores, targets = total, states
+        waiting = torch.ones_like(states, dtype=torch.bool)
+        for _ in range(self.order - 1):
+            wanted = states * len(self.unigrams) + words
+            arc = torch.searchsorted(self.keys, wanted)
+            matches = waiting & (self.keys[arc] == wanted)
+            scores = torch.where(matches, total + self.log_probs[arc], scores)
+            targets = torch.where(matches, self.targets[arc], targets)
+            waiting = waiting & ~matches
+            total, states = total + self.backoffs[states], self.lower[states]
+        scores = torch.where(waiting, total + self.unigrams[words], scores)
+        return scores, torch.where(waiting, self.firsts[words], targets)
+
+
+def symbols_of_pieces(tokenizer: Tokenizer) -> list[str]:
+    """The symbols of a tokenizer for ``load_ngram``: its blank is the end; its other special pieces, which no text has, are unknown."""
+    pieces = map(tokenizer.id_to_piece, range(1, tokenizer.vocab_size))
+    return [END, *(UNKNOWN if n in tokenizer.special_ids else piece for n, piece in enumerate(pieces, start=1))]
+
+
+def load_ngram(path: Path, symbols: Sequence[str] | None = None) -> Ngram:
+    """The automaton of an ARPA file.
+
+    Args:
+        symbols: what is scored, in order, the end first, such as ``symbols_of_pieces``. None: the end, <unk> and every word of the
+            file.
+
+    Raises:
+        UserError: the file cannot be read, its back-off is broken, or none of its words is among the symbols.
+    """
+    return automaton(read_arpa(path), symbols, str(path))
+
+
+def automaton(arpa: Arpa, symbols: Sequence[str] | None, where: str) -> Ngram:
+    """The automaton of a model; see ``load_ngram``. ``where`` names the model in errors."""
+    rows = {word: row for row, word in enumerate(arpa.vocabulary)}
+    own = [word for word in arpa.vocabulary if word not in (BEGIN, END, UNKNOWN)]
+    symbols = [END, UNKNOWN, *own] if symbols is None else list(symbols)
+    if rows.keys().isdisjoint(set(symbols) - {END, UNKNOWN}):
+        raise UserError(
+            f"{where}: none of its words, such as {clip(' '.join(own[:SHOWN]))}, is among the units it is needed for, such as "
+            f"{clip(' '.join(symbols[2 : 2 + SHOWN]))}; train one of this unit with the same tokenizer (train-lm --tokenizer)"
+        )
+    unknown = rows.get(UNKNOWN, len(rows))  # one word more where the model has none
+    size = len(rows) + (UNKNOWN not in rows)
+    words = [rows.get(symbol, unknown) for symbol in symbols]
+    index = _Index(arpa, size)
+    keys, log_probs, targets = [], [], []
+    lower, backoffs = [np.zeros(1, dtype=np.int64)], [np.zeros(1)]
+    for n, section in enumerate(arpa.sections, start=1):
+        longest = index.longest(section.words[:, 1:])
+        if n < arpa.order:
+            lower.append(longest)
+            backoffs.append(section.backoffs)
+        if n > 1:
+            histories = index.rows(section.words[:, :-1])
+            if (histories < 0).any():
+                row = int((histories < 0).argmax())
+                text = " ".join(arpa.vocabulary[word] for word in section.words[row])
+                raise UserError(
+                    f"{where}: its back-off is broken: it has the {n}-gram {clip(text)!r} but not the {n - 1}-gram of its first "
+                    f"{n - 1} words; make the model again"
+                )
+            if (np.diff(index.sorted[n]) == 0).any():
+                raise UserError(f"{where}: the same {n}-gram stands there twice; make the model again")
+            order = index.order[n]
+            keys.append(((index.begins[n - 2] + histories) * size + section.words[:, -1])[order])
+            log_probs.append(section.log_probs[order])
+            targets.append((longest if n == arpa.order else index.begins[n - 1] + np.arange(len(longest)))[order])
+    unigrams = np.full(size, UNKNOWN_LOG_PROB)
+    unigrams[: len(rows)] = arpa.sections[0].log_probs
+    firsts = np.zeros(size, dtype=np.int64)
+    if arpa.order > 1:
+        firsts[: len(rows)] = 1 + np.arange(len(rows))
+    all_keys = np.concatenate([*keys, [np.iinfo(np.int64).max]])
+    num_states = sum(map(len, lower))
+    model = Ngram(
+        symbols=symbols,
+        words=torch.tensor(words),
+        order=arpa.order,
+        start_state=int(firsts[rows[BEGIN]]) if BEGIN in rows else 0,
+        unigrams=torch.from_numpy(unigrams).float(),
+        firsts=torch.from_numpy(firsts),
+        keys=torch.from_numpy(all_keys),
+        log_probs=torch.from_numpy(np.concatenate([*log_probs, [0.0]])).float(),
+        targets=torch.from_numpy(np.concatenate([*targets, [0]])).long(),
+        arc_begins=torch.from_numpy(np.searchsorted(all_keys, np.arange(num_states + 1) * size)),
+        lower=torch.from_numpy(np.concatenate(lower)),
+        backoffs=torch.from_numpy(np.concatenate(backoffs)).float(),
+    )
+    _check_sums(model, arpa, index, where)
+    return model
+
+
+class _Index:
+    """Where the n-grams of a model are: state 0, then those of each order below the highest, in the order of the file."""
+
+    def __init__(self, arpa: Arpa, size: int) -> None:
+        self.size = size
+        self.begins = np.concatenate([[1], 1 + np.cumsum(arpa.counts[:-1], dtype=np.int64)])
+        self.sorted: dict[int, np.ndarray] = {}
+        self.order: dict[int, np.ndarray] = {}
+        for n, section in enumerate(arpa.sections[1:], start=2):
+            keys = self.rows(section.words[:, :-1]) * size + section.words[:, -1]
+            self.order[n] = np.argsort(keys, kind="stable")
+            self.sorted[n] = keys[self.order[n]]
+
+    def rows(self, words: np.ndarray) -> np.ndarray:
+        """The row of each n-gram of ``words`` (G, n) in its section; -1 for one that is not there."""
+        rows = words[:, 0].astype(np.int64)
+        for n in range(2, words.shape[1] + 1):
+            keys = rows * self.size + words[:, n - 1]
+            places = np.searchsorted(self.sorted[n], keys)
+            places = np.minimum(places, max(len(self.sorted[n]) - 1, 0))
+            there = (rows >= 0) & (self.sorted[n][places] == keys) if len(self.sorted[n]) else np.zeros(len(rows), bool)
+            rows = np.where(there, self.order[n][places] if len(self.sorted[n]) else 0, -1)
+        return rows
+
+    def longest(self, words: np.ndarray) -> np.ndarray:
+        """The state of the longest end of ``words`` (G, n) that the model has."""
+        states = np.zeros(len(words), dtype=np.int64)
+        for n in range(1, words.shape[1] + 1):
+            rows = self.rows(words[:, -n:])
+            states = np.where(rows >= 0, self.begins[n - 1] + rows, states)
+        return states
+
+
+def _check_sums(model: Ngram, arpa: Arpa, index: _Index, where: str) -> None:
+    """Refuse a model whose probabilities add up to more than 1 after some history: its back-off weights are not of these n-grams."""
+    unigrams = float(model.unigrams[: len(arpa.vocabulary)].double().exp().sum())
+    if unigrams > MAX_SUM:
+        raise UserError(f"{where}: its unigrams' probabilities add up to {unigrams:.3g}, not 1; make the model again")
+    if model.order == 1:
+        return
+    states = torch.div(model.keys[:-1], len(model.unigrams), rounding_mode="floor")
+    below, _ = model._step(model.lower[states], model.keys[:-1] % len(model.unigrams))
+    sums = [
+        torch.zeros(len(model.lower), dtype=torch.float64).index_add(0, states, scores.double().exp())
+        for scores in (model.log_probs[:-1], below)
+    ]
+    total = sums[0] + model.backoffs.double().exp() * (1.0 - sums[1]).clamp(min=0.0)
+    followed = torch.bincount(states, minlength=len(model.lower)) > 0
+    worst = int(total.masked_fill(~followed, 0.0).argmax())
+    if followed.any() and float(total[worst]) > MAX_SUM:
+        n = int(np.searchsorted(index.begins, worst, side="right"))
+        words = arpa.sections[n - 1].words[worst - int(index.begins[n - 1])]
+        text = " ".join(arpa.vocabulary[word] for word in words)
+        raise UserError(
+            f"{where}: its back-off is broken: the probabilities after {clip(text)!r} add up to {float(total[worst]):.3g}, not 1; "
+            "make the model again"
+        )
