@@ -49,10 +49,20 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    run: Run,
+    run: Annotated[
+        Path,
+        io(
+            "--from",
+            help="Run directory of any stage, an exported directory, or a recognizer from outside: whisper:NAME_OR_PATH or sherpa-onnx:DIR.",
+            show_default=False,
+        ),
+    ],
     manifest: Annotated[Path, io(help="Cuts to decode: .jsonl, .jsonl.gz or a Shar directory.")],
     out: Annotated[
-        Path | None, io(help="Directory for the results. [default: evaluation/ in the run directory]")
+        Path | None,
+        io(
+            help="Directory for the results. [default: evaluation/ in the run directory, or here for a recognizer from outside]"
+        ),
     ] = None,
     method: Annotated[list[MethodOrAll] | None, decoding(help="Search method. Repeatable. [default: greedy]")] = None,
     beam: Beam = 4,
@@ -75,6 +85,8 @@ def evaluate(
 
         asrkit evaluate --from exp/near --variant attention --mode full --manifest test.jsonl.gz
 
+        asrkit evaluate --from whisper:tiny.en --manifest data/prompts/test.jsonl.gz
+
     A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
     latency), and the time from the end of a word to its output where the manifest has word alignments.
 
@@ -83,23 +95,30 @@ def evaluate(
     result.json, alignments.txt, confusions.txt and utterances.jsonl.
     """
     from asrkit.decoding.choice import ContextChoice
+    from asrkit.decoding.external.interface import is_external
     from asrkit.decoding.search import METHODS
+    from asrkit.errors import UserError
     from asrkit.reporting.tables import evaluation_table, table_console
     from asrkit.stages.evaluate import evaluate as run_evaluation
+    from asrkit.stages.evaluate_external import evaluate_external
 
     names: list[Any] = [name.value for name in method or [MethodOrAll.greedy]]
-    evaluations = run_evaluation(
-        run,
-        manifest,
-        methods=METHODS if "all" in names else names,
-        beam=beam,
-        variant=variant,
-        context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
-        max_duration=max_duration,
-        device=device,
-        threads=threads,
-        out=out,
-    )
+    shared: dict[str, Any] = {
+        "methods": METHODS if "all" in names else names,
+        "beam": beam,
+        "max_duration": max_duration,
+        "device": device,
+        "threads": threads,
+        "out": out,
+    }
+    if is_external(str(run)):
+        given = {"--variant": variant, "--mode": mode, "--chunk": chunk, "--left": left}
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise UserError(f"{run}: is not asrkit's, so it has no variants and contexts; drop {', '.join(unused)}")
+        evaluations = evaluate_external(str(run), manifest, **shared)
+    else:
+        context = ContextChoice(full=mode is Mode.full, chunk=chunk, left=left)
+        evaluations = run_evaluation(run, manifest, variant=variant, context=context, **shared)
     results = [evaluation.result for evaluation in evaluations]
     for warning in results[0]["warnings"]:
         typer.echo(f"warning: {warning}", err=True)

@@ -54,6 +54,7 @@ class Result:
     """One evaluation: what was decoded (run, variant, context, manifest, method), how well, and how fast.
 
     ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
+    ``external``, ``model_bytes``: whether a recognizer from outside was evaluated, and the bytes of its files.
     """
 
     run: str
@@ -74,6 +75,8 @@ class Result:
     device: str
     threads: int
     warnings: list[str]
+    external: bool = False
+    model_bytes: Count | None = None
 
     @property
     def search(self) -> str:

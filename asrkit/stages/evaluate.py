@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from lhotse import CutSet
 
-from asrkit.config import to_dict
 from asrkit.data.batch import evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import digest_of, speaker_of
@@ -21,41 +19,13 @@ from asrkit.decoding.evaluation import score
 from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import Method, search
-from asrkit.disk import atomic_write
 from asrkit.errors import UserError
+from asrkit.reporting.evaluation_files import Evaluation, make_directory, write_evaluation
 from asrkit.reporting.progress import progress
-from asrkit.reporting.results import (
-    EVALUATION,
-    RESULT,
-    UTTERANCES,
-    Latencies,
-    Result,
-    manifest_name,
-    summarize,
-    utterance_line,
-)
-from asrkit.reporting.wer import (
-    Scored,
-    by_language,
-    confusions,
-    format_alignment,
-    format_confusions,
-    format_summary,
-    total_words,
-)
-
-ALIGNMENTS, CONFUSIONS = "alignments.txt", "confusions.txt"
+from asrkit.reporting.results import EVALUATION, Latencies, Result, manifest_name, summarize
+from asrkit.reporting.wer import Scored, by_language
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One method's result: the utterances, and ``result``, which is result.json."""
-
-    directory: Path
-    result: dict[str, Any]
-    utterances: list[Scored]
 
 
 def evaluate(
@@ -96,7 +66,7 @@ def evaluate(
         method: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, method, beam) for method in methods
     }
     for directory in directories.values():
-        _make(directory)
+        make_directory(directory)
     decoded = _decode(recognizer, cuts, methods, beam, max_duration)
     order = {cut.id: number for number, cut in enumerate(cuts)}
     speakers = {cut.id: speaker_of(cut) for cut in cuts}
@@ -126,8 +96,7 @@ def evaluate(
             threads=torch.get_num_threads(),
             warnings=[*recognizer.warnings, *warnings],
         )
-        _write(directories[method], result, utterances)
-        evaluations.append(Evaluation(directories[method], to_dict(result), utterances))
+        evaluations.append(write_evaluation(directories[method], result, utterances))
     return evaluations
 
 
@@ -206,31 +175,8 @@ def _decode(
     return decoded
 
 
-def _make(directory: Path) -> None:
-    """Create ``directory`` before the work, so that a path that cannot be written is reported at once."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
-
-
 def _name(manifest: Path, digest: str, recognizer: Recognizer, method: Method, beam: int) -> str:
     """``test-3f2a9c01-near-chunk16-left64-beam4``: a result's directory."""
     context = str(recognizer.context).replace("=", "").replace(",", "-")
     search = f"beam{beam}" if method == "beam" else method
     return f"{manifest_name(str(manifest))}-{digest[:8]}-{recognizer.variant}-{context}-{search}"
-
-
-def _write(directory: Path, result: Result, utterances: Sequence[Scored]) -> None:
-    """Write the files of one method; result.json comes last, so where it is new, all are."""
-    total = format_summary(total_words(utterances))
-    heading = f"{result.manifest} by {result.run}, {result.variant}, {result.context}, {result.search}: {total}\n\n"
-    contents = {
-        ALIGNMENTS: heading + "\n".join(format_alignment(utterance) for utterance in utterances),
-        CONFUSIONS: heading + format_confusions(confusions(utterances)),
-        UTTERANCES: "".join(utterance_line(utterance) for utterance in utterances),
-        RESULT: json.dumps(to_dict(result), indent=2, ensure_ascii=False) + "\n",
-    }
-    for name, content in contents.items():
-        with atomic_write(directory / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
