@@ -19,6 +19,7 @@ from asrkit.cli import (
     export,
     failures,
     inspect,
+    label,
     lm,
     plugins,
     sequence,
@@ -54,7 +55,21 @@ def _root(
     """Turn real speech into small, fast, streaming speech recognizers."""
 
 
-for _group in (data, train, submodel, distill, sequence, supernet, compress, lm, evaluate, export, inspect, settings):
+for _group in (
+    data,
+    label,
+    train,
+    submodel,
+    distill,
+    sequence,
+    supernet,
+    compress,
+    lm,
+    evaluate,
+    export,
+    inspect,
+    settings,
+):
     _group.register(app)
 
 

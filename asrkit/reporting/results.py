@@ -161,6 +161,15 @@ def read_evaluations(run: Path) -> dict[Path, Result]:
     return results
 
 
+def is_external_evaluation(path: Path) -> bool:
+    """Whether ``path`` is the directory of an evaluation of a recognizer from outside, which has no other directory.
+
+    Raises:
+        UserError: its result is damaged, or of another version of asrkit.
+    """
+    return (path / RESULT).is_file() and read_result(path).external
+
+
 def read_result(directory: Path) -> Result:
     """The result.json of an evaluation's directory.
 
