@@ -100,7 +100,8 @@ def label(
         }
         done = stack.enter_context(open_progress(out.with_name(f"{stem}.texts.jsonl"), inputs))
         _recognize(recognizers, unlabeled, language or "", max_seconds, max_duration, done)
-    result, rows = Labeled(), []
+    result = Labeled()
+    rows: list[str] = []
     chosen = set(map(id, unlabeled))
     written = [
         new

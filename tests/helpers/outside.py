@@ -34,5 +34,7 @@ def speech(number: int) -> Tensor:
     from piper import PiperVoice, SynthesisConfig
 
     voice, plain = PiperVoice.load(path), SynthesisConfig(noise_scale=0.0, noise_w_scale=0.0)  # the same at every call
-    samples = torch.cat([torch.from_numpy(chunk.audio_float_array) for chunk in voice.synthesize(SENTENCES[number], plain)])
+    samples = torch.cat(
+        [torch.from_numpy(chunk.audio_float_array) for chunk in voice.synthesize(SENTENCES[number], plain)]
+    )
     return 0.5 * resample(samples, voice.config.sample_rate)

@@ -25,7 +25,7 @@ class OwnRecognizer:
         UserError: see ``load_recognizer``.
     """
 
-    max_seconds = None
+    max_seconds: float | None = None
 
     def __init__(
         self, spec: str, method: Method = "beam", beam: int = 4, device: str = "auto", threads: int | None = None
@@ -35,7 +35,8 @@ class OwnRecognizer:
         self._recognizer = load_recognizer(Path(spec), device, methods=[method])
         self._method: Method = method
         self._beam = beam
-        self.name, self.search, self.beam = spec, method, beam if method == "beam" else None
+        self.search: str = method
+        self.name, self.beam = spec, beam if method == "beam" else None
         self.sha256, self.context = self._recognizer.weights_sha256, str(self._recognizer.context)
         self.num_bytes = sum(
             file.stat().st_size for suffix in ("safetensors", "onnx", "pt") for file in Path(spec).glob(f"*.{suffix}")

@@ -183,7 +183,7 @@ class SherpaRecognizer:
         UserError: see ``find_model``; sherpa-onnx refuses the model; the model has no such search.
     """
 
-    max_seconds = None
+    max_seconds: float | None = None
 
     def __init__(
         self, spec: str, method: str = "greedy", beam: int = 4, device: str = "auto", threads: int | None = None
@@ -196,7 +196,8 @@ class SherpaRecognizer:
             raise UserError(
                 f"{spec}: this model is searched by {' or '.join(model.kind.methods)}, not {method}; set --method"
             )
-        self.name, self.search, self.beam = spec, method, beam if method == "beam" else None
+        self.search: str = method
+        self.name, self.beam = spec, beam if method == "beam" else None
         self.context = "streaming" if model.kind.online else "full"
         self.device, self.threads = "cpu", threads or 1
         self.sha256, self.num_bytes = identify([*model.files.values(), model.tokens])

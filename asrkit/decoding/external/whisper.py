@@ -85,7 +85,7 @@ class WhisperRecognizer:
     """
 
     context = "30 s windows"
-    max_seconds = WINDOW_SECONDS
+    max_seconds: float | None = WINDOW_SECONDS
 
     def __init__(
         self, spec: str, method: str = "beam", beam: int = 5, device: str = "auto", threads: int | None = None
@@ -109,7 +109,8 @@ class WhisperRecognizer:
         except Exception as error:  # CTranslate2 and tokenizers raise their own kinds
             raise UserError(f"{spec}: {path} cannot be loaded ({clip(error)}); convert the model again") from error
         self._pipeline = BatchedInferencePipeline(self.model)
-        self.name, self.search, self.beam = spec, method, beam if method == "beam" else None
+        self.search: str = method
+        self.name, self.beam = spec, beam if method == "beam" else None
         self.device, self.threads = str(chosen), threads or torch.get_num_threads()
         self.sha256, self.num_bytes = identify([path / file for file in NEEDED])
         vocabulary = self.model.hf_tokenizer.get_vocab()
