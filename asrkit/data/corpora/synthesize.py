@@ -1,4 +1,4 @@
-"""Synthetic speech to train on: espeak-ng reads texts in many voices. Never for test data.
+"""Synthetic speech to train on: espeak-ng reads texts in many voices, or Piper in natural ones. Never for test data.
 
 The extra ``synth`` brings espeak-ng with its data (GPL-3); it is a C library with one global state, called by ctypes.
 """
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile
@@ -19,6 +20,8 @@ import torch
 from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 
+from asrkit.data.corpora.channel import through_a_device
+from asrkit.data.corpora.piper import Piper, PiperDraw
 from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
@@ -66,6 +69,8 @@ def synthesize(
     band: str = "wide",
     chains: float = 0.0,
     exclude: Sequence[Path] = (),
+    piper: Sequence[Path] | None = None,
+    device: float = 0.0,
 ) -> Synthesized | None:
     """Write OUT/train.jsonl.gz and OUT/audio/*.flac: at least ``minutes`` of speech, 16 kHz mono.
 
@@ -75,6 +80,8 @@ def synthesize(
         band: "wide", or "telephone": nothing above 4 kHz.
         chains: share of the utterances that are new sentences, made of word pairs that occur in the texts.
         exclude: manifests whose sentences must not be said, such as test and dev.
+        piper: files of Piper's voices, which speak in place of espeak-ng.
+        device: share of the utterances that sound as if a device had recorded them.
 
     Returns:
         What was made, or None where ``out`` already holds exactly this.
@@ -90,11 +97,13 @@ def synthesize(
         "voices": list(voices),
         "band": band,
         "chains": chains,
+        **({} if piper is None else {"piper": [sha256_of(path) for path in piper if path.is_file()]}),
+        **({} if device == 0 else {"device": device}),
     }
     record = out / RECORD
     if already_made(record, wanted):
         return None
-    speaker = _Espeak()
+    speaker: _Engine = _Espeak() if piper is None else Piper(piper)
     unseen = {sentence_key(text_of(cut)) for path in exclude for cut in open_cuts(path)}
     result = Synthesized([], 0, 0, 0)
     lists = []
@@ -106,9 +115,7 @@ def synthesize(
                 f"{path}: no usable text for language {language} ({unusable} lines cannot be read, "
                 f"{len(texts)} are excluded); give one sentence a line"
             )
-        voices_of_language = all_voices(language, voices)
-        for voice in sorted(set(voices_of_language)):
-            speaker.use(voice)
+        voices_of_language = speaker.voices(language, voices)
         lists.append((language, voices_of_language, allowed))
         result.texts += len(allowed)
         result.unusable += unusable
@@ -122,12 +129,11 @@ def synthesize(
             if seconds >= minutes * 60:
                 break
             random = np.random.default_rng((seed, number))
-            limits = ((130, 211), (25, 81), (25, 81), (0, 1 << 31))
-            draw = Draw(str(random.choice(voice_names)), *(int(random.integers(*pair)) for pair in limits))
+            draw = speaker.draw(random, voice_names)
             samples, rate = speaker.say(text, draw)
             seconds += len(samples) / rate
             cut_id = f"syn-{language}-{number:06d}"
-            waiting.append(pool.submit(_store, out, cut_id, samples, rate, text, language, draw, band))
+            waiting.append(pool.submit(_store, out, cut_id, samples, rate, text, language, draw, band, device, random))
         result.cuts = [future.result() for future in waiting]
     write_cuts(out / "train.jsonl.gz", result.cuts)
     write_record(record, wanted)
@@ -204,12 +210,25 @@ def chain_sentences(texts: Iterable[str], random: np.random.Generator, max_words
 
 
 def _store(
-    out: Path, cut_id: str, samples: np.ndarray, rate: int, text: str, language: str, draw: Draw, band: str
+    out: Path,
+    cut_id: str,
+    samples: np.ndarray,
+    rate: int,
+    text: str,
+    language: str,
+    draw: Draw | PiperDraw,
+    band: str,
+    device: float,
+    random: np.random.Generator,
 ) -> Cut:
     wave = torch.from_numpy(samples.astype(np.float32) / 2**15)
     wave = resample(wave, rate)
     if band == "telephone":
         wave = _steep(TELEPHONE_RATE, SAMPLE_RATE)(_steep(SAMPLE_RATE, TELEPHONE_RATE)(wave))
+    custom: dict[str, Any] = {"synthetic": asdict(draw)}
+    if device > 0 and random.uniform() < device:
+        changed, custom["device"] = through_a_device(wave.numpy(), random)
+        wave = torch.from_numpy(changed)
     wave = wave.clamp(-1, 1)
     audio = out / "audio" / f"{cut_id}.flac"
     audio.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +242,7 @@ def _store(
         text=text,
         language=language,
         speaker=draw.voice,
-        custom={"synthetic": asdict(draw)},
+        custom=custom,
     )
 
 
@@ -231,6 +250,16 @@ def _store(
 def _steep(rate: int, new_rate: int) -> Resample:
     """A resampler with a longer filter than lhotse's default, which lets a third of the band above through."""
     return Resample(rate, new_rate, lowpass_filter_width=64)
+
+
+class _Engine(Protocol):
+    """What speaks. A draw says how one utterance is spoken, and is what ``draw`` gives."""
+
+    def voices(self, language: str, names: Sequence[str]) -> list[str]: ...
+
+    def draw(self, random: np.random.Generator, names: Sequence[str]) -> Any: ...
+
+    def say(self, text: str, draw: Any) -> tuple[np.ndarray, int]: ...
 
 
 class _Espeak:
@@ -248,6 +277,22 @@ class _Espeak:
             raise UserError(
                 f"voice {voice}: espeak-ng has none of that name; see its list of languages, such as en-us, fr, it+f2"
             )
+
+    def voices(self, language: str, names: Sequence[str]) -> list[str]:
+        """``all_voices``; each is tried.
+
+        Raises:
+            UserError: espeak-ng does not have one.
+        """
+        every = all_voices(language, names)
+        for voice in sorted(set(every)):
+            self.use(voice)
+        return every
+
+    def draw(self, random: np.random.Generator, names: Sequence[str]) -> Draw:
+        """How the next utterance is spoken, by one of the voices ``names``."""
+        limits = ((130, 211), (25, 81), (25, 81), (0, 1 << 31))
+        return Draw(str(random.choice(list(names))), *(int(random.integers(*pair)) for pair in limits))
 
     def say(self, text: str, draw: Draw) -> tuple[np.ndarray, int]:
         """(num_samples,) int16 and their rate."""
