@@ -74,7 +74,7 @@ def test_sherpa_recognizes_what_asrkit_does(exports: Path, tmp_path: Path, name:
             by_sherpa[cut_id].startswith(text) and len(by_sherpa[cut_id]) <= len(text) + TAIL
             for cut_id, text in own.items()
         )
-    assert len(set(own.values())) > 1
+    assert all(own.values()) and (len(set(own.values())) > 1 or method == "ctc")
     (file,) = (tmp_path / "sherpa").glob("*/result.json")
     result = json.loads(file.read_text())
     assert (result["external"], result["method"], result["context"]) == (
