@@ -35,7 +35,7 @@ def distill(
     teacher: Annotated[
         list[str],
         io(
-            help="Run directory of a teacher: LANGUAGE=RUN, '*=RUN' for all other languages, or RUN for all; or whisper:NAME_OR_PATH. Repeatable.",
+            help="Run directory: LANGUAGE=RUN, '*=RUN' for all others, or RUN for all; or whisper:NAME_OR_PATH. Repeatable.",
             show_default=False,
         ),
     ],
@@ -68,10 +68,7 @@ def distill(
         ),
     ] = None,
     cache: Annotated[
-        Path | None,
-        distillation(
-            help="Directory to store the teachers' posteriors and Whisper's frames in, so that they run only once."
-        ),
+        Path | None, distillation(help="Directory for posteriors and Whisper's frames: teachers run only once.")
     ] = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
@@ -92,8 +89,7 @@ def distill(
         asrkit distill --from exp/student --teacher exp/large --manifest data/prompts/train.jsonl.gz \\
             --out exp/better
 
-        asrkit distill --teacher whisper:tiny.en --labels teacher --size tiny --manifest data/raw.jsonl.gz \\
-            --out exp/student
+        asrkit distill --teacher whisper:tiny.en --labels teacher --manifest data/raw.jsonl.gz --out exp/student
 
     Two teachers of one language teach the mean of their posteriors. The teachers' run directories do not change.
     """

@@ -97,7 +97,6 @@ def evaluate(
     from asrkit.decoding.choice import ContextChoice
     from asrkit.decoding.external.interface import is_external
     from asrkit.decoding.search import METHODS
-    from asrkit.errors import UserError
     from asrkit.reporting.tables import evaluation_table, table_console
     from asrkit.stages.evaluate import evaluate as run_evaluation
     from asrkit.stages.evaluate_external import evaluate_external
@@ -112,9 +111,7 @@ def evaluate(
         "out": out,
     }
     if is_external(str(run)):
-        given = {"--variant": variant, "--mode": mode, "--chunk": chunk, "--left": left}
-        if unused := [option for option, value in given.items() if value is not None]:
-            raise UserError(f"{run}: is not asrkit's, so it has no variants and contexts; drop {', '.join(unused)}")
+        _refuse(run, {"--variant": variant, "--mode": mode, "--chunk": chunk, "--left": left})
         evaluations = evaluate_external(str(run), manifest, **shared)
     else:
         context = ContextChoice(full=mode is Mode.full, chunk=chunk, left=left)
@@ -129,6 +126,14 @@ def evaluate(
     table_console().print(evaluation_table(results))
     for evaluation in evaluations:
         typer.echo(f"alignments, confusions, JSON: {evaluation.directory}")
+
+
+def _refuse(run: Path, given: dict[str, Any]) -> None:
+    """Refuse options that mean nothing to a recognizer from outside."""
+    from asrkit.errors import UserError
+
+    if unused := [option for option, value in given.items() if value is not None]:
+        raise UserError(f"{run}: is not asrkit's, so it has no variants and contexts; drop {', '.join(unused)}")
 
 
 def transcribe(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from asrkit.cli.options import Device, io
+
+if TYPE_CHECKING:
+    from asrkit.stages.label import Labeled
 
 filtering = partial(typer.Option, rich_help_panel="Filters")
 recognizing = partial(typer.Option, rich_help_panel="Recognition")
@@ -68,7 +71,6 @@ def label(
     the same command with other filters recognizes nothing again. Models are never downloaded.
     """
     from asrkit.methods.labeling import Filters
-    from asrkit.reporting.tables import percent, plain_table, table_console
     from asrkit.stages.label import label as run
 
     filters = Filters(min_confidence, max_disagreement, max_rate, max_repeats)
@@ -84,6 +86,13 @@ def label(
         device=device,
         threads=threads,
     )
+    _show(made, out)
+
+
+def _show(made: Labeled, out: Path) -> None:
+    """Print what came of it, and how good the labels are where the cuts had texts."""
+    from asrkit.reporting.tables import percent, plain_table, table_console
+
     typer.echo(f"{out}: labeled {made.labeled} utterances, {made.labeled_seconds / 60:.1f} min")
     if made.given:
         typer.echo(f"{made.given} cuts had a text, which stays as it is")
