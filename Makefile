@@ -54,7 +54,7 @@ wheel: setup ## build the wheel from what is committed, and use it from an empty
 	scripts/try_wheel.sh $(ENV)
 
 demo: setup ## from real speech to a measured recognizer
-	$(MAKE) -C recipes/prompts ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit
+	$(MAKE) -C recipes/prompts ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit $(if $(YARDSTICK),YARDSTICK=$(YARDSTICK))
 
 smoke: setup ## the demo's chain in a minute, on a sliver of the data
 	$(MAKE) -C recipes/prompts smoke ASRKIT=$(CURDIR)/$(VENV)/bin/asrkit

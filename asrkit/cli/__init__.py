@@ -20,6 +20,7 @@ from asrkit.cli import (
     export,
     failures,
     inspect,
+    label,
     lm,
     plugins,
     sequence,
@@ -57,6 +58,7 @@ def _root(
 
 for _group in (
     data,
+    label,
     train,
     submodel,
     distill,

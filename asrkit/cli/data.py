@@ -51,6 +51,10 @@ def _band(value: str) -> str:
     return _one_of("--band", value, "wide", "telephone")
 
 
+def _engine(value: str) -> str:
+    return _one_of("--engine", value, "espeak", "piper")
+
+
 def _list(value: str) -> frozenset[str]:
     return frozenset(part.strip() for part in value.split(",") if part.strip())
 
@@ -216,6 +220,12 @@ def synthesize(
     text: Annotated[list[Path] | None, io(help="Text file with one sentence per line. Repeatable.")] = None,
     manifest: Annotated[list[Path] | None, io(help="Manifest whose texts are spoken. Repeatable.")] = None,
     minutes: Annotated[float, speech(min=0.01, help="Minutes of speech to make.")] = 60.0,
+    engine: Annotated[
+        str, speech(callback=_engine, help="espeak: many voices of a machine; piper: natural voices, from files.")
+    ] = "espeak",
+    voice: Annotated[
+        list[Path] | None, speech(help="Voice of Piper, NAME.onnx with NAME.onnx.json beside it. Repeatable.")
+    ] = None,
     voices: Annotated[
         str, speech(help="espeak-ng voices, separated by commas, such as en-us,en-us+f2. [default: the language's]")
     ] = "",
@@ -226,15 +236,27 @@ def synthesize(
         list[Path] | None, io(help="Manifest whose sentences are left out, such as dev and test. Repeatable.")
     ] = None,
     band: Annotated[str, speech(callback=_band, help="Bandwidth: wide, or telephone (nothing above 4 kHz).")] = "wide",
+    device: Annotated[
+        float,
+        speech(
+            "--device-share",
+            min=0,
+            max=1,
+            help="Share of the utterances that are overdriven or go through a lossy codec.",
+        ),
+    ] = 0.0,
     seed: Annotated[int, speech(min=0, max=2**63 - 1, help="Seed of voices, speeds and pitches.")] = 0,
     jobs: Jobs = 1,
 ) -> None:
-    """Make training speech with espeak-ng, in many voices, speeds and pitches. Do not test on it.
+    """Make training speech with espeak-ng or Piper, in many voices, speeds and pitches. Do not test on it.
 
-    Example:
+    Examples:
 
         asrkit data synthesize --manifest data/prompts/train.jsonl.gz --lang en --out data/synthetic --minutes 60 \\
             --chains 0.5 --exclude data/prompts/dev.jsonl.gz --exclude data/prompts/test.jsonl.gz
+
+        asrkit data synthesize --engine piper --voice en_US-joe-medium.onnx --text corpus.txt --lang en --minutes 60 \\
+            --out data/spoken
 
     Several languages: --text en.txt --lang en --text fr.txt --lang fr, or one --manifest and several --lang.
     To train on real and synthetic speech: lhotse combine real.jsonl.gz synthetic.jsonl.gz both.jsonl.gz
@@ -246,6 +268,8 @@ def synthesize(
         files *= len(lang)
     if not files or len(files) != len(lang):
         raise UserError(f"--lang: {len(lang)} for {len(files)} files of --text and --manifest; give one for each")
+    if voice and engine != "piper":
+        raise UserError("--voice: is a file of Piper's; add --engine piper, or name espeak-ng's with --voices")
     made = run(
         list(zip(files, lang, strict=True)),
         out,
@@ -255,6 +279,8 @@ def synthesize(
         band=band,
         chains=chains,
         exclude=exclude or (),
+        piper=(voice or []) if engine == "piper" else None,
+        device=device,
         jobs=jobs,
     )
     if made is None:

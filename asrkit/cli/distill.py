@@ -35,7 +35,7 @@ def distill(
     teacher: Annotated[
         list[str],
         io(
-            help="Run directory of a teacher: LANGUAGE=RUN, '*=RUN' for all other languages, or RUN for all. Repeatable.",
+            help="Run directory: LANGUAGE=RUN, '*=RUN' for all others, or RUN for all; or whisper:NAME_OR_PATH. Repeatable.",
             show_default=False,
         ),
     ],
@@ -63,10 +63,12 @@ def distill(
     ] = None,
     labels: Annotated[
         str | None,
-        distillation(help="given, or teacher: cuts without text get their teacher's transcript. [default: given]"),
+        distillation(
+            help="given, or teacher: cuts without text get their teacher's transcript, or Whisper's. [default: given]"
+        ),
     ] = None,
     cache: Annotated[
-        Path | None, distillation(help="Directory to store the teachers' posteriors in, so that they run only once.")
+        Path | None, distillation(help="Directory for posteriors and Whisper's frames: teachers run only once.")
     ] = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
@@ -87,6 +89,8 @@ def distill(
         asrkit distill --from exp/student --teacher exp/large --manifest data/prompts/train.jsonl.gz \\
             --out exp/better
 
+        asrkit distill --teacher whisper:tiny.en --labels teacher --manifest data/raw.jsonl.gz --out exp/student
+
     Two teachers of one language teach the mean of their posteriors. The teachers' run directories do not change.
     """
     from asrkit.config import resolve
@@ -103,10 +107,10 @@ def distill(
             "data.max_duration": max_duration,
         }
     )
-    start = defaults(parent, cache is not None)
+    teachers, whisper = _teachers(teacher)
+    start = defaults(parent, cache is not None, whisper is not None, not teachers)
     settings = resolve(DistillConfig, config, overrides or (), start, options=options)
-    teachers = _teachers(teacher)
-    files: dict[str, Any] = {"parent": parent, "tokenizer": tokenizer, "cache": cache, "dev": dev}
+    files: dict[str, Any] = {"whisper": whisper, "parent": parent, "tokenizer": tokenizer, "cache": cache, "dev": dev}
     train_or_stop(out, lambda: run(teachers, manifest, out, settings, **files, device=device))
 
 
@@ -178,19 +182,35 @@ def distill_lm(
     train_or_stop(out, lambda: run(parent, lms, manifest, out, settings, dev=dev, device=device))
 
 
-def _teachers(options: list[str]) -> dict[str, list[Path]]:
-    """``en=exp/en`` by language; a bare directory is for all languages."""
+def _teachers(options: list[str]) -> tuple[dict[str, list[Path]], str | None]:
+    """``en=exp/en`` by language, a bare directory for all languages; and ``whisper:...``."""
+    from asrkit.decoding.external.interface import SHERPA, WHISPER
     from asrkit.errors import UserError
 
     teachers: dict[str, list[Path]] = {}
+    whispers: list[str] = []
+    findings: list[str] = []
     for text in options:
         language, equals, path = text.partition("=")
         if not equals or "/" in language:  # a directory's name may hold an =
             language, path = "*", text
         if not language or not path:
-            raise UserError(f"--teacher {text}: write LANGUAGE=RUN, '*=RUN' or RUN")
-        teachers.setdefault(language, []).append(Path(path))
-    return teachers
+            findings.append(f"--teacher {text}: write LANGUAGE=RUN, '*=RUN' or RUN")
+        elif path.startswith(SHERPA):
+            findings.append(
+                f"--teacher {text}: gives texts only; `asrkit label --with {path}` makes a manifest of them"
+            )
+        elif path.startswith(WHISPER) and language != "*":
+            findings.append(f"--teacher {text}: Whisper teaches all languages; write --teacher {path}")
+        elif path.startswith(WHISPER):
+            whispers.append(path)
+        else:
+            teachers.setdefault(language, []).append(Path(path))
+    if len(whispers) > 1:
+        findings.append(f"--teacher {whispers[1]}: a second Whisper model; give one")
+    if findings:
+        raise UserError.of(findings)
+    return teachers, whispers[0] if whispers else None
 
 
 def _language_models(options: list[str]) -> dict[str, Path]:

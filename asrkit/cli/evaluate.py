@@ -74,10 +74,20 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(  # long: a parameter for each option
-    run: Run,
+    run: Annotated[
+        Path,
+        io(
+            "--from",
+            help="Run directory of any stage, an exported directory, or a recognizer from outside: whisper:NAME_OR_PATH or sherpa-onnx:DIR.",
+            show_default=False,
+        ),
+    ],
     manifest: Annotated[Path, io(help="Cuts to decode: .jsonl, .jsonl.gz or a Shar directory.")],
     out: Annotated[
-        Path | None, io(help="Directory for the results. [default: evaluation/ in the run directory]")
+        Path | None,
+        io(
+            help="Directory for the results. [default: evaluation/ in the run directory, or here for a recognizer from outside]"
+        ),
     ] = None,
     method: Annotated[
         list[MethodOrAll] | None,
@@ -132,6 +142,7 @@ def evaluate(  # long: a parameter for each option
         asrkit evaluate --from exp/backbone --method beam --lm exp/lm4 --lm-scale 0.3 --manifest test.jsonl.gz
 
         asrkit evaluate --from exp/backbone --graph exp/hlg --graph-scale 0.5 --calibrate dev.jsonl.gz --manifest test.jsonl.gz
+        asrkit evaluate --from whisper:tiny.en --manifest data/prompts/test.jsonl.gz
 
     A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
     latency), and the time from the end of a word to its output where the manifest has word alignments.
@@ -141,9 +152,11 @@ def evaluate(  # long: a parameter for each option
     result.json, alignments.txt, confusions.txt and utterances.jsonl.
     """
     from asrkit.decoding.choice import ContextChoice
+    from asrkit.decoding.external.interface import is_external
     from asrkit.decoding.search import METHODS
     from asrkit.reporting.tables import evaluation_table, table_console
     from asrkit.stages.evaluate import evaluate as run_evaluation
+    from asrkit.stages.evaluate_external import evaluate_external
 
     scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
     scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
@@ -152,23 +165,40 @@ def evaluate(  # long: a parameter for each option
     _check_graph(graph, bool(method))
     options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
     domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
-    evaluations = run_evaluation(
-        run,
-        manifest,
-        methods=METHODS if "all" in names else names,
-        beam=width,
-        variant=variant,
-        context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
-        max_duration=max_duration,
-        device=device,
-        threads=threads,
-        jobs=jobs,
-        out=out,
-        domain=domain,
-        calibrate_on=calibrate,
-        temperature=confidence_temperature,
-        formats=cast(Any, [form.value for form in formats or ()]),
-    )
+    shared: dict[str, Any] = {
+        "methods": METHODS if "all" in names else names,
+        "beam": width,
+        "max_duration": max_duration,
+        "device": device,
+        "threads": threads,
+        "out": out,
+    }
+    if is_external(str(run)):
+        own = {
+            "--variant": variant,
+            "--mode": mode,
+            "--chunk": chunk,
+            "--left": left,
+            "--graph": graph,
+            "--format": formats,
+        }
+        own |= {"--calibrate": calibrate, "--jobs": jobs if jobs > 1 else None}
+        own["--lm, --lodr, --hotwords, --decoding and their options"] = request
+        _refuse(run, own)
+        evaluations = evaluate_external(str(run), manifest, **shared)
+    else:
+        evaluations = run_evaluation(
+            run,
+            manifest,
+            variant=variant,
+            context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
+            jobs=jobs,
+            domain=domain,
+            calibrate_on=calibrate,
+            temperature=confidence_temperature,
+            formats=cast(Any, [form.value for form in formats or ()]),
+            **shared,
+        )
     results = [evaluation.result for evaluation in evaluations]
     for warning in results[0]["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
@@ -179,6 +209,16 @@ def evaluate(  # long: a parameter for each option
     table_console().print(evaluation_table(results))
     for evaluation in evaluations:
         typer.echo(f"alignments, confusions, JSON: {evaluation.directory}")
+
+
+def _refuse(run: Path, given: dict[str, Any]) -> None:
+    """Refuse options that mean nothing to a recognizer from outside."""
+    from asrkit.errors import UserError
+
+    if unused := [option for option, value in given.items() if value is not None]:
+        raise UserError(
+            f"{run}: is a recognizer from outside, which takes none of these: {', '.join(unused)}; leave them out"
+        )
 
 
 def tune(

@@ -1,4 +1,5 @@
-"""What can be evaluated, as those who read evaluations see it: a trained run directory or an exported directory."""
+"""What can be evaluated, as those who read evaluations see it: a trained run directory, an exported directory, or, by the directory of
+its evaluation, a recognizer from outside."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from asrkit.export.directory import CTC, DECODER, ENCODER, JOINER, SUFFIXES, is_
 from asrkit.models.registry import spec_of
 from asrkit.models.sizes import stored_sizes
 from asrkit.models.spec import ModelSpec
+from asrkit.reporting.results import is_external_evaluation, read_result
 from asrkit.run_dir import EXPORT, RunDir, open_run
 
 
@@ -20,7 +22,8 @@ class Evaluated:
     """A model on disk.
 
     seconds: what its last stage took; None of an export. size: (variant, method) -> bytes of what that needs to recognize: as `asrkit info`
-    counts them, of an exported model those of its files. lineage: every stage from the first, an export included. run, spec: None of an export.
+    counts them, of others those of their files. lineage: every stage from the first, an export included; [] of a recognizer from outside,
+    whose name is the stage. run, spec: None of others than run directories.
     """
 
     path: Path
@@ -33,11 +36,14 @@ class Evaluated:
 
 
 def open_evaluated(path: Path) -> Evaluated:
-    """Read a run directory of a recognizer, or an exported directory, without its weights.
+    """Read a run directory of a recognizer, an exported directory, or a recognizer's evaluation, without the weights.
 
     Raises:
         UserError: it is incomplete or damaged, or holds no recognizer.
     """
+    if is_external_evaluation(path):
+        result = read_result(path)
+        return Evaluated(path, result.run, None, lambda variant, method: result.model_bytes or 0, [])
     return _exported(path) if is_exported(path) else _trained(path)
 
 

@@ -21,7 +21,7 @@ from asrkit.losses.transducer import BLANK, Joiner, row_blocks
 Classes = Literal["three", "all"]
 Direction = Literal["forward", "reverse"]
 LastRow = Literal["two", "drop"]
-Distance = Literal["mse", "l2", "cosine"]
+Distance = Literal["mse", "l2", "l1", "cosine"]
 _SMALLEST = 1e-7  # probability of a class that is not there, or is lost in rounding
 
 
@@ -204,11 +204,13 @@ def frame_divergence(
 def encoder_distance(student: Tensor, teacher: Tensor, encoder_out_lens: Tensor, kind: Distance = "mse") -> Tensor:
     """Sum over an utterance's frames of how far (B, T, D) encoder frames are from the teacher's, (B,).
 
-    mse: the mean of the squared differences; l2: their Euclidean length; cosine: one less the cosine.
+    mse: the mean of the squared differences; l2: their Euclidean length; l1: the mean of their sizes; cosine: one less the cosine.
     """
     student, teacher = _precise(student), _precise(teacher.detach())
     if kind == "cosine":
         far = 1 - torch.cosine_similarity(student, teacher, dim=-1)
+    elif kind == "l1":
+        far = (student - teacher).abs().mean(dim=-1)
     else:
         squared = (student - teacher).square()
         # The root's slope is infinite where the two are equal.

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from asrkit.errors import UserError
 from asrkit.reporting.compare import System, reference_differences
-from asrkit.reporting.results import RESULT, Result, read_evaluations, read_utterances, weights_digest
+from asrkit.reporting.results import (
+    RESULT,
+    Result,
+    is_external_evaluation,
+    read_evaluations,
+    read_result,
+    read_utterances,
+    weights_digest,
+)
 from asrkit.reporting.wer import Scored
 from asrkit.run_dir import EXPORT, WEIGHTS
 
@@ -38,11 +46,14 @@ def find_evaluation(path: Path, patterns: Sequence[str]) -> Path:
 
 
 def current_evaluations(path: Path) -> dict[Path, Result]:
-    """The evaluations of a run directory or an exported model with its present weights, by their directories.
+    """The evaluations of a run directory or an exported model with its present weights, by their directories; of a recognizer from
+    outside the one that ``path`` is.
 
     Raises:
         UserError: it is something else, a result is damaged, or there is none.
     """
+    if is_external_evaluation(path):
+        return {path: read_result(path)}
     if not any((path / name).is_file() for name in (WEIGHTS, EXPORT)):
         raise UserError(
             f"{path}: is no run directory, exported model or evaluation; `asrkit evaluate` writes evaluations"

@@ -99,6 +99,7 @@ class Result:
 
     ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
     ``decoding``: None of a search by the acoustic model alone. ``confidence``: None of a search without alternatives.
+    ``external``, ``model_bytes``: whether a recognizer from outside was evaluated, and the bytes of its files.
     """
 
     run: str
@@ -122,6 +123,8 @@ class Result:
     decoding: DecodingRecord | None = None
     graph: GraphUse | None = None
     confidence: Confidence | None = None
+    external: bool = False
+    model_bytes: Count | None = None
 
     @property
     def search(self) -> str:
@@ -212,6 +215,15 @@ def read_evaluations(run: Path) -> dict[Path, Result]:
     if findings:
         raise UserError.of(findings)
     return results
+
+
+def is_external_evaluation(path: Path) -> bool:
+    """Whether ``path`` is the directory of an evaluation of a recognizer from outside, which has no other directory.
+
+    Raises:
+        UserError: its result is damaged, or of another version of asrkit.
+    """
+    return (path / RESULT).is_file() and read_result(path).external
 
 
 def read_result(directory: Path) -> Result:

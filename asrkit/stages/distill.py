@@ -15,20 +15,19 @@ from typing import Literal
 
 from asrkit.config import config
 from asrkit.data.manifests import language_of
-from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.train_batches import TrainBatches
 from asrkit.decoding.search import Method
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
-from asrkit.methods.distillation.cache import PosteriorCache, needed_settings
-from asrkit.methods.distillation.config import DistillationConfig
+from asrkit.methods.distillation.cache import needed_settings
+from asrkit.methods.distillation.caches import fill_caches, open_caches
+from asrkit.methods.distillation.config import DistillationConfig, WeightConfig, check_tokenizers
+from asrkit.methods.distillation.features import WhisperTeacher, needed_feature_settings
 from asrkit.methods.distillation.loss import Distillation, build_loss
 from asrkit.methods.distillation.pseudo_labels import pseudo_label
 from asrkit.methods.distillation.teachers import (
     ANY,
     Teachers,
-    check_texts,
-    each,
     match_tokenizer,
     open_teachers,
     shared_tokenizer,
@@ -67,19 +66,20 @@ class DistillConfig(StartConfig):
     """Search the teacher transcribes with: greedy, beam or ctc."""
 
 
-def defaults(parent: Path | None, cached: bool) -> DistillConfig:
+def defaults(parent: Path | None, cached: bool, whisper: bool = False, alone: bool = False) -> DistillConfig:
     """The defaults of a run with a new student, or with that of the run directory ``parent``.
 
     Posteriors that are ``cached`` are those of unperturbed audio, and of the lattice only, so the timing is not perturbed and CTC
-    posteriors are not compared.
+    posteriors are not compared; so it is with the frames of Whisper. Where that teaches ``alone``, weights are constant.
     """
     usual = usual_settings(parent)
-    augment = replace(usual.data.augment, speed=0.0) if cached else usual.data.augment
+    augment = replace(usual.data.augment, speed=0.0) if cached or whisper else usual.data.augment
+    teacher = DistillationConfig(ctc_scale=0.0) if cached else DistillationConfig()
     return DistillConfig(
         loss=usual.loss,
         training=usual.training,
         data=replace(usual.data, augment=augment),
-        teacher=DistillationConfig(ctc_scale=0.0) if cached else DistillationConfig(),
+        teacher=replace(teacher, weight=WeightConfig(kind="constant")) if alone else teacher,
     )
 
 
@@ -89,6 +89,7 @@ def distill(
     out: Path,
     settings: DistillConfig,
     *,
+    whisper: str | None = None,
     parent: Path | None = None,
     tokenizer: Path | None = None,
     cache: Path | None = None,
@@ -101,16 +102,19 @@ def distill(
     Args:
         teachers: run directories by language; ``*`` stands for all languages that are not named. If a language has several
             teachers, the student learns the mean of their posteriors.
+        whisper: ``whisper:NAME_OR_PATH``, whose encoder's frames the student's resemble, and which transcribes with ``labels=teacher``.
         parent: run directory of the student; None makes a new one.
         tokenizer: sentencepiece model of a new student.
-        cache: directory of the teachers' posteriors; those that are missing are computed and added.
+        cache: directory of the teachers' posteriors, and of Whisper's frames, which are in ``out`` otherwise; those that are missing
+            are computed and added.
 
     Raises:
         UserError: unusable teachers, student, manifests, languages, tokenizers or output directory, found before training.
         Interrupted: stopped by a signal, state saved.
     """
     check_contexts(settings.contexts, settings.loss)
-    _check(teachers, settings, parent, tokenizer, cache)
+    _check(teachers, settings, parent, tokenizer, cache, whisper)
+    teaching = None if whisper is None else WhisperTeacher.find(whisper)
     opened = open_teachers(teachers)
     distillation = Distillation(opened, settings.teacher)
     distillation.check(settings)
@@ -119,6 +123,7 @@ def distill(
         "teachers": {
             language: {str(path): sha256_of(path / WEIGHTS) for path in paths} for language, paths in teachers.items()
         },
+        **({} if teaching is None else {"whisper": {teaching.spec: teaching.sha256}}),
         **({} if cache is None else {"cache": str(cache)}),
         **config_entry(settings, origin),
     }
@@ -128,19 +133,18 @@ def distill(
             return out
         languages = settings.model.languages if origin is None else origin.languages(settings)
         if settings.labels == "teacher":
-            manifest, settings = _labeled(manifest, settings, opened, run, languages)
-        datasets = read_datasets(
-            manifest, dev, settings.data, settings.bad_cuts, run, languages, distillation.check_cuts
-        )
+            manifest, settings = _labeled(manifest, settings, opened, run, languages, teaching)
+        check_cuts = distillation.check_cuts if opened or teaching is None else teaching.check_languages
+        datasets = read_datasets(manifest, dev, settings.data, settings.bad_cuts, run, languages, check_cuts)
         check_languages_present(settings, origin, datasets.training)
         given = tokenizer if origin is None else origin.tokenizer(tokenizer)
-        if given is None and settings.tokenizer is None:
+        if given is None and settings.tokenizer is None and opened:
             given = shared_tokenizer(opened)
         pieces = make_tokenizer(run, given, datasets.training, settings.tokenizer or TokenizerConfig())
-        _check_tokenizers(opened, pieces, settings, datasets)
+        check_tokenizers(opened, pieces, settings.teacher, settings.loss, settings.data, datasets.training)
         _report(run, opened, datasets)
-        build = partial(build_task, settings, teachers, parent, cache, out)
-        prepare = None if cache is None else partial(fill_cache, settings, teachers, cache)
+        build = partial(build_task, settings, teachers, parent, cache, out, whisper)
+        prepare = partial(fill_caches, settings.data.max_duration, teachers, cache, out, whisper)
         run_recipe(run, build, manifest, settings, datasets.dev, prepare)
     return out
 
@@ -151,14 +155,13 @@ def build_task(
     parent: Path | None,
     cache: Path | None,
     out: Path,
+    whisper: str | None,
     batches: TrainBatches,
 ) -> TrainTask:
     """The student of the run ``out`` and its loss; see ``TaskRecipe``."""
     matched = match_tokenizer(open_teachers(teachers), batches.tokenizer)
-    posteriors = None if cache is None else PosteriorCache(cache, matched, batches.tokenizer)
-    if posteriors is not None:
-        posteriors.open(batches.table)
-    distillation = Distillation(matched, settings.teacher, posteriors)
+    posteriors, features = open_caches(matched, cache, out, whisper, batches)
+    distillation = Distillation(matched, settings.teacher, posteriors, features)
     model, variant = first_model(settings, parent, out, batches)
     distillation.attach(model)
     batches.clean = distillation.needs_clean
@@ -174,18 +177,13 @@ def build_task(
     return TrainTask(model, new_parts_first(settings, parent, loss), batches, variant=variant)
 
 
-def fill_cache(
-    settings: DistillConfig, teachers: Mapping[str, Sequence[Path]], cache: Path, run: RunWriter, batches: TrainBatches
-) -> None:
-    """Run the teachers on the cuts that are not in the cache yet; every process does its share."""
-    matched = match_tokenizer(open_teachers(teachers), batches.tokenizer)
-    posteriors = PosteriorCache(cache, matched, batches.tokenizer)
-    for done in posteriors.fill(matched, batches.table, batches.tokenizer, run.world, settings.data.max_duration):
-        run.note(f"{cache}: stored the posteriors of {done} utterances")
-
-
 def _labeled(
-    manifest: Path, settings: DistillConfig, teachers: Teachers, run: RunWriter, languages: Sequence[str]
+    manifest: Path,
+    settings: DistillConfig,
+    teachers: Teachers,
+    run: RunWriter,
+    languages: Sequence[str],
+    whisper: WhisperTeacher | None,
 ) -> tuple[Path, DistillConfig]:
     """The manifest, and the settings with those of ``data.also``, after teachers have transcribed the cuts without text."""
     data = settings.data
@@ -197,6 +195,7 @@ def _labeled(
         settings.bad_cuts,
         run,
         languages,
+        whisper,
     )
     return first, replace(settings, data=replace(data, also=tuple(others)))
 
@@ -207,36 +206,23 @@ def _check(
     parent: Path | None,
     tokenizer: Path | None,
     cache: Path | None,
+    whisper: str | None,
 ) -> None:
     """Refuse contradictory options and settings, before anything is read."""
     findings = check_start(settings, parent, tokenizer)
-    if settings.loss.transducer_scale == 0:
+    if settings.loss.transducer_scale == 0 and teachers:
         findings.append("loss.transducer_scale is 0, but distillation compares transducers; set it above 0")
     if settings.contexts.sampling == "joint":
         findings.append("distillation uses one context per batch; set contexts.sampling=random")
-    if settings.data.augment.join > 0 and set(teachers) != {ANY}:
+    if settings.data.augment.join > 0 and set(teachers) not in ({ANY}, set()):
         findings.append(
             "data.augment.join joins utterances of any language, but each teacher knows only its own; set data.augment.join=0"
         )
-    if cache is not None:
+    if whisper is not None:
+        findings += [f"--teacher {whisper}: {line}" for line in needed_feature_settings(settings.data)]
+    if cache is not None and teachers:
         findings += [f"--cache {cache}: {line}" for line in needed_settings(settings.data, settings.teacher)]
     if findings:
-        raise UserError.of(findings)
-
-
-def _check_tokenizers(teachers: Teachers, tokenizer: Tokenizer, settings: DistillConfig, datasets: Datasets) -> None:
-    """Refuse settings and texts that teachers with another tokenizer than the student's cannot handle."""
-    others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != sha256_of(tokenizer.path)]
-    if not others:
-        return
-    subject, findings = f"teachers with another tokenizer than the student's ({', '.join(others)})", []
-    if settings.teacher.classes == "all":
-        findings.append(f"{subject}: their tokens mean something else; set teacher.classes=three")
-    if settings.teacher.ctc_scale > 0 and settings.loss.ctc_scale > 0:
-        findings.append(f"{subject}: their CTC posteriors mean something else; set teacher.ctc_scale=0")
-    if settings.data.bpe_dropout > 0:
-        findings.append(f"{subject}: all must segment a text into the same pieces; set data.bpe_dropout=0")
-    if findings := findings or check_texts(teachers, tokenizer, datasets.training):
         raise UserError.of(findings)
 
 

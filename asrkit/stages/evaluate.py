@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,6 @@ from asrkit.config import to_dict
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import digest_of, speaker_of
-from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
 from asrkit.decoding.evaluation import Decoded, decode_cuts, decoding_record
@@ -24,42 +22,21 @@ from asrkit.decoding.latency import summarize_latencies
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
 from asrkit.decoding.transcripts import SUBTITLES, Format, render
-from asrkit.disk import atomic_write
 from asrkit.errors import UserError
+from asrkit.reporting.evaluation_files import Evaluation, make_directory, write_evaluation
 from asrkit.reporting.results import (
     EVALUATION,
-    RESULT,
-    UTTERANCES,
     DecodingRecord,
     Latencies,
     Result,
     manifest_name,
     summarize,
-    utterance_line,
 )
 from asrkit.reporting.wer import (
-    Scored,
     by_language,
-    confusions,
-    format_alignment,
-    format_confusions,
-    format_summary,
-    total_words,
 )
 
-ALIGNMENTS, CONFUSIONS = "alignments.txt", "confusions.txt"
-HYPOTHESES = "hypotheses"  # with a format as suffix
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One method's result: the utterances, and ``result``, which is result.json."""
-
-    directory: Path
-    result: dict[str, Any]
-    utterances: list[Scored]
 
 
 def evaluate(
@@ -133,7 +110,7 @@ def evaluate(
         for name, search in searches.items()
     }
     for directory in directories.values():
-        _make(directory)
+        make_directory(directory)
     fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, jobs)
     decoded = decode_cuts(recognizer, cuts, searches, max_duration, jobs)
     order = {cut.id: number for number, cut in enumerate(cuts)}
@@ -153,8 +130,9 @@ def evaluate(
         about |= {"decoding": record, "confidence": confidence}
         about |= {"threads": torch.get_num_threads() if jobs == 1 else 1}
         result = _result(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
-        _write(directories[name], result, done, cuts, recognizer.tokenizer, formats)
-        evaluations.append(Evaluation(directories[name], to_dict(result), done.scored))
+        transcripts = done.transcripts({cut.id: cut.duration for cut in cuts}, recognizer.tokenizer)
+        more = {f"hypotheses.{form}": render(transcripts, form) for form in formats}
+        evaluations.append(write_evaluation(directories[name], result, done.scored, more))
     return evaluations
 
 
@@ -227,14 +205,6 @@ def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
         return None
 
 
-def _make(directory: Path) -> None:
-    """Create ``directory`` before the work, so that a path that cannot be written is reported at once."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
-
-
 def _name(
     manifest: Path,
     digest: str,
@@ -251,23 +221,3 @@ def _name(
     parts += [] if search.graph is None else [Path(search.graph.path).resolve().name, f"{search.graph.scale:g}"]
     parts += [] if record is None else [content_digest(to_dict(record))[:8]]
     return "-".join(parts)
-
-
-def _write(
-    directory: Path, result: Result, done: Decoded, cuts: CutTable, tokenizer: Tokenizer, formats: Sequence[Format]
-) -> None:
-    """Write the files of one method; result.json comes last, so where it is new, all are."""
-    utterances = done.scored
-    total = format_summary(total_words(utterances))
-    heading = f"{result.manifest} by {result.run}, {result.variant}, {result.context}, {result.search}: {total}\n\n"
-    transcripts = done.transcripts({cut.id: cut.duration for cut in cuts}, tokenizer)
-    contents = {
-        **{f"{HYPOTHESES}.{form}": render(transcripts, form) for form in formats},
-        ALIGNMENTS: heading + "\n".join(format_alignment(utterance) for utterance in utterances),
-        CONFUSIONS: heading + format_confusions(confusions(utterances)),
-        UTTERANCES: "".join(utterance_line(utterance) for utterance in utterances),
-        RESULT: json.dumps(to_dict(result), indent=2, ensure_ascii=False) + "\n",
-    }
-    for name, content in contents.items():
-        with atomic_write(directory / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import pairwise
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from asrkit.data.checks import find_bad_cuts
+from asrkit.data.corpora.channel import through_a_device
 from asrkit.data.corpora.synthesize import VARIANTS, all_voices, chain_sentences, synthesize
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.errors import UserError
 from helpers.commands import asrkit
+from helpers.outside import piper_voice
 
 TEXTS = ["press one to go on", "please hang up", "you have 2 messages", "please go on", "in 1984", "hang up to go home"]
 
@@ -110,6 +113,60 @@ def test_several_languages_in_turn(tmp_path):
     assert [cut.supervisions[0].language for cut in cuts][:4] == ["en", "fr", "en", "fr"]
     assert text_of(cuts[1]) == "bonjour deux fois"
     assert {cut.supervisions[0].speaker for cut in cuts} == {"en-us+f2"}
+
+
+@pytest.mark.slow
+def test_natural_voices(texts, tmp_path):
+    """Piper by its command: drawn anew for each utterance, at 16 kHz, some as devices record; and what it refuses."""
+    voice = piper_voice()
+    command = ["data", "synthesize", "--engine", "piper", "--text", texts, "--minutes", 0.12, "--device-share", 0.5]
+    shown = asrkit(*command, "--voice", voice, "--lang", "en", "--out", tmp_path / "out")
+    assert "from 5 sentences" in shown
+    cuts = list(open_cuts(tmp_path / "out" / "train.jsonl.gz"))
+    assert find_bad_cuts(cuts, None, True) == [] and {cut.sampling_rate for cut in cuts} == {16000}
+    draws = [cut.supervisions[0].custom["synthetic"] for cut in cuts]
+    assert {draw["voice"] for draw in draws} == {voice.stem} and len({draw["length_scale"] for draw in draws}) == len(
+        cuts
+    )
+    assert all(0.8 <= draw["length_scale"] <= 1.3 and 0.3 <= draw["noise_scale"] <= 1 for draw in draws)
+    assert 0 < sum("device" in cut.supervisions[0].custom for cut in cuts) < len(cuts)
+    assert "already complete" in asrkit(*command, "--voice", voice, "--lang", "en", "--out", tmp_path / "out")
+    again = synthesize([(texts, "en")], tmp_path / "again", minutes=0.03, piper=[voice], device=0.5)
+    assert again is not None and [drawn(cut) for cut in again.cuts] == [drawn(cut) for cut in cuts[: len(again.cuts)]]
+
+    out = ["--out", tmp_path / "no"]
+    assert "no voice speaks it, only en_US-joe-medium (en-us)" in asrkit(
+        *command, "--voice", voice, "--lang", "fr", *out, code=1
+    )
+    assert "is given twice" in asrkit(*command, "--voice", voice, "--voice", voice, "--lang", "en", *out, code=1)
+    assert "name a voice, --voice FILE.onnx" in asrkit(*command, "--lang", "en", *out, code=1)
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    for content, reason in (
+        (None, "no file"),
+        ("{}", "is no voice for Piper"),
+        (json.dumps({"espeak": {"voice": "en"}}), "is no voice"),
+    ):
+        if content is not None:
+            (tmp_path / "bad.onnx.json").write_text(content)
+        assert reason in asrkit(*command, "--voice", tmp_path / "bad.onnx", "--lang", "en", *out, code=1)
+    assert "add --engine piper" in asrkit(
+        "data", "synthesize", "--text", texts, "--voice", voice, "--lang", "en", *out, code=1
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_device_keeps_the_words_where_they_were():
+    """Loud and soft halves stay where they were, and the length is the same."""
+    random = np.random.default_rng(0)
+    samples = (np.repeat([0.02, 0.5], 8000) * random.uniform(-1, 1, 16000)).astype(np.float32)
+    kinds = set()
+    for _ in range(12):
+        changed, how = through_a_device(samples, random)
+        assert changed.shape == samples.shape and changed.dtype == np.float32 and np.isfinite(changed).all()
+        first, second = np.abs(changed[:7500]).mean(), np.abs(changed[8500:]).mean()
+        assert second > 3 * first and not np.allclose(changed, samples, atol=1e-4)
+        kinds.add((how["codec"], "gain_db" in how))
+    assert len(kinds) > 3
 
 
 def test_voices():

@@ -297,7 +297,7 @@ def test_delay() -> None:
 
 
 @settings(deadline=None, max_examples=20)
-@given(seeds, st.sampled_from(["mse", "l2", "cosine"]))
+@given(seeds, st.sampled_from(["mse", "l2", "l1", "cosine"]))
 def test_encoder_distances(seed: int, kind: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     found, expected = (torch.randn(2, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -310,7 +310,8 @@ def test_encoder_distances(seed: int, kind: Any) -> None:
             squared = sum((p - q) ** 2 for p, q in zip(x, y, strict=True))
             lengths = math.sqrt(sum(p * p for p in x) * sum(q * q for q in y))
             cosine = sum(p * q for p, q in zip(x, y, strict=True)) / lengths
-            total += {"mse": squared / 3, "l2": math.sqrt(squared), "cosine": 1 - cosine}[kind]
+            sizes = sum(abs(p - q) for p, q in zip(x, y, strict=True))
+            total += {"mse": squared / 3, "l2": math.sqrt(squared), "l1": sizes / 3, "cosine": 1 - cosine}[kind]
         sums.append(total)
     torch.testing.assert_close(
         encoder_distance(found, expected, lens, kind), torch.tensor(sums, dtype=torch.float64), rtol=1e-5, atol=1e-5

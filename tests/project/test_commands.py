@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from asrkit.data.manifests import make_cut, write_cuts
 from helpers.commands import asrkit, sets
+from helpers.outside import speech, whisper_model
 from helpers.tones import RATE, WORDS, make_corpus, say
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -36,6 +38,17 @@ def corpus(folder: Path) -> None:
     shutil.copytree(mine / "dev", folder / "recordings")
 
 
+def unlabeled(folder: Path) -> None:
+    """Speech without texts where docs/label.md has it."""
+    whisper_model()
+    cuts = []
+    for number in range(2):
+        path = folder / "recordings" / f"spoken-{number}.wav"
+        soundfile.write(path, speech(number).numpy(), RATE)
+        cuts.append(make_cut(str(number), path, sampling_rate=RATE, num_samples=len(speech(number)), text=None))
+    write_cuts(folder / "data" / "raw.jsonl.gz", cuts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "expected"),
@@ -50,6 +63,7 @@ def corpus(folder: Path) -> None:
             {"train-backbone", "supernet", "supernet-cut", "evaluate", "info", "export", "qat", "pretrain"},
         ),
         ("distill", {"distill", "train-backbone", "evaluate"}),
+        ("label", {"label", "distill", "evaluate"}),
         ("sequence-train", {"sequence-train", "evaluate"}),
         ("asynchronous-training", {"sequence-train"}),
         ("align", {"align"}),
@@ -63,6 +77,8 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     if page in ("align", "distill-lm"):
         pytest.importorskip("espeakng_loader")
     corpus(tmp_path)
+    if page == "label":
+        unlabeled(tmp_path)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -91,6 +107,11 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             settings = f"training.steps={steps} training.tensorboard=false data.num_workers=0".split()
             settings += [] if words[1] == "pretrain" else ["loss.backend=torch"]
             settings += ["growth.interval=1"] if grows else []
+            settings += (
+                [*encoder.split(), "tokenizer.kind=char"]
+                if words[1] == "distill" and "whisper:tiny.en" in words
+                else []
+            )
             settings += ["supernet.growth.interval=1"] if "--supernet" in words else []
             if words[1] in ("pretrain", "train-backbone") and "--from" not in words:
                 settings += encoder.split()

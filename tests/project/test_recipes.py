@@ -139,6 +139,32 @@ def test_the_whole_chain_runs_dry(recipe: Path) -> None:
         assert (recipe / line.split("--config ")[1].split()[0]).is_file()
 
 
+@pytest.mark.parametrize("recipe", ["prompts"], indirect=True)
+def test_the_yardstick_is_asked_for(recipe: Path) -> None:
+    planned = make(recipe, "-n", "YARDSTICK=1", "ASRKIT=/opt/bin/asrkit").stdout
+    assert "/opt/bin/asrkit evaluate --from whisper:tiny.en --manifest data/prompts/test.jsonl.gz" in planned
+    (summary,) = [line for line in planned.splitlines() if "/opt/bin/asrkit summary" in line]
+    assert "exp/onnx exp/whisper/test-* --out exp/summary.json" in summary
+    for words in ([], ["YARDSTICK=0"]):
+        assert "whisper" not in make(recipe, "-n", *words, "ASRKIT=/opt/bin/asrkit").stdout
+
+
+@pytest.mark.parametrize("recipe", ["kathleen"], indirect=True)
+def test_students_of_labels_and_of_texts_differ_in_nothing_else(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.tsv").touch()
+    planned = make(
+        recipe, "-n", f"TSV={tmp_path / 'own.tsv'}", "PARENT=/runs/parent", "ASRKIT=/opt/bin/asrkit", "SEED=3"
+    ).stdout
+    trained = [line.split() for line in planned.splitlines() if "train-backbone" in line or " distill " in line]
+    options = [dict(zip(words[2::2], words[3::2], strict=True)) for words in trained]
+    manifests = [option.pop("--manifest") for option in options]
+    assert manifests == ["data/train.jsonl.gz", "data/labeled.jsonl.gz", "data/labeled.jsonl.gz"]
+    assert [option.pop("--out") for option in options] == ["exp/true", "exp/labeled", "exp/taught"]
+    assert (options[2].pop("--teacher"), options[2].pop("--cache")) == ("whisper:tiny.en", "data/cache")
+    assert options[0] == options[1] == options[2] and options[0]["--from"] == "/runs/parent"
+    assert resolve(DistillConfig, recipe / "student.yaml").data.augment.speed == 0
+
+
 @pytest.mark.parametrize("recipe", ["fsdd"], indirect=True)
 def test_a_finished_run_is_not_started_again(recipe: Path) -> None:
     done = recipe / "exp" / "own" / "done"

@@ -7,23 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from lhotse import CutSet
 from safetensors.torch import load_file
 
+from asrkit.data.batch import evaluation_batches
 from asrkit.data.cut_audio import cut_features
-from asrkit.data.manifests import text_of
+from asrkit.data.cut_table import CutTable
+from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.decoding.search import decode
 from asrkit.disk import sha256_of
+from asrkit.errors import UserError
+from asrkit.methods.distillation.features import FeatureCache, WhisperTeacher
 from asrkit.models import load_model
 from asrkit.models.compression import compressed_layers
-from asrkit.run_dir import open_run
+from asrkit.run_dir import open_run, write_yaml
+from asrkit.training.distributed import World
 from asrkit.training.run_writer import read_sealed, write_untrained_run
 from helpers.commands import TORCHRUN, TWO, asrkit, killed, launched, quick
+from helpers.outside import SENTENCES, WHISPER, speech, whisper_model
 from helpers.run_dirs import metrics, model_of, weights_equal
-from helpers.tones import copied, data, make_corpus, rewrite
+from helpers.tones import RATE, copied, data, make_corpus, rewrite
 
 SHAPE = ["model.size=tiny", "model.num_layers=2", "model.dim=32", "model.feedforward_dim=48"]
 SMALLER = ["model.size=tiny", "model.num_layers=1", "model.dim=16", "model.feedforward_dim=24", "model.joiner_dim=24"]
@@ -285,9 +292,8 @@ LATE = """
 import os, time
 from pathlib import Path
 from asrkit.cli import main
-from asrkit.methods.distillation import cache
-from asrkit.stages import distill
-opened, write_yaml = distill.PosteriorCache, cache.write_yaml
+from asrkit.methods.distillation import cache, caches
+opened, write_yaml = caches.PosteriorCache, cache.write_yaml
 def late(*arguments):
     time.sleep(int(os.environ["RANK"]))
     return opened(*arguments)
@@ -297,7 +303,7 @@ def slow(path, content):
     time.sleep(3)
     (path.parent / "half").unlink()
     write_yaml(path, content)
-distill.PosteriorCache, cache.write_yaml = late, slow
+caches.PosteriorCache, cache.write_yaml = late, slow
 main()
 """
 
@@ -404,3 +410,117 @@ def test_sound_in_a_shar_directory_is_heard_once_too(corpus: Path, teacher: Path
     assert "stored the posteriors" not in asrkit(*words, "--out", tmp_path / "two", *settings)
     asrkit(*words[:5], "--labels", "teacher", "--out", tmp_path / "labeled", *settings)
     asrkit("evaluate", "--from", tmp_path / "one", "--manifest", tmp_path / "shar")
+
+
+def _english(number: int, cut: dict[str, Any]) -> None:
+    cut["supervisions"][0]["language"] = "en"
+
+
+@pytest.mark.slow
+def test_whisper_teaches_by_its_frames(
+    corpus: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and beside a run directory; its frames are computed once, and the linear map is not kept."""
+    whisper_model()
+    manifest = copied(corpus, tmp_path / "train.jsonl.gz", _english)
+    common = ["--manifest", manifest, "--max-duration", 20, "--cache", tmp_path / "store"]
+    said = asrkit(
+        "distill", "--teacher", WHISPER, *common, "--out", tmp_path / "one", *quick("tokenizer.vocab_size=18", *SMALLER)
+    )
+    assert "stored Whisper's frames of 12 utterances" in said
+    (file,) = (tmp_path / "store" / "whisper-features").glob("*.safetensors")
+    frames = load_file(file)
+    assert len(frames) == 12 and all(
+        tensor.dtype == torch.float16 and tensor.shape[1] == 384 for tensor in frames.values()
+    )
+    rows = [row for row in metrics(tmp_path / "one") if "kd_features" in row]
+    assert len(rows) == 4 and all(0 < row["kd_features"] < 2 and row["kd_weight"] == pytest.approx(1.0) for row in rows)
+    assert not any("teacher_maps" in name for name in load_file(tmp_path / "one" / "model.safetensors"))
+    asrkit("evaluate", "--from", tmp_path / "one", "--manifest", manifest)
+
+    # Other texts, the same sound: nothing is encoded again. The run directory knows its loss, so the weight may adapt to it.
+    monkeypatch.setattr("asrkit.decoding.external.whisper.WhisperRecognizer.encode", None)
+    rewrite(manifest, _reword("alpha bravo"))
+    asrkit("distill", "--teacher", WHISPER, "--teacher", teacher, "--manifest", manifest, "--max-duration", 20,
+           "--cache", tmp_path / "store", "--out", tmp_path / "both",
+           *quick("teacher.features_distance=l1", *SMALLER), "--weight", "student-teacher")  # fmt: skip
+    rows = [row for row in metrics(tmp_path / "both") if "kd_features" in row]
+    assert rows and all(row["kd_features"] > 0 and row["kd_lattice"] > 0 and row["kd_teacher_loss"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_frames_that_the_student_is_compared_with(corpus: Path, tmp_path: Path) -> None:
+    """A map that gives Whisper's own frames is at no distance, at 2 where it gives their opposite; padding does not count."""
+    whisper_model()
+    table = CutTable(list(open_cuts(corpus / "train.jsonl.gz"))[:3])
+    cache = FeatureCache(tmp_path / "store", WhisperTeacher.find(WHISPER))
+    assert list(cache.fill(table, World(0, 1, torch.device("cpu")))) == [3]
+    cache.open(table)
+    (batch,) = evaluation_batches([table[index] for index in range(3)], 100.0)
+    lens = torch.tensor(batch.encoder_frames)
+    assert cache.width == 384 and [len(tensor) for tensor in cache.tensors(batch)] == batch.encoder_frames
+    own = torch.nn.utils.rnn.pad_sequence([tensor.float() for tensor in cache.tensors(batch)], batch_first=True)
+    padded = torch.cat([own, torch.randn(3, 2, 384)], dim=1)
+    torch.testing.assert_close(cache.distances(padded, lens, batch, "cosine", 0), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(cache.distances(-padded, lens, batch, "cosine", 0), 2.0 * lens, atol=1e-3, rtol=0)
+    assert bool((cache.distances(padded, lens, batch, "l1", 1) > 0.1).all())
+
+
+@pytest.mark.slow
+def test_whisper_labels_what_it_teaches(tmp_path: Path) -> None:
+    whisper_model()
+    cuts = []
+    for number in range(2):
+        soundfile.write(tmp_path / f"{number}.wav", speech(number).numpy(), RATE)
+        cuts.append(
+            make_cut(
+                str(number), tmp_path / f"{number}.wav", sampling_rate=RATE, num_samples=len(speech(number)), text=None
+            )
+        )
+    write_cuts(tmp_path / "raw.jsonl.gz", cuts)
+    shape = ("tokenizer.kind=char", 'contexts.train=["chunk=4,left=0"]', "training.steps=1", *SMALLER)
+    asrkit(
+        "distill",
+        "--teacher",
+        WHISPER,
+        "--labels",
+        "teacher",
+        "--manifest",
+        tmp_path / "raw.jsonl.gz",
+        "--out",
+        tmp_path / "run",
+        *quick(*shape),
+    )
+    labeled = [text_of(cut) for cut in open_cuts(tmp_path / "run" / "labeled-0.jsonl.gz")]
+    assert labeled[0] == SENTENCES[0] and labeled[1].endswith("new messages in your mailbox")
+
+
+def test_what_whisper_cannot_teach(corpus: Path, tmp_path: Path) -> None:
+    whisper_model()
+    words = ["distill", "--teacher", WHISPER, *data(corpus), "--out", tmp_path / "no"]
+    said = asrkit(*words, "--set", "data.augment.speed=0.1", "--set", "data.augment.join=0.1", code=1)
+    assert said.count("\n") == 2 and "set data.augment.speed=0, not 0.1" in said and "set data.augment.join=0" in said
+    assert "Whisper has none in the student's tokens" in asrkit(*words, "--weight", "teacher-loss", code=1)
+    said = asrkit(*words, "--set", "training.steps=1", "--set", "tokenizer.vocab_size=18", code=1)
+    assert "knows English only, not fr; choose a multilingual model, such as whisper:tiny (4 cuts)" in said
+    assert not (tmp_path / "no").exists()
+    said = asrkit(
+        "distill",
+        "--teacher",
+        f"en={WHISPER}",
+        "--teacher",
+        "sherpa-onnx:dir",
+        *data(corpus),
+        "--out",
+        tmp_path / "no",
+        code=1,
+    )
+    assert (
+        "Whisper teaches all languages; write --teacher whisper:tiny.en" in said
+        and "asrkit label --with sherpa-onnx:dir" in said
+    )
+    store = tmp_path / "store" / "whisper-features"
+    store.mkdir(parents=True)
+    write_yaml(store / "cache.yaml", {"whisper": "another", "layer": "last", "frames": "mean of 2"})
+    with pytest.raises(UserError, match="holds the features of other teachers"):
+        FeatureCache(store, WhisperTeacher.find(WHISPER))

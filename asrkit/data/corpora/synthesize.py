@@ -1,4 +1,4 @@
-"""Synthetic speech to train on: espeak-ng reads texts in many voices. Never for test data.
+"""Synthetic speech to train on: espeak-ng reads texts in many voices, or Piper in natural ones. Never for test data.
 
 The extra ``synth`` brings espeak-ng with its data (GPL-3); it is a C library with one global state, called by ctypes.
 """
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile
@@ -18,6 +19,8 @@ import torch
 from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 
+from asrkit.data.corpora.channel import through_a_device
+from asrkit.data.corpora.piper import Piper, PiperDraw
 from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
@@ -47,7 +50,8 @@ class Draw:
     seed: int
 
 
-Utterance = tuple[str, np.ndarray, int, str, str, Draw]  # id, samples, their rate, text, language, how it is spoken
+# Id, samples, their rate, text, language, how it is spoken, and what draws the rest.
+Utterance = tuple[str, np.ndarray, int, str, str, "Draw | PiperDraw", np.random.Generator]
 
 
 @dataclass
@@ -70,6 +74,8 @@ def synthesize(
     band: str = "wide",
     chains: float = 0.0,
     exclude: Sequence[Path] = (),
+    piper: Sequence[Path] | None = None,
+    device: float = 0.0,
     jobs: int = 1,
 ) -> Synthesized | None:
     """Write OUT/train.jsonl.gz and OUT/audio/*.flac: at least ``minutes`` of speech, 16 kHz mono.
@@ -80,6 +86,8 @@ def synthesize(
         band: "wide", or "telephone": nothing above 4 kHz.
         chains: share of the utterances that are new sentences, made of word pairs that occur in the texts.
         exclude: manifests whose sentences must not be said, such as test and dev.
+        piper: files of Piper's voices, which speak in place of espeak-ng.
+        device: share of the utterances that sound as if a device had recorded them.
         jobs: processes that resample and encode.
 
     Returns:
@@ -96,11 +104,13 @@ def synthesize(
         "voices": list(voices),
         "band": band,
         "chains": chains,
+        **({} if piper is None else {"piper": [sha256_of(path) for path in piper if path.is_file()]}),
+        **({} if device == 0 else {"device": device}),
     }
     record = out / RECORD
     if already_made(record, wanted):
         return None
-    speaker = _Espeak()
+    speaker: _Engine = _Espeak() if piper is None else Piper(piper)
     unseen = {sentence_key(text_of(cut)) for path in exclude for cut in open_cuts(path)}
     result = Synthesized([], 0, 0, 0)
     lists = []
@@ -112,38 +122,37 @@ def synthesize(
                 f"{path}: no usable text for language {language} ({unusable} lines cannot be read, "
                 f"{len(texts)} are excluded); give one sentence a line"
             )
-        voices_of_language = all_voices(language, voices)
-        for voice in sorted(set(voices_of_language)):
-            speaker.use(voice)
+        voices_of_language = speaker.voices(language, voices)
         lists.append((language, voices_of_language, allowed))
         result.texts += len(allowed)
         result.unusable += unusable
         result.excluded += len(texts) - len(allowed)
 
     record.unlink(missing_ok=True)  # from here on the folder is between two states
-    result.cuts = _speak(speaker, out, _plan(lists, seed, chains, unseen), minutes * 60, seed, band, jobs)
+    result.cuts = _speak(speaker, out, _plan(lists, seed, chains, unseen), minutes * 60, seed, band, device, jobs)
     write_cuts(out / "train.jsonl.gz", result.cuts)
     write_record(record, wanted)
     return result
 
 
 def _speak(
-    speaker: _Espeak,
+    speaker: _Engine,
     out: Path,
     plan: Iterator[tuple[str, list[str], str]],
     least: float,
     seed: int,
     band: str,
+    device: float,
     jobs: int,
 ) -> list[Cut]:
     """The first utterances of a plan that last ``least`` seconds together, written to OUT/audio.
 
-    espeak-ng speaks in this process, one after the other, as each utterance leaves a state that the next one begins in;
-    ``jobs`` processes resample and encode.
+    The engine speaks in this process, one utterance after the other, as each leaves espeak-ng in a state that the next one begins
+    in; ``jobs`` processes resample and encode.
     """
 
     def store(utterance: Utterance) -> Cut:
-        return _store(out, *utterance, band)
+        return _store(out, *utterance, band, device)
 
     numbered, cuts, seconds = enumerate(plan), list[Cut](), 0.0
     while seconds < least:
@@ -151,11 +160,10 @@ def _speak(
         while seconds < least and len(said) < AT_ONCE:
             number, (language, voice_names, text) = next(numbered)
             random = np.random.default_rng((seed, number))
-            limits = ((130, 211), (25, 81), (25, 81), (0, 1 << 31))
-            draw = Draw(str(random.choice(voice_names)), *(int(random.integers(*pair)) for pair in limits))
+            draw = speaker.draw(random, voice_names)
             samples, rate = speaker.say(text, draw)
             seconds += len(samples) / rate
-            said.append((f"syn-{language}-{number:06d}", samples, rate, text, language, draw))
+            said.append((f"syn-{language}-{number:06d}", samples, rate, text, language, draw, random))
         cuts += in_processes(store, said, jobs, lambda utterance: f"utterance {utterance[0]}", threads=True)
     return cuts
 
@@ -230,12 +238,25 @@ def chain_sentences(texts: Iterable[str], random: np.random.Generator, max_words
 
 
 def _store(
-    out: Path, cut_id: str, samples: np.ndarray, rate: int, text: str, language: str, draw: Draw, band: str
+    out: Path,
+    cut_id: str,
+    samples: np.ndarray,
+    rate: int,
+    text: str,
+    language: str,
+    draw: Draw | PiperDraw,
+    random: np.random.Generator,
+    band: str,
+    device: float,
 ) -> Cut:
     wave = torch.from_numpy(samples.astype(np.float32) / 2**15)
     wave = resample(wave, rate)
     if band == "telephone":
         wave = _steep(TELEPHONE_RATE, SAMPLE_RATE)(_steep(SAMPLE_RATE, TELEPHONE_RATE)(wave))
+    custom: dict[str, Any] = {"synthetic": asdict(draw)}
+    if device > 0 and random.uniform() < device:
+        changed, custom["device"] = through_a_device(wave.numpy(), random)
+        wave = torch.from_numpy(changed)
     wave = wave.clamp(-1, 1)
     audio = out / "audio" / f"{cut_id}.flac"
     audio.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +270,7 @@ def _store(
         text=text,
         language=language,
         speaker=draw.voice,
-        custom={"synthetic": asdict(draw)},
+        custom=custom,
     )
 
 
@@ -257,6 +278,16 @@ def _store(
 def _steep(rate: int, new_rate: int) -> Resample:
     """A resampler with a longer filter than lhotse's default, which lets a third of the band above through."""
     return Resample(rate, new_rate, lowpass_filter_width=64)
+
+
+class _Engine(Protocol):
+    """What speaks. A draw says how one utterance is spoken, and is what ``draw`` gives."""
+
+    def voices(self, language: str, names: Sequence[str]) -> list[str]: ...
+
+    def draw(self, random: np.random.Generator, names: Sequence[str]) -> Any: ...
+
+    def say(self, text: str, draw: Any) -> tuple[np.ndarray, int]: ...
 
 
 class _Espeak:
@@ -274,6 +305,22 @@ class _Espeak:
             raise UserError(
                 f"voice {voice}: espeak-ng has none of that name; see its list of languages, such as en-us, fr, it+f2"
             )
+
+    def voices(self, language: str, names: Sequence[str]) -> list[str]:
+        """``all_voices``; each is tried.
+
+        Raises:
+            UserError: espeak-ng does not have one.
+        """
+        every = all_voices(language, names)
+        for voice in sorted(set(every)):
+            self.use(voice)
+        return every
+
+    def draw(self, random: np.random.Generator, names: Sequence[str]) -> Draw:
+        """How the next utterance is spoken, by one of the voices ``names``."""
+        limits = ((130, 211), (25, 81), (25, 81), (0, 1 << 31))
+        return Draw(str(random.choice(list(names))), *(int(random.integers(*pair)) for pair in limits))
 
     def say(self, text: str, draw: Draw) -> tuple[np.ndarray, int]:
         """(num_samples,) int16 and their rate."""

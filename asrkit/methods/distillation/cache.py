@@ -7,7 +7,7 @@ safetensors instead of a Lhotse array, because one tensor can be read without th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,42 +36,45 @@ from asrkit.training.distributed import World, broadcast_object, gather_lists
 
 ABOUT = "cache.yaml"
 SHARD = 500  # cuts per file
+FEATURES = (
+    "whisper-features"  # the folder for a Whisper teacher's frames, in a cache of posteriors or in the run directory
+)
 CHUNK = 8  # frames whose logits are in memory at once
 
 
-class PosteriorCache:
-    """The posteriors of ``teachers`` over the symbols of ``tokenizer``, in a directory that is made if it does not exist.
+class TensorCache:
+    """One tensor for each cut in a directory, which is made if it does not exist.
+
+    Args:
+        about: what the tensors depend on besides the cut. what: what they are, for messages. beside: a name in the directory that is
+            no part of the cache.
 
     Raises:
-        UserError: the directory holds other files, or the posteriors of other teachers.
+        UserError: the directory holds other files, or tensors that depend on something else.
     """
 
-    def __init__(self, path: Path, teachers: Teachers, tokenizer: Tokenizer) -> None:
-        self.path = path
-        about = {
-            "teachers": {
-                language: [sha256_of(teacher.run.path / file) for teacher in several for file in (MODEL, WEIGHTS)]
-                for language, several in teachers.items()
-            },
-            "tokenizer": sha256_of(tokenizer.path),
-        }
+    def __init__(self, path: Path, about: dict[str, Any], what: str, beside: str = "") -> None:
+        self.path, self._about, self._what = path, about, what
         if path.exists() and not path.is_dir():
             raise UserError(f"--cache {path}: is a file; choose a directory")
         if (path / ABOUT).is_file():
             if changed := differences(read_yaml(path / ABOUT), about):
                 raise UserError(
-                    f"--cache {path}: holds the posteriors of other teachers or another tokenizer ({'; '.join(changed)}); choose another directory"
+                    f"--cache {path}: holds the {what} of other teachers or another tokenizer ({'; '.join(changed)}); choose another directory"
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(child.name != beside for child in path.iterdir()):
             raise UserError(f"--cache {path}: holds other files; choose an empty or new directory")
-        self._about = about
         self._files: dict[str, Any] = {}  # by key, the open file
         self._keys: dict[str, str] = {}  # by cut id
 
-    def fill(
-        self, teachers: Teachers, table: CutTable, tokenizer: Tokenizer, world: World, max_duration: float
+    def key(self, cut: Cut) -> str:
+        """A digest of what the cut's tensor depends on."""
+        return digest(cut.to_dict())
+
+    def fill_by(
+        self, table: CutTable, world: World, compute: Callable[[list[Cut]], Iterator[tuple[str, Tensor]]]
     ) -> Iterator[int]:
-        """Run the teachers on every cut of ``table`` without posteriors; yields the number of cuts done so far.
+        """``compute`` the tensors, by cut id, of every cut of ``table`` that has none; yields the number of cuts done so far.
 
         Every process does its share.
 
@@ -88,34 +91,35 @@ class PosteriorCache:
         share = ordered[world.rank :: world.size]
         for first in range(0, len(share), SHARD):
             cuts = share[first : first + SHARD]
-            tensors: dict[str, Tensor] = {}
-            for batch in evaluation_batches(cuts, max_duration):
-                arcs = compute_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
-                tensors |= {self._keys[cut_id]: arc for cut_id, arc in zip(batch.cut_ids, arcs, strict=True)}
+            tensors = {self._keys[cut_id]: tensor for cut_id, tensor in compute(cuts)}
             name = f"{digest(sorted(tensors))[:16]}.safetensors"
             save_tensors(self.path / name, tensors)
             yield first + len(cuts)
         broadcast_object(world, None)
 
     def open(self, table: CutTable) -> None:
-        """Look up the posteriors of every cut of ``table``.
+        """Look up the tensor of every cut of ``table``.
 
         Raises:
-            UserError: posteriors are missing; two different cuts have the same id; a damaged file.
+            UserError: tensors are missing; two different cuts have the same id; a damaged file.
         """
         if missing := self._missing(table):
             raise UserError(
-                f"--cache {self.path}: the posteriors of {len(missing)} cuts have disappeared, such as {next(iter(missing))}; "
+                f"--cache {self.path}: the {self._what} of {len(missing)} cuts have disappeared, such as {next(iter(missing))}; "
                 "run the command again to compute them"
             )
 
+    def tensors(self, batch: Batch) -> list[Tensor]:
+        """The stored tensors of a batch's cuts."""
+        return [self._files[key].get_tensor(key) for key in (self._keys[cut_id] for cut_id in batch.cut_ids)]
+
     def _missing(self, table: CutTable) -> dict[str, Cut]:
-        """The cuts that have no posteriors yet, by id."""
+        """The cuts that have no tensor yet, by id."""
         self._find_files()
         missing: dict[str, Cut] = {}
         for index in range(len(table)):
             cut = table[index]
-            key = _key(cut)
+            key = self.key(cut)
             if self._keys.setdefault(cut.id, key) != key:
                 raise UserError(
                     f"cut {cut.id}: two different cuts have this id; --cache needs unique ids, so rename one"
@@ -123,12 +127,6 @@ class PosteriorCache:
             if key not in self._files:
                 missing[cut.id] = cut
         return missing
-
-    def outputs(self, batch: Batch, encoder_out_lens: Tensor, symbol_lens: Tensor, delay: int) -> CachedOutputs:
-        """The stored posteriors of a batch's cuts."""
-        keys = [self._keys[cut_id] for cut_id in batch.cut_ids]
-        arcs = [self._files[key].get_tensor(key) for key in keys]
-        return CachedOutputs(arcs, symbol_lens, encoder_out_lens, delay)
 
     def _find_files(self) -> None:
         """Note which file holds each key. If several do, they hold the same tensor."""
@@ -138,6 +136,36 @@ class PosteriorCache:
                 self._files.update(dict.fromkeys(opened.keys(), opened))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
+
+
+class PosteriorCache(TensorCache):
+    """The posteriors of ``teachers`` over the symbols of ``tokenizer``; see ``TensorCache``."""
+
+    def __init__(self, path: Path, teachers: Teachers, tokenizer: Tokenizer) -> None:
+        about = {
+            "teachers": {
+                language: [sha256_of(teacher.run.path / file) for teacher in several for file in (MODEL, WEIGHTS)]
+                for language, several in teachers.items()
+            },
+            "tokenizer": sha256_of(tokenizer.path),
+        }
+        super().__init__(path, about, "posteriors", beside=FEATURES)
+
+    def fill(
+        self, teachers: Teachers, table: CutTable, tokenizer: Tokenizer, world: World, max_duration: float
+    ) -> Iterator[int]:
+        """Run the teachers on every cut of ``table`` without posteriors; see ``fill_by``."""
+
+        def compute(cuts: list[Cut]) -> Iterator[tuple[str, Tensor]]:
+            for batch in evaluation_batches(cuts, max_duration):
+                arcs = compute_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
+                yield from zip(batch.cut_ids, arcs, strict=True)
+
+        return self.fill_by(table, world, compute)
+
+    def outputs(self, batch: Batch, encoder_out_lens: Tensor, symbol_lens: Tensor, delay: int) -> CachedOutputs:
+        """The stored posteriors of a batch's cuts."""
+        return CachedOutputs(self.tensors(batch), symbol_lens, encoder_out_lens, delay)
 
 
 def needed_settings(data: DataConfig, how: DistillationConfig) -> list[str]:
@@ -207,8 +235,3 @@ class CachedOutputs:
         """Each utterance's transducer loss (B,), over the whole lattice."""
         symbol, blank = self._arcs
         return arc_loss(symbol, blank, self._encoder_out_lens, self._symbol_lens, loss.topology)
-
-
-def _key(cut: Cut) -> str:
-    """A digest of the cut in the manifest."""
-    return digest(cut.to_dict())

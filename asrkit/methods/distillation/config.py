@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import field
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
+from lhotse.cut import Cut
 from pydantic import Field, model_validator
 
 from asrkit.config import Advanced, NonNegative, Positive, config
+from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.data.train_batches import DataConfig
+from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.losses.distillation import (
     Classes,
@@ -16,7 +21,8 @@ from asrkit.losses.distillation import (
     Distance,
     LastRow,
 )
-from asrkit.methods.distillation.teachers import Teachers, each
+from asrkit.methods.distillation.teachers import Teachers, check_texts, each
+from asrkit.training.asr_loss import LossConfig
 from asrkit.training.session import StageConfig
 
 Step = Annotated[int, Field(ge=0)]
@@ -108,7 +114,12 @@ class DistillationConfig:
     """Weight of the distance between the encoders' frames, likewise times w; 0 is off. A teacher of another width is
     compared through a linear map that learns and is not kept."""
     encoder_distance: Advanced[Distance] = "mse"
-    """Distance of the encoders' frames: mse, l2 or cosine."""
+    """Distance of the encoders' frames: mse, l2, l1 or cosine."""
+    features_scale: NonNegative = 1.0
+    """Weight of the distance of the encoder's frames, through a linear map that learns and is not kept, from those of a
+    Whisper teacher, likewise times w; 0 is off."""
+    features_distance: Literal["cosine", "l1"] = "cosine"
+    """Distance from Whisper's frames: cosine, one less the cosine, or l1, the mean of the differences' sizes."""
     input: Literal["clean", "shared"] = "clean"
     """What the teacher hears: clean, the utterance without SpecAugment, noise and other changes of its sound, or
     shared, what the student hears."""
@@ -125,7 +136,7 @@ class DistillationConfig:
 
 
 def check_distillation(teachers: Teachers, how: DistillationConfig, stage: StageConfig) -> None:
-    """Refuse teachers that cannot teach a student trained with the settings ``stage``.
+    """Refuse teachers that cannot teach a student trained with the settings ``stage``; without any there is a Whisper teacher only.
 
     Raises:
         UserError: all findings; see ``Distillation.check``.
@@ -135,6 +146,11 @@ def check_distillation(teachers: Teachers, how: DistillationConfig, stage: Stage
         findings.append(
             f"teacher.weight.from_step={weight.from_step}: the decay would start after the end of the training "
             f"(training.steps={stage.training.steps}); lower it, or set teacher.weight.kind=constant"
+        )
+    if not teachers and weight.needs_teacher_loss:
+        findings.append(
+            f"teacher.weight.kind={weight.kind}: needs the teacher's loss on the reference, and Whisper has none in the student's tokens; "
+            "set teacher.weight.kind=constant or a schedule, or add a run directory as a teacher"
         )
     for teacher in each(teachers):
         option = f"--teacher {teacher.run.path}"
@@ -156,4 +172,31 @@ def check_distillation(teachers: Teachers, how: DistillationConfig, stage: Stage
         if how.ctc_scale > 0 and loss.ctc_scale > 0 and "ctc" not in losses:
             findings.append(f"{option}: was trained without CTC; set teacher.ctc_scale=0")
     if findings:
+        raise UserError.of(findings)
+
+
+def check_tokenizers(
+    teachers: Teachers,
+    tokenizer: Tokenizer,
+    how: DistillationConfig,
+    loss: LossConfig,
+    data: DataConfig,
+    cuts: Iterable[Cut],
+) -> None:
+    """Refuse settings and texts that teachers with another tokenizer than the student's cannot handle.
+
+    Raises:
+        UserError: all findings.
+    """
+    others = [str(t.run.path) for t in each(teachers) if sha256_of(t.run.tokenizer_path) != sha256_of(tokenizer.path)]
+    if not others:
+        return
+    subject, findings = f"teachers with another tokenizer than the student's ({', '.join(others)})", []
+    if how.classes == "all":
+        findings.append(f"{subject}: their tokens mean something else; set teacher.classes=three")
+    if how.ctc_scale > 0 and loss.ctc_scale > 0:
+        findings.append(f"{subject}: their CTC posteriors mean something else; set teacher.ctc_scale=0")
+    if data.bpe_dropout > 0:
+        findings.append(f"{subject}: all must segment a text into the same pieces; set data.bpe_dropout=0")
+    if findings := findings or check_texts(teachers, tokenizer, cuts):
         raise UserError.of(findings)

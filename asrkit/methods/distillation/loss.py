@@ -28,6 +28,8 @@ from asrkit.losses.distillation import (
 )
 from asrkit.methods.distillation.cache import CachedOutputs, PosteriorCache
 from asrkit.methods.distillation.config import DistillationConfig, check_distillation
+from asrkit.methods.distillation.features import NAME as WHISPER_MAP
+from asrkit.methods.distillation.features import FeatureCache
 from asrkit.methods.distillation.teacher_outputs import TeacherOutputs
 from asrkit.methods.distillation.teachers import ANY, Teachers, check_languages, each, load_teacher
 from asrkit.methods.distillation.weights import weights_of
@@ -45,12 +47,14 @@ from asrkit.training.step import LossOutput, Metric
 class Distillation:
     """Teachers and the settings of distillation, as used by every stage that can have teachers.
 
-    teachers: by language. cache: their posteriors on disk, read instead of running them.
+    teachers: by language; {} where Whisper teaches alone. cache: their posteriors on disk, read instead of running them. features: the
+    frames of a Whisper teacher on disk.
     """
 
     teachers: Teachers
     settings: DistillationConfig
     cache: PosteriorCache | None = None
+    features: FeatureCache | None = None
 
     @classmethod
     def of_one(cls, teacher: Path, settings: DistillationConfig, tokenizer: Path) -> Distillation:
@@ -75,17 +79,19 @@ class Distillation:
         return check_languages(self.teachers, cuts)
 
     def attach(self, model: AsrModel) -> None:
-        """If encoders are compared, give the student a linear map to the encoder of each teacher of another width."""
+        """If encoders are compared, give the student a linear map to the encoder of each teacher of another width, and to Whisper's."""
         if self.settings.encoder_scale > 0:
             dim = model.spec.encoder.dim
             widths = {teacher.name: teacher.model.spec.encoder.dim for teacher in each(self.teachers)}
             maps = {name: nn.Linear(dim, width) for name, width in widths.items() if width != dim}
             model.teacher_maps.update(maps)
+        if self.features is not None and self.settings.features_scale > 0:
+            model.teacher_maps[WHISPER_MAP] = nn.Linear(model.spec.encoder.dim, self.features.width)
 
     @property
     def needs_clean(self) -> bool:
         """Whether batches must hold the clean features as input for the teachers."""
-        return self.cache is None and self.settings.input == "clean"
+        return bool(self.teachers) and self.cache is None and self.settings.input == "clean"
 
     @property
     def weights(self) -> dict[str, Path]:
@@ -128,18 +134,21 @@ def distillation_loss(
     how = distillation.settings
     own = forward_losses(model, batch, step, settings, variant, context, gates)
     losses, metrics, frames = own.losses, dict(own.metrics), float(batch.num_encoder_frames)
-    compares_nodes = how.scale > 0 and own.transducer is not None
-    compares_ctc = how.ctc_scale > 0 and settings.ctc_scale > 0
-    if not (compares_nodes or compares_ctc or how.encoder_scale > 0):
+    taught, features = bool(distillation.teachers), distillation.features if how.features_scale > 0 else None
+    compares_nodes = taught and how.scale > 0 and own.transducer is not None
+    compares_ctc = taught and how.ctc_scale > 0 and settings.ctc_scale > 0
+    compares_encoders = taught and how.encoder_scale > 0
+    if not (compares_nodes or compares_ctc or compares_encoders or features is not None):
         return LossOutput(losses, frames, metrics)
 
     def log(name: str, values: Tensor) -> None:
         metrics[f"kd_{name}"] = Metric(values.detach().sum(), frames)
 
-    outputs = distillation.outputs(batch, own, context)
+    outputs = distillation.outputs(batch, own, context) if taught else None
     student_loss = torch.zeros_like(losses) if own.transducer is None else own.transducer.pruned
     teacher_loss = torch.zeros_like(losses)
     if how.weight.needs_teacher_loss:
+        assert outputs is not None  # refused by ``check``
         teacher_loss = outputs.transducer_losses(settings)
         log("teacher_loss", _where(own.possible, teacher_loss))
     weights = weights_of(how.weight, step, steps, student_loss, teacher_loss, own.symbol_lens, own.encoder_out_lens)
@@ -147,6 +156,7 @@ def distillation_loss(
     weights = _where(own.possible, weights)
     log("weight", weights * own.encoder_out_lens)
     if compares_nodes:
+        assert outputs is not None
         on_lattice = _where(own.possible, _on_the_lattice(model, batch, own, outputs, how))
         log("lattice", on_lattice)
         if how.combination == "convex":
@@ -159,12 +169,18 @@ def distillation_loss(
         ctc = _where(own.possible, how.temperature**2 * by_frame)
         log("ctc", ctc)
         losses = losses + how.ctc_scale * (weights * ctc)
-    if how.encoder_scale > 0:
+    if compares_encoders:
         assert isinstance(outputs, TeacherOutputs)
         distances = outputs.encoder_distances(own.encoder_out, model.teacher_maps, how.encoder_distance)
         encoder = _where(own.possible, distances)
         log("encoder", encoder)
         losses = losses + how.encoder_scale * (weights * encoder)
+    if features is not None:
+        mapped = model.teacher_maps[WHISPER_MAP](own.encoder_out)
+        apart = features.distances(mapped, own.encoder_out_lens, batch, how.features_distance, how.delay)
+        apart = _where(own.possible, apart)
+        log("features", apart)
+        losses = losses + how.features_scale * (weights * apart)
     return LossOutput(losses, frames, metrics)
 
 

@@ -1,0 +1,57 @@
+"""The files of an evaluation, whatever recognized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asrkit.config import to_dict
+from asrkit.disk import atomic_write
+from asrkit.errors import UserError
+from asrkit.reporting.results import RESULT, UTTERANCES, Result, utterance_line
+from asrkit.reporting.wer import Scored, confusions, format_alignment, format_confusions, format_summary, total_words
+
+ALIGNMENTS, CONFUSIONS = "alignments.txt", "confusions.txt"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One method's result: the utterances, and ``result``, which is result.json."""
+
+    directory: Path
+    result: dict[str, Any]
+    utterances: list[Scored]
+
+
+def make_directory(directory: Path) -> None:
+    """Create ``directory`` before the work, so that a path that cannot be written is reported at once.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
+
+
+def write_evaluation(
+    directory: Path, result: Result, utterances: Sequence[Scored], more: Mapping[str, str] | None = None
+) -> Evaluation:
+    """Write the files of one method, and ``more`` by name; result.json comes last, so where it is new, all are."""
+    total = format_summary(total_words(utterances))
+    heading = f"{result.manifest} by {result.run}, {result.variant}, {result.context}, {result.search}: {total}\n\n"
+    contents = {
+        **(more or {}),
+        ALIGNMENTS: heading + "\n".join(format_alignment(utterance) for utterance in utterances),
+        CONFUSIONS: heading + format_confusions(confusions(utterances)),
+        UTTERANCES: "".join(utterance_line(utterance) for utterance in utterances),
+        RESULT: json.dumps(to_dict(result), indent=2, ensure_ascii=False) + "\n",
+    }
+    for name, content in contents.items():
+        with atomic_write(directory / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return Evaluation(directory, to_dict(result), list(utterances))

@@ -1,0 +1,246 @@
+"""label: texts for recordings that have none, by any recognizer, filtered, in a manifest to train on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lhotse.cut import Cut
+
+from asrkit.data.checks import find_bad_cuts
+from asrkit.data.cut_audio import cut_samples
+from asrkit.data.manifests import digest_of, language_of, open_cuts, text_of, write_cuts
+from asrkit.decoding.external.interface import TextRecognizer
+from asrkit.decoding.external.opening import open_text_recognizer
+from asrkit.decoding.external.pauses import speech_pieces
+from asrkit.decoding.external.utterances import Piece, batched, transcribe_pieces
+from asrkit.disk import atomic_write
+from asrkit.errors import UserError, clip
+from asrkit.extras import require
+from asrkit.frames import SAMPLE_RATE
+from asrkit.methods.labeling import (
+    NO_FILTERS,
+    Filters,
+    Label,
+    Progress,
+    Threshold,
+    make_label,
+    open_progress,
+    thresholds,
+)
+from asrkit.reporting.progress import progress
+from asrkit.reporting.wer import ErrorCounts, align, count
+
+
+@dataclass
+class Labeled:
+    """What came of it: cuts, those labeled and those that had a text; dropped utterances by reason; seconds of both.
+
+    thresholds: where the cuts had texts, how good the labels are; else [].
+    """
+
+    labeled: int = 0
+    given: int = 0
+    labeled_seconds: float = 0.0
+    dropped_seconds: float = 0.0
+    dropped: Counter[str] = field(default_factory=Counter)
+    thresholds: list[Threshold] = field(default_factory=list)
+
+
+def label(
+    specs: Sequence[str],
+    manifest: Path,
+    out: Path,
+    *,
+    language: str | None = None,
+    filters: Filters | None = None,
+    max_seconds: float = 20.0,
+    replace_texts: bool = False,
+    max_duration: float = 200.0,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Labeled:
+    """Write ``out``: the cuts of ``manifest`` with the texts that a recognizer gives them, and those that have a text as they are.
+
+    A recording longer than ``max_seconds`` becomes several cuts, parted at pauses; stretches without speech are left out. Beside ``out``,
+    ``*.dropped.tsv`` lists what was left out, and ``*.texts.jsonl`` keeps all texts: a killed run goes on there, and a run with other
+    filters recognizes nothing again.
+
+    Args:
+        specs: one recognizer, or two, of which the second only says whether it agrees.
+        language: of cuts that name none; None lets the recognizer detect it.
+        replace_texts: label cuts with a text too, and report how far the labels are from their texts.
+        max_duration: seconds of padded audio recognized at once.
+
+    Raises:
+        UserError: everything wrong with recognizers, manifest and languages, before any work.
+    """
+    if not out.name.endswith(".jsonl.gz"):
+        raise UserError(f"--out {out}: the manifest's name must end in .jsonl.gz")
+    if len(specs) > 2:
+        raise UserError(f"--with: {len(specs)} recognizers; give one, or a second that must agree")
+    require("whisper", for_="label, whose voice activity detector comes with it,")
+    cuts = list(open_cuts(manifest, need_text=False))
+    unlabeled = [cut for cut in cuts if replace_texts or not text_of(cut).strip()]
+    stem = out.name.removesuffix(".jsonl.gz")
+    with ExitStack() as stack:
+        recognizers = [
+            stack.enter_context(open_text_recognizer(spec, device=device, threads=threads)) for spec in specs
+        ]
+        _check(manifest, unlabeled, recognizers, language)
+        inputs = {
+            "manifest": digest_of(manifest),
+            "recognizers": [[recognizer.sha256, recognizer.search, recognizer.beam] for recognizer in recognizers],
+            "language": language,
+            "max_seconds": max_seconds,
+            "replace_texts": replace_texts,
+        }
+        done = stack.enter_context(open_progress(out.with_name(f"{stem}.texts.jsonl"), inputs))
+        _recognize(recognizers, unlabeled, language or "", max_seconds, max_duration, done)
+    result = Labeled()
+    rows: list[str] = []
+    chosen = set(map(id, unlabeled))
+    written = [
+        new
+        for cut in cuts
+        for new in (
+            _labeled(cut, done, specs, filters or Filters(), result, rows) if id(cut) in chosen else _given(cut, result)
+        )
+    ]
+    if not written:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in result.dropped.most_common())
+        raise UserError(f"{manifest}: no utterance is left ({reasons}); see the filters in `asrkit label --help`")
+    result.thresholds = _thresholds(unlabeled, done) if replace_texts else []
+    with atomic_write(out.with_name(f"{stem}.dropped.tsv")) as temporary:
+        temporary.write_text("id\tbegin\tend\treason\tdetail\ttext\n" + "".join(rows), encoding="utf-8")
+    write_cuts(out, written)
+    return result
+
+
+def _check(manifest: Path, cuts: Sequence[Cut], recognizers: Sequence[TextRecognizer], language: str | None) -> None:
+    """Refuse cuts that cannot be read and languages that are not known, all at once."""
+    if not cuts:
+        raise UserError(f"{manifest}: every cut has a text already; --replace-texts labels them again")
+    findings = [
+        f"{manifest}: cut {clip(finding.cut_id)}: {finding.kind}: {finding.detail}"
+        for finding in find_bad_cuts(cuts, read_audio=True)
+        if finding.kind not in ("text", "silent")
+    ]
+    counts = Counter(language_of(cut) or language or "" for cut in cuts)
+    for recognizer in recognizers:
+        for name, number in counts.items():
+            if (problem := recognizer.check_language(name)) is not None:
+                findings.append(f"{problem} ({number} cuts)")
+    if findings:
+        raise UserError.of(findings)
+
+
+def _recognize(
+    recognizers: Sequence[TextRecognizer],
+    cuts: Sequence[Cut],
+    language: str,
+    max_seconds: float,
+    max_duration: float,
+    done: Progress,
+) -> None:
+    """Recognize what is not done yet, in batches that are on disk one by one."""
+    longest = min([max_seconds, *(each.max_seconds for each in recognizers if each.max_seconds is not None)])
+    with progress("labeling", sum(cut.duration for cut in cuts), "s of audio") as advance:
+        for pieces in batched(_missing(cuts, longest, done, advance), max_duration):
+            languages = [language_of(piece.cut) or language for piece in pieces]
+            by_recognizer = [transcribe_pieces(recognizer, pieces, languages) for recognizer in recognizers]
+            keys = [(piece.cut.id, piece.begin) for piece in pieces]
+            done.add(dict(zip(keys, zip(*by_recognizer, strict=True), strict=True)))
+
+
+def _missing(cuts: Sequence[Cut], longest: float, done: Progress, advance: Callable[[float], None]) -> Iterator[Piece]:
+    """The stretches with speech that have no text yet; where somebody speaks is found first, once."""
+    for cut in cuts:
+        planned = done.planned.get(cut.id)
+        if planned is None or any((cut.id, begin) not in done.texts for begin, _ in planned):
+            samples = cut_samples(cut)
+            if planned is None:
+                planned = speech_pieces(samples, longest)
+                if planned and len(samples) <= longest * SAMPLE_RATE:
+                    planned = [(0.0, len(samples) / SAMPLE_RATE)]
+                done.plan(cut.id, planned)
+            for begin, end in planned:
+                if (cut.id, begin) not in done.texts:
+                    yield Piece.of(cut, samples, begin, end)
+        advance(cut.duration)
+
+
+def _given(cut: Cut, result: Labeled) -> list[Cut]:
+    result.given += 1
+    return [cut]
+
+
+def _labeled(
+    cut: Cut, done: Progress, specs: Sequence[str], filters: Filters, result: Labeled, rows: list[str]
+) -> Iterator[Cut]:
+    """The cut's utterances that pass the filters; a row for each of the others."""
+    planned = done.planned[cut.id]
+    for number, (begin, end) in enumerate(planned):
+        texts = done.texts[cut.id, begin]
+        made = make_label(texts, end - begin, filters)
+        if made.reason:
+            result.dropped[made.reason] += 1
+            result.dropped_seconds += end - begin
+            rows.append(_row(cut.id, begin, end, made.reason, made.detail, texts[0].text))
+            continue
+        result.labeled += 1
+        result.labeled_seconds += end - begin
+        yield _with_label(cut, made, specs, None if _is_whole(planned) else (number, begin, end))
+    if not planned:
+        result.dropped["no speech"] += 1
+        result.dropped_seconds += cut.duration
+        rows.append(_row(cut.id, 0.0, cut.duration, "no speech", "by the voice activity detector", ""))
+
+
+def _is_whole(planned: Sequence[tuple[float, float]]) -> bool:
+    return len(planned) == 1 and planned[0][0] == 0.0
+
+
+def _with_label(cut: Cut, made: Label, specs: Sequence[str], part: tuple[int, float, float] | None) -> Cut:
+    """The cut, or a stretch of it, with its label as the only supervision."""
+    first, *_ = cut.supervisions
+    custom = {**(first.custom or {}), "labeled_by": specs[0]}
+    custom |= {} if made.confidence is None else {"label_confidence": round(made.confidence, 4)}
+    custom |= {} if made.disagreement is None else {"label_disagreement": round(made.disagreement, 4)}
+    if part is None:
+        new, name = cut.drop_supervisions(), cut.id
+    else:
+        number, begin, end = part
+        name = f"{cut.id}-{number:04d}"
+        new = cut.drop_supervisions().truncate(offset=begin, duration=end - begin).with_id(name)
+    new.supervisions = [
+        replace(
+            first,
+            id=name,
+            start=0.0,
+            duration=new.duration,
+            text=made.words,
+            language=first.language or made.language or None,
+            alignment=None,
+            custom=custom,
+        )
+    ]
+    return new
+
+
+def _row(cut_id: str, begin: float, end: float, *texts: str) -> str:
+    return "\t".join([cut_id, f"{begin:.2f}", f"{end:.2f}", *(" ".join(text.split()) for text in texts)]) + "\n"
+
+
+def _thresholds(cuts: Sequence[Cut], done: Progress) -> list[Threshold]:
+    """How good the labels of whole cuts are against the texts that they had, without any other filter."""
+    pairs: list[tuple[float, ErrorCounts]] = []
+    for cut in cuts:
+        if text_of(cut).strip() and _is_whole(planned := done.planned[cut.id]):
+            made = make_label(done.texts[cut.id, planned[0][0]], cut.duration, NO_FILTERS)
+            confidence = made.confidence if made.confidence is not None and not made.reason else 0.0
+            pairs.append((confidence, count(align(text_of(cut).split(), made.words.split()))))
+    return thresholds(pairs)
