@@ -19,8 +19,7 @@ from asrkit.data.manifests import digest_of, speaker_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
-from asrkit.decoding.evaluation import Decoded, decode_cuts, decoding_record
-from asrkit.decoding.latency import summarize_latencies
+from asrkit.decoding.evaluation import Decoded, decode_cuts, decoding_record, result_of
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
 from asrkit.decoding.transcripts import SUBTITLES, Format, render
@@ -31,15 +30,12 @@ from asrkit.reporting.results import (
     RESULT,
     UTTERANCES,
     DecodingRecord,
-    Latencies,
     Result,
     manifest_name,
-    summarize,
     utterance_line,
 )
 from asrkit.reporting.wer import (
     Scored,
-    by_language,
     confusions,
     format_alignment,
     format_confusions,
@@ -105,14 +101,9 @@ def evaluate(
     names = [CTC_GRAPH] if domain.graph is not None else list(dict.fromkeys(methods))
     findings = _contradictions(names, beam, domain, choice, calibrate_on, temperature, formats)
     recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, names))
-    searches: dict[str, Search] = {}
-    if recognizer is not None:
-        needs_alternatives = calibrate_on is not None
-        for name in names:
-            made = _gather(findings, partial(make_search, recognizer, name, beam, domain, needs_alternatives))
-            searches |= {} if made is None else {name: made}
+    searches = _searches(findings, recognizer, names, beam, domain, calibrate_on is not None)
     checked = _gather(findings, lambda: _cuts(manifest, recognizer))
-    dev = None if calibrate_on is None else _gather(findings, lambda: _cuts(calibrate_on, recognizer))
+    dev = None if calibrate_on is None else _gather(findings, partial(_cuts, calibrate_on, recognizer))
     if findings or recognizer is None or checked is None:
         raise UserError.of(list(dict.fromkeys(findings)))
     cuts, warnings = checked
@@ -143,7 +134,7 @@ def evaluate(
         about: dict[str, Any] = {"manifest": str(manifest), "manifest_sha256": digest, "method": name}
         about |= {"run": str(run_path), "beam": beam if name in BEAMS else None}
         about |= {"decoding": record, "confidence": confidence}
-        result = _result(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
+        result = result_of(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
         _write(directories[name], result, done, cuts, recognizer.tokenizer, formats)
         evaluations.append(Evaluation(directories[name], to_dict(result), done.scored))
     return evaluations
@@ -170,39 +161,30 @@ def _contradictions(
     return findings
 
 
+def _searches(
+    findings: list[str],
+    recognizer: Recognizer | None,
+    names: Sequence[str],
+    beam: int,
+    domain: Domain,
+    alternatives: bool,
+) -> dict[str, Search]:
+    """The search of each name; what is wrong with one is added to ``findings``."""
+    made: dict[str, Search] = {}
+    if recognizer is None:
+        return made
+    for name in names:
+        search = _gather(findings, partial(make_search, recognizer, name, beam, domain, alternatives))
+        made |= {} if search is None else {name: search}
+    return made
+
+
 def _cuts(manifest: Path, recognizer: Recognizer | None) -> tuple[CutSet, list[str]]:
     """The cuts, and warnings about them; without a recognizer they are checked as far as possible."""
     if recognizer is None:
         return decodable_cuts(manifest, (), None)
     languages = recognizer.languages if recognizer.language is None else [recognizer.language]
     return decodable_cuts(manifest, languages, recognizer.tokenizer)
-
-
-def _result(
-    recognizer: Recognizer, cuts: CutSet, done: Decoded, search: Search, about: dict[str, Any], warnings: Sequence[str]
-) -> Result:
-    """result.json; ``about`` are the fields that name what was decoded."""
-    audio_seconds = float(sum(cut.duration for cut in cuts))
-    without = (
-        [] if done.no_path == 0 else [f"{done.no_path} utterances have no path through the graph; widen its beams"]
-    )
-    return Result(
-        **about,
-        weights_sha256=recognizer.weights_sha256,
-        variant=recognizer.variant,
-        context=str(recognizer.context),
-        latency_ms=recognizer.context.latency_ms,
-        total=summarize(done.scored),
-        languages={language: summarize(part) for language, part in by_language(done.scored).items()},
-        emission_latency=None if done.latencies is None else Latencies(**summarize_latencies(done.latencies)),
-        audio_seconds=round(audio_seconds, 3),
-        decode_seconds=round(done.seconds, 3),
-        real_time_factor=round(done.seconds / audio_seconds, 6),
-        device=str(recognizer.device),
-        threads=torch.get_num_threads(),
-        warnings=[*recognizer.warnings, *warnings, *without],
-        graph=None if search.graph is None else replace(search.graph, no_path=done.no_path),
-    )
 
 
 def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
