@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lhotse.cut import Cut
@@ -20,7 +21,7 @@ from asrkit.decoding.acoustic import AcousticModel
 from asrkit.decoding.domain import Search
 from asrkit.decoding.fusion import Fusion, FusionRequest
 from asrkit.decoding.hypothesis import Hypothesis
-from asrkit.decoding.latency import emission_latencies, word_ends
+from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
 from asrkit.decoding.nbest import Agreement, calibrate, distinct
 from asrkit.decoding.recognizer import Recognizer
 from asrkit.decoding.search import Method, decode
@@ -28,8 +29,8 @@ from asrkit.decoding.transcripts import Transcript
 from asrkit.decoding.words import timed_words
 from asrkit.reporting.confidence import summarize_confidence
 from asrkit.reporting.progress import progress
-from asrkit.reporting.results import Confidence, DecodingRecord
-from asrkit.reporting.wer import NOTHING, ErrorCounts, Scored, align, total_chars, total_words
+from asrkit.reporting.results import Confidence, DecodingRecord, Latencies, Result, summarize
+from asrkit.reporting.wer import NOTHING, ErrorCounts, Scored, align, by_language, total_chars, total_words
 
 
 def score(batch: Batch, hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer) -> list[Scored]:
@@ -203,3 +204,34 @@ def decoding_record(
     return record, [
         f"{manifest}: the decoding was tuned on these very cuts, so the errors are too few; evaluate on others"
     ]
+
+
+def result_of(
+    recognizer: Recognizer,
+    cuts: CutTable,
+    done: Decoded,
+    search: Search,
+    about: dict[str, Any],
+    warnings: Sequence[str],
+) -> Result:
+    """result.json; ``about`` are the fields that name what was decoded."""
+    audio_seconds = float(sum(cut.duration for cut in cuts))
+    without = (
+        [] if done.no_path == 0 else [f"{done.no_path} utterances have no path through the graph; widen its beams"]
+    )
+    return Result(
+        **about,
+        weights_sha256=recognizer.weights_sha256,
+        variant=recognizer.variant,
+        context=str(recognizer.context),
+        latency_ms=recognizer.context.latency_ms,
+        total=summarize(done.scored),
+        languages={language: summarize(part) for language, part in by_language(done.scored).items()},
+        emission_latency=None if done.latencies is None else Latencies(**summarize_latencies(done.latencies)),
+        audio_seconds=round(audio_seconds, 3),
+        decode_seconds=round(done.seconds, 3),
+        real_time_factor=round(done.seconds / audio_seconds, 6),
+        device=str(recognizer.device),
+        warnings=[*recognizer.warnings, *warnings, *without],
+        graph=None if search.graph is None else replace(search.graph, no_path=done.no_path),
+    )

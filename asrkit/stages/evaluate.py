@@ -17,8 +17,7 @@ from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import digest_of, speaker_of
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
-from asrkit.decoding.evaluation import Decoded, decode_cuts, decoding_record
-from asrkit.decoding.latency import summarize_latencies
+from asrkit.decoding.evaluation import decode_cuts, decoding_record, result_of
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
 from asrkit.decoding.transcripts import SUBTITLES, Format, render
@@ -27,13 +26,7 @@ from asrkit.reporting.evaluation_files import Evaluation, make_directory, write_
 from asrkit.reporting.results import (
     EVALUATION,
     DecodingRecord,
-    Latencies,
-    Result,
     manifest_name,
-    summarize,
-)
-from asrkit.reporting.wer import (
-    by_language,
 )
 
 T = TypeVar("T")
@@ -86,14 +79,9 @@ def evaluate(
     names = [CTC_GRAPH] if domain.graph is not None else list(dict.fromkeys(methods))
     findings = _contradictions(names, beam, domain, choice, calibrate_on, temperature, formats)
     recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, names))
-    searches: dict[str, Search] = {}
-    if recognizer is not None:
-        needs_alternatives = calibrate_on is not None
-        for name in names:
-            made = _gather(findings, partial(make_search, recognizer, name, beam, domain, needs_alternatives))
-            searches |= {} if made is None else {name: made}
+    searches = _searches(findings, recognizer, names, beam, domain, calibrate_on is not None)
     checked = _gather(findings, lambda: _cuts(manifest, recognizer, jobs))
-    dev = None if calibrate_on is None else _gather(findings, lambda: _cuts(calibrate_on, recognizer, jobs))
+    dev = None if calibrate_on is None else _gather(findings, partial(_cuts, calibrate_on, recognizer, jobs))
     if recognizer is not None and recognizer.device.type != "cpu" and jobs > 1:
         findings.append(
             f"--jobs {jobs}: several processes decode on the CPU only; add --device cpu, or leave --jobs out"
@@ -129,7 +117,7 @@ def evaluate(
         about |= {"run": str(run_path), "beam": beam if name in BEAMS else None}
         about |= {"decoding": record, "confidence": confidence}
         about |= {"threads": torch.get_num_threads() if jobs == 1 else 1}
-        result = _result(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
+        result = result_of(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
         transcripts = done.transcripts({cut.id: cut.duration for cut in cuts}, recognizer.tokenizer)
         more = {f"hypotheses.{form}": render(transcripts, form) for form in formats}
         evaluations.append(write_evaluation(directories[name], result, done.scored, more))
@@ -157,43 +145,30 @@ def _contradictions(
     return findings
 
 
+def _searches(
+    findings: list[str],
+    recognizer: Recognizer | None,
+    names: Sequence[str],
+    beam: int,
+    domain: Domain,
+    alternatives: bool,
+) -> dict[str, Search]:
+    """The search of each name; what is wrong with one is added to ``findings``."""
+    made: dict[str, Search] = {}
+    if recognizer is None:
+        return made
+    for name in names:
+        search = _gather(findings, partial(make_search, recognizer, name, beam, domain, alternatives))
+        made |= {} if search is None else {name: search}
+    return made
+
+
 def _cuts(manifest: Path, recognizer: Recognizer | None, jobs: int) -> tuple[CutTable, list[str]]:
     """The cuts, and warnings about them; without a recognizer they are checked as far as possible."""
     if recognizer is None:
         return decodable_cuts(manifest, (), None, jobs)
     languages = recognizer.languages if recognizer.language is None else [recognizer.language]
     return decodable_cuts(manifest, languages, recognizer.tokenizer, jobs)
-
-
-def _result(
-    recognizer: Recognizer,
-    cuts: CutTable,
-    done: Decoded,
-    search: Search,
-    about: dict[str, Any],
-    warnings: Sequence[str],
-) -> Result:
-    """result.json; ``about`` are the fields that name what was decoded."""
-    audio_seconds = float(sum(cut.duration for cut in cuts))
-    without = (
-        [] if done.no_path == 0 else [f"{done.no_path} utterances have no path through the graph; widen its beams"]
-    )
-    return Result(
-        **about,
-        weights_sha256=recognizer.weights_sha256,
-        variant=recognizer.variant,
-        context=str(recognizer.context),
-        latency_ms=recognizer.context.latency_ms,
-        total=summarize(done.scored),
-        languages={language: summarize(part) for language, part in by_language(done.scored).items()},
-        emission_latency=None if done.latencies is None else Latencies(**summarize_latencies(done.latencies)),
-        audio_seconds=round(audio_seconds, 3),
-        decode_seconds=round(done.seconds, 3),
-        real_time_factor=round(done.seconds / audio_seconds, 6),
-        device=str(recognizer.device),
-        warnings=[*recognizer.warnings, *warnings, *without],
-        graph=None if search.graph is None else replace(search.graph, no_path=done.no_path),
-    )
 
 
 def _gather(findings: list[str], action: Callable[[], T]) -> T | None:

@@ -79,10 +79,17 @@ def test_json_says_what_is_known() -> None:
         "words": [{"text": "one", "start": 0.0, "end": 0.3}],
     }
     full = Transcript(
-        Path("x"), 1.0, "one", words_of(["one"]), nbest=[PieceTexts(0.0, 1.0, [Alternative("one", -1.0), Alternative("on", -2.5)])]
+        Path("x"),
+        1.0,
+        "one",
+        words_of(["one"]),
+        nbest=[PieceTexts(0.0, 1.0, [Alternative("one", -1.0), Alternative("on", -2.5)])],
     )
     row = json.loads(render([full], "json"))
-    assert row["words"][0]["confidence"] == 0.25 and row["nbest"] == [{"start": 0.0, "end": 1.0, "texts": [{"text": "one", "score": -1.0}, {"text": "on", "score": -2.5}]}]assert json.loads(render([Transcript(Path("x"), error="gone")], "json")) == {"path": "x", "error": "gone"}
+    assert row["words"][0]["confidence"] == 0.25 and row["nbest"] == [
+        {"start": 0.0, "end": 1.0, "texts": [{"text": "one", "score": -1.0}, {"text": "on", "score": -2.5}]}
+    ]
+    assert json.loads(render([Transcript(Path("x"), error="gone")], "json")) == {"path": "x", "error": "gone"}
 
 
 def test_silence_and_errors_in_every_format(tmp_path: Path) -> None:
