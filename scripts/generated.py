@@ -1,4 +1,5 @@
-"""What is generated and checked in: the option tables of the documents, and the list of commands, options and settings.
+"""What is generated and checked in: the option tables of the documents, the list of commands, options and settings, and the
+table of claims (scripts/claims.py).
 
     python scripts/generated.py            write them (make generated)
     python scripts/generated.py --check    exit with 1 and show the differences, if there are any
@@ -25,6 +26,8 @@ from typer.models import ArgumentInfo
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is installed
 
+from claims import with_claims
+
 from asrkit.cli import app
 from asrkit.cli.settings import SETTINGS, listing
 from asrkit.reporting.settings import values
@@ -39,8 +42,9 @@ def with_tables(text: str) -> str:
     def made(match: re.Match[str]) -> str:
         words = shlex.split(match[2])
         everything = "--all" in words
-        stage, *keys = [word for word in words if word != "--all"]
-        tables = [listing(stage, key, "markdown", everything).splitlines() for key in keys or [None]]
+        stage, *rest = [word for word in words if word != "--all"]
+        keys: list[str | None] = [*rest] or [None]
+        tables = [listing(stage, key, "markdown", everything).splitlines() for key in keys]
         rows = [*tables[0], *(row for table in tables[1:] for row in table[2:])]
         return match[1] + "\n".join(rows) + "\n" + match[3]
 
@@ -79,7 +83,10 @@ def _options(function: Any) -> Iterator[str]:
 
 def main() -> None:
     """Write, or check."""
-    documents = {path: with_tables(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "docs").glob("*.md"))}
+    documents = {
+        path: with_claims(with_tables(path.read_text(encoding="utf-8")))
+        for path in sorted((ROOT / "docs").glob("*.md"))
+    }
     wanted = {**documents, ROOT / "tests" / "golden" / "cli.txt": interface()}
     changed = False
     for path, text in wanted.items():

@@ -21,6 +21,7 @@ from asrkit.stages.distill import DistillConfig
 from asrkit.stages.prune import PruneConfig
 from asrkit.stages.qat import QatConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig, train_backbone
+from helpers.tones import make_corpus
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted(RECIPES.glob("*/*.yaml"))
@@ -77,6 +78,7 @@ TARGETS = {
         "sequence": 4,
         "compress": 20,
         "compare": 5,
+        "claims": 16,
     },
 }
 # Models that a target needs and does not evaluate: the demo has, or it compares others.
@@ -230,6 +232,20 @@ def test_mini_librispeech_splits_from_the_public_layout(recipe: Path, tmp_path: 
         speakers_of[name] = {speaker_of(cut) for cut in cuts}
         assert {text_of(cut) for cut in cuts} == {"as you know"}
     assert speakers_of == {"train": {"1088", "3272"}, "dev": {"1737", "32"}, "test": {"84"}}
+
+
+@pytest.mark.parametrize("recipe", ["minilibrispeech"], indirect=True)
+def test_training_from_nothing_also_hears_the_training_texts_in_short(recipe: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", 12)
+    written = tmp_path / "clauses.txt"
+    done = script("minilibrispeech/clauses.py", corpus, "--words", 4, "--out", written)
+    assert done.returncode == 0, done.stderr
+    texts = [text_of(cut).split() for cut in open_cuts(corpus)]
+    assert {len(text) for text in texts} >= {2, 3, 5}  # too short, as it is, and a fifth word that is left out
+    assert written.read_text().splitlines() == [" ".join(text[:4]) for text in texts if len(text) >= 3]
+    for target in ("exp/backbone/done", "exp/conformer/done", "exp/student/done"):
+        trained = [line for line in make(recipe, "-n", target).stdout.splitlines() if " train-backbone " in line]
+        assert trained and all("'data.also=[data/spoken/train.jsonl.gz]'" in line for line in trained[-1:])
 
 
 def test_fsdd_splits_from_the_public_layout(tmp_path: Path) -> None:
