@@ -23,7 +23,6 @@ from torch import Tensor
 from asrkit.data.cut_table import CutTable
 from asrkit.data.features import NUM_MEL_BINS, fbank, resample
 from asrkit.data.manifest_schema import check_source
-from asrkit.data.parallel import cores, in_processes, may_fork
 from asrkit.data.shar import loaded
 from asrkit.errors import UserError, clip
 from asrkit.frames import FRAME_SHIFT, SAMPLE_RATE, count_features
@@ -32,7 +31,7 @@ TOLERANCE = 0.02  # seconds a file may be shorter than its manifest says, as dec
 SILENCE_PEAK = 1e-3  # -60 dBFS
 FBANKS = ("kaldi-fbank", "kaldifeat-fbank", "fbank")  # what lhotse calls Kaldi's log-mel features
 FRAME_TOLERANCE = 2  # feature frames
-MANY = 50_000  # cuts, from which on the statistics of features are computed by all cores
+MANY = 50_000  # cuts, of which fewer are looked at for the statistics of features
 
 set_current_audio_backend(LibsndfileBackend())
 
@@ -245,28 +244,29 @@ def _other_kind(manifest: Features) -> str | None:
     return None
 
 
-def feature_statistics(table: CutTable, skip_bad: bool = False, max_cuts: int = 2000) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each mel bin over (at most, evenly spread) ``max_cuts`` cuts: (80,), (80,).
+def feature_statistics(table: CutTable, skip_bad: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each mel bin over some cuts, evenly spread: (80,), (80,).
+
+    Of many cuts fewer are taken, so that a training starts soon: 500 utterances are an hour of speech.
 
     Raises:
         CutError: a cut that cannot be read, unless ``skip_bad``; none that can.
     """
-    rows = np.unique(np.linspace(0, len(table) - 1, min(max_cuts, len(table))).astype(int)).tolist()
-
-    def sums(row: int) -> tuple[int, Tensor, Tensor] | None:
+    most = 2000 if len(table) < MANY else 500
+    rows = np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).astype(int))
+    count = 0
+    total = torch.zeros(NUM_MEL_BINS, dtype=torch.float64)
+    squares = torch.zeros(NUM_MEL_BINS, dtype=torch.float64)
+    for row in rows.tolist():
         try:
             features = cut_features(table[row]).double()
         except CutError:
             if not skip_bad:
                 raise
-            return None
-        return len(features), features.sum(0), features.square().sum(0)
-
-    count, total, squares = 0, *torch.zeros(2, NUM_MEL_BINS, dtype=torch.float64)
-    # Added in order, so that the result does not depend on the number of processes.
-    for summed in in_processes(sums, rows, cores() if len(table) >= MANY and may_fork() else 1):
-        if summed is not None:
-            count, total, squares = count + summed[0], total + summed[1], squares + summed[2]
+            continue
+        count += len(features)
+        total += features.sum(0)
+        squares += features.square().sum(0)
     if not count:
         raise CutError(table[0].id, "unreadable", "nor can any other cut be read; run `asrkit data check`")
     mean = total / count

@@ -377,3 +377,16 @@ def test_errors_of_loader_processes_stay_one_line(workers: int) -> None:
     with pytest.raises(UserError) as caught:
         BatchStream(_Broken(), [0], workers, torch.device("cpu"))[0]  # type: ignore[arg-type]
     assert caught.value.lines == ("cut x: gone",)
+
+
+def test_the_end_of_another_process_is_named() -> None:
+    from asrkit.training.distributed import peers_named
+
+    gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:9878"
+    with (
+        pytest.raises(UserError, match=r"another process of this training has ended .*go on from the last save"),
+        peers_named(),
+    ):
+        raise RuntimeError(gloo)
+    with pytest.raises(RuntimeError, match="shapes do not match"), peers_named():
+        raise RuntimeError("shapes do not match")
