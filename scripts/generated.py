@@ -1,4 +1,4 @@
-"""What is generated and checked in: the option tables of the documents, and the list of commands, options and settings.
+"""What is generated and checked in: cli/settings.json, the option tables of the documents, and the list of commands, options and settings.
 
     python scripts/generated.py            write them (make generated)
     python scripts/generated.py --check    exit with 1 and show the differences, if there are any
@@ -26,7 +26,7 @@ from typer.models import ArgumentInfo
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is installed
 
 from asrkit.cli import app
-from asrkit.cli.settings import SETTINGS, listing
+from asrkit.cli.settings import DESCRIBED, SETTINGS, described, listing
 from asrkit.reporting.settings import values
 
 ROOT = Path(__file__).parents[1]
@@ -79,8 +79,15 @@ def _options(function: Any) -> Iterator[str]:
 
 def main() -> None:
     """Write, or check."""
+    changed = update({DESCRIBED: described()})  # first: the others are made of it
     documents = {path: with_tables(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "docs").glob("*.md"))}
-    wanted = {**documents, ROOT / "tests" / "golden" / "cli.txt": interface()}
+    changed |= update({**documents, ROOT / "tests" / "golden" / "cli.txt": interface()})
+    if changed and "--check" in sys.argv:
+        sys.exit("these are generated and have changed; if that is meant, run `make generated` and commit the result")
+
+
+def update(wanted: dict[Path, str]) -> bool:
+    """Write the files that are not as wanted, or show how they differ; whether there are any."""
     changed = False
     for path, text in wanted.items():
         present = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -99,8 +106,7 @@ def main() -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"{name}: written")
-    if changed and "--check" in sys.argv:
-        sys.exit("these are generated and have changed; if that is meant, run `make generated` and commit the result")
+    return changed
 
 
 if __name__ == "__main__":
