@@ -1,5 +1,5 @@
-"""What is generated and checked in: the option tables of the documents, the list of commands, options and settings, and the
-table of claims (scripts/claims.py).
+"""What is generated and checked in: cli/settings.json, the option tables of the documents, the list of commands, options and settings,
+and the table of claims (scripts/claims.py).
 
     python scripts/generated.py            write them (make generated)
     python scripts/generated.py --check    exit with 1 and show the differences, if there are any
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is
 from claims import with_claims
 
 from asrkit.cli import app
-from asrkit.cli.settings import SETTINGS, listing
+from asrkit.cli.settings import DESCRIBED, SETTINGS, described, listing
 from asrkit.reporting.settings import values
 
 ROOT = Path(__file__).parents[1]
@@ -83,11 +83,18 @@ def _options(function: Any) -> Iterator[str]:
 
 def main() -> None:
     """Write, or check."""
+    changed = update({DESCRIBED: described()})  # first: the others are made of it
     documents = {
         path: with_claims(with_tables(path.read_text(encoding="utf-8")))
         for path in sorted((ROOT / "docs").glob("*.md"))
     }
-    wanted = {**documents, ROOT / "tests" / "golden" / "cli.txt": interface()}
+    changed |= update({**documents, ROOT / "tests" / "golden" / "cli.txt": interface()})
+    if changed and "--check" in sys.argv:
+        sys.exit("these are generated and have changed; if that is meant, run `make generated` and commit the result")
+
+
+def update(wanted: dict[Path, str]) -> bool:
+    """Write the files that are not as wanted, or show how they differ; whether there are any."""
     changed = False
     for path, text in wanted.items():
         present = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -106,8 +113,7 @@ def main() -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"{name}: written")
-    if changed and "--check" in sys.argv:
-        sys.exit("these are generated and have changed; if that is meant, run `make generated` and commit the result")
+    return changed
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +13,8 @@ import typer
 from asrkit.cli import plugins
 from asrkit.cli.options import output
 
-# By command, the class of its settings, which would import torch here.
+# By command, the class of its settings, which would import torch here. What can be set is in settings.json, which `make generated`
+# writes, so that `asrkit config` answers at once.
 SETTINGS = {
     "pretrain": "asrkit.methods.pretraining:PretrainConfig",
     "train-backbone": "asrkit.stages.train_backbone:TrainBackboneConfig",
@@ -27,6 +30,7 @@ SETTINGS = {
     "align": "asrkit.stages.align:AlignConfig",
     "train-lm": "asrkit.stages.train_lm:TrainLmConfig",
 }
+DESCRIBED = Path(__file__).with_name("settings.json")
 Format = StrEnum("Format", ["table", "yaml", "json", "markdown"])
 
 
@@ -98,7 +102,11 @@ def listing(stage: str, key: str | None, format: str, everything: bool) -> str:
     """The settings of a stage, or those under ``key``, as text."""
     from asrkit.reporting import settings as report
 
-    listed = report.select(report.describe(settings_class(stage)), key, everything)
+    if stage in SETTINGS:
+        settings = [report.Setting(**one) for one in json.loads(DESCRIBED.read_text(encoding="utf-8"))[stage]]
+    else:
+        settings = report.describe(settings_class(stage))
+    listed = report.select(settings, key, everything)
     if format == "json":
         return report.as_json(listed)
     if format == "markdown":
@@ -106,3 +114,13 @@ def listing(stage: str, key: str | None, format: str, everything: bool) -> str:
     if format == "yaml":
         return report.as_yaml(listed, f"Settings of asrkit {stage}, with their defaults")
     return report.as_table(listed)
+
+
+def described() -> str:
+    """Content of settings.json: every setting of every command of SETTINGS."""
+    from dataclasses import asdict
+
+    from asrkit.reporting.settings import describe
+
+    content = {stage: [asdict(setting) for setting in describe(settings_class(stage))] for stage in SETTINGS}
+    return json.dumps(content, indent=0, ensure_ascii=False) + "\n"

@@ -117,7 +117,7 @@ def simple_loss(
     am_scale). The posteriors, of the symbol and the blank arcs, carry no gradient.
     """
     with _no_autocast(encoder_logits):
-        encoder_logits, predictor_logits = _full_precision(encoder_logits), _full_precision(predictor_logits)
+        encoder_logits, predictor_logits = full_precision(encoder_logits), full_precision(predictor_logits)
         if _use_k2(backend, encoder_logits.shape[1], symbols.shape[1]):
             k2 = _k2()
 
@@ -211,7 +211,7 @@ def pruned_loss(
             k2 = _k2()
 
             options = _k2_options(encoder_out_lens, symbol_lens)
-            return k2.rnnt_loss_pruned(_full_precision(logits), symbols, ranges, rnnt_type=topology, **options)
+            return k2.rnnt_loss_pruned(full_precision(logits), symbols, ranges, rnnt_type=topology, **options)
         px, py = arc_log_probs(logits, symbols, ranges)
         starts = ranges[:, :, 0]
         return -_LatticeSum.apply(px, py, starts, symbols.shape[1], encoder_out_lens, symbol_lens, topology)[0]
@@ -240,7 +240,7 @@ def full_loss(
             k2 = _k2()
 
             options = _k2_options(encoder_out_lens, symbol_lens)
-            return k2.rnnt_loss(_full_precision(logits), symbols, rnnt_type=topology, **options)
+            return k2.rnnt_loss(full_precision(logits), symbols, rnnt_type=topology, **options)
         targets = F.pad(symbols, (0, 1), value=BLANK).unsqueeze(1).expand(-1, logits.shape[1], -1)
         px, py = _ArcLogProbs.apply(logits, targets)
         return arc_loss(px, py, encoder_out_lens, symbol_lens, topology)
@@ -260,20 +260,12 @@ def _simple_log_probs(
     """Return px and py (B, T, U + 1) of the joiner that adds logits; px of the last position is unused."""
     # k2 adds the smallest float; a bound with room for its reciprocal keeps the gradients finite as well
     floor = 1e6 * torch.finfo(encoder_logits.dtype).tiny
-    enc = encoder_logits - encoder_logits.detach().amax(2, keepdim=True)
-    pred = predictor_logits - predictor_logits.detach().amax(2, keepdim=True)
-    enc_probs, pred_probs = enc.exp(), pred.exp()
-    # the normalizer of all T x U sums of logits as a product of matrices: only (B, T, U + 1) in memory
-    norm = (enc_probs @ pred_probs.transpose(1, 2)).clamp(min=floor).log()
-
     targets = F.pad(symbols, (0, 1), value=BLANK)
-    enc_symbol = enc.gather(2, targets.unsqueeze(1).expand(-1, enc.shape[1], -1))
+    norm, enc_symbol = _AddedLogits.apply(encoder_logits, predictor_logits, targets, floor)
     enc_blank = enc_symbol[:, :, -1:]
-    pred_symbol = pred.gather(2, targets.unsqueeze(2)).transpose(1, 2)
-    pred_blank = pred[:, :, BLANK].unsqueeze(1)
-
-    pred_sums = pred_probs.sum(2, keepdim=True)
-    pred_norm = pred_sums.log().transpose(1, 2)
+    pred_symbol = predictor_logits.gather(2, targets.unsqueeze(2)).transpose(1, 2)
+    pred_blank = predictor_logits[:, :, BLANK].unsqueeze(1)
+    pred_norm = predictor_logits.logsumexp(2).unsqueeze(1)
     sum_scale = 1.0 - lm_scale - am_scale
     px = sum_scale * (enc_symbol - norm) + ((sum_scale + lm_scale) * pred_symbol - lm_scale * pred_norm)
     py = sum_scale * (enc_blank - norm) + ((sum_scale + lm_scale) * pred_blank - lm_scale * pred_norm)
@@ -281,12 +273,39 @@ def _simple_log_probs(
         return px, py
 
     # as in k2, the predictor's average is over the batch with its padding; in the paper over the utterance
-    unigram = (pred_probs / pred_sums).mean((0, 1)).clamp(min=floor)
-    enc_norm = (enc_probs @ unigram).log().unsqueeze(2)
+    unigram = predictor_logits.softmax(2).mean((0, 1)).clamp(min=floor)
+    most = encoder_logits.detach().amax(2, keepdim=True)
+    enc_norm = ((encoder_logits - most).exp() @ unigram).log().unsqueeze(2) + most
     log_unigram = unigram.log()
     px = px + am_scale * (enc_symbol - enc_norm + log_unigram[targets].unsqueeze(1))
     py = py + am_scale * (enc_blank - enc_norm + log_unigram[BLANK])
     return px, py
+
+
+class _AddedLogits(torch.autograd.Function):
+    """The joiner that adds logits: its normalizers, and the encoder's logits of the targets."""
+
+    @staticmethod
+    def forward(ctx: Any, enc: Tensor, pred: Tensor, targets: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+        """enc (B, T, V), pred (B, U + 1, V), targets (B, U + 1) -> log-sum-exp over V of their sums, and enc at targets: (B, T, U + 1).
+
+        The normalizer of all T x U sums is a product of matrices: only (B, T, U + 1) in memory.
+        """
+        enc_most, pred_most = enc.amax(2, keepdim=True), pred.amax(2, keepdim=True)
+        enc_probs, pred_probs = (enc - enc_most).exp_(), (pred - pred_most).exp_()
+        sums = enc_probs @ pred_probs.transpose(1, 2)
+        index = targets.unsqueeze(1).expand(-1, enc.shape[1], -1)
+        ctx.save_for_backward(enc_probs, pred_probs, sums, index)
+        ctx.floor = floor
+        norm = sums.clamp(min=floor).log_().add_(enc_most).add_(pred_most.transpose(1, 2))
+        return norm, enc.gather(2, index)
+
+    @staticmethod
+    def backward(ctx: Any, norm_grad: Tensor, symbol_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        enc_probs, pred_probs, sums, index = ctx.saved_tensors
+        shares = (norm_grad / sums).masked_fill_(sums < ctx.floor, 0.0)
+        enc_grad = (shares @ pred_probs).mul_(enc_probs).scatter_add_(2, index, symbol_grad)
+        return enc_grad, (shares.transpose(1, 2) @ enc_probs).mul_(pred_probs), None, None
 
 
 class _ArcLogProbs(torch.autograd.Function):
@@ -296,10 +315,10 @@ class _ArcLogProbs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """logits (B, T, S, V), targets (B, T, S) -> px and py (B, T, S), float32 or float64."""
         rows, index = logits.flatten(0, 2), targets.reshape(-1, 1)
-        norm = torch.cat([_full_precision(rows[block]).logsumexp(1) for block in row_blocks(rows)])
+        norm = torch.cat([full_precision(rows[block]).logsumexp(1) for block in row_blocks(rows)])
         ctx.save_for_backward(logits, targets, norm)
-        px = _full_precision(rows.gather(1, index)).squeeze(1) - norm
-        py = _full_precision(rows[:, BLANK]) - norm
+        px = full_precision(rows.gather(1, index)).squeeze(1) - norm
+        py = full_precision(rows[:, BLANK]) - norm
         return px.view_as(targets), py.view_as(targets)
 
     @staticmethod
@@ -309,11 +328,14 @@ class _ArcLogProbs(torch.autograd.Function):
         px_grad, py_grad, norm = px_grad.reshape(-1, 1), py_grad.reshape(-1, 1), norm.unsqueeze(1)
         either = -(px_grad + py_grad)
         grad = torch.empty_like(rows)
+        own = grad.dtype == norm.dtype  # then a block is computed where it belongs
         for block in row_blocks(rows):
-            part = (_full_precision(rows[block]) - norm[block]).exp_().mul_(either[block])
+            part = torch.sub(rows[block], norm[block], out=grad[block] if own else None)
+            part.exp_().mul_(either[block])
             part.scatter_add_(1, index[block], px_grad[block])
             part[:, BLANK : BLANK + 1] += py_grad[block]
-            grad[block] = part
+            if not own:
+                grad[block] = part
         return grad.view(logits.shape), None
 
 
@@ -455,7 +477,8 @@ def _k2_options(encoder_out_lens: Tensor, symbol_lens: Tensor) -> dict[str, Any]
     return {"termination_symbol": BLANK, "boundary": boundary, "reduction": "none"}
 
 
-def _full_precision(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 

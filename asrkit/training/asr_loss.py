@@ -10,11 +10,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from asrkit.config import Advanced, NonNegative, config
 from asrkit.data.batch import Batch
 from asrkit.errors import UserError
+from asrkit.losses.ctc import ctc_loss
 from asrkit.losses.distillation import Classes, delayed, node_divergence
 from asrkit.losses.transducer import (
     Backend,
@@ -203,14 +203,7 @@ def _ctc_losses(model: AsrModel, batch: Batch, encoder_out: Tensor, encoder_out_
     """CTC loss of each utterance, (B,), 0 if it has no alignment; and whether it has one, (B,) bool."""
     repeats = (batch.symbols[:, 1:] == batch.symbols[:, :-1]) & (batch.symbols[:, 1:] != model.blank)
     possible = encoder_out_lens >= batch.symbol_lens + repeats.sum(1)
-    losses = F.ctc_loss(
-        model.ctc_log_probs(encoder_out).transpose(0, 1),
-        batch.symbols,
-        encoder_out_lens,
-        batch.symbol_lens,
-        reduction="none",
-        zero_infinity=True,
-    )
+    losses = ctc_loss(model.ctc_head(encoder_out), batch.symbols, encoder_out_lens, batch.symbol_lens)
     return losses, possible
 
 

@@ -19,13 +19,17 @@ import torch.distributed
 from torch import Tensor
 
 from asrkit.devices import choose_device
-from asrkit.errors import UserError
+from asrkit.errors import UserError, clip
 
 T = TypeVar("T")
 
 # How long processes wait for each other. The main process may measure, hash or check for hours while the others wait. If one
 # dies, torchrun ends them all.
 TIMEOUT = timedelta(days=7)
+LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),  # gloo
+    *("ncclRemoteError", "NCCL communicator was aborted"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,29 @@ def join_world(device: str) -> Iterator[World]:
         return
     torch.distributed.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield World(rank, size, torch_device)
-        torch.distributed.barrier()
+        with peers_named():
+            yield World(rank, size, torch_device)
+            torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def peers_named() -> Iterator[None]:
+    """Say what happened where another process of the training has ended, which torch tells by what its library met.
+
+    Raises:
+        UserError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST):
+            raise
+        raise UserError(
+            f"another process of this training has ended ({clip(error, 100)}); its own output says why. Run the same command again, "
+            "everywhere, to go on from the last save; fewer processes may take over, if they share its batches per step evenly"
+        ) from error
 
 
 def _from_torchrun(name: str, default: int) -> int:

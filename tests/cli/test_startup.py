@@ -61,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", [["--help"], ["config"], ["info", "RUN"], ["info", "RUN", "--json"], ["summary", "RUN"], ["submodel", "list", "RUN"]]
+    "command", [["--help"], ["config"], ["config", "train-backbone"], ["info", "RUN"], ["info", "RUN", "--json"], ["summary", "RUN"], ["submodel", "list", "RUN"]]
 )  # fmt: skip
 def test_commands_that_only_look_import_neither_torch_nor_lhotse(run: Path, command: list[str]) -> None:
     arguments = [str(run) if word == "RUN" else word for word in command]

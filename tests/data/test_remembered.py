@@ -11,6 +11,8 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lhotse.cut import Cut
+from torch import Tensor
 
 from asrkit.data import checks, manifests, remembered
 from asrkit.data.bucketing import BucketPlan
@@ -86,9 +88,21 @@ def test_a_cache_that_cannot_be_written_changes_nothing(manifest: Path, monkeypa
     assert [_opened(manifest, monkeypatch)[1] for _ in range(2)] == [COUNT, COUNT]
 
 
+def _noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of cuts whose audio is read from now on."""
+    read: list[str] = []
+    real = checks.read_samples
+
+    def noted(cut: Cut) -> Tensor:
+        read.append(cut.id)
+        return real(cut)
+
+    monkeypatch.setattr(checks, "read_samples", noted)
+    return read
+
+
 def test_audio_is_read_once_until_it_changes(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
-    monkeypatch.setattr(checks, "read_samples", lambda cut, real=checks.read_samples: read.append(cut.id) or real(cut))
+    read = _noted_reads(monkeypatch)
     table = open_cuts(manifest)
     path = Path(table[3].recording.sources[0].source)
     assert find_bad_cuts(table, read_audio=True) == [] and len(read) == COUNT
@@ -104,8 +118,7 @@ def test_audio_is_read_once_until_it_changes(manifest: Path, monkeypatch: pytest
 
 
 def test_only_some_cuts_of_a_large_manifest_are_read(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
-    monkeypatch.setattr(checks, "read_samples", lambda cut, real=checks.read_samples: read.append(cut.id) or real(cut))
+    read = _noted_reads(monkeypatch)
     assert find_bad_cuts(open_cuts(manifest), read_audio=True, first=3) == []
     assert read == ["train-0", "train-5", "train-11"]
 

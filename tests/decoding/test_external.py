@@ -219,7 +219,9 @@ def test_the_yardstick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = asrkit("summary", directory, "--out", "summary.json")
     (row,) = json.loads((tmp_path / "summary.json").read_text())
     assert (row["stage"], row["bytes"], row["seconds"]) == ("whisper:tiny.en", result["model_bytes"], None), summary
-    assert "none of these: --chunk" in asrkit("evaluate", "--from", WHISPER, "--manifest", "test.jsonl.gz", "--chunk", 4, code=1)
+    assert "none of these: --chunk" in asrkit(
+        "evaluate", "--from", WHISPER, "--manifest", "test.jsonl.gz", "--chunk", 4, code=1
+    )
     french = [
         make_cut(
             "f", tmp_path / "0.wav", sampling_rate=SAMPLE_RATE, num_samples=len(speech(0)), text="oui", language="fr"

@@ -67,6 +67,7 @@ def unlabeled(folder: Path) -> None:
         ("sequence-train", {"sequence-train", "evaluate"}),
         ("asynchronous-training", {"sequence-train"}),
         ("align", {"align"}),
+        ("scaling", {"data", "evaluate", "align"}),
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
         ("report", {"train-backbone", "quantize", "evaluate", "report"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),

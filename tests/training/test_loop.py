@@ -404,3 +404,16 @@ def test_a_terminal_shows_one_screen(uninterrupted: Path, corpus: Path, tmp_path
     )
     assert "s of audio a second" in last and "step 20: dev WER" in text
     assert rows(out) == rows(uninterrupted)
+
+
+def test_the_end_of_another_process_is_named() -> None:
+    from asrkit.training.distributed import peers_named
+
+    gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:9878"
+    with (
+        pytest.raises(UserError, match=r"another process of this training has ended .*go on from the last save"),
+        peers_named(),
+    ):
+        raise RuntimeError(gloo)
+    with pytest.raises(RuntimeError, match="shapes do not match"), peers_named():
+        raise RuntimeError("shapes do not match")
