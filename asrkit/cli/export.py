@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from asrkit.cli.fusion import LmScale, LodrScale, Tuned, fusion_options
 from asrkit.cli.options import io
 
 if TYPE_CHECKING:
@@ -60,6 +61,16 @@ def export(
         str | None,
         of_model(help="Language the files recognize, of a model with a language input.", show_default=False),
     ] = None,
+    lm: Annotated[
+        Path | None,
+        io("--lm", help="Network of train-lm for the client's beam search: written as lm.onnx. In streaming an LSTM."),
+    ] = None,
+    lm_scale: LmScale = None,
+    lodr: Annotated[
+        Path | None, io("--lodr", help="Low-order n-gram that the client subtracts beside --lm: written as lodr.fst.")
+    ] = None,
+    lodr_scale: LodrScale = None,
+    tuned: Tuned = None,
     format: Annotated[
         Format, of_file(help="onnx, for sherpa-onnx, or torchscript, for libtorch, in float32.")
     ] = Format.onnx,
@@ -80,6 +91,8 @@ def export(
 
         asrkit export --from exp/near --streaming --chunk 16 --left 64 --out exp/onnx-streaming
 
+        asrkit export --from exp/near --lm exp/lm-bpe --lm-scale 0.3 --out exp/onnx-lm
+
         asrkit export --from exp/sparse-int4 --report data/prompts/test.jsonl.gz --pack model.tar --out exp/onnx-int4
 
     The directory holds a transducer (encoder, decoder, joiner), the same encoder with CTC, tokens.txt, README.md with the
@@ -88,6 +101,8 @@ def export(
     """
     from asrkit.stages.export import export as run_export
 
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale}
+    beam, request = fusion_options(tuned, None, False, {"lm": lm, "lodr": lodr}, scales)
     directory = out.absolute()  # --out . is replaced, and then no path begins there
     exported = run_export(
         run,
@@ -103,6 +118,8 @@ def export(
         report=report,
         pack=pack,
         license=license,
+        fusion=request,
+        beam=beam,
         warn=lambda line: typer.echo(f"warning: {line}", err=True),
     )
     _print(exported, out, None if report is None else json.loads((directory / "report.json").read_text()))

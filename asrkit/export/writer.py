@@ -30,6 +30,7 @@ from asrkit.export.directory import (
 from asrkit.export.graphs import graphs
 from asrkit.export.integers import OPSET
 from asrkit.export.layers import QUANTIZED, describe_layers, multiplies_two_bits, part_records
+from asrkit.export.lm import LmPlan, write_language_models
 from asrkit.export.onnx_file import write_onnx
 from asrkit.export.readme import describe
 from asrkit.export.script import write_script
@@ -46,7 +47,8 @@ Tensors = dict[str, dict[str, int] | None]  # by file: bytes by part of the mode
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the user asked of the files, but for where they go. ``report``: the manifest to measure on."""
+    """What the user asked of the files, but for where they go. ``report``: the manifest to measure on. ``lm``: the paths and scales of
+    language models."""
 
     variant: str | None = None
     streaming: bool = False
@@ -58,6 +60,7 @@ class ExportOptions:
     format: Format = "onnx"
     report: str | None = None
     license: str | None = None
+    lm: dict[str, Any] | None = None
 
     @property
     def dense(self) -> bool:
@@ -76,6 +79,8 @@ class ExportOptions:
             findings.append(
                 f"--quantize {self.quantize}: makes integer inputs, which only ONNX integers can express; drop {option}"
             )
+        if self.lm is not None and self.format != "onnx":
+            findings.append("--lm: sherpa-onnx, which decodes with it, takes ONNX files only; drop --format")
         if pack is not None:
             if pack.exists():
                 findings.append(f"{pack}: exists; choose another --pack or remove it")
@@ -102,6 +107,7 @@ class ExportPlan:
     layers: dict[str, CompressedLinear]
     written: dict[str, CompressedLinear]
     state_size: int
+    lm: LmPlan | None = None
 
 
 def write_files(plan: ExportPlan, directory: Path) -> Tensors:
@@ -124,6 +130,8 @@ def write_files(plan: ExportPlan, directory: Path) -> Tensors:
     tokenizer = Tokenizer.load(plan.run.tokenizer_path)
     tokenizer.copy_to(directory / TOKENIZER)
     tokenizer.write_scores(directory / BPE_VOCAB)
+    if plan.lm is not None:
+        tensors |= dict.fromkeys(write_language_models(plan.lm, plan.context.streaming, comment, directory))
     return tensors
 
 
@@ -154,6 +162,7 @@ def write_record(plan: ExportPlan, directory: Path, tensors: Tensors, parity: Pa
         client=TWO_BITS_CLIENT if any(map(multiplies_two_bits, plan.written.values())) else None,
         run=RunRecord(path=str(plan.run.path), weights_sha256=plan.weights_sha256, lineage=plan.run.lineage),
         license=options.license,
+        lm=None if plan.lm is None else plan.lm.record,
         versions=_versions(),
         options=asdict(options),
     )

@@ -43,7 +43,7 @@ if not job["streaming"]:
     make = sherpa_onnx.OfflineRecognizer
     recognizer = (
         make.from_zipformer_ctc(model=job["path"] + "/ctc.onnx", **shared) if method is None
-        else make.from_transducer(**files, **shared, decoding_method=method)
+        else make.from_transducer(**files, **shared, decoding_method=method, **job["options"])
     )
     streams = accept(recognizer)
     recognizer.decode_streams(streams)
@@ -53,7 +53,7 @@ else:
     endpoint = {"enable_endpoint_detection": True, "rule3_min_utterance_length": 0.6} if job["endpoint"] else {}
     recognizer = (
         make.from_zipformer2_ctc(model=job["path"] + "/ctc.onnx", **shared, **endpoint) if method is None
-        else make.from_transducer(**files, **shared, **endpoint, decoding_method=method)
+        else make.from_transducer(**files, **shared, **endpoint, decoding_method=method, **job["options"])
     )
     streams = accept(recognizer)
     for stream in streams:
@@ -75,14 +75,20 @@ print(json.dumps(found))
 """
 
 
-def client(path: Path, audio: list[Path], method: Method, endpoint: bool = False) -> Any:
+def client(path: Path, audio: list[Path], method: Method, endpoint: bool = False, **options: Any) -> Any:
     """What sherpa-onnx finds: (tokens, seconds) of each recording, or the number of endpoints.
 
-    In a process of its own: a model it does not like ends the process.
+    In a process of its own: a model it does not like ends the process. ``options``: further ones of a transducer's recognizer.
     """
     pytest.importorskip("sherpa_onnx", reason="needs sherpa-onnx, which runs what is exported")
     context = open_exported(path).parsed_context
-    job = {"path": str(path), "audio": [str(file) for file in audio], "method": method, "endpoint": endpoint}
+    job = {
+        "path": str(path),
+        "audio": [str(file) for file in audio],
+        "method": method,
+        "endpoint": endpoint,
+        "options": options,
+    }
     job |= {"streaming": context.streaming, "tail": 0.0 if context.chunk is None else tail_seconds(context.chunk)}
     done = subprocess.run([sys.executable, "-c", CLIENT], input=json.dumps(job), capture_output=True, text=True)
     assert done.returncode == 0, f"{done.returncode}\n{done.stderr}"

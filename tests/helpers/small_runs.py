@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from asrkit.config import from_dict
-from asrkit.data.text.tokenizer import train_tokenizer
+from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.models.registry import build, write_model
-from asrkit.models.spec import PretrainedEncoderSpec
+from asrkit.models.spec import LmSpec, PretrainedEncoderSpec
 from asrkit.run_dir import CONFIG, LINEAGE, TOKENIZER, WEIGHTS, digests_of, write_yaml
 from asrkit.training.checkpoint import save_weights
 
@@ -83,3 +83,20 @@ def noise(random: np.random.Generator, num_samples: int) -> np.ndarray:
     """Noise whose loudness wanders, so that frames differ."""
     loudness = np.repeat(random.uniform(0.001, 0.5, num_samples // 400 + 1), 400)[:num_samples]
     return (loudness * random.uniform(-1, 1, num_samples)).astype(np.float32)
+
+
+def write_lm_run(path: Path, recognizer: Path, architecture: str = "lstm", seed: int = 0) -> Path:
+    """Write the run directory of an untrained language model with strong opinions, of the tokens of the run ``recognizer``."""
+    tokenizer = Tokenizer(recognizer / TOKENIZER)
+    shape = {"architecture": architecture, "dim": 16, "num_layers": 2, "heads": 2}
+    spec = from_dict(LmSpec, {"unit": "bpe", "vocab_size": tokenizer.vocab_size, "shape": shape}, "test")
+    torch.manual_seed(seed)
+    model = build(spec)
+    with torch.no_grad():
+        model.out.weight.mul_(10.0)
+    write_yaml(path / CONFIG, {"stage": "train-lm"})
+    write_model(path, spec)
+    tokenizer.copy_to(path / TOKENIZER)
+    save_weights(path / WEIGHTS, model)
+    write_yaml(path / LINEAGE, [{"stage": "train-lm", "metrics": {}, **digests_of(path)}])
+    return path
