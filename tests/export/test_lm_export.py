@@ -24,47 +24,25 @@ from asrkit.decoding.search import search
 from asrkit.errors import UserError
 from asrkit.models import load_model
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import LINEAGE, TOKENIZER, WEIGHTS, digests_of, open_run, read_yaml, write_yaml
-from asrkit.training.checkpoint import save_weights
+from asrkit.run_dir import TOKENIZER, open_run
 from helpers.commands import asrkit
 from helpers.sherpa_client import client
-from helpers.small_runs import TEXTS, noise, write_lm_run, write_run
+from helpers.small_runs import TEXTS, noise, write_lm_run, write_unsure_run
 
 pytest.importorskip("onnx", reason="needs the extra `export`")
 pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 
 from asrkit.export.directory import LmRecord, open_exported
-from asrkit.export.parity import random_log_mel
 from asrkit.export.readme import client_lodr_scale, tail_seconds
 from asrkit.stages.export import export
 
 CHUNK = 4
-SHARPNESS, BLANKS = 0.3, 2.0  # of the joiner: unsure enough for what else counts to matter
 TAIL = tail_seconds(CHUNK)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    variants = {"backbone": {"submodels": [], "contexts": ["full", f"chunk={CHUNK},left=0"]}}
-    path = write_run(tmp_path_factory.mktemp("exp") / "run", {"variants": variants, "variant": "backbone"})
-    model = load_model(open_run(path))
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-        model.joiner.out.weight.mul_(SHARPNESS)
-        encoded, _ = model.encode(random_log_mel(model, 200), torch.tensor([200] * 3), "backbone")
-        contexts = torch.randint(1, model.vocab_size, (147, model.context_size))
-        hidden = torch.tanh(
-            model.joiner.project_encoder(encoded).flatten(0, 1)
-            + model.joiner.project_predictor(model.predictor(contexts))
-        )
-        model.joiner.out.bias.copy_(-(model.joiner.out.weight @ hidden.mean(dim=0)))  # so that no token is everywhere
-        model.joiner.out.bias[0] += BLANKS
-        model.joiner.out.bias[Tokenizer(path / TOKENIZER).piece_to_id("▁")] += BLANKS  # hotwords begin with it
-    save_weights(path / WEIGHTS, model)
-    write_yaml(path / LINEAGE, [read_yaml(path / LINEAGE)[-1] | digests_of(path)])
-    return path
+    return write_unsure_run(tmp_path_factory.mktemp("exp") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +103,7 @@ def fusion_of(run: Path, **options: Any) -> Fusion:
 def test_sherpa_decodes_with_a_language_model_as_we_do(
     run: Path, lm: Path, lodr: Path, audio: list[Path], tmp_path: Path, streaming: bool, with_lodr: bool
 ) -> None:
-    how = FusionConfig(
-        lm_scale=0.6 if streaming else 8.0, lodr_scale=0.4, lm_use="fusion" if streaming else "rescore"
-    )
+    how = FusionConfig(lm_scale=0.6 if streaming else 8.0, lodr_scale=0.4, lm_use="fusion" if streaming else "rescore")
     request = FusionRequest(how, lm=lm, lodr=lodr if with_lodr else None)
     out = tmp_path / "onnx"
     export(run, out, streaming=streaming, fusion=request)
