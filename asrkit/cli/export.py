@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from asrkit.cli.fusion import LmScale, LodrScale, Tuned, fusion_options
 from asrkit.cli.options import io
 
 if TYPE_CHECKING:
@@ -64,6 +65,16 @@ def export(  # long: a parameter for each option
         Path | None, of_model(help="Decoding graph for CTC, by `asrkit graph`, that the client searches over.")
     ] = None,
     graph_scale: Annotated[float, of_model(min=0.0, help="Weight of the language model in the graph.")] = 1.0,
+    lm: Annotated[
+        Path | None,
+        io("--lm", help="Network of train-lm for the client's beam search: written as lm.onnx. In streaming an LSTM."),
+    ] = None,
+    lm_scale: LmScale = None,
+    lodr: Annotated[
+        Path | None, io("--lodr", help="Low-order n-gram that the client subtracts beside --lm: written as lodr.fst.")
+    ] = None,
+    lodr_scale: LodrScale = None,
+    tuned: Tuned = None,
     format: Annotated[
         Format, of_file(help="onnx, for sherpa-onnx, or torchscript, for libtorch, in float32.")
     ] = Format.onnx,
@@ -84,6 +95,8 @@ def export(  # long: a parameter for each option
 
         asrkit export --from exp/near --streaming --chunk 16 --left 64 --out exp/onnx-streaming
 
+        asrkit export --from exp/near --lm exp/lm-bpe --lm-scale 0.3 --out exp/onnx-lm
+
         asrkit export --from exp/sparse-int4 --report data/prompts/test.jsonl.gz --pack model.tar --out exp/onnx-int4
 
         asrkit export --from exp/backbone --graph exp/hlg --graph-scale 0.5 --out exp/onnx-graph
@@ -94,6 +107,8 @@ def export(  # long: a parameter for each option
     """
     from asrkit.stages.export import export as run_export
 
+    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale}
+    beam, request = fusion_options(tuned, None, False, {"lm": lm, "lodr": lodr}, scales)
     directory = out.absolute()  # --out . is replaced, and then no path begins there
     exported = run_export(
         run,
@@ -111,6 +126,8 @@ def export(  # long: a parameter for each option
         license=license,
         graph=graph,
         graph_scale=graph_scale,
+        fusion=request,
+        beam=beam,
         warn=lambda line: typer.echo(f"warning: {line}", err=True),
     )
     _print(exported, out, None if report is None else json.loads((directory / "report.json").read_text()))

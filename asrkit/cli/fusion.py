@@ -68,7 +68,7 @@ def fusion_options(
         f"--{'lm-rescore' if key == 'lm_use' else key.replace('_', '-')}: has no effect without --{name}"
         for name, keys in names.items()
         for key in keys
-        if key in settings and parts[name] is None and getattr(base, name) is None
+        if key in settings and parts.get(name) is None and getattr(base, name) is None
     ]
     try:
         resolved = resolve(FusionConfig, defaults=base.settings, options=settings)

@@ -4,6 +4,7 @@ encoder.onnx, decoder.onnx, joiner.onnx   the transducer (.pt as TorchScript)
 ctc.onnx                                  the same encoder with the CTC head
 tokens.txt, tokenizer.model               ids to pieces for the client, text to ids for asrkit
 bpe.vocab                                 pieces and their scores, with which the client splits hotwords
+lm.onnx, lodr.fst                         language models of the client's beam search, with --lm and --lodr
 report.json                               what was measured of it, with --report
 export.yaml                               what it is and where it is from, with the digests of the files above and its own
 README.md                                 the commands that run it, in the form of a model card
@@ -94,6 +95,20 @@ class RunRecord:
 
 
 @config
+class LmRecord:
+    """The language models of a transducer's beam search: path and digest of each, lm and lodr, and their weights.
+
+    uses_lm: whether they count at every token (streaming) or only at the end, as the client does it. beam: hypotheses it keeps.
+    """
+
+    sources: dict[str, dict[str, str]]
+    lm_scale: float
+    lodr_scale: float
+    beam: Positive = 4
+    uses_lm: Literal["fusion", "rescore"]
+
+
+@config
 class Exported:
     """export.yaml.
 
@@ -124,6 +139,7 @@ class Exported:
     client: str | None = None
     run: RunRecord
     license: str | None = None
+    lm: LmRecord | None = None
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from asrkit.export.directory import Exported
+from asrkit.export.directory import Exported, LmRecord
 from asrkit.export.openfst import GRAPH_FST
 from asrkit.frames import FRAME_SHIFT, SUBSAMPLING, count_window
 from asrkit.nn.context import Context
@@ -198,6 +198,30 @@ recognizer = sherpa_onnx.{recognizer}.from_transducer(
 ```
 """
 
+_LM = """
+## Language model
+
+As in the first example, but with this recognizer{when}:
+
+```python
+recognizer = sherpa_onnx.{recognizer}.from_transducer(
+    encoder="encoder.onnx",
+    decoder="decoder.onnx",
+    joiner="joiner.onnx",
+    tokens="tokens.txt",
+    decoding_method="modified_beam_search",
+    max_active_paths={beam},
+    lm="lm.onnx",
+    lm_scale={lm_scale:g},{lodr}
+)
+```
+
+```sh
+{program} --encoder=encoder.onnx --decoder=decoder.onnx --joiner=joiner.onnx --tokens=tokens.txt \\
+    --decoding-method=modified_beam_search --max-active-paths={beam} --lm=lm.onnx --lm-scale={lm_scale:g} {lodr_options}{options}a.wav
+```
+"""
+
 _TAIL = """
 ## asrkit
 
@@ -267,6 +291,7 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
                 padding="",
             )
         text += _HOTWORDS.format(recognizer="OfflineRecognizer", program="sherpa-onnx-offline", options="")
+        text += _language_model(exported, "OfflineRecognizer", "sherpa-onnx-offline", "")
     else:
         tail = tail_seconds(context.chunk)
         text += _client(exported) + _STREAMING.format(
@@ -284,6 +309,7 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
                 padding=padding,
             )
         text += _HOTWORDS.format(recognizer="OnlineRecognizer", program="sherpa-onnx", options=padding)
+        text += _language_model(exported, "OnlineRecognizer", "sherpa-onnx", padding)
     files = (f"| {name} | {record.bytes} | `{record.sha256}` |" for name, record in exported.files.items())
     stages = (f"- {entry.get('stage')}: `{entry.get('command')}`" for entry in exported.run.lineage)
     parts = (f"| {name} | {part.stored} | {part.float32} |" for name, part in exported.parts.items())
@@ -299,6 +325,32 @@ def describe(exported: Exported, measured: Mapping[str, Any] | None = None) -> s
         report="" if measured is None else _measured(measured, context),
         rights=rights,
     )
+
+
+def _language_model(exported: Exported, recognizer: str, program: str, options: str) -> str:
+    """How to decode with lm.onnx; nothing where there is none."""
+    lm = exported.lm
+    if lm is None:
+        return ""
+    scale = client_lodr_scale(lm)
+    subtracts = "lodr" in lm.sources
+    return _LM.format(
+        when="" if lm.uses_lm == "fusion" else "; it weighs the hypotheses that its search ends with",
+        recognizer=recognizer,
+        program=program,
+        options=options,
+        beam=lm.beam,
+        lm_scale=lm.lm_scale,
+        lodr=f'\n    lodr_fst="lodr.fst",\n    lodr_scale={scale:g},' if subtracts else "",
+        lodr_options=f"--lodr-fst=lodr.fst --lodr-scale={scale:g} " if subtracts else "",
+    )
+
+
+def client_lodr_scale(lm: LmRecord) -> float:
+    """What the client calls lodr_scale: it adds, and for whole recordings it multiplies by lm_scale too."""
+    if lm.uses_lm == "fusion" or lm.lm_scale == 0:
+        return -lm.lodr_scale
+    return -lm.lodr_scale / lm.lm_scale
 
 
 def _script(exported: Exported) -> str:

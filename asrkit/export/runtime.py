@@ -34,7 +34,7 @@ class ExportedModel:
         if format == "onnx":
             require("onnxruntime", for_="an exported model")
         self.path, self.state_size, self.format = path, state_size, format
-        open_file = _open_onnx if format == "onnx" else _open_script
+        open_file = open_onnx if format == "onnx" else _open_script
         self.programs = {file: open_file(path / f"{file}{SUFFIXES[format]}") for file in files}
 
     def encode(self, encoder: str, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,12 @@ class ExportedModel:
         return self.programs[file](*tensors)
 
 
-def _open_onnx(path: Path) -> Callable[..., list[Tensor]]:
+def open_onnx(path: Path) -> Callable[..., list[Tensor]]:
+    """A function from a file's inputs to its outputs, by position.
+
+    Raises:
+        UserError: the file reaches out of itself, or onnxruntime cannot load it.
+    """
     check_onnx(path)
     session = _open_session(path, torch.get_num_threads())
     names = [info.name for info in session.get_inputs()]

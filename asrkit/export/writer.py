@@ -30,6 +30,7 @@ from asrkit.export.directory import (
 from asrkit.export.graphs import graphs
 from asrkit.export.integers import OPSET
 from asrkit.export.layers import QUANTIZED, describe_layers, multiplies_two_bits, part_records
+from asrkit.export.lm import LmPlan, write_language_models
 from asrkit.export.onnx_file import write_onnx
 from asrkit.export.openfst import GRAPH_FST, write_openfst
 from asrkit.export.readme import describe
@@ -49,7 +50,7 @@ Tensors = dict[str, dict[str, int] | None]  # by file: bytes by part of the mode
 @dataclass(frozen=True)
 class ExportOptions:
     """What the user asked of the files, but for where they go. ``report``: the manifest to measure on. ``graph``: the directory of a
-    decoding graph for CTC, ``graph_scale``: its weight."""
+    decoding graph for CTC, ``graph_scale``: its weight. ``lm``: the paths and scales of language models."""
 
     variant: str | None = None
     streaming: bool = False
@@ -63,6 +64,7 @@ class ExportOptions:
     license: str | None = None
     graph: str | None = None
     graph_scale: float = 1.0
+    lm: dict[str, Any] | None = None
 
     @property
     def dense(self) -> bool:
@@ -85,6 +87,8 @@ class ExportOptions:
             findings.append(
                 f"--quantize {self.quantize}: makes integer inputs, which only ONNX integers can express; drop {option}"
             )
+        if self.lm is not None and self.format != "onnx":
+            findings.append("--lm: sherpa-onnx, which decodes with it, takes ONNX files only; drop --format")
         if pack is not None:
             if pack.exists():
                 findings.append(f"{pack}: exists; choose another --pack or remove it")
@@ -112,6 +116,7 @@ class ExportPlan:
     written: dict[str, CompressedLinear]
     state_size: int
     graph: CtcGraph | None = None
+    lm: LmPlan | None = None
 
 
 def write_files(plan: ExportPlan, directory: Path) -> Tensors:
@@ -136,6 +141,8 @@ def write_files(plan: ExportPlan, directory: Path) -> Tensors:
     tokenizer.write_scores(directory / BPE_VOCAB)
     if plan.graph is not None:
         write_openfst(directory / GRAPH_FST, plan.graph, options.graph_scale)
+    if plan.lm is not None:
+        tensors |= dict.fromkeys(write_language_models(plan.lm, plan.context.streaming, comment, directory))
     return tensors
 
 
@@ -167,6 +174,7 @@ def write_record(plan: ExportPlan, directory: Path, tensors: Tensors, parity: Pa
         client=TWO_BITS_CLIENT if any(map(multiplies_two_bits, plan.written.values())) else None,
         run=RunRecord(path=str(plan.run.path), weights_sha256=plan.weights_sha256, lineage=plan.run.lineage),
         license=options.license,
+        lm=None if plan.lm is None else plan.lm.record,
         versions=_versions(),
         options=asdict(options),
     )

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from asrkit.config import Positive, config, digest, from_dict, to_dict
@@ -102,7 +102,8 @@ class CtcGraph:
 def save_graph(out: Path, graph: CtcGraph, facts: dict[str, Any]) -> GraphRecord:
     """Write the graph's directory, whole or not at all; ``facts`` are the fields of the record that the graph does not tell."""
     with atomic_directory(out) as directory:
-        save_file({"arcs": graph.arcs.contiguous(), "scores": graph.scores.contiguous()}, directory / TENSORS)
+        tensors = {"arcs": graph.arcs.contiguous(), "scores": graph.scores.contiguous()}
+        (directory / TENSORS).write_bytes(save(tensors))  # save_file writes files that only their owner may read
         counted = {"states": graph.num_states, "arcs": len(graph.arcs), "sha256": sha256_of(directory / TENSORS)}
         record = from_dict(GraphRecord, {**facts, **counted}, RECORD)
         write_yaml(directory / RECORD, to_dict(record) | {"own": _own(record)})

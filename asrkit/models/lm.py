@@ -40,7 +40,7 @@ class LanguageModel(nn.Module):
 
         Padding after a sequence's end changes nothing before it.
         """
-        start = symbols.new_full((len(symbols), 1), END)
+        start = symbols.new_full((symbols.shape[0], 1), END)  # len() would be a constant of an exported graph
         x = self.dropout(self.embedding(torch.cat([start, symbols], dim=1)))
         if isinstance(self.layers, nn.LSTM):
             x, _ = self.layers(x)

@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from lhotse.cut import Cut
 
+from asrkit.config import to_dict
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
@@ -16,16 +18,19 @@ from asrkit.decoding.choice import ContextChoice, export_context
 from asrkit.decoding.export_check import check_export, recordings_of
 from asrkit.decoding.export_report import measure_export
 from asrkit.decoding.exported import ExportedAcousticModel
+from asrkit.decoding.fusion import FusionRequest, load_fusion
 from asrkit.disk import atomic_directory, atomic_write, occupied, sha256_of
 from asrkit.errors import UserError
-from asrkit.export.directory import Exported, Format, finished_without_pack, pack_directory
+from asrkit.export.directory import Exported, Format, LmRecord, finished_without_pack, pack_directory
 from asrkit.export.graphs import StateLayout
 from asrkit.export.layers import active_layers, quantized, silence
+from asrkit.export.lm import LmPlan, cannot_take
 from asrkit.export.runtime import ExportedModel
 from asrkit.export.writer import ExportOptions, ExportPlan, write_card, write_files, write_record
 from asrkit.extras import require
 from asrkit.models import load_model
 from asrkit.models.ctc_graph import load_graph
+from asrkit.models.lm import LanguageModel
 from asrkit.models.surgery import in_language, in_variant
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import WEIGHTS, RunDir, open_run
@@ -50,6 +55,8 @@ def export(
     license: str | None = None,
     graph: Path | None = None,
     graph_scale: float = 1.0,
+    fusion: FusionRequest | None = None,
+    beam: int = 4,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write the exported directory ``out``, after the check that it computes what the model does.
@@ -65,6 +72,7 @@ def export(
             a kill between the two, the same call completes it.
         license: of the model, for its card; an SPDX name.
         graph: the directory of a decoding graph, which the client searches CTC over; graph_scale: its weight.
+        fusion: language models for the client's beam search, of ``beam`` hypotheses.
         warn: is given a line where the model will run in a way it was not trained for, and for what could not be checked.
 
     Raises:
@@ -85,6 +93,7 @@ def export(
         license,
         None if graph is None else str(graph),
         graph_scale,
+        None if fusion is None else {**to_dict(fusion), "beam": beam},
     )
     run = open_run(run_path)
     weights_sha256 = sha256_of(run.path / WEIGHTS)
@@ -93,7 +102,7 @@ def export(
         with atomic_write(pack) as packed:
             pack_directory(out, packed, pack, out.absolute().name)
         return done
-    plan, cuts = _plan(run, weights_sha256, options, [*occupied(out), *findings], warn)
+    plan, cuts = _plan(run, weights_sha256, options, [*occupied(out), *findings], warn, fusion)
     # The directory appears first and its tar last, as finished_without_pack expects.
     with nullcontext() if pack is None else atomic_write(pack) as packed:
         if packed is not None:
@@ -111,6 +120,7 @@ def _plan(
     options: ExportOptions,
     findings: list[str],
     warn: Callable[[str], None],
+    fusion: FusionRequest | None,
 ) -> tuple[ExportPlan, list[Cut] | None]:
     """Check everything, ``findings`` being known already; decide what goes into the files, and read the cuts to measure on."""
     model = load_model(run)
@@ -131,6 +141,12 @@ def _plan(
     if options.graph is not None:
         try:
             graph, _ = load_graph(Path(options.graph), tokenizer)
+        except UserError as error:
+            findings += error.lines
+    lm = None
+    if fusion is not None:
+        try:
+            lm = _language_models(fusion, run, options)
         except UserError as error:
             findings += error.lines
     if findings:
@@ -158,8 +174,31 @@ def _plan(
             f"{LARGE_STATE:,}; a smaller --left or fewer sub-models make it smaller"
         )
     written = {} if options.dense else layers
-    plan = ExportPlan(run, weights_sha256, options, model, name, context, layers, written, state_size, graph)
+    plan = ExportPlan(run, weights_sha256, options, model, name, context, layers, written, state_size, graph, lm)
     return plan, cuts
+
+
+def _language_models(request: FusionRequest, run: RunDir, options: ExportOptions) -> LmPlan:
+    """What the client decodes with.
+
+    Raises:
+        UserError: a language model cannot be read, is not of the run's tokens, or the client cannot take it.
+    """
+    if request.lm is None:
+        raise UserError("--lodr: sherpa-onnx subtracts it only beside a language model; give --lm too")
+    fusion = load_fusion(request, Tokenizer.load(run.tokenizer_path), torch.device("cpu"))
+    lm, lodr = (getattr(part, "model", None) for part in (fusion.lm, fusion.lodr))
+    if findings := cannot_take(lm, lodr, options.streaming):
+        raise UserError.of(findings)
+    assert isinstance(lm, LanguageModel) and options.lm is not None
+    record = LmRecord(
+        sources={name: dict(source) for name, source in fusion.sources.items()},
+        lm_scale=request.settings.lm_scale,
+        lodr_scale=request.settings.lodr_scale,
+        beam=options.lm["beam"],
+        uses_lm="fusion" if options.streaming else "rescore",
+    )
+    return LmPlan(lm, lodr, record)
 
 
 def _write(plan: ExportPlan, cuts: list[Cut] | None, directory: Path, warn: Callable[[str], None]) -> Exported:

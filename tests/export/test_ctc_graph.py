@@ -71,7 +71,7 @@ def test_sherpa_finds_our_tokens_over_a_graph(folder: Path, tmp_path: Path, stre
     readme = (tmp_path / "onnx/README.md").read_text()
     assert f'ctc_graph="{GRAPH_FST}"' in readme and f"--ctc-graph={GRAPH_FST}" in readme
     audio = [folder / f"{number}.wav" for number in range(3)]
-    theirs = client(tmp_path / "onnx", audio, "ctc", graph=GRAPH_FST)
+    theirs = client(tmp_path / "onnx", audio, "ctc", ctc_graph=str(tmp_path / "onnx" / GRAPH_FST))
     plain = client(tmp_path / "onnx", audio, "ctc")
     # Of the exported files and with the silence that the client appends, so that only the search differs.
     recognizer = load_recognizer(tmp_path / "onnx", methods=["ctc-graph"])

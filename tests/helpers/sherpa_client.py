@@ -42,8 +42,8 @@ def accept(recognizer):
 if not job["streaming"]:
     make = sherpa_onnx.OfflineRecognizer
     recognizer = (
-        make.from_zipformer_ctc(model=job["path"] + "/ctc.onnx", ctc_graph=job["graph"], **shared) if method is None
-        else make.from_transducer(**files, **shared, decoding_method=method)
+        make.from_zipformer_ctc(model=job["path"] + "/ctc.onnx", **shared, **job["options"]) if method is None
+        else make.from_transducer(**files, **shared, decoding_method=method, **job["options"])
     )
     streams = accept(recognizer)
     recognizer.decode_streams(streams)
@@ -52,8 +52,8 @@ else:
     make = sherpa_onnx.OnlineRecognizer
     endpoint = {"enable_endpoint_detection": True, "rule3_min_utterance_length": 0.6} if job["endpoint"] else {}
     recognizer = (
-        make.from_zipformer2_ctc(model=job["path"] + "/ctc.onnx", ctc_graph=job["graph"], **shared, **endpoint) if method is None
-        else make.from_transducer(**files, **shared, **endpoint, decoding_method=method)
+        make.from_zipformer2_ctc(model=job["path"] + "/ctc.onnx", **shared, **endpoint, **job["options"]) if method is None
+        else make.from_transducer(**files, **shared, **endpoint, decoding_method=method, **job["options"])
     )
     streams = accept(recognizer)
     for stream in streams:
@@ -75,15 +75,20 @@ print(json.dumps(found))
 """
 
 
-def client(path: Path, audio: list[Path], method: Method, endpoint: bool = False, graph: str = "") -> Any:
-    """What sherpa-onnx finds: (tokens, seconds) of each recording, or the number of endpoints. ``graph``: a file to search CTC over.
+def client(path: Path, audio: list[Path], method: Method, endpoint: bool = False, **options: Any) -> Any:
+    """What sherpa-onnx finds: (tokens, seconds) of each recording, or the number of endpoints.
 
-    In a process of its own: a model it does not like ends the process.
+    In a process of its own: a model it does not like ends the process. ``options``: further ones of its recognizer.
     """
     pytest.importorskip("sherpa_onnx", reason="needs sherpa-onnx, which runs what is exported")
     context = open_exported(path).parsed_context
-    job = {"path": str(path), "audio": [str(file) for file in audio], "method": method, "endpoint": endpoint}
-    job["graph"] = graph and str(path / graph)
+    job = {
+        "path": str(path),
+        "audio": [str(file) for file in audio],
+        "method": method,
+        "endpoint": endpoint,
+        "options": options,
+    }
     job |= {"streaming": context.streaming, "tail": 0.0 if context.chunk is None else tail_seconds(context.chunk)}
     done = subprocess.run([sys.executable, "-c", CLIENT], input=json.dumps(job), capture_output=True, text=True)
     assert done.returncode == 0, f"{done.returncode}\n{done.stderr}"

@@ -36,6 +36,7 @@ def corpus(folder: Path) -> None:
     (both / "train.jsonl.gz").write_bytes(b"".join(part.read_bytes() for part in parts))
     shutil.copy(mine / "dev" / "0.wav", folder / "a.wav")
     shutil.copytree(mine / "dev", folder / "recordings")
+    (folder / "commands.txt").write_text("\n".join(WORDS) + "\n")
 
 
 def unlabeled(folder: Path) -> None:
@@ -70,6 +71,7 @@ def unlabeled(folder: Path) -> None:
         ("scaling", {"data", "evaluate", "align"}),
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
         ("report", {"train-backbone", "quantize", "evaluate", "report"}),
+        ("decoding-ctc", {"train-lm", "evaluate", "transcribe", "graph", "sequence-train", "export"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
     ],
 )
@@ -77,6 +79,8 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """Every command of the page, in its order; training is cut short and small."""
     if page in ("align", "distill-lm"):
         pytest.importorskip("espeakng_loader")
+    if page == "decoding-ctc":
+        pytest.importorskip("k2")
     corpus(tmp_path)
     if page == "label":
         unlabeled(tmp_path)
