@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command("export")(export)
 
 
-def export(
+def export(  # long: a parameter for each option
     run: Annotated[Path, io("--from", help="Run directory of any stage.", show_default=False)],
     out: Annotated[Path, io(help="Directory to create; it must not exist or must be empty.", show_default=False)],
     pack: Annotated[Path | None, io(help="Also write the directory as this .tar file.")] = None,

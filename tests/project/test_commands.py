@@ -56,6 +56,7 @@ def corpus(folder: Path) -> None:
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
         ("report", {"train-backbone", "quantize", "evaluate", "report"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
+        ("decoding", {"train-lm", "evaluate", "tune", "transcribe", "export"}),
     ],
 )
 def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, expected: set[str]) -> None:
@@ -63,6 +64,7 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     if page in ("align", "distill-lm"):
         pytest.importorskip("espeakng_loader")
     corpus(tmp_path)
+    (tmp_path / "names.txt").write_text("alpha bravo\ncarol :2\n")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
