@@ -73,6 +73,7 @@ def unlabeled(folder: Path) -> None:
         ("report", {"train-backbone", "quantize", "evaluate", "report"}),
         ("decoding-ctc", {"train-lm", "evaluate", "transcribe", "graph", "sequence-train", "export"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
+        ("decoding", {"train-lm", "evaluate", "tune", "transcribe", "export"}),
     ],
 )
 def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, expected: set[str]) -> None:
@@ -84,6 +85,7 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     corpus(tmp_path)
     if page == "label":
         unlabeled(tmp_path)
+    (tmp_path / "names.txt").write_text("alpha bravo\ncarol :2\n")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
