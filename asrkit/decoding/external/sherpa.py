@@ -94,7 +94,7 @@ class Model:
         return {**named, "tokens": str(self.tokens), "num_threads": threads, **chosen, **self.kind.more}
 
 
-def find_model(spec: str, method: str = "greedy") -> Model:
+def find_model(spec: str, method: str | None = None) -> Model:
     """The files of ``sherpa-onnx:DIR`` and what they are; of a directory that also has a CTC model, ``method`` says which is meant.
 
     Raises:
@@ -186,17 +186,18 @@ class SherpaRecognizer:
     max_seconds: float | None = None
 
     def __init__(
-        self, spec: str, method: str = "greedy", beam: int = 4, device: str = "auto", threads: int | None = None
+        self, spec: str, method: str | None = None, beam: int = 4, device: str = "auto", threads: int | None = None
     ) -> None:
         require("sherpa", for_=spec)
         if device not in ("auto", "cpu"):
             raise UserError(f"--device {device}: sherpa-onnx runs on the CPU here; use auto or cpu")
         model = find_model(spec, method)
+        method = method or model.kind.methods[0]
         if method not in model.kind.methods:
             raise UserError(
                 f"{spec}: this model is searched by {' or '.join(model.kind.methods)}, not {method}; set --method"
             )
-        self.search: str = method
+        self.search = method
         self.name, self.beam = spec, beam if method == "beam" else None
         self.context = "streaming" if model.kind.online else "full"
         self.device, self.threads = "cpu", threads or 1
