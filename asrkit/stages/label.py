@@ -102,10 +102,10 @@ def label(
         _recognize(recognizers, unlabeled, language or "", max_seconds, max_duration, done)
     result = Labeled()
     rows: list[str] = []
-    chosen = {cut.id for cut in unlabeled}
+    labeled_ids = {cut.id for cut in unlabeled}
     written: list[Cut] = []
     for cut in cuts:
-        if cut.id in chosen:
+        if cut.id in labeled_ids:
             written += _labeled(cut, done, specs, filters or Filters(), result, rows)
         else:
             written.append(cut)

@@ -90,8 +90,10 @@ class Model:
         named = {argument: str(self.files[role]) for argument, role in self.kind.files.items()}
         search = {"greedy": "greedy_search", "beam": "modified_beam_search"}
         # Only a transducer has a choice.
-        chosen = {"decoding_method": search[method], "max_active_paths": beam} if "beam" in self.kind.methods else {}
-        return {**named, "tokens": str(self.tokens), "num_threads": threads, **chosen, **self.kind.more}
+        search_options = (
+            {"decoding_method": search[method], "max_active_paths": beam} if "beam" in self.kind.methods else {}
+        )
+        return {**named, "tokens": str(self.tokens), "num_threads": threads, **search_options, **self.kind.more}
 
 
 def find_model(spec: str, method: str | None = None) -> Model:
@@ -224,7 +226,7 @@ class SherpaRecognizer:
         answers = self._ask(header, *(wave.float().contiguous().numpy().tobytes() for wave in waves))
         results = []
         for (text, log_probs), language in zip(answers, languages, strict=True):
-            confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else None
+            confidence = min(1.0, math.exp(sum(log_probs) / len(log_probs))) if log_probs else None
             results.append(Transcription(" ".join(text.split()), confidence, language))
         return results
 
@@ -248,8 +250,8 @@ class SherpaRecognizer:
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace").strip().splitlines()
-            reason = clip(said[-1]) if said else "without a word"
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            reason = clip(lines[-1]) if lines else "without a word"
             raise UserError(
                 f"{self.name}: sherpa-onnx ended with code {code} ({reason}); check that the files belong together"
             )
