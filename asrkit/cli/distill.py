@@ -45,9 +45,7 @@ def distill(
     parent: Annotated[
         Path | None, io("--from", help="Run directory of the student. Without it a new model is made.")
     ] = None,
-    variant: Annotated[
-        str | None, io(help="Variant to train, with --from. [default: the student's default variant]")
-    ] = None,
+    variant: Annotated[str | None, io(help="Variant to train, with --from. [default: the student's own]")] = None,
     size: Annotated[
         str | None, distillation(help="Size of a new student: tiny, small, medium or large. [default: small]")
     ] = None,

@@ -109,5 +109,5 @@ def _show(made: Labeled, out: Path) -> None:
             errors = row.errors
             rate = errors.rate if errors.words else None
             cells = (errors.words, percent(rate), errors.substitutions, errors.insertions, errors.deletions)
-            table.add_row(f"{row.confidence:g}", percent(row.kept), *map(str, cells))
+            table.add_row(f"{row.confidence:g}", percent(row.share), *map(str, cells))
         table_console().print(table)

@@ -52,7 +52,7 @@ class Threshold:
     """What a minimum confidence would keep: the share of the words, and the word errors of the labels against the given texts."""
 
     confidence: float
-    kept: float
+    share: float
     errors: ErrorCounts
 
 
@@ -109,10 +109,10 @@ def make_label(transcriptions: Sequence[Transcription], seconds: float, filters:
 def words_apart(words: str, other: Transcription) -> float:
     """Word errors of ``other`` per word of ``words``; a text without certain words agrees in nothing."""
     try:
-        theirs = normalize(other.text, other.language)
+        other_words = normalize(other.text, other.language)
     except TextError:
-        theirs = ""
-    return count(align(words.split(), theirs.split())).rate
+        other_words = ""
+    return count(align(words.split(), other_words.split())).rate
 
 
 def most_repeated(words: Sequence[str]) -> tuple[str, int]:

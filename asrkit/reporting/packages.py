@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # What `pip install` calls a package, where the module has another name.
-MODULES = {"PyYAML": "yaml"}
+MODULES = {"PyYAML": "yaml", "piper-tts": "piper"}
+# What an extra is for: the stage, the extra, the module that shows that it is there, and its use.
+USES = (
+    ("data synthesize", "synth", "espeakng_loader", "synthetic speech and phones by espeak-ng"),
+    ("tensorboard", "tensorboard", "torch.utils.tensorboard", "training curves in TensorBoard"),
+    ("report", "report", "jinja2", "reports to look at and to listen to"),
+    ("export", "export", "onnx", "ONNX files for sherpa-onnx"),
+    ("exported models", "export", "onnxruntime", "evaluate and transcribe by onnxruntime"),
+    ("replicas", "ray", "ray", "training by replicas on several processors or machines"),
+    ("natural voices", "piper", "piper", "synthetic speech by Piper, from voices as files"),
+    ("label, whisper", "whisper", "faster_whisper", "labels by any recognizer, Whisper to evaluate and as a teacher"),
+    ("label, sherpa-onnx", "sherpa", "sherpa_onnx", "models of others to label with and to evaluate"),
+)
 K2_WHEEL = "k2==1.23.4 --hash=sha256:5b5f709b12b9cd092b583984d0b7d940c9f898101259c998d68d1f4adefa48d4"
 K2_WHEEL_TORCH = "1.13.1"
 # (torch's CUDA or not) -> the page k2's own wheels are linked from.

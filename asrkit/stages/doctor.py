@@ -23,6 +23,7 @@ from typing import Literal
 from asrkit import mkl
 from asrkit.reporting.machine import has_kernels, num_cores, processor, threads
 from asrkit.reporting.packages import (
+    USES,
     Requirement,
     import_error,
     installed_version,
@@ -188,14 +189,7 @@ def stages(checks: list[Check], needed: list[Requirement]) -> Iterator[Check]:
         "apt-get is here" if apt else "needs Debian's or Ubuntu's apt-get",
         "" if apt else "bring your own recordings: asrkit data import --help",
     )
-    for stage, extra, module, use in (
-        ("data synthesize", "synth", "espeakng_loader", "synthetic speech and phones by espeak-ng"),
-        ("tensorboard", "tensorboard", "torch.utils.tensorboard", "training curves in TensorBoard"),
-        ("report", "report", "jinja2", "reports to look at and to listen to"),
-        ("export", "export", "onnx", "ONNX files for sherpa-onnx"),
-        ("exported models", "export", "onnxruntime", "evaluate and transcribe by onnxruntime"),
-        ("replicas", "ray", "ray", "training by replicas on several processors or machines"),
-    ):
+    for stage, extra, module, use in USES:
         yield optional(stage, module, use, [item for item in needed if item.extra == extra])
 
 

@@ -102,20 +102,27 @@ def label(
         _recognize(recognizers, unlabeled, language or "", max_seconds, max_duration, done)
     result = Labeled()
     rows: list[str] = []
-    chosen = set(map(id, unlabeled))
-    written = [
-        new
-        for cut in cuts
-        for new in (
-            _labeled(cut, done, specs, filters or Filters(), result, rows) if id(cut) in chosen else _given(cut, result)
-        )
-    ]
+    labeled_ids = {cut.id for cut in unlabeled}
+    written: list[Cut] = []
+    for cut in cuts:
+        if cut.id in labeled_ids:
+            written += _labeled(cut, done, specs, filters or Filters(), result, rows)
+        else:
+            written.append(cut)
+            result.given += 1
+    listed = out.with_name(f"{stem}.dropped.tsv")
+    with atomic_write(listed) as temporary:
+        temporary.write_text("id\tbegin\tend\treason\tdetail\ttext\n" + "".join(rows), encoding="utf-8")
     if not written:
         reasons = ", ".join(f"{number} {reason}" for reason, number in result.dropped.most_common())
-        raise UserError(f"{manifest}: no utterance is left ({reasons}); see the filters in `asrkit label --help`")
+        raise UserError(
+            f"{manifest}: no utterance is left ({reasons}); {listed} lists them, and the filters' options let more through"
+        )
+    if twice := [cut_id for cut_id, number in Counter(cut.id for cut in written).items() if number > 1]:
+        raise UserError(
+            f"{manifest}: a part of a recording would get the id of the cut {clip(twice[0])}; rename that cut"
+        )
     result.thresholds = _thresholds(unlabeled, done) if replace_texts else []
-    with atomic_write(out.with_name(f"{stem}.dropped.tsv")) as temporary:
-        temporary.write_text("id\tbegin\tend\treason\tdetail\ttext\n" + "".join(rows), encoding="utf-8")
     write_cuts(out, written)
     return result
 
@@ -171,11 +178,6 @@ def _missing(cuts: Sequence[Cut], longest: float, done: Progress, advance: Calla
                 if (cut.id, begin) not in done.texts:
                     yield Piece.of(cut, samples, begin, end)
         advance(cut.duration)
-
-
-def _given(cut: Cut, result: Labeled) -> list[Cut]:
-    result.given += 1
-    return [cut]
 
 
 def _labeled(

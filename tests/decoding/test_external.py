@@ -122,6 +122,8 @@ def test_directories_that_sherpa_does_not_take(exports: Path, tmp_path: Path) ->
     for name in ("encoder-2", "encoder", "decoder"):
         (broken / f"{name}.onnx").unlink()
     assert "searched by ctc, not greedy" in refused(f"sherpa-onnx:{broken}", method="greedy")
+    with open_text_recognizer(f"sherpa-onnx:{broken}") as recognizer:
+        assert recognizer.search == "ctc"
     (broken / "ctc.onnx").unlink()
     assert "neither an encoder nor a model" in refused(f"sherpa-onnx:{broken}")
     assert "--device cuda" in refused(f"sherpa-onnx:{exports / 'full'}", device="cuda")

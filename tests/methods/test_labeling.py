@@ -70,7 +70,7 @@ def test_repeats_are_those_of_a_slow_search(words: list[str]) -> None:
 
 def test_thresholds() -> None:
     rows = thresholds([(0.95, ErrorCounts(6, 1)), (0.55, ErrorCounts(4, 0, 0, 4))])
-    assert [(row.confidence, row.kept, row.errors.rate) for row in rows if row.confidence in (0.5, 0.6)] == [
+    assert [(row.confidence, row.share, row.errors.rate) for row in rows if row.confidence in (0.5, 0.6)] == [
         (0.5, 1.0, 0.5),
         (0.6, 0.6, pytest.approx(1 / 6)),
     ]

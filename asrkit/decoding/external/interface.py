@@ -21,7 +21,7 @@ class Transcription:
     """What a recognizer makes of one utterance.
 
     text: as the recognizer writes it. confidence: the geometric mean of its tokens' probabilities, in 0..1; None if the recognizer gives
-    none. language: the one it was told, or detected; "" if it does not say. no_speech: the probability that nobody speaks, if it gives one.
+    none. language: the one given, or detected; "" if it does not say. no_speech: the probability that nobody speaks, if it gives one.
     """
 
     text: str

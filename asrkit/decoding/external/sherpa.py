@@ -90,11 +90,13 @@ class Model:
         named = {argument: str(self.files[role]) for argument, role in self.kind.files.items()}
         search = {"greedy": "greedy_search", "beam": "modified_beam_search"}
         # Only a transducer has a choice.
-        chosen = {"decoding_method": search[method], "max_active_paths": beam} if "beam" in self.kind.methods else {}
-        return {**named, "tokens": str(self.tokens), "num_threads": threads, **chosen, **self.kind.more}
+        search_options = (
+            {"decoding_method": search[method], "max_active_paths": beam} if "beam" in self.kind.methods else {}
+        )
+        return {**named, "tokens": str(self.tokens), "num_threads": threads, **search_options, **self.kind.more}
 
 
-def find_model(spec: str, method: str = "greedy") -> Model:
+def find_model(spec: str, method: str | None = None) -> Model:
     """The files of ``sherpa-onnx:DIR`` and what they are; of a directory that also has a CTC model, ``method`` says which is meant.
 
     Raises:
@@ -186,17 +188,18 @@ class SherpaRecognizer:
     max_seconds: float | None = None
 
     def __init__(
-        self, spec: str, method: str = "greedy", beam: int = 4, device: str = "auto", threads: int | None = None
+        self, spec: str, method: str | None = None, beam: int = 4, device: str = "auto", threads: int | None = None
     ) -> None:
         require("sherpa", for_=spec)
         if device not in ("auto", "cpu"):
             raise UserError(f"--device {device}: sherpa-onnx runs on the CPU here; use auto or cpu")
         model = find_model(spec, method)
+        method = method or model.kind.methods[0]
         if method not in model.kind.methods:
             raise UserError(
                 f"{spec}: this model is searched by {' or '.join(model.kind.methods)}, not {method}; set --method"
             )
-        self.search: str = method
+        self.search = method
         self.name, self.beam = spec, beam if method == "beam" else None
         self.context = "streaming" if model.kind.online else "full"
         self.device, self.threads = "cpu", threads or 1
@@ -223,7 +226,7 @@ class SherpaRecognizer:
         answers = self._ask(header, *(wave.float().contiguous().numpy().tobytes() for wave in waves))
         results = []
         for (text, log_probs), language in zip(answers, languages, strict=True):
-            confidence = math.exp(sum(log_probs) / len(log_probs)) if log_probs else None
+            confidence = min(1.0, math.exp(sum(log_probs) / len(log_probs))) if log_probs else None
             results.append(Transcription(" ".join(text.split()), confidence, language))
         return results
 
@@ -247,8 +250,8 @@ class SherpaRecognizer:
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace").strip().splitlines()
-            reason = clip(said[-1]) if said else "without a word"
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            reason = clip(lines[-1]) if lines else "without a word"
             raise UserError(
                 f"{self.name}: sherpa-onnx ended with code {code} ({reason}); check that the files belong together"
             )

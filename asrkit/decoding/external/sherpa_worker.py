@@ -45,7 +45,8 @@ def _decode_offline(recognizer: Any, waves: list[np.ndarray], tail: float) -> li
         streams.append(recognizer.create_stream())
         streams[-1].accept_waveform(RATE, wave)
     recognizer.decode_streams(streams)
-    return [[stream.result.text, list(stream.result.ys_log_probs)] for stream in streams]
+    # Older versions have no log-probabilities of offline models.
+    return [[stream.result.text, list(getattr(stream.result, "ys_log_probs", []))] for stream in streams]
 
 
 def _decode_online(recognizer: Any, waves: list[np.ndarray], tail: float) -> list[Any]:

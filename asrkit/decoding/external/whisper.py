@@ -97,12 +97,12 @@ class WhisperRecognizer:
         from faster_whisper import BatchedInferencePipeline, WhisperModel
 
         ctranslate2.set_log_level(logging.ERROR)
-        chosen = choose_device(device)
+        torch_device = choose_device(device)
         try:
             self.model = WhisperModel(
                 str(path),
-                device=chosen.type,
-                device_index=chosen.index or 0,
+                device=torch_device.type,
+                device_index=torch_device.index or 0,
                 cpu_threads=threads or torch.get_num_threads(),
                 local_files_only=True,
             )
@@ -111,7 +111,7 @@ class WhisperRecognizer:
         self._pipeline = BatchedInferencePipeline(self.model)
         self.search: str = method
         self.name, self.beam = spec, beam if method == "beam" else None
-        self.device, self.threads = str(chosen), threads or torch.get_num_threads()
+        self.device, self.threads = str(torch_device), threads or torch.get_num_threads()
         self.sha256, self.num_bytes = identify([path / file for file in NEEDED])
         vocabulary = self.model.hf_tokenizer.get_vocab()
         self._never = [
@@ -190,7 +190,9 @@ class WhisperRecognizer:
             suppress_tokens=self._never,
         )
         results = [
-            Transcription(segment.text.strip(), float(np.exp(segment.avg_logprob)), code, float(segment.no_speech_prob))
+            Transcription(
+                segment.text.strip(), min(1.0, float(np.exp(segment.avg_logprob))), code, float(segment.no_speech_prob)
+            )
             for segment in segments
         ]
         assert len(results) == len(waves)  # without timestamps an utterance is one segment
