@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lhotse.cut import Cut
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asrkit.config import differences, digest
@@ -31,7 +30,7 @@ from asrkit.methods.distillation.teachers import Teachers
 from asrkit.nn.conformer import subsampled_lens
 from asrkit.run_dir import MODEL, WEIGHTS, read_yaml, write_yaml
 from asrkit.training.asr_loss import LossConfig
-from asrkit.training.checkpoint import save_tensors
+from asrkit.training.checkpoint import SEAL, open_sealed, save_sealed
 from asrkit.training.distributed import World, broadcast_object, gather_lists
 
 ABOUT = "cache.yaml"
@@ -58,7 +57,10 @@ class PosteriorCache:
         if path.exists() and not path.is_dir():
             raise UserError(f"--cache {path}: is a file; choose a directory")
         if (path / ABOUT).is_file():
-            if changed := differences(read_yaml(path / ABOUT), about):
+            stored = read_yaml(path / ABOUT)
+            if not isinstance(stored, dict):
+                raise UserError(f"--cache {path}: {ABOUT} is damaged; choose another directory")
+            if changed := differences(stored, about):
                 raise UserError(
                     f"--cache {path}: holds the posteriors of other teachers or another tokenizer ({'; '.join(changed)}); choose another directory"
                 )
@@ -66,6 +68,7 @@ class PosteriorCache:
             raise UserError(f"--cache {path}: holds other files; choose an empty or new directory")
         self._about = about
         self._files: dict[str, Any] = {}  # by key, the open file
+        self._known: set[Path] = set()
         self._keys: dict[str, str] = {}  # by cut id
 
     def fill(
@@ -93,7 +96,7 @@ class PosteriorCache:
                 arcs = compute_arcs(teachers, with_symbols(batch, tokenizer).to(world.device))
                 tensors |= {self._keys[cut_id]: arc for cut_id, arc in zip(batch.cut_ids, arcs, strict=True)}
             name = f"{digest(sorted(tensors))[:16]}.safetensors"
-            save_tensors(self.path / name, tensors)
+            save_sealed(self.path / name, tensors)
             yield first + len(cuts)
         broadcast_object(world, None)
 
@@ -131,13 +134,12 @@ class PosteriorCache:
         return CachedOutputs(arcs, symbol_lens, encoder_out_lens, delay)
 
     def _find_files(self) -> None:
-        """Note which file holds each key. If several do, they hold the same tensor."""
+        """Note which file holds each key. If several do, they hold the same tensor. One without a digest was not finished."""
         for file in sorted(self.path.glob("*.safetensors")):
-            try:
-                opened = safe_open(file, framework="pt")
+            if file not in self._known and file.with_suffix(SEAL).is_file():
+                opened = open_sealed(file)
                 self._files.update(dict.fromkeys(opened.keys(), opened))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
+                self._known.add(file)
 
 
 def needed_settings(data: DataConfig, how: DistillationConfig) -> list[str]:
