@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from asrkit.disk import atomic_write, sha256_of
-from asrkit.errors import UserError
+from asrkit.errors import UserError, clip
 from asrkit.migration import FORMAT, Migrated, migrate
 from asrkit.yaml_core import load_safe
 
@@ -42,6 +43,63 @@ DIGESTS = {
     "config_file_sha256": CONFIG,
 }
 LATER_DIGESTS = ("tokens_sha256", "config_file_sha256")  # what earlier versions wrote has none of these
+
+
+MAX_FINDINGS = 5  # of a lineage: more say nothing new
+
+
+class _Entry(BaseModel):
+    """What readers rely on in a stage's entry of the lineage; a stage may add more."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    stage: str
+    command: str = ""
+    created: str = ""
+    step: int | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    metrics: dict[str, float | None] | None = None
+    manifests: dict[str, str | None] | None = None
+    versions: dict[str, str] = {}
+    losses: list[str] = []
+    trained_submodels: list[str] = []
+    idle_submodels: list[str] = []
+
+
+_LINEAGE: TypeAdapter[list[_Entry]] = TypeAdapter(Annotated[list[_Entry], Field(min_length=1)])
+
+
+def check_lineage(content: Any, where: Path) -> list[dict[str, Any]]:
+    """A lineage as it was read from ``where``, if it is one.
+
+    Raises:
+        UserError: a line for each value of another type.
+    """
+    try:
+        _LINEAGE.validate_python(content)
+    except ValidationError as error:
+        findings = [
+            f"{where}: {'.'.join(map(clip, item['loc'])) or 'the lineage'}: {item['msg']} (got {clip(repr(item['input']), 60)})"
+            for item in error.errors(include_url=False)[:MAX_FINDINGS]
+        ]
+        raise UserError(
+            *findings, f"{where}: holds no stages; the file is damaged, train again or restore a copy"
+        ) from None
+    checked: list[dict[str, Any]] = content
+    return checked
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.yaml of a run directory.
+
+    Raises:
+        UserError: it holds no settings of a stage.
+    """
+    content = read_yaml(path / CONFIG)
+    if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
+        raise UserError(
+            f"{path / CONFIG}: holds no settings of a stage; the file is damaged, train again or restore a copy"
+        )
+    return content
 
 
 def read_yaml(path: Path) -> Any:
@@ -193,16 +251,14 @@ def open_run(path: Path) -> RunDir:
         raise UserError(
             f"{path}: not a complete run directory, missing {', '.join(missing)}; run the training stage to its first checkpoint"
         )
-    lineage = read_yaml(path / LINEAGE)
-    if not isinstance(lineage, list) or not lineage or not all(isinstance(entry, dict) for entry in lineage):
-        raise UserError(f"{path / LINEAGE}: holds no stages; the file is damaged, train again or restore a copy")
+    lineage = check_lineage(read_yaml(path / LINEAGE), path / LINEAGE)
     _check_digests(path, lineage[-1])
     migrated = read_model(path, lineage)
     return RunDir(
         path,
         migrated.model["kind"],
         migrated.model["spec"],
-        read_yaml(path / CONFIG),
+        read_config(path),
         migrated.lineage,
         {name: migrated.rename(name) for name in (_tensor_names(path / WEIGHTS) if weights else ())},
     )

@@ -60,8 +60,9 @@ def _list(value: str) -> frozenset[str]:
 
 
 def _print_splits(splits: Mapping[str, list[Cut]], out: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from asrkit.reporting.console import PlainConsole
 
     table = Table("manifest", "language", "utterances", "minutes", "words", "speakers", box=None)
     for split, cuts in splits.items():
@@ -76,7 +77,7 @@ def _print_splits(splits: Mapping[str, list[Cut]], out: Path) -> None:
             )
     for column in table.columns[2:]:
         column.justify = "right"
-    Console().print(table)
+    PlainConsole().print(table)
     typer.echo(f"in {out}")
 
 

@@ -85,6 +85,7 @@ def info(
             raise UserError("--watch and --json do not go together; metrics.jsonl in the run directory is for scripts")
         follow(run, Console())
         return
+    from asrkit.errors import printable
     from asrkit.reporting.tables import run_tables, table_console
     from asrkit.stages.info import describe_run
 
@@ -100,7 +101,7 @@ def info(
     if description["languages"]:
         typer.echo(f"languages the model takes as an input: {', '.join(description['languages'])}")
     for entry in description["stages"]:
-        typer.echo(f"command: {entry.get('command', 'unknown')}")
+        typer.echo(printable(f"command: {entry.get('command', 'unknown')}"))
 
 
 def summary(
@@ -164,6 +165,7 @@ def compare(
     A change is certain if its 95 % interval (paired bootstrap) leaves out 0 and its p-value (MAPSSWE, corrected for the number of
     systems) is below 0.05. Systems that were not evaluated on the same references are refused.
     """
+    from asrkit.errors import printable
     from asrkit.reporting.compare_tables import comparison_table, explain, part_tables
     from asrkit.reporting.tables import table_console
     from asrkit.stages.compare import compare_runs
@@ -180,7 +182,7 @@ def compare(
     console = table_console()
     console.print(comparison_table(comparisons))
     for comparison in comparisons:
-        typer.echo("\n".join([*explain(comparison), ""]))
+        typer.echo(printable("\n".join([*explain(comparison), ""])))
         for table in part_tables(comparison):
             console.print(table)
 

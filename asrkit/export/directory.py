@@ -27,7 +27,7 @@ from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models.spec import ContextText
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, read_yaml, write_yaml
+from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, check_lineage, read_yaml, write_yaml
 
 ENCODER, DECODER, JOINER, CTC = "encoder", "decoder", "joiner", "ctc"
 FILES = (ENCODER, DECODER, JOINER, CTC)  # without their suffix
@@ -176,6 +176,7 @@ def open_exported(path: Path) -> Exported:
     if not isinstance(content, dict):
         raise UserError(f"{path / EXPORT}: holds no export; the file is damaged, export again")
     exported = from_dict(Exported, content, str(path / EXPORT))
+    check_lineage(exported.run.lineage, path / EXPORT)
     # Exports of before the digest was there have none.
     if exported.sha256 not in (None, digest({key: value for key, value in content.items() if key != "sha256"})):
         raise UserError(f"{path / EXPORT}: its content differs from its own digest; restore it or export again")

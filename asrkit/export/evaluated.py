@@ -56,7 +56,7 @@ def _trained(path: Path) -> Evaluated:
         unused |= {"predictor", "joiner"} if method.startswith("ctc") else {"ctc_head"}
         return sum(part["bytes"] for name, part in stored_sizes(run, spec, variant).items() if name not in unused)
 
-    return Evaluated(path, entry["stage"], entry["seconds"], size, run.lineage, run, spec)
+    return Evaluated(path, entry["stage"], entry.get("seconds"), size, run.lineage, run, spec)
 
 
 def _exported(path: Path) -> Evaluated:

@@ -18,6 +18,7 @@ from asrkit.errors import UserError
 from asrkit.models.asr import AsrModel
 from asrkit.models.digests import ENCODER, SUBMODELS, backbone_digest, tensors_digest
 from asrkit.models.spec import SubModelSpec, VariantSpec
+from asrkit.run_dir import check_lineage
 
 # What the header says the file is; another layout has another number.
 KIND = "asrkit sub-model 2"
@@ -126,6 +127,6 @@ def read_submodel(file: Path) -> Extracted:
         {key: from_dict(VariantSpec, used, str(file)) for key, used in content["variants"].items()},
         content["backbone_sha256"],
         content["decoder_sha256"],
-        content["lineage"],
+        check_lineage(content["lineage"], file),
         tensors,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from asrkit.reporting.compare import LEVEL, Comparison, Part
@@ -40,7 +39,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
             style="bold" if row.certain else None,
         )
     table.caption = (
-        f"change, sub, ins, del: points of WER from {escape(first.baseline)}, below 0 is better; the interval draws "
+        f"change, sub, ins, del: points of WER from {first.baseline}, below 0 is better; the interval draws "
         f"{first.groups} {WHOLE[first.by]} anew\nbetter, worse, same: utterances with fewer, more, as many errors"
     )
     table.caption_justify = "left"
@@ -48,7 +47,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _seeds(name: str, count: int) -> str:
-    return escape(name if count == 1 else f"{name} ({count} seeds)")
+    return name if count == 1 else f"{name} ({count} seeds)"
 
 
 def explain(row: Comparison) -> Iterator[str]:
@@ -112,7 +111,7 @@ def _rates(title: str, parts: Sequence[Part]) -> Table:
     for part in parts:
         rates = [errors / part.words if part.words else None for errors in (part.baseline_errors, part.errors)]
         change = points(part.change / part.words) if part.words else f"{part.change:+g} errors"
-        table.add_row(escape(part.name) or "unknown", str(part.words), *map(percent, rates), change)
+        table.add_row(part.name or "unknown", str(part.words), *map(percent, rates), change)
     return table
 
 
@@ -124,6 +123,6 @@ def _errors(title: str, improved: Sequence[Part], worsened: Sequence[Part]) -> T
         cells = []
         for parts in (improved, worsened):
             part = parts[index] if index < len(parts) else None
-            cells += ["", ""] if part is None else [escape(part.name), f"{part.baseline_errors:g} to {part.errors:g}"]
+            cells += ["", ""] if part is None else [part.name, f"{part.baseline_errors:g} to {part.errors:g}"]
         table.add_row(*cells)
     return table

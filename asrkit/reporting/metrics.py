@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from asrkit.run_dir import METRICS
 
 Points = list[tuple[int, float]]  # step and value
+MOST_STEPS = 1 << 53  # what a float tells from the next one
+LARGEST = 1e100  # a value above is damage, and cannot be drawn
 
 
 def read_metrics(run: Path) -> dict[str, Points]:
@@ -21,10 +22,11 @@ def read_metrics(run: Path) -> dict[str, Points]:
     for line in (run / METRICS).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-            step = int(row["step"])
+            step = row["step"]
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        add_row(curves, step, row)
+        if type(step) is int and 0 <= step <= MOST_STEPS:
+            add_row(curves, step, row)
     return curves
 
 
@@ -39,5 +41,5 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
     for key, value in row.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
             yield f"{prefix}{key}", float(value)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from asrkit.reporting.console import PlainConsole
 from asrkit.reporting.results import manifest_name
 
 
@@ -30,10 +30,9 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.2f}"
 
 
-def table_console() -> Console:
+def table_console() -> PlainConsole:
     """Standard output as a console that cuts no column off, in a file or in a narrow terminal."""
-    console = Console()
-    return Console(width=max(console.width, 140))
+    return PlainConsole(width=max(PlainConsole().width, 140))
 
 
 def latency(milliseconds: float | None) -> str:

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.text import Text
 
 from asrkit.errors import UserError, printable
-from asrkit.reporting.metrics import Points, read_metrics
-from asrkit.run_dir import CONFIG, DONE, METRICS, read_yaml
+from asrkit.reporting.metrics import MOST_STEPS, Points, read_metrics
+from asrkit.run_dir import CONFIG, DONE, METRICS, read_config
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK, BAR = 24, 36  # columns
@@ -50,17 +50,16 @@ def read_standing(run: Path) -> Standing:
     Raises:
         UserError: there is none.
     """
-    config = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
-    training = config.get("training") if isinstance(config, dict) else None
+    config = read_config(run) if (run / CONFIG).is_file() else {}
+    training = config.get("training")
     steps = training.get("steps") if isinstance(training, dict) else None
-    if not isinstance(steps, int):
+    if type(steps) is not int or not 0 < steps <= MOST_STEPS:
         raise UserError(f"{run}: no training has begun there; give the --out of a training stage")
     log = run / METRICS
     quiet = max(0.0, time.time() - log.stat().st_mtime) if log.is_file() else None
-    stage = str(config["stage"])
     curves = read_metrics(run)
     step = max((points[-1][0] for points in curves.values()), default=0)
-    return Standing(run, stage, step, steps, (run / DONE).is_file(), curves, quiet)
+    return Standing(run, config["stage"], step, steps, (run / DONE).is_file(), curves, quiet)
 
 
 def sparkline(values: Sequence[float], width: int = SPARK) -> str:

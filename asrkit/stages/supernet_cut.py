@@ -126,7 +126,9 @@ def _measure(model: AsrModel, run: RunDir, dev: Path, settings: SearchConfig) ->
     device = model.ctc_head.weight.device
     batches = [with_symbols(batch, tokenizer).to(device) for batch in evaluation_batches(cuts, settings.max_duration)]
     context = parse_context(model.spec.variants[SPARSE].contexts[0])
-    trained = next(entry["losses"] for entry in reversed(run.lineage) if "losses" in entry)
+    trained = next((entry["losses"] for entry in reversed(run.lineage) if "losses" in entry), None)
+    if trained is None:
+        raise UserError(f"{run.path}: its lineage says of no stage which losses it was trained with; restore a copy")
     scales = {
         f"{name}_scale": getattr(LossConfig(), f"{name}_scale") * (name in trained) for name in ("transducer", "ctc")
     }

@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asrkit.disk import atomic_write
-from asrkit.errors import UserError
+from asrkit.disk import atomic_write, sha256_of
+from asrkit.errors import UserError, clip
 from asrkit.run_dir import STATE
 
 STATE_FILE = "latest.safetensors"
+SEAL = ".sha256"  # suffix of a file with the digest of the safetensors file beside it
 
 
 @dataclass
@@ -158,6 +159,29 @@ def save_weights(path: Path, model: nn.Module) -> None:
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
     plain = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     save_tensors(path, {name: tensor.contiguous().clone() for name, tensor in plain.items()})
+
+
+def save_sealed(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as ``save_tensors`` does, and then their file's SHA-256 beside it."""
+    save_tensors(path, tensors)
+    with atomic_write(path.with_suffix(SEAL)) as temporary:
+        temporary.write_text(sha256_of(path))
+
+
+def open_sealed(path: Path) -> Any:
+    """The open safetensors file that ``save_sealed`` wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        if (seal := path.with_suffix(SEAL).read_text(errors="replace")) != (digest := sha256_of(path)):
+            raise ValueError(f"digest {digest[:12]} differs from {clip(seal, 12)} beside it")
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: is damaged ({clip(error)}); delete {path.parent} and run the command again"
+        ) from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
@@ -18,6 +17,7 @@ from asrkit.devices import peak_memory
 from asrkit.disk import atomic_write, cannot_write
 from asrkit.errors import UserError
 from asrkit.extras import require
+from asrkit.reporting.console import PlainConsole
 from asrkit.reporting.metrics import add_row
 from asrkit.reporting.watch import Standing, read_standing, rendered
 from asrkit.run_dir import METRICS
@@ -35,7 +35,7 @@ class RunLog:
     def __init__(self, run: Path, settings: Any, start: int, steps_per_epoch: int, active: bool) -> None:
         self._path, self._settings, self._active = run / METRICS, settings, active
         self._steps_per_epoch = steps_per_epoch
-        self._console = Console(stderr=True)
+        self._console = PlainConsole(stderr=True)
         self._writer: Any = None
         self._standing: Standing | None = None  # what a terminal shows
         self._display: Live | None = None
@@ -75,7 +75,7 @@ class RunLog:
     def note(self, text: str) -> None:
         """A line that stays on the screen."""
         if self._active:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, soft_wrap=True)
 
     def count(self, step: int, audio: float, waited: float) -> None:
         """Note the seconds of audio of one more step, and those that training waited for it."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from asrkit import __version__
@@ -22,6 +21,7 @@ from asrkit.errors import UserError
 from asrkit.models.asr import AsrModel
 from asrkit.models.registry import Spec, write_model
 from asrkit.models.spec import PretrainedEncoderSpec
+from asrkit.reporting.console import PlainConsole
 from asrkit.run_dir import (
     CONFIG,
     DONE,
@@ -30,6 +30,7 @@ from asrkit.run_dir import (
     TOKENIZER,
     WEIGHTS,
     RunDir,
+    check_lineage,
     digests_of,
     open_run,
     read_yaml,
@@ -77,7 +78,7 @@ class RunWriter:
     left_out: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)  # the stage's additions to its entry in the lineage
     _began: float = field(default_factory=time.monotonic)
-    _console: Console = field(default_factory=lambda: Console(stderr=True))
+    _console: PlainConsole = field(default_factory=lambda: PlainConsole(stderr=True))
 
     @classmethod
     @contextmanager
@@ -122,7 +123,8 @@ class RunWriter:
         path = self.path
         self.lineage = [*([] if parent is None else open_run(parent).lineage), entry]
         if not self.fresh and (path / LINEAGE).is_file():
-            self._began -= read_yaml(path / LINEAGE)[-1].get("seconds", 0.0)  # the time the run took before it stopped
+            before = check_lineage(read_yaml(path / LINEAGE), path / LINEAGE)[-1]
+            self._began -= before.get("seconds") or 0.0  # the time the run took before it stopped
         if not self.fresh and (path / LEFT_OUT).is_file():
             self.left_out = read_sealed(path / LEFT_OUT)
         if self.finished:
@@ -133,7 +135,7 @@ class RunWriter:
     def note(self, text: str) -> None:
         """Print a line, in the main process only."""
         if self.world.is_main:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, soft_wrap=True)
 
     def leave_out(self, cut_id: str, reason: str) -> None:
         """Leave a cut out of the training, and print that."""

@@ -23,11 +23,13 @@ from asrkit.models.pretrained import PretrainedEncoder
 from asrkit.models.registry import ENCODER, KINDS, NGRAM, load, load_lm, spec_of_kind, write_model
 from asrkit.nn.context import FULL, Context
 from asrkit.run_dir import (
+    CONFIG,
     LINEAGE,
     MODEL,
     TOKENIZER,
     WEIGHTS,
     RunDir,
+    check_lineage,
     digests_of,
     open_run,
     read_yaml,
@@ -218,6 +220,59 @@ def test_other_formats_and_kinds_are_refused_in_one_line(tmp_path: Path) -> None
             lines = asrkit(*words, code=1).splitlines()
             (line,) = (line for line in lines if "no.jsonl.gz" not in line)
             assert line.startswith("error: ") and str(changed) in line and said in line
+
+
+def test_values_of_other_types_in_lineage_and_config_are_refused_in_lines(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    entry = read_yaml(run / LINEAGE)[-1]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"stage": ["a"]}, "0.stage: Input should be a valid string (got ['a'])"),
+        ({"seconds": "ten"}, "0.seconds: Input should be a valid number (got 'ten')"),
+        ({"seconds": float("nan")}, "0.seconds: Input should be a finite number (got nan)"),
+        ({"manifests": ["a"]}, "0.manifests: Input should be a valid dictionary (got ['a'])"),
+        ({"manifests": {"a.jsonl": [1]}}, "0.manifests.a.jsonl: Input should be a valid string (got [1])"),
+        ({"metrics": "x"}, "0.metrics: Input should be a valid dictionary"),
+        ({"metrics": {"wer": {"a": 1}}}, "0.metrics.wer: Input should be a valid number"),
+        ({"versions": 7}, "0.versions: Input should be a valid dictionary"),
+        ({"losses": 3, "command": [1]}, "0.losses: Input should be a valid list"),
+    ]
+    for changes, complaint in cases:
+        write_yaml(run / LINEAGE, [entry | changes])
+        for words in (["info", run], ["summary", run]):
+            lines = asrkit(*words, code=1).splitlines()
+            assert len(lines) == len(changes) + 1 and all(
+                line.startswith(f"error: {run / LINEAGE}: ") for line in lines
+            )
+            assert any(complaint in line for line in lines)
+    without = {key: value for key, value in entry.items() if key != "stage"}
+    for content, complaint in (([without], "0.stage: Field required"), ([], "the lineage: "), ("x", "the lineage: ")):
+        write_yaml(run / LINEAGE, content)
+        assert complaint in asrkit("info", run, code=1)
+    for config in ([1], None, {"training": {"steps": 4}}, {"stage": 3}):
+        write_yaml(run / CONFIG, config)
+        write_yaml(run / LINEAGE, [entry | digests_of(run)])
+        for words in (["info", run], ["info", run, "--watch"]):
+            (line,) = asrkit(*words, code=1).splitlines()
+            assert f"{run / CONFIG}: holds no settings of a stage" in line
+
+
+def test_the_lineage_of_an_export_or_a_submodel_is_typed_too() -> None:
+    with pytest.raises(UserError, match="export.yaml: 1.stage: Field required"):
+        check_lineage([{"stage": "a"}, {}], Path("export.yaml"))
+    with pytest.raises(UserError, match="holds no stages") as error:
+        check_lineage([{"stage": 1}] * 9, Path("x"))
+    assert len(error.value.lines) == 6
+
+
+def test_names_of_a_stranger_are_shown_as_they_are_and_move_no_terminal(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    entry = read_yaml(run / LINEAGE)[-1]
+    write_yaml(
+        run / LINEAGE,
+        [entry | {"stage": "a [/b] :smile:", "command": "x \x1b]0;owned\x07 [red]", "created": "\x1b[2J"}],
+    )
+    text = asrkit("info", run)
+    assert "a [/b] :smile:" in text and "[red]" in text and not {"\x1b", "\x07"} & {*text}
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from asrkit.config import from_dict, to_dict
 from asrkit.errors import UserError
 from asrkit.reporting.compare import Comparison, Part, System, compare, default_unit, reference_differences
 from asrkit.reporting.compare_tables import comparison_table, explain, part_tables
+from asrkit.reporting.console import PlainConsole
 from asrkit.reporting.evaluations import matched
 from asrkit.reporting.significance import paired_bootstrap
 from asrkit.reporting.wer import Scored
@@ -175,7 +175,7 @@ def test_order_does_not_matter_and_speakers_are_shared() -> None:
 
 
 def shown(rows: list[Comparison]) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = PlainConsole(width=200, record=True, file=io.StringIO())
     console.print(comparison_table(rows))
     for row in rows:
         for table in part_tables(row):

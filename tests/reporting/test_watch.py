@@ -23,7 +23,9 @@ from helpers.commands import asrkit
 def test_metrics_are_read_by_key_whatever_lies_between(tmp_path: Path) -> None:
     lines = [
         '{"step": 1, "loss": 2.0, "timing": {"audio_per_second": 5}, "skipped_cuts": ["a"], "ok": true}',
-        '{"step": 2, "loss": NaN, "dev_wer": 0.25}', "[]", '{"loss": 1}', "", '{"step": 3, "lo',
+        '{"step": 2, "loss": NaN, "dev_wer": 0.25}', "[]", '{"loss": 1}', "", '{"step": Infinity, "loss": 1}',
+        f'{{"step": 2, "loss": {"9" * 400}, "lr": 1e300}}', f'{{"step": {"9" * 400}, "loss": 1}}', '{"step": -1, "loss": 1}',
+        '{"step": true, "loss": 1}', '{"step": "2", "loss": 1}', '{"step": 3, "lo',
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert read_metrics(tmp_path) == {"loss": [(1, 2.0)], "timing.audio_per_second": [(1, 5.0)], "dev_wer": [(2, 0.25)]}
@@ -90,6 +92,10 @@ def test_it_follows_until_the_training_is_finished(tmp_path: Path, terminal: boo
 
 
 def test_a_directory_without_a_training(tmp_path: Path) -> None:
+    for steps in (0, -4, True, 10**400, "4"):
+        write_yaml(tmp_path / CONFIG, {"stage": "qat", "training": {"steps": steps}})
+        with pytest.raises(UserError, match="no training has begun there"):
+            read_standing(tmp_path)
     write_yaml(tmp_path / CONFIG, {"stage": "quantize"})
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="no training has begun there"):

@@ -270,7 +270,7 @@ def test_posteriors_are_kept_and_the_teachers_run_once(
     said = asrkit("distill", *stored, "--out", tmp_path / "one", *quick(*still))
     assert "stored the posteriors of 12 utterances" in said
     files = {path: path.stat().st_mtime_ns for path in store.iterdir()}
-    assert len(files) == 2
+    assert len(files) == 3
     assert "stored the posteriors" not in asrkit("distill", *stored, "--out", tmp_path / "two", *quick(*still))
     assert {path: path.stat().st_mtime_ns for path in store.iterdir()} == files
     assert weights_equal(tmp_path / "one", tmp_path / "two")
@@ -285,6 +285,15 @@ def test_posteriors_are_kept_and_the_teachers_run_once(
     said = asrkit("distill", *stored, "--out", tmp_path / "no", *quick("data.augment.speed=0.1", "teacher.classes=all"), code=1)  # fmt: skip
     assert said.count("\n") == 2 and "set data.augment.speed=0.0" in said and "set teacher.classes=three" in said
     assert not (tmp_path / "no").exists()
+    # A flipped byte is not trained on; posteriors whose digest was never written are computed again.
+    (posteriors,) = store.glob("*.safetensors")
+    whole = bytearray(posteriors.read_bytes())
+    posteriors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    said = asrkit("distill", *stored, "--out", tmp_path / "no", *quick(*still), code=1)
+    assert f"{posteriors}: is damaged (digest " in said and not (tmp_path / "no").exists()
+    posteriors.with_suffix(".sha256").unlink()
+    said = asrkit("distill", *stored, "--out", tmp_path / "again", *quick(*still, "training.steps=1"))
+    assert "stored the posteriors of 12 utterances" in said and posteriors.read_bytes() == whole
 
 
 # The command with a second process that looks at the directory while the first is about to write there.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from asrkit import extras
 from asrkit.config import from_dict
 from asrkit.data.batch import Batch
+from asrkit.errors import UserError
 from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.models.compression import compressed_layers
 from asrkit.run_dir import open_run
@@ -328,6 +330,15 @@ def test_a_few_steps_on_one_batch_improve_what_is_trained(
     assert (last < 0.97 * first) if "errors" in OBJECTIVES[criterion] else (last > first + 0.02 * abs(first)), values
 
 
+@contextmanager
+def whole_again(folder: Path) -> Iterator[list[Path]]:
+    """The safetensors files of a folder; they are put back afterwards."""
+    before = {file: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+    yield [*before]
+    for file, content in before.items():
+        file.write_bytes(content)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["mwer", "mmi", "smbr", "mpe"])
 def test_what_was_searched_before_is_what_the_first_step_would_find(
@@ -347,6 +358,11 @@ def test_what_was_searched_before_is_what_the_first_step_would_find(
     plain = from_dict(SequenceTrainConfig, values, "test")
     batches = training_batches(corpus / "train.jsonl.gz", plain.data, run, 1, 1)
     cached = build_task(replace(plain, cache=True), parent, run, batches)
+    for change in (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"), Path.unlink):
+        with whole_again(run / "searched") as files:
+            change(files[0])
+            with pytest.raises(UserError, match="is damaged|not all of them"):
+                build_task(replace(plain, cache=True), parent, run, batches)
     searching = build_task(plain, parent, run, batches)
     for each in (cached, searching):
         each.model.eval()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lhotse.cut import Cut
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from asrkit.config import differences, digest
@@ -31,7 +30,7 @@ from asrkit.methods.distillation.teachers import Teachers
 from asrkit.nn.conformer import subsampled_lens
 from asrkit.run_dir import MODEL, WEIGHTS, read_yaml, write_yaml
 from asrkit.training.asr_loss import LossConfig
-from asrkit.training.checkpoint import save_tensors
+from asrkit.training.checkpoint import SEAL, open_sealed, save_sealed
 from asrkit.training.distributed import World, broadcast_object, gather_lists
 
 ABOUT = "cache.yaml"
@@ -58,13 +57,17 @@ class TensorCache:
         if path.exists() and not path.is_dir():
             raise UserError(f"--cache {path}: is a file; choose a directory")
         if (path / ABOUT).is_file():
-            if changed := differences(read_yaml(path / ABOUT), about):
+            stored = read_yaml(path / ABOUT)
+            if not isinstance(stored, dict):
+                raise UserError(f"--cache {path}: {ABOUT} is damaged; choose another directory")
+            if changed := differences(stored, about):
                 raise UserError(
                     f"--cache {path}: holds the {what} of other teachers or another tokenizer ({'; '.join(changed)}); choose another directory"
                 )
         elif path.is_dir() and any(child.name != beside for child in path.iterdir()):
             raise UserError(f"--cache {path}: holds other files; choose an empty or new directory")
         self._files: dict[str, Any] = {}  # by key, the open file
+        self._known: set[Path] = set()
         self._keys: dict[str, str] = {}  # by cut id
 
     def key(self, cut: Cut) -> str:
@@ -93,7 +96,7 @@ class TensorCache:
             cuts = share[first : first + SHARD]
             tensors = {self._keys[cut_id]: tensor for cut_id, tensor in compute(cuts)}
             name = f"{digest(sorted(tensors))[:16]}.safetensors"
-            save_tensors(self.path / name, tensors)
+            save_sealed(self.path / name, tensors)
             yield first + len(cuts)
         broadcast_object(world, None)
 
@@ -129,13 +132,12 @@ class TensorCache:
         return missing
 
     def _find_files(self) -> None:
-        """Note which file holds each key. If several do, they hold the same tensor."""
+        """Note which file holds each key. If several do, they hold the same tensor. One without a digest was not finished."""
         for file in sorted(self.path.glob("*.safetensors")):
-            try:
-                opened = safe_open(file, framework="pt")
+            if file not in self._known and file.with_suffix(SEAL).is_file():
+                opened = open_sealed(file)
                 self._files.update(dict.fromkeys(opened.keys(), opened))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
+                self._known.add(file)
 
 
 class PosteriorCache(TensorCache):

@@ -197,7 +197,8 @@ def load_denominator(run: Path) -> tuple[Denominator, str]:
     """
     if (run / FILE).is_file() and (run / DIGEST).is_file():
         digest = sha256_of(run / FILE)
-        if digest == read_yaml(run / DIGEST).get("sha256"):
+        facts = read_yaml(run / DIGEST)
+        if isinstance(facts, dict) and digest == facts.get("sha256"):
             try:
                 return Denominator(**load_file(run / FILE)), digest
             except (SafetensorError, TypeError):

@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from asrkit.config import digest
@@ -29,8 +28,8 @@ from asrkit.methods.sequence.hypotheses import find_n_best
 from asrkit.methods.sequence.lattices import k2_for_lattices
 from asrkit.models.asr import AsrModel
 from asrkit.nn.context import Context
-from asrkit.run_dir import write_yaml
-from asrkit.training.checkpoint import save_tensors
+from asrkit.run_dir import read_yaml, write_yaml
+from asrkit.training.checkpoint import open_sealed, save_sealed
 from asrkit.training.distributed import World, broadcast_object, gather_lists
 
 FOLDER, COMPLETE = "searched", "searched.yaml"  # in the run directory; the second is there once the first is whole
@@ -41,7 +40,7 @@ class SearchCache:
     """What ``fill_cache`` has found, by cut id.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or damaged.
     """
 
     def __init__(self, run: Path) -> None:
@@ -49,8 +48,13 @@ class SearchCache:
             raise UserError(f"{run / FOLDER}: missing; remove {run} and train again")
         self._files: dict[str, Any] = {}
         for path in sorted((run / FOLDER).glob("*.safetensors")):
-            opened = safe_open(path, framework="pt")
+            opened = open_sealed(path)
             self._files.update(dict.fromkeys(opened.keys(), opened))
+        cuts, about = {key.partition(" ")[2] for key in self._files}, read_yaml(run / COMPLETE)
+        if not isinstance(about, dict) or about.get("cuts") != len(cuts):
+            raise UserError(
+                f"{run / FOLDER}: holds {len(cuts)} utterances, not all of them; remove {run} and train again"
+            )
 
     def _get(self, kind: str, cut_ids: Sequence[str]) -> list[Tensor]:
         keys = [f"{kind} {cut_id}" for cut_id in cut_ids]
@@ -113,7 +117,7 @@ def fill_cache(
                     pathless.append(key)
                 else:
                     tensors[key] = tensor.cpu().contiguous()
-        save_tensors(run / FOLDER / f"{world.rank}-{first}.safetensors", tensors)
+        save_sealed(run / FOLDER / f"{world.rank}-{first}.safetensors", tensors)
     if pathless := gather_lists(world, pathless):
         raise no_path(pathless)
     if world.is_main:
