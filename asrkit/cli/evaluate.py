@@ -174,7 +174,7 @@ def evaluate(  # long: a parameter for each option
         "out": out,
     }
     if is_external(str(run)):
-        own = {
+        own: dict[str, Any] = {
             "--variant": variant,
             "--mode": mode,
             "--chunk": chunk,
