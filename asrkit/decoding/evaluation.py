@@ -15,6 +15,7 @@ from lhotse.cut import Cut
 from asrkit.config import to_dict
 from asrkit.data.batch import Batch, evaluation_parts, named, plain_batch
 from asrkit.data.cut_table import CutTable
+from asrkit.data.manifests import speaker_of
 from asrkit.data.parallel import in_processes
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel
@@ -138,7 +139,7 @@ class Decoded:
 def decode_cuts(
     recognizer: Recognizer, cuts: CutTable, searches: Mapping[str, Search], max_duration: float, jobs: int
 ) -> dict[str, Decoded]:
-    """Decode every cut by every search, in ``jobs`` processes; seconds of each count what they share (audio, features, encoder), and
+    """Decode every cut by every search, in ``jobs`` processes; the utterances are in the order of the cuts. Seconds of each count what they share (audio, features, encoder), and
     those of all processes add up."""
     streaming = recognizer.context.streaming
     ends = {cut.id: aligned for cut in cuts if (aligned := word_ends(cut))} if streaming else {}
@@ -153,6 +154,10 @@ def decode_cuts(
             for name, total in decoded.items():
                 total.add(of_part[name])
             advance(sum(cut.duration for cut in part))
+    order, speakers = {cut.id: number for number, cut in enumerate(cuts)}, {cut.id: speaker_of(cut) for cut in cuts}
+    for total in decoded.values():
+        said = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in total.scored]
+        total.scored = sorted(said, key=lambda utterance: order[utterance.cut_id])
     return decoded
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from asrkit.config import digest as content_digest
 from asrkit.config import to_dict
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.cut_table import CutTable
-from asrkit.data.manifests import digest_of, speaker_of
+from asrkit.data.manifests import digest_of
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
 from asrkit.decoding.evaluation import decode_cuts, decoding_record, result_of
@@ -82,10 +81,8 @@ def evaluate(
     searches = _searches(findings, recognizer, names, beam, domain, calibrate_on is not None)
     checked = _gather(findings, lambda: _cuts(manifest, recognizer, jobs))
     dev = None if calibrate_on is None else _gather(findings, partial(_cuts, calibrate_on, recognizer, jobs))
-    if recognizer is not None and recognizer.device.type != "cpu" and jobs > 1:
-        findings.append(
-            f"--jobs {jobs}: several processes decode on the CPU only; add --device cpu, or leave --jobs out"
-        )
+    if jobs > 1 and recognizer is not None and recognizer.device.type != "cpu":
+        findings += [f"--jobs {jobs}: several processes decode on the CPU only; add --device cpu, or leave --jobs out"]
     if findings or recognizer is None or checked is None:
         raise UserError.of(list(dict.fromkeys(findings)))
     cuts, warnings = checked
@@ -101,13 +98,9 @@ def evaluate(
         make_directory(directory)
     fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, jobs)
     decoded = decode_cuts(recognizer, cuts, searches, max_duration, jobs)
-    order = {cut.id: number for number, cut in enumerate(cuts)}
-    speakers = {cut.id: speaker_of(cut) for cut in cuts}
     evaluations = []
     for name, search in searches.items():
         done = decoded[name]
-        named = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in done.scored]
-        done.scored = sorted(named, key=lambda utterance: order[utterance.cut_id])
         confidence = None
         if search.n_best:
             heat = fitted[name].temperature() if name in fitted else temperature
