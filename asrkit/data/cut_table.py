@@ -164,7 +164,7 @@ class CutTable(Sequence[Cut]):
         """The indices of the cuts of these ids, ascending."""
         hashes = np.fromiter(map(hash_of, cut_ids), np.uint64, len(cut_ids))
         rows = np.flatnonzero(np.isin(self.columns.hashes, hashes))
-        return rows[[self._object(row)["id"] in cut_ids for row in rows]] if len(rows) else rows
+        return rows[[self._object(row)["id"] in cut_ids for row in rows.tolist()]] if len(rows) else rows
 
     @property
     def durations(self) -> np.ndarray:

@@ -99,7 +99,7 @@ def _twice(table: CutTable, files: Sequence[_File], paths: list[Path]) -> list[t
         return []
     findings, first = [], {}  # type: list[tuple[int, int, str]], dict[str, str]
     ends = np.cumsum([len(file.table) for file in files])
-    for row in np.flatnonzero(np.isin(table.columns.hashes, unique[counts > 1])):
+    for row in np.flatnonzero(np.isin(table.columns.hashes, unique[counts > 1])).tolist():
         index = int(np.searchsorted(ends, row, side="right"))
         number = int(files[index].numbers[row - ends[index]])  # a negative index counts from the file's end
         cut_id = table[row].id

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def remember(kind: str, key: Sequence[str], arrays: Mapping[str, np.ndarray]) ->
     """Write the arrays; where nothing can be written, they are found out again next time."""
     path, title = _path_and_title(kind, key)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **dict[str, Any](arrays))
     body = buffer.getvalue()
     header = json.dumps({**title, "sha256": hashlib.sha256(body).hexdigest()})
     with suppress(UserError), atomic_write(path) as temporary:
