@@ -134,15 +134,23 @@ class _Planned:
     """A line of the file: a cut, and its stretches in which somebody speaks."""
 
     id: str
+    """Of the cut."""
     pieces: list[tuple[Seconds, Seconds]]
+    """Begin and end of each stretch."""
 
 
 @config
 class _Text:
+    """A ``Transcription`` in the file."""
+
     text: str
+    """As the recognizer writes it."""
     confidence: Probability | None
+    """Of its tokens."""
     language: str
+    """Given or detected."""
     no_speech: Probability | None = None
+    """That nobody speaks."""
 
 
 @config
@@ -150,8 +158,11 @@ class _Recognized:
     """A line of the file: the texts of one stretch of a cut, one for each recognizer."""
 
     id: str
+    """Of the cut."""
     begin: Seconds
+    """Of the stretch."""
     texts: list[_Text]
+    """One for each recognizer."""
 
 
 @dataclass
