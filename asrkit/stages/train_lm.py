@@ -196,6 +196,11 @@ def _read(
             except UserError as error:
                 findings.append(f"{sentence.where}: {error}")
                 continue
+            if len(symbols) >= settings.max_symbols:  # its end is one more
+                findings.append(
+                    f"{sentence.where}: has {len(symbols)} symbols, more than a step takes; split it, or raise max_symbols"
+                )
+                continue
             is_held_out = dev is None and split_of(sentence.text, dev=settings.held_out, test=0.0) == "dev"
             (held_out if is_held_out else whole).append(sentence.number, symbols)
     if findings and settings.bad_lines == "refuse":
@@ -205,4 +210,6 @@ def _read(
         note(f"left out: {finding}")
     if not len(table):
         raise UserError(f"{source}: no sentence is left to train on")
+    if dev is not None and not len(held_out):
+        raise UserError(f"{dev}: no sentence is left to measure perplexity on; give another --dev, or leave it out")
     return table, held_out
