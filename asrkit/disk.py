@@ -86,6 +86,13 @@ def _temporary(path: Path) -> Path:
     return path.parent / f".tmp-{os.getpid()}-{_this_host()}-{path.name}"
 
 
+def special(path: Path) -> bool:
+    """Whether a path is taken by what is neither a file nor a directory, such as ``/dev/stdout``: renaming would replace the device itself."""
+    if path.is_symlink() and str(path.readlink()).startswith("/proc/"):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it becomes ``path`` only when the block succeeds.
@@ -96,6 +103,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         UserError: the disk is full or the location cannot be written; ``path`` is as it was.
     """
     path = Path(path)
+    if special(path):
+        raise UserError(f"{path}: is a device or a pipe, not a file; choose another location")
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

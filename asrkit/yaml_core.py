@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+MOST_VALUES = 5_000_000  # a run's list of left-out cuts is the longest there is
+
 
 class _CoreLoader(yaml.SafeLoader):
     """Only ``true`` and ``false`` are booleans; there are no dates, no octal numbers and no numbers to base 60."""
@@ -50,6 +52,22 @@ def load_safe(text: str) -> Any:
 
 def _load(text: str, loader: Any) -> Any:
     try:
-        return yaml.load(text, loader)
+        content = yaml.load(text, loader)
     except RecursionError:
         raise yaml.YAMLError("its brackets are nested too deeply") from None
+    _check_size(content)
+    return content
+
+
+def _check_size(content: Any) -> None:
+    """Refuse what a few aliases (``*a``) make endless for whoever walks through it."""
+    waiting, count = [content], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, or refers to itself")
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from asrkit.config import differences, digest, from_dict, resolve, to_dict
 from asrkit.errors import UserError
@@ -15,6 +16,7 @@ from asrkit.stages.align import AlignConfig
 from asrkit.stages.distill_lm import DistillLmConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig
 from asrkit.training.start import model_spec
+from asrkit.yaml_core import load_safe
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -181,3 +183,14 @@ def test_brackets_without_end_are_no_yaml(tmp_path: Path) -> None:
         resolve(TrainBackboneConfig, file)
     with pytest.raises(UserError, match="not valid YAML .*nested too deeply"):
         read_yaml(file)
+
+
+def test_aliases_that_make_yaml_endless_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asrkit.yaml_core.MOST_VALUES", 5000)
+    laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 10)}]\n" for number in range(1, 12)
+    )
+    for text in (laughs, "a: &a [*a]", "a: &a {b: {c: *a}}"):
+        with pytest.raises(yaml.YAMLError, match="more than 5,000 values, or refers to itself"):
+            load_safe(text)
+    assert load_safe("a: &a [1]\nb: [*a, *a]") == {"a": [1], "b": [[1], [1]]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -208,10 +209,11 @@ def share_of(text: str | None) -> float | None:
 
     if text is None:
         return None
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise UserError(f"--budget {text}: write a share of the float size, such as 20%") from None
+    with suppress(ValueError):
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if 0 < share <= 1:
+            return share
+    raise UserError(f"--budget {text}: write a share of the float size above 0 and at most 100%, such as 20%")
 
 
 def _mask(sparsity: str | None, block: str | None) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from asrkit.config import config
 from asrkit.data.features import NUM_MEL_BINS
-from asrkit.errors import UserError
+from asrkit.errors import UserError, clip
 from asrkit.frames import FRAME_SHIFT
 from asrkit.run_dir import read_yaml, write_yaml
 
@@ -31,6 +31,7 @@ NUM_CEPSTRA = 13
 SMALLEST_VARIANCE = 1e-4
 _COSINES = np.cos(np.pi / NUM_MEL_BINS * (np.arange(NUM_MEL_BINS)[:, None] + 0.5) * np.arange(NUM_CEPSTRA))
 SIDES = ("left", "right")
+MOST_STATES = 3  # of a phone
 Node = dict[str, Any]  # {senone} of a leaf, else {side, question, yes, no}
 
 
@@ -40,7 +41,7 @@ class SenoneConfig:
 
     number: Annotated[int, Field(ge=1)] = 500
     """About how many senones in all; never fewer than phones times `states`."""
-    states: Annotated[int, Field(ge=1, le=3)] = 1
+    states: Annotated[int, Field(ge=1, le=MOST_STATES)] = 1
     """States of a phone: 1 (our choice: a frame of 40 ms leaves little room) to 3, as in Kaldi's GMMs."""
     smallest: Annotated[int, Field(ge=1)] = 200
     """Frames of 10 ms every senone must be seen in."""
@@ -121,11 +122,36 @@ def load_tree(path: Path) -> SenoneTree:
     if not path.is_file():
         raise UserError(f"{path}: no such file of senones; asrkit align --unit senone writes one")
     try:
-        return TypeAdapter(SenoneTree).validate_python(read_yaml(path))
+        tree = TypeAdapter(SenoneTree).validate_python(read_yaml(path))
     except ValidationError as error:
         raise UserError(
             f"{path}: not a tree of senones ({error.error_count()} findings); make it again by align"
         ) from error
+    if not 1 <= tree.states <= MOST_STATES or not tree.roots:
+        raise UserError(
+            f"{path}: not a tree of senones (states {clip(tree.states)}, {len(tree.roots)} phones); make it again by align"
+        )
+    for phone, nodes in tree.roots.items():
+        if len(nodes) != tree.states or not all(_is_node(node, len(tree.questions)) for node in nodes):
+            raise UserError(f"{path}: not a tree of senones (damaged at phone {clip(phone)}); make it again by align")
+    return tree
+
+
+def _is_node(root: Any, questions: int) -> bool:
+    """Whether a node and all below it are what they should be."""
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, dict):
+            return False
+        if {*node} == {"senone"} and isinstance(node["senone"], str):
+            continue
+        if {*node} != {"side", "question", "yes", "no"} or node["side"] not in SIDES:
+            return False
+        if type(node["question"]) is not int or not 0 <= node["question"] < questions:
+            return False
+        waiting += [node["yes"], node["no"]]
+    return True
 
 
 def grow_tree(utterances: Iterable[tuple[Sequence[AlignmentItem], np.ndarray]], settings: SenoneConfig) -> SenoneTree:

@@ -106,16 +106,18 @@ def spelled_sentences(
     bad_lines: Literal["refuse", "skip"],
     spell: Callable[[Sentence], Sequence[str]],
     note: Callable[[str], None],
+    max_symbols: int | None = None,
 ) -> Iterator[tuple[Sentence, Sequence[str], bool]]:
     """Each sentence of ``source`` and ``dev``, its units, and whether it is to be measured on instead of trained on: those of dev
-    are, or without one the share ``held_out`` of the source. Lines that cannot be written in the units are left out and noted.
+    are, or without one the share ``held_out`` of the source. Lines that cannot be written in the units, or
+    have more than ``max_symbols`` with their end, are left out and noted.
 
     Raises:
-        UserError: after the last sentence: lines that cannot be written in the units, unless ``bad_lines`` is skip; or there is
-            none to train on.
+        UserError: after the last sentence: there are such lines, unless ``bad_lines`` is skip; or there is none to train on, or none
+            in ``dev``.
     """
     findings: list[str] = []
-    empty = True
+    empty = unmeasured = True
     for path in (source, *([] if dev is None else [dev])):
         for sentence in read_sentences(path, unit, language):
             try:
@@ -123,8 +125,13 @@ def spelled_sentences(
             except UserError as error:
                 findings.append(f"{sentence.where}: {error}")
                 continue
+            if max_symbols is not None and len(symbols) >= max_symbols:
+                findings.append(
+                    f"{sentence.where}: has {len(symbols)} symbols, more than a step takes; split it, or raise max_symbols"
+                )
+                continue
             measured = path is dev or (dev is None and split_of(sentence.text, dev=held_out, test=0.0) == "dev")
-            empty = empty and measured
+            empty, unmeasured = empty and measured, unmeasured and not measured
             yield sentence, symbols, measured
     if findings and bad_lines == "refuse":
         more = f"{len(findings)} unusable lines: fix them, or leave them out with --set bad_lines=skip"
@@ -133,6 +140,8 @@ def spelled_sentences(
         note(f"left out: {finding}")
     if empty:
         raise UserError(f"{source}: no sentence is left to train on")
+    if dev is not None and unmeasured:
+        raise UserError(f"{dev}: no sentence is left to measure perplexity on; give another --dev, or leave it out")
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,14 @@ def compare_runs(
     if len(named) < 2:
         findings.append("one system alone: name at least two, as in `asrkit compare exp/a exp/b`")
     names = [system.name for system in named]
-    findings += [f"{name}: is named twice; compare takes each system once" for name in names if names.count(name) > 1]
-    if margin is not None and margin <= 0:
-        findings.append(f"--margin {margin}: must be above 0")
+    runs = [{path.resolve() for path in system.paths} for system in named]
+    findings += [
+        f"{name}: is named twice; compare takes each system once"
+        for number, name in enumerate(names)
+        if name in names[:number] or any(runs[number] & earlier for earlier in runs[:number])
+    ]
+    if margin is not None and not 0 < margin <= 100:
+        findings.append(f"--margin {margin}: must be above 0 and at most 100 points")
     evaluations: dict[str, list[Path]] = {}
     for system in named:
         for path in system.paths:

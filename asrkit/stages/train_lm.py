@@ -125,7 +125,15 @@ def train_lm(
         spell = speller(unit, Tokenizer(path) if unit == "bpe" else None, tree)
         tables = SequenceTable(str(source)), SequenceTable(str(dev or source))
         sentences = spelled_sentences(
-            source, dev, unit, settings.language, settings.held_out, settings.bad_lines, spell, run.note
+            source,
+            dev,
+            unit,
+            settings.language,
+            settings.held_out,
+            settings.bad_lines,
+            spell,
+            run.note,
+            settings.max_symbols,
         )
         for sentence, symbols, measured in sentences:
             tables[measured].append(sentence.number, symbols)

@@ -257,12 +257,18 @@ class Updater:
                 self.log.dev(progress, measured, time.monotonic() - began)
         everywhere = broadcast_object(self.world, (progress.last_dev, progress.best, stop))
         progress.last_dev, progress.best, stop = everywhere  # type: ignore[misc]
+        if bad := [name for name, value in progress.last_dev.items() if math.isnan(value)]:
+            raise UserError(
+                f"after step {self.step}: dev {', '.join(bad)} is no number, so these weights were not published; start a new run with "
+                "a lower training.optimizer.learning_rate, or run the command again to resume from the last save"
+            )
         return stop
 
     def _judge(self, measured: dict[str, float]) -> None:
         """Publish the average if it is the best so far, or if the last weights are kept."""
         progress, ready = self.progress, self.step >= self.task.not_before
         first = next(iter(measured))
+        ready = ready and not any(map(math.isnan, measured.values()))
         better = ready and (not progress.best or measured[first] <= progress.best[first])
         if better:
             progress.best = {**measured, "step": self.step}

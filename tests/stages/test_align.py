@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +289,20 @@ def test_a_tree_is_kept(tmp_path: Path) -> None:
     tree = grow_tree([(items, sing(items))], SenoneConfig(number=8, smallest=5))
     save_tree(tree, tmp_path / "tree.yaml")
     assert load_tree(tmp_path / "tree.yaml") == tree
+    phone, nodes = next(iter(tree.roots.items()))
+    leaf, node = {"senone": "x"}, {"side": "left", "question": 0, "yes": {"senone": "x"}, "no": {"senone": "y"}}
+    damaged = [
+        replace(tree, states=0, roots={}), replace(tree, states=10**9), replace(tree, roots={}),
+        *(replace(tree, roots={**tree.roots, phone: [bad] * len(nodes)}) for bad in (
+            {}, {"senone": 3}, {**node, "question": 10**9}, {**node, "question": -1}, {**node, "side": "up"}, {**node, "yes": None},
+            {**node, "no": {**node, "yes": [1]}}, {**leaf, **node},
+        )),
+        replace(tree, roots={**tree.roots, phone: [*nodes, leaf]}),
+    ]  # fmt: skip
+    for other in damaged:
+        save_tree(other, tmp_path / "damaged.yaml")
+        with pytest.raises(UserError, match="not a tree of senones"):
+            load_tree(tmp_path / "damaged.yaml")
     (tmp_path / "other.yaml").write_text("a: 1\n")
     with pytest.raises(UserError, match="not a tree of senones"):
         load_tree(tmp_path / "other.yaml")

@@ -331,6 +331,9 @@ def test_measuring_leaves_the_model_alone(parent: Path) -> None:
     ("words", "complaint"),
     [
         (["qat", "--budget", "little"], "write a share of the float size"),
+        (["qat", "--budget", "nan"], "write a share of the float size"),
+        (["qat", "--budget", "inf%"], "write a share of the float size"),
+        (["qat", "--budget", "-5%"], "write a share of the float size"),
         (["prune", "--sparsity", "2:5"], "groups of 5 do not divide"),
         (["prune", "--sparsity", "5:4"], "cannot keep 5 of 4"),
         (["prune", "--sparsity", "half"], "write N:M, such as 2:4"),

@@ -12,7 +12,7 @@ import torch
 from asrkit.methods import pretraining
 from asrkit.methods.pretraining import PretrainConfig
 from asrkit.models.registry import ENCODER, load_encoder
-from asrkit.run_dir import open_run, read_yaml
+from asrkit.run_dir import WEIGHTS, open_run, read_yaml
 from asrkit.stages.pretrain import build_task
 from asrkit.training.contexts import TrainedContexts
 from helpers.commands import TWO, asrkit, killed, launched, sets
@@ -191,6 +191,13 @@ def test_a_collapse_is_warned_of(corpus: Path, tmp_path: Path, monkeypatch: pyte
     said = asrkit("pretrain", *words, *quick())
     (line,) = (line for line in said.splitlines() if "codebooks have collapsed" in line)
     assert line.startswith("step 3: the codebooks have collapsed: of 32 entries")
+
+
+def test_weights_whose_measurement_is_no_number_are_not_published(corpus: Path, tmp_path: Path) -> None:
+    words = ["pretrain", *data(corpus), "--out", tmp_path / "run"]
+    said = asrkit(*words, *quick("training.optimizer.learning_rate=1e30", "training.optimizer.warm_up_steps=0"), code=1)
+    assert "after step 2: dev contrastive" in said and "is no number, so these weights were not published" in said
+    assert not (tmp_path / "run" / WEIGHTS).exists() and not (tmp_path / "run" / "done").exists()
 
 
 def test_one_utterance_is_enough_and_noted(corpus: Path, tmp_path: Path) -> None:

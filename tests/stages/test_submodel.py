@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from asrkit.cli.submodel import _ranges
 from asrkit.config import digest, from_dict, to_dict
 from asrkit.data.text.tokenizer import train_tokenizer
 from asrkit.decoding.recognizer import load_recognizer
-from asrkit.disk import atomic_directory, sha256_of
+from asrkit.disk import atomic_directory, atomic_write, sha256_of, special
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec, load_model
 from asrkit.models.digests import backbone_digest, tensors_digest
@@ -473,6 +474,16 @@ def test_a_failure_leaves_nothing(near: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=r"x: cannot write \(No space left on device\)"):
         remove_submodel(near, "near", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "standard-output").symlink_to("/proc/self/fd/1")
+    for path in (tmp_path / "pipe", tmp_path / "standard-output"):
+        with pytest.raises(UserError, match="is a device or a pipe, not a file"), atomic_write(path) as temporary:
+            temporary.write_text("x")
+        assert special(path)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "standard-output"}
 
 
 def test_atomic_directory(tmp_path: Path) -> None:

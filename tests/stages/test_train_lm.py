@@ -253,6 +253,19 @@ def test_lines_that_cannot_be_spelled_are_named(text: Path, tmp_path: Path) -> N
     assert f"left out: {strange}:21" in said
 
 
+def test_a_line_longer_than_a_step_and_a_dev_text_without_lines_are_refused(text: Path, tmp_path: Path) -> None:
+    long, blank = tmp_path / "long.txt", tmp_path / "blank.txt"
+    long.write_text("ab " * 5000)
+    blank.write_text("\n \n")
+    said = asrkit("train-lm", "--text", long, "--out", tmp_path / "run", "--set", "vocab_size=8", code=1)
+    assert f"{long}:1: has " in said and "symbols, more than a step takes; split it, or raise max_symbols" in said
+    said = asrkit(
+        "train-lm", "--text", text, "--dev", blank, "--out", tmp_path / "run", "--set", "vocab_size=30", code=1
+    )
+    assert f"{blank}: no sentence is left to measure perplexity on" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_language_model_is_no_recognizer(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "lm"
     asrkit("train-lm", "--text", text, "--out", run, *sets(*SMALL, "training.steps=1"))
