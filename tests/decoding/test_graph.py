@@ -145,16 +145,13 @@ def best_by_backing_off(lm: Any, text: tuple[int, ...]) -> float:
         word, after = int(lm.words[token]), dict[int, float]()
         for state, total in list(states.items()):
             while True:
-                if state == 0:
-                    arcs = [(int(lm.firsts[word]), float(lm.unigrams[word]))]
-                else:
-                    at = (lm.keys == state * len(lm.unigrams) + word).nonzero().flatten().tolist()
-                    arcs = [(int(lm.targets[arc]), float(lm.log_probs[arc])) for arc in at]
+                at = (lm.keys == state * lm.num_words + word).nonzero().flatten().tolist()
+                arcs = [(int(lm.targets[arc]), float(lm.log_probs[arc])) for arc in at]
                 for target, score in arcs:
                     after[target] = max(after.get(target, -math.inf), total + score)
                 if state == 0:
                     break
-                state, total = int(lm.lower[state]), total + float(lm.backoffs[state])
+                state, total = int(lm.chains[state, 1]), total + float(lm.weights[state, 1])
         states = after
     return max(states.values())
 

@@ -130,7 +130,7 @@ def test_sherpa_decodes_with_hotwords_as_we_do(
     words.write_text("x :3\nwx x :2\nwo\nu\n")
     out = tmp_path / "onnx"
     export(run, out, streaming=streaming)
-    options = {
+    options: dict[str, Any] = {
         "hotwords_file": str(words),
         "hotwords_score": 0.9,
         "modeling_unit": "bpe",

@@ -110,7 +110,7 @@ def state_after(model: Ngram, words: Sequence[int]) -> int:
 def test_what_may_follow_adds_up_to_one(count: int, order: int, cutoffs: tuple[int, ...], seed: int) -> None:
     """After every state, with and without cutoffs; and a row of scores is the scores of its symbols."""
     model = made(sentences(count, seed), order, cutoffs)
-    states = torch.arange(len(model.lower))
+    states = torch.arange(model.num_states)
     rows = model.score(states)
     torch.testing.assert_close(
         rows.double().exp().sum(1), torch.ones(len(states), dtype=torch.float64), atol=1e-5, rtol=0
@@ -228,7 +228,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
         model = load_ngram(path)
     except UserError:
         return
-    assert torch.isfinite(model.score(torch.arange(len(model.lower)))).all()
+    assert torch.isfinite(model.score(torch.arange(model.num_states))).all()
 
 
 def test_a_model_of_other_units_is_refused(tmp_path: Path) -> None:

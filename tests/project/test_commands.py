@@ -58,6 +58,7 @@ def corpus(folder: Path) -> None:
         ("report", {"train-backbone", "quantize", "evaluate", "report"}),
         ("decoding-ctc", {"train-lm", "evaluate", "transcribe", "graph", "sequence-train", "export"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
+        ("decoding", {"train-lm", "evaluate", "tune", "transcribe", "export"}),
     ],
 )
 def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, expected: set[str]) -> None:
@@ -67,6 +68,7 @@ def test_the_commands_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     if page == "decoding-ctc":
         pytest.importorskip("k2")
     corpus(tmp_path)
+    (tmp_path / "names.txt").write_text("alpha bravo\ncarol :2\n")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     listed = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]

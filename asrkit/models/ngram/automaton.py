@@ -33,25 +33,28 @@ class Ngram:
 
     symbols: the V symbols that are scored; the first is the end. words: (V,) int64, the word of each; that of <unk> for a symbol
         that the model does not have.
-    order: of the model. start_state: the state before the first symbol.
-    unigrams: (W,) float32, log-probabilities in state 0. firsts: (W,) the states they lead to.
-    keys: (A + 1,) int64, state * W + word of each arc, ascending, and one that no arc has. log_probs, targets: (A + 1,) its
-        score and where it leads. arc_begins: (S + 1,) the first arc of each state.
-    lower, backoffs: (S,) the state to back off to, and the weight.
+    order, num_words: of the model. start_state: the state before the first symbol.
+    keys: (A,) int64, state * W + word of each arc, ascending; the first W are those of state 0, which has every word.
+    log_probs, targets: (A,) float32 and int64, its score and where it leads. arc_begins: (S + 1,) the first arc of each state.
+    chains, weights: (S, order) int64 and float32: each state and those it backs off to, down to 0, and the sum of the back-off
+        weights on the way.
     """
 
     symbols: Sequence[str]
     words: Tensor
     order: int
+    num_words: int
     start_state: int
-    unigrams: Tensor
-    firsts: Tensor
     keys: Tensor
     log_probs: Tensor
     targets: Tensor
     arc_begins: Tensor
-    lower: Tensor
-    backoffs: Tensor
+    chains: Tensor
+    weights: Tensor
+
+    @property
+    def num_states(self) -> int:
+        return len(self.chains)
 
     def to(self, device: torch.device) -> Ngram:
         """The same with its tensors on a device."""
@@ -68,18 +71,15 @@ class Ngram:
 
     def score(self, states: Tensor) -> Tensor:
         """Log-probabilities (N, V) of every symbol after each of ``states`` (N,)."""
-        chain, weights = [states], [self.backoffs.new_zeros(states.shape)]
-        for _ in range(self.order - 2):
-            weights.append(weights[-1] + self.backoffs[chain[-1]])
-            chain.append(self.lower[chain[-1]])
-        rows = (weights[-1] + self.backoffs[chain[-1]]).unsqueeze(1) + self.unigrams
-        number = torch.arange(len(states), device=states.device)
-        for state, weight in zip(reversed(chain), reversed(weights), strict=True):  # the longest match is written last
+        number, num_words = torch.arange(len(states), device=states.device), self.num_words
+        rows = self.weights[states, -1].unsqueeze(1) + self.log_probs[:num_words]
+        for level in range(self.order - 2, -1, -1):  # the longest match is written last
+            state, weight = self.chains[states, level], self.weights[states, level]
             begin = self.arc_begins[state]
-            counts = self.arc_begins[state + 1] - begin
+            counts = torch.where(state > 0, self.arc_begins[state + 1] - begin, 0)
             row = number.repeat_interleave(counts)
             arc = torch.arange(len(row), device=row.device) + (begin - counts.cumsum(0) + counts)[row]
-            rows[row, self.keys[arc] % len(self.unigrams)] = weight[row] + self.log_probs[arc]
+            rows[row, self.keys[arc] % num_words] = weight[row] + self.log_probs[arc]
         return rows[:, self.words]
 
     def sequence_log_probs(self, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -96,19 +96,11 @@ class Ngram:
         return torch.stack(columns, dim=1)
 
     def _step(self, states: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        total = self.backoffs.new_zeros(states.shape)
-        scores, targets = total, states
-        waiting = torch.ones_like(states, dtype=torch.bool)
-        for _ in range(self.order - 1):
-            wanted = states * len(self.unigrams) + words
-            arc = torch.searchsorted(self.keys, wanted)
-            matches = waiting & (self.keys[arc] == wanted)
-            scores = torch.where(matches, total + self.log_probs[arc], scores)
-            targets = torch.where(matches, self.targets[arc], targets)
-            waiting = waiting & ~matches
-            total, states = total + self.backoffs[states], self.lower[states]
-        scores = torch.where(waiting, total + self.unigrams[words], scores)
-        return scores, torch.where(waiting, self.firsts[words], targets)
+        wanted = self.chains[states] * self.num_words + words.unsqueeze(1)  # (N, order)
+        arcs = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
+        level = (self.keys[arcs] == wanted).to(torch.uint8).argmax(dim=1, keepdim=True)  # the first: the longest match
+        arc = arcs.gather(1, level).squeeze(1)
+        return self.weights[states].gather(1, level).squeeze(1) + self.log_probs[arc], self.targets[arc]
 
 
 def symbols_of_pieces(tokenizer: Tokenizer) -> list[str]:
@@ -144,51 +136,60 @@ def automaton(arpa: Arpa, symbols: Sequence[str] | None, where: str) -> Ngram:
     size = len(rows) + (UNKNOWN not in rows)
     words = [rows.get(symbol, unknown) for symbol in symbols]
     index = _Index(arpa, size)
-    keys, log_probs, targets = [], [], []
+    unigrams = np.full(size, UNKNOWN_LOG_PROB)
+    unigrams[: len(rows)] = arpa.sections[0].log_probs
+    firsts = np.zeros(size, dtype=np.int64)  # the state after each word alone
+    if arpa.order > 1:
+        firsts[: len(rows)] = 1 + np.arange(len(rows))
+    keys, log_probs, targets = [np.arange(size)], [unigrams], [firsts]
     lower, backoffs = [np.zeros(1, dtype=np.int64)], [np.zeros(1)]
     for n, section in enumerate(arpa.sections, start=1):
         longest = index.longest(section.words[:, 1:])
         if n < arpa.order:
             lower.append(longest)
             backoffs.append(section.backoffs)
-        if n > 1:
-            histories = index.rows(section.words[:, :-1])
-            if (histories < 0).any():
-                row = int((histories < 0).argmax())
-                text = " ".join(arpa.vocabulary[word] for word in section.words[row])
-                raise UserError(
-                    f"{where}: its back-off is broken: it has the {n}-gram {clip(text)!r} but not the {n - 1}-gram of its first "
-                    f"{n - 1} words; make the model again"
-                )
-            if (np.diff(index.sorted[n]) == 0).any():
-                raise UserError(f"{where}: the same {n}-gram stands there twice; make the model again")
-            order = index.order[n]
-            keys.append(((index.begins[n - 2] + histories) * size + section.words[:, -1])[order])
-            log_probs.append(section.log_probs[order])
-            targets.append((longest if n == arpa.order else index.begins[n - 1] + np.arange(len(longest)))[order])
-    unigrams = np.full(size, UNKNOWN_LOG_PROB)
-    unigrams[: len(rows)] = arpa.sections[0].log_probs
-    firsts = np.zeros(size, dtype=np.int64)
-    if arpa.order > 1:
-        firsts[: len(rows)] = 1 + np.arange(len(rows))
-    all_keys = np.concatenate([*keys, [np.iinfo(np.int64).max]])
-    num_states = sum(map(len, lower))
+        if n == 1:
+            continue
+        histories = index.rows(section.words[:, :-1])
+        if (histories < 0).any():
+            row = int((histories < 0).argmax())
+            text = " ".join(arpa.vocabulary[word] for word in section.words[row])
+            raise UserError(
+                f"{where}: its back-off is broken: it has the {n}-gram {clip(text)!r} but not the {n - 1}-gram of its first "
+                f"{n - 1} words; make the model again"
+            )
+        if (np.diff(index.sorted[n]) == 0).any():
+            raise UserError(f"{where}: the same {n}-gram stands there twice; make the model again")
+        order = index.order[n]
+        keys.append(((index.begins[n - 2] + histories) * size + section.words[:, -1])[order])
+        log_probs.append(section.log_probs[order])
+        targets.append((longest if n == arpa.order else index.begins[n - 1] + np.arange(len(longest)))[order])
+    all_keys = np.concatenate(keys)
+    chains, weights = _chains(np.concatenate(lower), np.concatenate(backoffs), arpa.order)
     model = Ngram(
         symbols=symbols,
         words=torch.tensor(words),
         order=arpa.order,
+        num_words=size,
         start_state=int(firsts[rows[BEGIN]]) if BEGIN in rows else 0,
-        unigrams=torch.from_numpy(unigrams).float(),
-        firsts=torch.from_numpy(firsts),
         keys=torch.from_numpy(all_keys),
-        log_probs=torch.from_numpy(np.concatenate([*log_probs, [0.0]])).float(),
-        targets=torch.from_numpy(np.concatenate([*targets, [0]])).long(),
-        arc_begins=torch.from_numpy(np.searchsorted(all_keys, np.arange(num_states + 1) * size)),
-        lower=torch.from_numpy(np.concatenate(lower)),
-        backoffs=torch.from_numpy(np.concatenate(backoffs)).float(),
+        log_probs=torch.from_numpy(np.concatenate(log_probs)).float(),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        arc_begins=torch.from_numpy(np.searchsorted(all_keys, np.arange(len(chains) + 1) * size)),
+        chains=torch.from_numpy(chains),
+        weights=torch.from_numpy(weights).float(),
     )
     _check_sums(model, arpa, index, where)
     return model
+
+
+def _chains(lower: np.ndarray, backoffs: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """``chains`` and ``weights`` of ``Ngram``, of the state each one backs off to and its weight, (S,)."""
+    states, weights = [np.arange(len(lower))], [np.zeros(len(lower))]
+    for _ in range(order - 1):
+        weights.append(weights[-1] + backoffs[states[-1]])
+        states.append(lower[states[-1]])
+    return np.stack(states, axis=1), np.stack(weights, axis=1)
 
 
 class _Index:
@@ -226,19 +227,20 @@ class _Index:
 
 def _check_sums(model: Ngram, arpa: Arpa, index: _Index, where: str) -> None:
     """Refuse a model whose probabilities add up to more than 1 after some history: its back-off weights are not of these n-grams."""
-    unigrams = float(model.unigrams[: len(arpa.vocabulary)].double().exp().sum())
+    unigrams = float(model.log_probs[: len(arpa.vocabulary)].double().exp().sum())
     if unigrams > MAX_SUM:
         raise UserError(f"{where}: its unigrams' probabilities add up to {unigrams:.3g}, not 1; make the model again")
     if model.order == 1:
         return
-    states = torch.div(model.keys[:-1], len(model.unigrams), rounding_mode="floor")
-    below, _ = model._step(model.lower[states], model.keys[:-1] % len(model.unigrams))
+    keys = model.keys[model.num_words :]
+    states = torch.div(keys, model.num_words, rounding_mode="floor")
+    below, _ = model._step(model.chains[states, 1], keys % model.num_words)
     sums = [
-        torch.zeros(len(model.lower), dtype=torch.float64).index_add(0, states, scores.double().exp())
-        for scores in (model.log_probs[:-1], below)
+        torch.zeros(model.num_states, dtype=torch.float64).index_add(0, states, scores.double().exp())
+        for scores in (model.log_probs[model.num_words :], below)
     ]
-    total = sums[0] + model.backoffs.double().exp() * (1.0 - sums[1]).clamp(min=0.0)
-    followed = torch.bincount(states, minlength=len(model.lower)) > 0
+    total = sums[0] + model.weights[:, 1].double().exp() * (1.0 - sums[1]).clamp(min=0.0)
+    followed = torch.bincount(states, minlength=model.num_states) > 0
     worst = int(total.masked_fill(~followed, 0.0).argmax())
     if followed.any() and float(total[worst]) > MAX_SUM:
         n = int(np.searchsorted(index.begins, worst, side="right"))
