@@ -71,17 +71,18 @@ def graph_of_sentences(k2: ModuleType, sentences: Sequence[Sequence[int]], vocab
 def _grammar(k2: ModuleType, lm: Ngram, symbols: Sequence[int], backoff: int) -> Any:
     """The back-off automaton as an acceptor of k2 over some of its symbols; arcs that back off have the label ``backoff``."""
     num_states, num_words = lm.num_states, lm.num_words
-    first = min(1, lm.order - 1)  # where a state's chain backs off once; a unigram model has state 0 alone
     scored = torch.tensor([0, *symbols])
-    known = scored[lm.words[scored] != lm.words[lm.symbols.index(UNKNOWN)]]
-    symbol_of = torch.full((num_words,), -1).scatter(0, lm.words[known], known)
-    keys, states = lm.keys[num_words:], torch.arange(num_states)  # those of state 0 are scored by symbol below
-    longer = states[1:]  # all but the state that remembers nothing, which has nothing to back off to
     words = lm.words[scored]
+    known = words != lm.words[lm.symbols.index(UNKNOWN)]
+    symbol_of = torch.full((num_words,), -1).scatter(0, words[known], scored[known])
+    states = torch.arange(num_states)
+    longer = states[1:]  # all but the state that remembers nothing, which has nothing to back off to
+    lower, backoffs = (part[1:, -1 if lm.order == 1 else 1] for part in (lm.chains, lm.weights))
+    keys = lm.keys[num_words:]  # those before are of the state that remembers nothing, which has every word
     source = torch.cat([keys // num_words, torch.zeros_like(scored), longer])
-    target = torch.cat([lm.targets[num_words:], lm.targets[words], lm.chains[1:, first]])
+    target = torch.cat([lm.targets[num_words:], lm.targets[words], lower])
     symbol = torch.cat([symbol_of[keys % num_words], scored, torch.full_like(longer, backoff)])
-    scores = torch.cat([lm.log_probs[num_words:], lm.log_probs[words], lm.weights[1:, first]]).float()
+    scores = torch.cat([lm.log_probs[num_words:], lm.log_probs[words], backoffs]).float()
     backs_off = torch.arange(len(symbol)) >= len(symbol) - len(longer)
     ends = (symbol == 0) & ~backs_off
     target = torch.where(ends, num_states, target)

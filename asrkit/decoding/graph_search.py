@@ -24,8 +24,6 @@ from asrkit.extras import require
 from asrkit.models.ctc_graph import CtcGraph
 
 SCORED_AT_ONCE = 64  # texts whose frames are in memory together
-# Of the log-probabilities from which paths are drawn: the lower, the more they differ. icefall's usual value.
-DIVERSITY = 0.5
 
 Beam = Annotated[float, Field(gt=0.0)]
 
@@ -136,10 +134,9 @@ def best_paths(k2: ModuleType, lattice: Lattice, scored: Any, num_frames: int) -
 def n_best_texts(k2: ModuleType, lattice: Lattice, scored: Any, best: Paths, paths: int) -> Paths:
     """The different texts among the ``best`` path of each utterance and ``paths`` more that are drawn from its lattice, those of the
     best first: of each text, the first path with it, and the best score of the graph."""
-    diverse = scored.clone()
-    diverse.scores = DIVERSITY * scored.scores
-    # By a deterministic algorithm, in spite of its name; an utterance without paths gets none.
-    ragged = k2.random_paths(diverse, True, paths)
+    # By a deterministic algorithm, in spite of its name; an utterance without paths gets none. icefall halves the scores for more
+    # variety; in utterances of 30 s the paths that are drawn so are too bad to be of use.
+    ragged = k2.random_paths(scored, True, paths)
     rows, path_of_arc = ragged.shape.row_ids(1).long(), ragged.shape.row_ids(2).long()
     drawn = _paths_of(lattice, rows, path_of_arc, ragged.values.long(), best.emitted.shape[1])
     rows, emitted, graph = (torch.cat(pair) for pair in zip(best, drawn, strict=True))

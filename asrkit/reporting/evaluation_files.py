@@ -26,8 +26,8 @@ class Evaluation:
     utterances: list[Scored]
 
 
-def make_directory(directory: Path) -> None:
-    """Create ``directory`` before the work, so that a path that cannot be written is reported at once.
+def make_directory(directory: Path) -> Path:
+    """Create ``directory`` before the work, so that a path that cannot be written is reported at once; returns it.
 
     Raises:
         UserError: it cannot be written.
@@ -36,6 +36,7 @@ def make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
+    return directory
 
 
 def write_evaluation(

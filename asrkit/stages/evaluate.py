@@ -70,9 +70,9 @@ def evaluate(
     Raises:
         UserError: everything wrong with the run directory, the manifest and the options, before any decoding.
     """
+    if threads is not None and jobs > 1:
+        raise UserError("--threads: each of several --jobs computes with one thread; leave --threads out")
     if threads is not None:
-        if jobs > 1:
-            raise UserError("--threads: each of several --jobs computes with one thread; leave --threads out")
         torch.set_num_threads(threads)
     domain, choice = domain or Domain(), context or ContextChoice()
     names = [CTC_GRAPH] if domain.graph is not None else list(dict.fromkeys(methods))
@@ -87,15 +87,11 @@ def evaluate(
         raise UserError.of(list(dict.fromkeys(findings)))
     cuts, warnings = checked
     digest = digest_of(manifest)
-    records = {
-        name: decoding_record(domain.fusion, search.fusion, manifest, digest) for name, search in searches.items()
-    }
-    directories = {
-        name: (out or run_path / EVALUATION) / _name(manifest, digest, recognizer, search, name, beam, records[name][0])
-        for name, search in searches.items()
-    }
-    for directory in directories.values():
-        make_directory(directory)
+    records, directories = {}, {}
+    for name, search in searches.items():
+        records[name] = decoding_record(domain.fusion, search.fusion, manifest, digest)
+        label = _name(manifest, digest, recognizer, search, name, beam, records[name][0])
+        directories[name] = make_directory((out or run_path / EVALUATION) / label)
     fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, jobs)
     decoded = decode_cuts(recognizer, cuts, searches, max_duration, jobs)
     evaluations = []
@@ -106,10 +102,9 @@ def evaluate(
             heat = fitted[name].temperature() if name in fitted else temperature
             confidence = done.set_confidences(heat, calibrate_on)
         record, tuned_here = records[name]
-        about: dict[str, Any] = {"manifest": str(manifest), "manifest_sha256": digest, "method": name}
-        about |= {"run": str(run_path), "beam": beam if name in BEAMS else None}
-        about |= {"decoding": record, "confidence": confidence}
-        about |= {"threads": torch.get_num_threads() if jobs == 1 else 1}
+        about: dict[str, Any] = {"run": str(run_path), "manifest": str(manifest), "manifest_sha256": digest}
+        about |= {"method": name, "beam": beam if name in BEAMS else None, "decoding": record, "confidence": confidence}
+        about["threads"] = torch.get_num_threads() if jobs == 1 else 1
         result = result_of(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
         transcripts = done.transcripts({cut.id: cut.duration for cut in cuts}, recognizer.tokenizer)
         more = {f"hypotheses.{form}": render(transcripts, form) for form in formats}

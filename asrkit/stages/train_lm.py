@@ -124,17 +124,8 @@ def train_lm(
         tree = None if senones is None else load_tree(senones)
         spell = speller(unit, Tokenizer(path) if unit == "bpe" else None, tree)
         tables = SequenceTable(str(source)), SequenceTable(str(dev or source))
-        sentences = spelled_sentences(
-            source,
-            dev,
-            unit,
-            settings.language,
-            settings.held_out,
-            settings.bad_lines,
-            spell,
-            run.note,
-            settings.max_symbols,
-        )
+        limits = (settings.held_out, settings.bad_lines, spell, run.note, settings.max_symbols)
+        sentences = spelled_sentences(source, dev, unit, settings.language, *limits)
         for sentence, symbols, measured in sentences:
             tables[measured].append(sentence.number, symbols)
         if unit != "bpe":

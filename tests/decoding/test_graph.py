@@ -144,10 +144,14 @@ def best_by_backing_off(lm: Any, text: tuple[int, ...]) -> float:
     for token in (*text, 0):
         word, after = int(lm.words[token]), dict[int, float]()
         for state, total in list(states.items()):
-            for below, weight in zip(lm.chains[state].tolist(), lm.weights[state].tolist(), strict=True):
-                at = (lm.keys == below * lm.num_words + word).nonzero().flatten().tolist()
-                for target, score in [(int(lm.targets[arc]), float(lm.log_probs[arc])) for arc in at]:
-                    after[target] = max(after.get(target, -math.inf), total + weight + score)
+            while True:
+                at = (lm.keys == state * lm.num_words + word).nonzero().flatten().tolist()
+                arcs = [(int(lm.targets[arc]), float(lm.log_probs[arc])) for arc in at]
+                for target, score in arcs:
+                    after[target] = max(after.get(target, -math.inf), total + score)
+                if state == 0:
+                    break
+                state, total = int(lm.chains[state, 1]), total + float(lm.weights[state, 1])
         states = after
     return max(states.values())
 
