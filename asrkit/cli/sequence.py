@@ -97,6 +97,7 @@ def sequence_train(
     Start from a model that has learned what it can from the ordinary loss. It keeps its masks and integers.
     """
     from asrkit.config import resolve
+    from asrkit.errors import UserError
     from asrkit.methods.sequence.config import SequenceTrainConfig
     from asrkit.stages.sequence_train import sequence_train as run
 
@@ -115,4 +116,8 @@ def sequence_train(
         }
     )
     settings = resolve(SequenceTrainConfig, config, overrides or (), options=options | replicas)
+    if beam is not None and settings.criterion != "mwer":
+        raise UserError(
+            f"--beam: --criterion {settings.criterion} has no list of hypotheses; leave it out, or use mwer"
+        )
     train_or_stop(out, lambda: run(parent, manifest, out, settings, dev=dev, device=device))

@@ -6,6 +6,7 @@ torch is imported only to build a module.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,7 +169,17 @@ def build(spec: LmSpec) -> LanguageModel: ...
 @overload
 def build(spec: PretrainedEncoderSpec) -> PretrainedEncoder: ...
 def build(spec: NetworkSpec) -> nn.Module:
-    """An untrained module of a spec of any kind that has one."""
+    """An untrained module of a spec of any kind that has one.
+
+    Raises:
+        UserError: its weights alone are more than this machine has memory for; asked before anything is allocated.
+    """
+    needed, memory = 4 * least_parameters(spec), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise UserError(
+            f"the model has at least {needed // 4:,} parameters, {needed / 1e9:,.0f} GB, and this machine {memory / 1e9:.0f} GB of memory; "
+            "lower its dimensions, its number of layers or its vocabulary"
+        )
     make = KINDS[_kind_of_spec(spec)].build
     assert make is not None
     return make(spec)

@@ -34,6 +34,7 @@ from asrkit.disk import occupied
 from asrkit.errors import UserError
 from asrkit.losses.language_model import sequence_nll
 from asrkit.models.lm import LanguageModel
+from asrkit.models.registry import build
 from asrkit.models.spec import LmShape, LmSpec
 from asrkit.run_dir import TOKENIZER
 from asrkit.training.config import TrainingConfig
@@ -145,7 +146,7 @@ def train_lm(
         if not len(held_out):
             run.note(f"{out}: no sentence is held out, so perplexity is not measured; pass --dev or raise held_out")
         measure = perplexity_of(held_out, settings.max_symbols) if len(held_out) else None
-        task = TrainTask(LanguageModel(spec), lm_loss, SequenceBatches(table, plan, slices), measure=measure)
+        task = TrainTask(build(spec), lm_loss, SequenceBatches(table, plan, slices), measure=measure)
         train(task, out, settings.training, 0, settings.seed, world, run.publish)
         run.finish()
     return out

@@ -20,7 +20,7 @@ from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
-from asrkit.models.registry import ENCODER, load_encoder, spec_of
+from asrkit.models.registry import ENCODER, build, load_encoder, spec_of
 from asrkit.models.spec import BACKBONE, Languages, PredictorSpec, PretrainedEncoderSpec, Size, VariantSpec
 from asrkit.models.surgery import rebuild, recognizer_of, recognizer_spec, with_variant
 from asrkit.nn.context import FULL
@@ -476,7 +476,7 @@ def new_model(
     settings: BackboneConfig, contexts: ContextsConfig, batches: TrainBatches, *, with_statistics: bool
 ) -> AsrModel:
     """An untrained model, whose attention adds nothing yet; ``with_statistics`` measures the features of the training cuts."""
-    model = AsrModel(model_spec(settings, batches.tokenizer.vocab_size, contexts))
+    model = build(model_spec(settings, batches.tokenizer.vocab_size, contexts))
     for attention in model.encoder.submodels.values():
         attention.silence()  # type: ignore[operator]
     if with_statistics:

@@ -22,7 +22,9 @@ from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENS, WEIGHTS, open_run, re
 from asrkit.training.claim import DONE, LOCK, Claim, changes, claim, known_inputs, locked
 from asrkit.training.distributed import World, join_world
 from asrkit.training.run_writer import RunWriter
+from helpers.commands import asrkit
 from helpers.small_runs import write_run
+from helpers.tones import make_corpus
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -286,3 +288,13 @@ def test_a_number_of_torchrun_that_is_none_is_named(name: str, monkeypatch: pyte
     monkeypatch.setenv(name, "two")
     with pytest.raises(UserError, match=f"{name}=two: is no number"), join_world("cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    "change", ["model.dim=10000000", "model.num_layers=1000000000", "model.predictor_dim=100000000000"]
+)
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(tmp_path: Path, change: str) -> None:
+    manifest = make_corpus(tmp_path, 4)
+    said = asrkit("train-backbone", "--manifest", manifest, "--out", tmp_path / "run", "--set", "tokenizer.vocab_size=30", "--set", change, code=1)  # fmt: skip
+    assert "parameters" in said and "lower its dimensions" in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

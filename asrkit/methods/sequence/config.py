@@ -26,7 +26,7 @@ Scale = Annotated[float, Field(gt=0.0)]
 class HypothesesConfig:
     """What mwer and sampled-mbr count errors of."""
 
-    beam: Positive = 4
+    beam: Annotated[int, Field(ge=1, le=1000)] = 4
     """mwer: hypotheses of the beam search, for each utterance; at least 2."""
     paths: Positive = 8
     """sampled-mbr: paths drawn for each utterance; at least 2. arXiv 1706.02776 takes 100; our choice is fewer, which
