@@ -14,7 +14,12 @@ from asrkit.config import is_config
 from asrkit.reporting.settings import field_docs
 
 # Records that asrkit writes and reads back: nobody sets them.
-RECORDS = ("asrkit.decoding.tuned.", "asrkit.export.directory.", "asrkit.reporting.compare.", "asrkit.reporting.results.")
+RECORDS = (
+    "asrkit.decoding.tuned.",
+    "asrkit.export.directory.",
+    "asrkit.reporting.compare.",
+    "asrkit.reporting.results.",
+)
 
 
 def settings_classes() -> Iterator[type]:
