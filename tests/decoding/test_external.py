@@ -105,14 +105,14 @@ def refused(spec: str, **options: str) -> str:
 @pytest.mark.slow
 def test_directories_that_sherpa_does_not_take(exports: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "is no recognizer for sherpa-onnx (0 files *.onnx, no tokens.txt)" in refused(
+    assert "is not a model for sherpa-onnx (0 files *.onnx, no tokens.txt)" in refused(
         f"sherpa-onnx:{tmp_path / 'empty'}"
     )
     assert "no such directory" in refused(f"sherpa-onnx:{tmp_path / 'none'}")
     broken = tmp_path / "broken"
     shutil.copytree(exports / "full", broken)
     (broken / "encoder.onnx").write_bytes(b"\x00\x01nonsense")
-    assert "is no ONNX file" in refused(f"sherpa-onnx:{broken}")
+    assert "is not an ONNX file" in refused(f"sherpa-onnx:{broken}")
     shutil.copy(exports / "full" / "encoder.onnx", broken / "encoder.onnx")
     shutil.copy(exports / "full" / "joiner.onnx", broken / "decoder.onnx")  # without its metadata: the process ends
     assert "sherpa-onnx ended with code" in refused(f"sherpa-onnx:{broken}")

@@ -333,8 +333,8 @@ def test_evaluate_and_transcribe_over_a_graph(run: Path, graphs: Path, manifest:
 
 REFUSED: list[tuple[list[str], str]] = [
     (["--method", "ctc", "--graph", "text-graph"], "drop --method"),
-    (["--graph-scale", "2"], "give --graph too"),
-    (["--method", "ctc", "--lm", "pieces"], "--method ctc: heeds no language model"),
+    (["--graph-scale", "2"], "no effect without --graph"),
+    (["--method", "ctc", "--lm", "pieces"], "--method ctc: uses no language model"),
     (["--graph", "text-graph", "--hotwords", "text.txt"], "a graph takes none"),
     (["--method", "ctc-beam", "--lm", "words"], "is of word units"),
     (["--method", "ctc-beam", "--lm", "text-graph"], "not a complete run directory"),

@@ -112,7 +112,10 @@ def test_damaged_lines_are_refused(tmp_path: Path, line: str) -> None:
     with open_progress(path, INPUTS):
         pass
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"x\.texts\.jsonl:2: is no line of asrkit label"), open_progress(path, INPUTS):
+    with (
+        pytest.raises(UserError, match=r"x\.texts\.jsonl:2: is not a line that asrkit label wrote"),
+        open_progress(path, INPUTS),
+    ):
         pass
 
 
