@@ -164,7 +164,7 @@ def test_what_the_client_cannot_take_is_refused(run: Path, lm: Path, lodr: Path,
     transformer = write_lm_run(tmp_path / "transformer", run, "transformer")
     cases: list[tuple[dict[str, Any], str]] = [
         ({"fusion": FusionRequest(lm=lodr)}, "transducers take a network, not an n-gram"),
-        ({"fusion": FusionRequest(lm=transformer), "streaming": True}, "take an LSTM, no transformer"),
+        ({"fusion": FusionRequest(lm=transformer), "streaming": True}, "take an LSTM, not a transformer"),
         ({"fusion": FusionRequest(lm=lm, lodr=transformer)}, "subtracts an n-gram, not a network"),
         ({"fusion": FusionRequest(lodr=lodr)}, "give --lm too"),
         ({"fusion": FusionRequest(lm=lm), "format": "torchscript"}, "takes ONNX files only"),
