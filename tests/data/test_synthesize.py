@@ -144,7 +144,7 @@ def test_natural_voices(texts, tmp_path):
     for content, reason in (
         (None, "no file"),
         ("{}", "is not a voice for Piper"),
-        (json.dumps({"espeak": {"voice": "en"}}), "is no voice"),
+        (json.dumps({"espeak": {"voice": "en"}}), "is not a voice"),
     ):
         if content is not None:
             (tmp_path / "bad.onnx.json").write_text(content)

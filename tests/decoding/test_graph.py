@@ -403,7 +403,7 @@ def test_a_graph_of_another_tokenizer_and_a_forged_one(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--lm", "pieces", "--text", "text.txt"], "a graph has one of them"),
+        (["--lm", "pieces", "--text", "text.txt"], "a graph is made from one of them"),
         (["--lm", "text.txt"], "no such run directory"),
         (["--text", "missing.txt"], "cannot read"),
         (["--text", "bad.txt"], "bad.txt:2: the tokenizer has no 'Q'"),

@@ -167,7 +167,7 @@ def test_what_the_client_cannot_take_is_refused(run: Path, lm: Path, lodr: Path,
         ({"fusion": FusionRequest(lm=transformer), "streaming": True}, "take an LSTM, not a transformer"),
         ({"fusion": FusionRequest(lm=lm, lodr=transformer)}, "subtracts an n-gram, not a network"),
         ({"fusion": FusionRequest(lodr=lodr)}, "give --lm too"),
-        ({"fusion": FusionRequest(lm=lm), "format": "torchscript"}, "takes ONNX files only"),
+        ({"fusion": FusionRequest(lm=lm), "format": "torchscript"}, "works with ONNX files only"),
     ]
     for options, message in cases:
         with pytest.raises(UserError) as caught:
