@@ -8,7 +8,7 @@ A claim is decided by the 95 % interval of a difference (paired bootstrap over u
     lower by X       the system is better than the baseline by more than X: yes, if the whole interval is; no, if none of it is
     within X         the system is no more than X worse
     beyond X         the system is more than X worse (for arms that have to fail)
-    recovers SHARE   of what `untrained` loses against the baseline, the system loses at most 1 - SHARE
+    recovers SHARE   of what `untrained` loses against `parent`, the system loses at most 1 - SHARE against its baseline
 
 X is in points, or, with a percent sign, relative to the baseline's WER.
 """
@@ -43,8 +43,8 @@ TABLE = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 class Claim:
     """One row.
 
-    source, claim, setting: in words. system, baseline, untrained: run directories below EXP. search: a pattern of the evaluation's name.
-    rule: see above. note: why it is open, or what else to know.
+    source, claim, setting: in words. system, baseline, untrained, parent: run directories below EXP; the last two with "recovers" only.
+    search: a pattern of the evaluation's name. rule: see above. note: why it is open, or what else to know.
     """
 
     source: str
@@ -54,13 +54,14 @@ class Claim:
     baseline: str
     rule: str
     untrained: str = ""
+    parent: str = ""
     search: str = "*-full-beam4"
     note: str = ""
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """What has to be compared: a system and its baseline."""
-        return [(name, self.baseline) for name in (self.system, self.untrained) if name]
+        """What has to be compared: a system and its baseline, and so for what it is measured by."""
+        return [(self.system, self.baseline), *([(self.untrained, self.parent)] if self.untrained else [])]
 
 
 def claims() -> list[Claim]:
@@ -74,7 +75,9 @@ def key(system: str, baseline: str, search: str) -> str:
 
 def collect(exp: Path) -> None:
     """Compare every pair that has been evaluated; the others keep what was stored before."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    wanted = {key(*pair, claim.search) for claim in claims() for pair in claim.pairs}
+    stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results = {name: row for name, row in stored.items() if name in wanted}
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -118,7 +121,7 @@ def decided(claim: Claim, results: dict[str, Any]) -> str:
         raise ValueError(f"{claim.rule}: is no rule")
     kind, limit = rule[1], float(rule[2]) / 100
     if kind == "recovers":
-        untrained = results.get(key(claim.untrained, claim.baseline, claim.search))
+        untrained = results.get(key(claim.untrained, claim.parent, claim.search))
         if untrained is None:
             return "not run"
         limit = (1 - limit) * untrained["difference"]
@@ -142,8 +145,8 @@ def rows() -> Iterator[str]:
         if row is not None:
             low, high = row["interval_95"]
             rates = f"{100 * row['baseline_wer']:.2f} → {100 * row['wer']:.2f}"
-            if untrained := results.get(key(claim.untrained, claim.baseline, claim.search)):
-                rates += f" (untrained {100 * untrained['wer']:.2f})"
+            if untrained := results.get(key(claim.untrained, claim.parent, claim.search)):
+                rates += f"; untrained {100 * untrained['baseline_wer']:.2f} → {100 * untrained['wer']:.2f}"
             numbers = (rates, f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
         cells = (claim.source, claim.claim, claim.setting, *numbers, decided(claim, results), claim.note)
         yield f"| {' | '.join(cells)} |"

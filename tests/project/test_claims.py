@@ -16,7 +16,15 @@ import claims  # noqa: E402
 
 def claim(rule: str, untrained: str = "") -> claims.Claim:
     return claims.Claim(
-        source="s", claim="c", setting="o", system="a", baseline="b", rule=rule, untrained=untrained, search="x"
+        source="s",
+        claim="c",
+        setting="o",
+        system="a",
+        baseline="b",
+        rule=rule,
+        untrained=untrained,
+        parent="p",
+        search="x",
     )
 
 
@@ -42,7 +50,7 @@ def result(low: float, high: float, baseline: float = 0.5) -> dict[str, object]:
     ],
 )  # fmt: skip
 def test_the_interval_decides(rule: str, interval: tuple[float, float], outcome: str) -> None:
-    results = {claims.key("a", "b", "x"): result(*interval), claims.key("u", "b", "x"): result(0.09, 0.11)}
+    results = {claims.key("a", "b", "x"): result(*interval), claims.key("u", "p", "x"): result(0.09, 0.11)}
     assert claims.decided(claim(rule, "u" if "recovers" in rule else ""), results) == outcome
 
 
@@ -50,7 +58,7 @@ def test_the_recipe_makes_every_arm() -> None:
     text = (ROOT / "recipes" / "minilibrispeech" / "Makefile").read_text()
     target = text[text.index("CLAIMED :=") :]
     for row in claims.claims():
-        for name in filter(None, (row.system, row.baseline, row.untrained)):
+        for name in filter(None, (row.system, row.baseline, row.untrained, row.parent)):
             assert f" {name.removeprefix('compress/')} " in re.sub(r"[,\n]", " ", target), name
 
 
