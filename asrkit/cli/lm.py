@@ -110,7 +110,7 @@ def train_lm(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a language model over word pieces, phones or senones, to decode with or to teach a recognizer.
+    """Train a language model over word pieces, words, phones or senones, to decode with or to teach a recognizer.
 
     Examples:
 
