@@ -222,7 +222,7 @@ def synthesize(
     manifest: Annotated[list[Path] | None, io(help="Manifest whose texts are spoken. Repeatable.")] = None,
     minutes: Annotated[float, speech(min=0.01, help="Minutes of speech to make.")] = 60.0,
     engine: Annotated[
-        str, speech(callback=_engine, help="espeak: many voices of a machine; piper: natural voices, from files.")
+        str, speech(callback=_engine, help="espeak: many synthetic voices; piper: natural voices, from files.")
     ] = "espeak",
     voice: Annotated[
         list[Path] | None, speech(help="Voice of Piper, NAME.onnx with NAME.onnx.json beside it. Repeatable.")
@@ -243,7 +243,7 @@ def synthesize(
             "--device-share",
             min=0,
             max=1,
-            help="Share of the utterances that are overdriven or go through a lossy codec.",
+            help="Share of the utterances to overdrive or to send through a lossy codec.",
         ),
     ] = 0.0,
     seed: Annotated[int, speech(min=0, max=2**63 - 1, help="Seed of voices, speeds and pitches.")] = 0,
@@ -270,7 +270,9 @@ def synthesize(
     if not files or len(files) != len(lang):
         raise UserError(f"--lang: {len(lang)} for {len(files)} files of --text and --manifest; give one for each")
     if voice and engine != "piper":
-        raise UserError("--voice: is a file of Piper's; add --engine piper, or name espeak-ng's with --voices")
+        raise UserError(
+            "--voice: takes a voice file of Piper; add --engine piper, or name espeak-ng's voices with --voices"
+        )
     made = run(
         list(zip(files, lang, strict=True)),
         out,

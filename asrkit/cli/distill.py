@@ -35,7 +35,7 @@ def distill(
     teacher: Annotated[
         list[str],
         io(
-            help="Run directory: LANGUAGE=RUN, '*=RUN' for all others, or RUN for all; or whisper:NAME_OR_PATH. Repeatable.",
+            help="RUN for all languages, LANGUAGE=RUN, '*=RUN' for all other languages, or whisper:NAME_OR_PATH. Repeatable.",
             show_default=False,
         ),
     ],
@@ -62,11 +62,12 @@ def distill(
     labels: Annotated[
         str | None,
         distillation(
-            help="given, or teacher: cuts without text get their teacher's transcript, or Whisper's. [default: given]"
+            help="given, or teacher: cuts without text get the transcript of Whisper or of their teacher. [default: given]"
         ),
     ] = None,
     cache: Annotated[
-        Path | None, distillation(help="Directory for posteriors and Whisper's frames: teachers run only once.")
+        Path | None,
+        distillation(help="Directory to store posteriors and Whisper's frames in, so that teachers run only once."),
     ] = None,
     seed: Seed = None,
     max_duration: MaxDuration = None,
@@ -195,17 +196,15 @@ def _teachers(options: list[str]) -> tuple[dict[str, list[Path]], str | None]:
         if not language or not path:
             findings.append(f"--teacher {text}: write LANGUAGE=RUN, '*=RUN' or RUN")
         elif path.startswith(SHERPA):
-            findings.append(
-                f"--teacher {text}: gives texts only; `asrkit label --with {path}` makes a manifest of them"
-            )
+            findings.append(f"--teacher {text}: cannot teach; label the cuts with `asrkit label --with {path}`")
         elif path.startswith(WHISPER) and language != "*":
-            findings.append(f"--teacher {text}: Whisper teaches all languages; write --teacher {path}")
+            findings.append(f"--teacher {text}: Whisper teaches all languages it knows; write --teacher {path}")
         elif path.startswith(WHISPER):
             whispers.append(path)
         else:
             teachers.setdefault(language, []).append(Path(path))
     if len(whispers) > 1:
-        findings.append(f"--teacher {whispers[1]}: a second Whisper model; give one")
+        findings.append(f"--teacher {whispers[1]}: is a second Whisper model; give one")
     if findings:
         raise UserError.of(findings)
     return teachers, whispers[0] if whispers else None

@@ -14,24 +14,28 @@ if TYPE_CHECKING:
     from asrkit.decoding.domain import Domain
     from asrkit.decoding.fusion import FusionRequest
 
-domain = partial(typer.Option, rich_help_panel="Decoding graphs, of CTC")
+domain = partial(typer.Option, rich_help_panel="Decoding graphs, for CTC")
 
 Graph = Annotated[
-    Path | None, domain(help="Decode CTC over this graph, which `asrkit graph` makes; it takes the place of --method.")
+    Path | None, domain(help="Decode CTC over this graph, made by `asrkit graph`, instead of by --method.")
 ]
 GraphScale = Annotated[
     float | None, domain(min=0.0, help="Weight of the language model in the graph; tune it on dev. [default: 1]")
 ]
 SearchBeam = Annotated[
-    float | None, domain(help="--graph: log-probability by which a path may fall behind in the search. [default: 20]")
+    float | None,
+    domain(help="--graph: log-probability by which a path may fall behind the best one in the search. [default: 20]"),
 ]
-OutputBeam = Annotated[float | None, domain(help="--graph: the same in the lattice that is left. [default: 8]")]
-MaxActive = Annotated[int | None, domain(min=1, help="--graph: states kept in each frame at most. [default: 10000]")]
+OutputBeam = Annotated[
+    float | None,
+    domain(help="--graph: log-probability by which a path of the lattice may be worse than the best. [default: 8]"),
+]
+MaxActive = Annotated[int | None, domain(min=1, help="--graph: largest number of states in a frame. [default: 10000]")]
 Paths = Annotated[
     int | None,
     domain(
         min=0,
-        help="--graph: paths drawn from the lattice for n-best texts and confidences. [default: 0, or 100 where they are needed]",
+        help="--graph: paths to draw from the lattice for n-best texts and confidences. [default: 0, or 100 if needed]",
     ),
 ]
 
@@ -42,10 +46,10 @@ def register(app: typer.Typer) -> None:
 
 
 def domain_of(fusion: FusionRequest | None, graph: Path | None, options: dict[str, Any]) -> Domain:
-    """What a search has beside the model; ``options`` are those of a search over a graph, by the fields of GraphOptions.
+    """What a search uses in addition to the model; ``options`` are those of a search over a graph, by the fields of GraphOptions.
 
     Raises:
-        UserError: options of a graph without one, or values that cannot be.
+        UserError: options of a graph without one, or values out of range.
     """
     from asrkit.config import from_dict
     from asrkit.decoding.domain import Domain
@@ -55,21 +59,21 @@ def domain_of(fusion: FusionRequest | None, graph: Path | None, options: dict[st
     options = given(options)
     if graph is None and options:
         spelled = ["--graph-scale" if name == "scale" else f"--{name.replace('_', '-')}" for name in options]
-        raise UserError(f"{', '.join(spelled)}: of a search over a graph; give --graph too")
+        raise UserError(f"{', '.join(spelled)}: has no effect without --graph; give one, or drop it")
     return Domain(graph, from_dict(GraphOptions, options, "--graph"), fusion)
 
 
 def graph(
-    run: Annotated[Path, io("--from", help="Run directory of the model, or an exported one: its tokenizer counts.")],
-    out: Annotated[Path, io(help="Directory of the graph.")],
+    run: Annotated[Path, io("--from", help="Run directory or exported model whose tokenizer the graph is for.")],
+    out: Annotated[Path, io(help="Directory to write the graph to.")],
     lm: Annotated[
-        Path | None, io(help="n-gram model of words or word pieces, by `asrkit train-lm --kind ngram`.")
+        Path | None, io(help="n-gram model of words or word pieces, made by `asrkit train-lm --kind ngram`.")
     ] = None,
     text: Annotated[
-        Path | None, io(help="UTF-8 text: its lines are all that can be recognized, such as a device's commands.")
+        Path | None, io(help="UTF-8 text whose lines are the only sentences to recognize, such as a device's commands.")
     ] = None,
 ) -> None:
-    """Make a decoding graph of CTC's topology, a lexicon and a language model; needs k2.
+    """Make a decoding graph for CTC from a language model or a list of sentences; needs k2.
 
     Examples:
 
@@ -79,8 +83,10 @@ def graph(
 
         asrkit graph --from exp/mmi --out exp/mmi-graph
 
-    Without --lm and --text, the graph is the denominator that sequence-train has left in the run directory: a model trained by MMI
-    with an n-gram is decoded with the same one. Then: asrkit evaluate --from exp/backbone --graph exp/hlg --manifest test.jsonl.gz
+    Without --lm and --text, the graph is the denominator that sequence-train wrote to the run directory, so that a model trained by MMI
+    with an n-gram is decoded with the same one.
+
+    Use the graph with: asrkit evaluate --from exp/backbone --graph exp/hlg --manifest test.jsonl.gz
     """
     from asrkit.stages.graph import make_graph
 

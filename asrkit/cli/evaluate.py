@@ -62,7 +62,7 @@ Left = Annotated[
 ]
 Device = Annotated[str, decoding(help="auto, cpu, cuda or cuda:N.")]
 ConfidenceTemperature = Annotated[
-    float, confidence(help="Divides the scores of the n-best texts before the confidences are computed.")
+    float, confidence(help="Divides the scores of the n-best texts before confidences are computed.")
 ]
 
 
@@ -86,7 +86,7 @@ def evaluate(  # long: a parameter for each option
     out: Annotated[
         Path | None,
         io(
-            help="Directory for the results. [default: evaluation/ in the run directory, or here for a recognizer from outside]"
+            help="Directory for the results. [default: evaluation/ in the run directory; for a recognizer from outside, here]"
         ),
     ] = None,
     method: Annotated[
@@ -120,12 +120,12 @@ def evaluate(  # long: a parameter for each option
     max_active: MaxActive = None,
     paths: Paths = None,
     calibrate: Annotated[
-        Path | None, confidence(help="Cuts, such as dev, that --confidence-temperature is fitted to first.")
+        Path | None, confidence(help="Cuts, such as dev, to fit the confidence temperature on first.")
     ] = None,
     confidence_temperature: ConfidenceTemperature = 1.0,
     formats: Annotated[
         list[TextFormat] | None,
-        output("--format", help="Also write the hypotheses so: txt, json, ctm or stm. Repeatable."),
+        output("--format", help="Also write the hypotheses as txt, json, ctm or stm. Repeatable."),
     ] = None,
     as_json: Annotated[bool, output("--json", help="Print the results as JSON, one line per method.")] = False,
 ) -> None:
@@ -142,10 +142,11 @@ def evaluate(  # long: a parameter for each option
         asrkit evaluate --from exp/backbone --method beam --lm exp/lm4 --lm-scale 0.3 --manifest test.jsonl.gz
 
         asrkit evaluate --from exp/backbone --graph exp/hlg --graph-scale 0.5 --calibrate dev.jsonl.gz --manifest test.jsonl.gz
+
         asrkit evaluate --from whisper:tiny.en --manifest data/prompts/test.jsonl.gz
 
     A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
-    latency), and the time from the end of a word to its output where the manifest has word alignments.
+    latency), and the time from the end of a word to its output, if the manifest has word alignments.
 
     Writes evaluation/MANIFEST-DIGEST-VARIANT-CONTEXT-METHOD/ in the run directory, such as
     test-3f2a9c01-near-chunk16-left64-greedy:
@@ -212,23 +213,23 @@ def evaluate(  # long: a parameter for each option
 
 
 def _refuse(run: Path, given: dict[str, Any]) -> None:
-    """Refuse options that mean nothing to a recognizer from outside."""
+    """Refuse options that a recognizer from outside does not have."""
     from asrkit.errors import UserError
 
     if unused := [option for option, value in given.items() if value is not None]:
-        raise UserError(
-            f"{run}: is a recognizer from outside, which takes none of these: {', '.join(unused)}; leave them out"
-        )
+        raise UserError(f"{run}: a recognizer from outside does not take {', '.join(unused)}; leave them out")
 
 
 def tune(
     run: Run,
     manifest: Annotated[Path, io(help="Dev cuts to count the errors on: .jsonl, .jsonl.gz or a Shar directory.")],
-    out: Annotated[Path, io(help="File to write, such as decoding.yaml, for --decoding of the other commands.")],
+    out: Annotated[
+        Path, io(help="File to write, such as decoding.yaml, for `--decoding` of evaluate, transcribe and export.")
+    ],
     over: Annotated[
         str,
         decoding(
-            help="Options to tune, with commas between: lm-scale, lodr-scale, length-bonus, blank-penalty, temperature, "
+            help="Options to tune, separated by commas: lm-scale, lodr-scale, length-bonus, blank-penalty, temperature, "
             "hotwords-score, beam. NAME=0.1:0.2:0.3 tries these values instead of the usual ones."
         ),
     ] = "lm-scale,blank-penalty",
@@ -250,7 +251,7 @@ def tune(
     hotwords: HotwordsFile = None,
     hotwords_score: HotwordsScore = None,
 ) -> None:
-    """Find the scales of a language model and the like that give the fewest word errors on dev cuts.
+    """Find the weights of language models and hotwords that give the fewest word errors on dev cuts.
 
     Examples:
 
@@ -258,9 +259,9 @@ def tune(
 
         asrkit evaluate --from exp/backbone --decoding exp/decoding.yaml --manifest test.jsonl.gz
 
-    The cuts are encoded once and decoded for every value. Options are tried one at a time, in turns; each begins with the value of
-    its own option here. A result of `asrkit evaluate --decoding` says what it was tuned on, and is marked where that is the manifest
-    it was evaluated on.
+    The cuts are encoded once and decoded by --method beam for every value. Options are varied one at a time, in turns, starting from
+    the values given here. A result of `asrkit evaluate --decoding` records what it was tuned on, with a warning if that is the
+    manifest it was evaluated on.
     """
     from asrkit.decoding.choice import ContextChoice
     from asrkit.stages.tune import tune as run_tuning
@@ -340,22 +341,24 @@ def transcribe(  # long: a parameter for each option
         output(
             "--nbest",
             min=0,
-            help="Also print this many texts of each file or part of one, with their scores; with --format txt or json.",
+            help="Also print this many texts of each file, or of each part of a long one, with scores; for --format txt and json.",
         ),
     ] = 0,
     form: Annotated[
         AnyFormat,
-        output("--format", help="txt; json and ctm with times and confidences; subtitles; or stm, segments."),
+        output(
+            "--format", help="txt; json or ctm, with times and confidences; srt or vtt, subtitles; or stm, segments."
+        ),
     ] = AnyFormat.txt,
     out: Annotated[
-        Path | None, output(help="Folder for a file of each recording, such as talk.srt. [default: print them]")
+        Path | None, output(help="Folder to write a file for each recording to, such as talk.srt. [default: print]")
     ] = None,
     timestamps: Annotated[
         bool, output("--timestamps", help="Print one line per word with its start in seconds.")
     ] = False,
     as_json: Annotated[
         bool,
-        output("--json", help="Short for --format json. Of a stream: one JSON object per change."),
+        output("--json", help="Short for --format json. With --stream: one JSON object per change."),
     ] = False,
 ) -> None:
     """Transcribe audio files, or a live stream.
@@ -413,7 +416,7 @@ def _check_graph(graph: Path | None, method: bool) -> None:
     from asrkit.errors import UserError
 
     if graph is not None and method:
-        raise UserError("--graph and --method: a graph is decoded by its own search; drop --method")
+        raise UserError("--graph and --method: a graph has its own search; drop --method")
 
 
 def _check_output(
@@ -424,16 +427,20 @@ def _check_output(
 
     findings = []
     if stream and (form not in ("txt", "json") or out is not None or graph is not None):
-        findings.append("--stream: prints text or --json; drop --format, --out and --graph")
+        findings.append("--stream: prints text or JSON lines; drop --format, --out and --graph")
     if timestamps and (form != "txt" or out is not None):
-        findings.append("--timestamps: is an output of its own; drop --format and --out")
+        findings.append("--timestamps: prints its own output; drop --format and --out")
     if nbest and (form not in ("txt", "json") or (form == "txt" and out is not None)):
-        findings.append(f"--nbest: a file of {form} has one text only; give --format json")
+        findings.append(f"--nbest: --format {form} has room for one text only; use --format json")
     if form in ("srt", "vtt") and out is None and len(audio) > 1:
-        findings.append(f"--format {form}: is about one recording; give a folder for the files with --out")
+        findings.append(f"--format {form}: is for one recording; name a folder with --out to write a file for each")
     if out is not None:
         names = [path.stem for path in audio]
-        findings += [f"--out: two recordings are called {name}" for name in sorted(set(names)) if names.count(name) > 1]
+        findings += [
+            f"--out: two recordings are called {name}; transcribe them separately, or rename one"
+            for name in sorted(set(names))
+            if names.count(name) > 1
+        ]
     if findings:
         raise UserError.of(findings)
 
@@ -474,7 +481,7 @@ def _check_stream_options(
     longest: float | None,
     nbest: int,
 ) -> None:
-    """Refuse options that would be without effect."""
+    """Refuse options without effect."""
     from asrkit.errors import UserError
 
     findings = []

@@ -62,16 +62,19 @@ def export(  # long: a parameter for each option
         of_model(help="Language the files recognize, of a model with a language input.", show_default=False),
     ] = None,
     graph: Annotated[
-        Path | None, of_model(help="Decoding graph for CTC, by `asrkit graph`, that the client searches over.")
+        Path | None, of_model(help="Decoding graph for CTC, made by `asrkit graph`, for sherpa-onnx to search.")
     ] = None,
     graph_scale: Annotated[float, of_model(min=0.0, help="Weight of the language model in the graph.")] = 1.0,
     lm: Annotated[
         Path | None,
-        io("--lm", help="Network of train-lm for the client's beam search: written as lm.onnx. In streaming an LSTM."),
+        io(
+            "--lm",
+            help="Network of train-lm for sherpa-onnx's beam search, written as lm.onnx; with --streaming an LSTM.",
+        ),
     ] = None,
     lm_scale: LmScale = None,
     lodr: Annotated[
-        Path | None, io("--lodr", help="Low-order n-gram that the client subtracts beside --lm: written as lodr.fst.")
+        Path | None, io("--lodr", help="Low-order n-gram that sherpa-onnx subtracts beside --lm, written as lodr.fst.")
     ] = None,
     lodr_scale: LodrScale = None,
     tuned: Tuned = None,

@@ -13,45 +13,52 @@ from asrkit.cli.options import given
 if TYPE_CHECKING:
     from asrkit.decoding.fusion import FusionRequest
 
-fusion = partial(typer.Option, rich_help_panel="Language models and hotwords, with --method beam or ctc-beam")
+fusion = partial(typer.Option, rich_help_panel="Language models and hotwords, for beam searches")
 
 Lm = Annotated[
     Path | None,
     fusion(
         "--lm",
-        help="Run directory of train-lm with the model's tokenizer, or an ARPA file. With --graph, for its n-best texts.",
+        help="Language model: run directory of train-lm with the model's tokenizer, or an ARPA file. With --graph, ranks n-best texts.",
     ),
 ]
 LmScale = Annotated[float | None, fusion(help="Weight of --lm. [default: 0.3]")]
 LmRescore = Annotated[
     bool,
     fusion(
-        "--lm-rescore", help="Use --lm only at the end, on the hypotheses that are left, as sherpa-onnx does offline."
+        "--lm-rescore", help="Use --lm only on the hypotheses that the search ends with, as sherpa-onnx does offline."
     ),
 ]
 Lodr = Annotated[
     Path | None,
-    fusion("--lodr", help="Low-order n-gram of the training texts, subtracted: run directory or ARPA file."),
+    fusion("--lodr", help="Low-order n-gram of the training texts to subtract: run directory or ARPA file."),
 ]
 LodrScale = Annotated[float | None, fusion(help="Weight of --lodr. [default: 0.1]")]
 LengthBonus = Annotated[float | None, fusion(help="Added to the score for each token. [default: 0]")]
-BlankPenalty = Annotated[float | None, fusion(help="Subtracted from the blank's logit. [default: 0]")]
-Temperature = Annotated[float | None, fusion(help="Divides the logits. [default: 1]")]
+BlankPenalty = Annotated[
+    float | None, fusion(help="Subtracted from the blank's logit, against deletions. [default: 0]")
+]
+Temperature = Annotated[
+    float | None, fusion(help="Divides the logits; above 1, the acoustic model counts less. [default: 1]")
+]
 HotwordsFile = Annotated[
     Path | None,
-    fusion("--hotwords", help="Words and phrases to prefer, one a line; `NAME :2.5` has a score of its own."),
+    fusion("--hotwords", help="File of words and phrases to prefer, one a line; `NAME :2.5` sets the score of one."),
 ]
 HotwordsScore = Annotated[float | None, fusion(help="Added for each token of a hotword. [default: 1.5]")]
-Tuned = Annotated[Path | None, fusion("--decoding", help="decoding.yaml of `asrkit tune`: beam, scales and parts.")]
+Tuned = Annotated[
+    Path | None,
+    fusion("--decoding", help="File that `asrkit tune` wrote: beam, weights and models. Other options override it."),
+]
 
 
 def fusion_options(
     tuned: Path | None, beam: int | None, lm_rescore: bool, parts: dict[str, Path | None], settings: dict[str, Any]
 ) -> tuple[int, FusionRequest | None]:
-    """The beam, and what the search heeds: the options that were given, over those of --decoding; None where there are none.
+    """The beam and the request: the given options override those of --decoding; None if there are none.
 
     Raises:
-        UserError: a line for each value that cannot be.
+        UserError: a line for each value out of range.
     """
     settings = given({**settings, "lm_use": "rescore" if lm_rescore else None})
     if tuned is None and not settings and not any(parts.values()):

@@ -1,4 +1,4 @@
-"""label: texts for recordings that have none."""
+"""label: texts for recordings without them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asrkit.cli.options import Device, io
+from asrkit.cli.options import io
 
 if TYPE_CHECKING:
     from asrkit.stages.label import Labeled
@@ -27,7 +27,7 @@ def label(
         list[str],
         io(
             "--with",
-            help="whisper:NAME_OR_PATH, sherpa-onnx:DIR, or a run or exported directory. A second one must agree with the first.",
+            help="whisper:NAME_OR_PATH, sherpa-onnx:DIR, or a run or exported directory. Give a second one to check the first.",
             show_default=False,
         ),
     ],
@@ -36,30 +36,32 @@ def label(
         Path, io(help="Manifest to write, .jsonl.gz. Running the same command again resumes it.", show_default=False)
     ],
     language: Annotated[
-        str | None, recognizing(help="Language of cuts that name none. [default: detected, where the recognizer can]")
+        str | None, recognizing(help="Language of cuts without one. [default: detected, if the recognizer can]")
     ] = None,
     max_seconds: Annotated[
-        float, recognizing(min=1, help="Longest utterance; longer recordings are cut at pauses.")
+        float, recognizing(min=1, help="Longest utterance in seconds; longer recordings are cut at pauses.")
     ] = 20.0,
     replace_texts: Annotated[
         bool,
-        recognizing("--replace-texts", help="Label cuts that have a text too, and show how good the labels are."),
+        recognizing("--replace-texts", help="Also label cuts that have a text, and show how good the labels are."),
     ] = False,
     max_duration: Annotated[float, recognizing(min=1, help="Seconds of audio to recognize at once.")] = 200.0,
-    device: Device = "auto",
+    device: Annotated[str, recognizing(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
         int | None, recognizing(min=1, help="CPU threads. [default: the recognizer's own choice]")
     ] = None,
     min_confidence: Annotated[
-        float, filtering(min=0, max=1, help="Lowest mean probability of a label's tokens.")
+        float,
+        filtering(min=0, max=1, help="Lowest confidence of a label (geometric mean of its tokens' probabilities)."),
     ] = 0.6,
     max_disagreement: Annotated[
-        float, filtering(min=0, help="Most word errors of the second recognizer's text against the first's, per word.")
+        float,
+        filtering(min=0, help="With a second --with: most word errors of its text against the first's, per word."),
     ] = 0.3,
     max_rate: Annotated[float, filtering(min=1, help="Most characters per second.")] = 25.0,
-    max_repeats: Annotated[int, filtering(min=1, help="How often in a row the same words may come.")] = 3,
+    max_repeats: Annotated[int, filtering(min=1, help="Most times the same words may come in a row.")] = 3,
 ) -> None:
-    """Give recordings without texts those of a recognizer, and leave out what is doubtful.
+    """Label recordings without texts with a recognizer, and leave out doubtful labels.
 
     Examples:
 
@@ -67,7 +69,7 @@ def label(
 
         asrkit label --with whisper:tiny.en --with exp/backbone --manifest data/raw.jsonl.gz --out data/labeled.jsonl.gz
 
-    Beside OUT, *.dropped.tsv lists what was left out and why. *.texts.jsonl keeps every text: a run that was killed goes on there, and
+    Beside OUT, *.dropped.tsv lists what was left out and why. *.texts.jsonl keeps every text: a killed run resumes from it, and
     the same command with other filters recognizes nothing again. Models are never downloaded.
     """
     from asrkit.methods.labeling import Filters
@@ -90,12 +92,12 @@ def label(
 
 
 def _show(made: Labeled, out: Path) -> None:
-    """Print what came of it, and how good the labels are where the cuts had texts."""
+    """Print what was labeled and left out, and how good the labels are if the cuts had texts."""
     from asrkit.reporting.tables import percent, plain_table, table_console
 
     typer.echo(f"{out}: labeled {made.labeled} utterances, {made.labeled_seconds / 60:.1f} min")
     if made.given:
-        typer.echo(f"{made.given} cuts had a text, which stays as it is")
+        typer.echo(f"{made.given} cuts had a text and were not changed")
     reasons = ", ".join(f"{number} {reason}" for reason, number in made.dropped.most_common())
     if reasons:
         listed = out.with_name(out.name.removesuffix(".jsonl.gz") + ".dropped.tsv")

@@ -86,13 +86,14 @@ def train_lm(
         Path | None, io(help="Text or cuts to measure perplexity on. Without it some sentences are held out.")
     ] = None,
     kind: Annotated[
-        LmKind | None, language_model(help="lstm, transformer, or ngram: counted, in a moment. [default: lstm]")
+        LmKind | None, language_model(help="lstm, transformer, or ngram, which is counted in seconds. [default: lstm]")
     ] = None,
     order: Annotated[
-        int | None, language_model(help="Units of the longest n-grams: sets `ngram.order`. [default: 4]")
+        int | None, language_model(help="Length of the longest n-grams: sets `ngram.order`. [default: 4]")
     ] = None,
     unit: Annotated[
-        str | None, language_model(help="Unit to predict: bpe, phone or senone; of n-grams bpe or word. [default: bpe]")
+        str | None,
+        language_model(help="Unit to predict: bpe, phone or senone; with --kind ngram bpe or word. [default: bpe]"),
     ] = None,
     language: Annotated[
         str | None, language_model(help="Language to pronounce --text in, such as en, for phones and senones.")
@@ -109,7 +110,7 @@ def train_lm(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a language model over word pieces, phones or senones, to decode with or to teach a recognizer.
+    """Train a language model over word pieces, words, phones or senones, to decode with or to teach a recognizer.
 
     Examples:
 

@@ -28,7 +28,9 @@ Device = Annotated[str, training(help="auto, cpu, cuda or cuda:N.")]
 Jobs = Annotated[
     int,
     typer.Option(
-        min=1, rich_help_panel="Speed", help="Processes on this machine that share the work. The result is the same."
+        min=1,
+        rich_help_panel="Speed",
+        help="Processes that share the work. The result does not depend on their number.",
     ),
 ]
 

@@ -151,6 +151,6 @@ def _work(
             result = (True, function(parts[number]))
         except UserError as error:
             result = (False, error)
-        except Exception as error:  # a fault of ours: its traceback would be lost with this process
+        except Exception as error:  # a bug: its traceback would be lost with this process
             result = (False, RuntimeError(f"{error!r}\n{traceback.format_exc()}"))
         connection.send(result)

@@ -207,7 +207,7 @@ def decoding_record(
     if tuned_on is None or tuned_on["sha256"] != manifest_sha256:
         return record, []
     return record, [
-        f"{manifest}: the decoding was tuned on these very cuts, so the errors are too few; evaluate on others"
+        f"{manifest}: the decoding was tuned on this manifest, so the error rate is too low; evaluate on another"
     ]
 
 

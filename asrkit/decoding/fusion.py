@@ -1,4 +1,4 @@
-"""What a beam search knows besides the acoustic model: language models, hotwords, and how much each counts.
+"""What a beam search uses in addition to the acoustic model: language models, hotwords, and the weight of each.
 
 The score of a hypothesis is its transducer log-probability, plus for each of its tokens
 lm_scale * log P_LM - lodr_scale * log P_LODR + length_bonus + what hotwords add. As in the runtime the models are exported to
@@ -38,7 +38,7 @@ State = tuple[Tensor, ...]  # of N hypotheses, each tensor with them first
 
 @config
 class FusionConfig:
-    """How much a beam search heeds what it knows besides the acoustic model."""
+    """The weights of what a beam search uses in addition to the acoustic model."""
 
     lm_scale: NonNegative = 0.3
     """Weight of the language model's log-probabilities."""

@@ -162,7 +162,7 @@ def read_hotwords(path: Path, tokenizer: Tokenizer, score: float) -> Hotwords:
             value = float("nan")
         if not -1e4 < value < 1e4:
             findings.append(
-                f"{path}:{number}: {clip(own or score)!r} is no score; write a number after the colon, such as :2.5"
+                f"{path}:{number}: {clip(own or score)!r} is not a score; write a number after the colon, such as :2.5"
             )
         elif problem := tokenizer.cannot_spell(text):
             findings.append(f"{path}:{number}: {problem}")

@@ -22,8 +22,8 @@ CTC_GRAPH = "ctc-graph"  # the search of decoding/graph_search.py, as results na
 
 
 def cannot_fuse(method: str) -> str:
-    """The line for a greedy method that is to heed a language model or the like."""
-    return f"--method {method}: heeds no language model, hotwords or penalties; decode with --method beam or ctc-beam"
+    """The line for a greedy method with a language model or the like."""
+    return f"--method {method}: uses no language model, hotwords or penalties; decode with --method beam or ctc-beam"
 
 
 def uses_ctc(method: str) -> bool:
@@ -43,10 +43,10 @@ def search(
 
     Args:
         special_ids: tokens that stand for no text, as the tokenizer lists them; none of them is emitted.
-        fusion: language models and the like, which the beam searches heed.
+        fusion: language models and the like, which the beam searches use.
 
     Raises:
-        UserError: ``ctc`` is asked of a model without a CTC head, or there is a fusion that the method cannot heed.
+        UserError: ``ctc`` is asked of a model without a CTC head, or there is a fusion that the method cannot use.
     """
     if fusion is not None and method not in BEAMS:
         raise UserError(cannot_fuse(method))

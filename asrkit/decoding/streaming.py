@@ -119,7 +119,7 @@ class StreamingRecognizer:
 
     Args:
         endpoint: when an utterance is over; None is a second's pause, or 20 seconds.
-        fusion: what else a beam search heeds; each utterance begins a sentence.
+        fusion: language models and the like for a beam search; each utterance begins a sentence.
     """
 
     def __init__(

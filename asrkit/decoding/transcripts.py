@@ -98,9 +98,9 @@ def cues_of(words: Sequence[Word]) -> list[Cue]:
     for word in words:
         if groups:
             group = groups[-1]
-            size = sum(len(other.text) + 1 for other in group) + len(word.text)
+            fits = _wrapped([*group, word]).count("\n") < LINES
             near = word.start - group[-1].end < PAUSE and word.end - group[0].start <= LONGEST
-        if not groups or not near or size > LINE * LINES:
+        if not groups or not near or not fits:
             groups.append([])
         groups[-1].append(word)
     following = [*(group[0].start for group in groups[1:]), float("inf")][: len(groups)]

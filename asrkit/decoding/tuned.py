@@ -75,7 +75,7 @@ def read_tuned(path: Path) -> TunedDecoding:
         raise UserError(f"{path}: no such file; `asrkit tune` writes one")
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no decoding; `asrkit tune` writes one")
+        raise UserError(f"{path}: is not a file that `asrkit tune` wrote")
     return from_dict(TunedDecoding, content, str(path))
 
 

@@ -37,10 +37,10 @@ def parse_over(text: str, parts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     for word in text.split(","):
         name, equals, listed = word.strip().partition("=")
         if name not in GRID:
-            findings.append(f"--over {name}: is none of {', '.join(GRID)}")
+            findings.append(f"--over {name}: unknown; use {', '.join(GRID)}")
             continue
         if PART_OF.get(name, "") not in ("", *parts):
-            findings.append(f"--over {name}: there is nothing to weigh without --{PART_OF[name]}")
+            findings.append(f"--over {name}: has no effect without --{PART_OF[name]}; add it")
         values = listed.split(":") if equals else []
         try:
             numbers = tuple(map(float, values)) or GRID[name]
@@ -49,7 +49,7 @@ def parse_over(text: str, parts: Sequence[str]) -> dict[str, tuple[float, ...]]:
         if not all(map(math.isfinite, numbers)) or len(numbers) > MAX_VALUES:
             findings.append(f"--over {word.strip()}: write numbers with colons between them, as in {name}=0.1:0.2:0.3")
         elif name == "beam" and not all(number >= 1 and number == int(number) for number in numbers):
-            findings.append(f"--over {word.strip()}: a beam is a whole number from 1 on")
+            findings.append(f"--over {word.strip()}: a beam must be a whole number of at least 1")
         else:
             over[name] = numbers
     if findings:

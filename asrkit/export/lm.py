@@ -157,17 +157,17 @@ def cannot_take(model: object, lodr: object, streaming: bool) -> list[str]:
     findings = []
     if not isinstance(model, LanguageModel):
         findings.append(
-            "--lm: sherpa-onnx's transducers take a network, no n-gram; train one with `asrkit train-lm --kind lstm`, or decode "
+            "--lm: sherpa-onnx's transducers take a network, not an n-gram; train one with `asrkit train-lm --kind lstm`, or decode "
             "with the n-gram by asrkit"
         )
     elif streaming and model.spec.shape.architecture != "lstm":
         findings.append(
-            f"--lm: sherpa-onnx's streaming recognizers take an LSTM, no {model.spec.shape.architecture}; train one with "
+            f"--lm: sherpa-onnx's streaming recognizers take an LSTM, not a {model.spec.shape.architecture}; train one with "
             "`asrkit train-lm --kind lstm`"
         )
     if lodr is not None and not isinstance(lodr, Ngram):
         findings.append(
-            "--lodr: sherpa-onnx subtracts an n-gram, no network; train one with `train-lm --kind ngram --order 2`"
+            "--lodr: sherpa-onnx subtracts an n-gram, not a network; train one with `train-lm --kind ngram --order 2`"
         )
     elif isinstance(lodr, Ngram) and len(_reachable(lodr)) * len(lodr.symbols) > MAX_ARCS:
         findings.append(

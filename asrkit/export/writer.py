@@ -77,9 +77,9 @@ class ExportOptions:
         if not self.streaming and (self.chunk is not None or self.left is not None):
             findings.append("--chunk and --left are for streaming; give --streaming too")
         if self.graph is not None and self.format == "torchscript":
-            findings.append("--graph: is searched by sherpa-onnx, which runs ONNX; drop --format")
+            findings.append("--graph: works with ONNX files only; drop --format")
         if self.graph is None and self.graph_scale != 1.0:
-            findings.append("--graph-scale: give --graph too")
+            findings.append("--graph-scale: has no effect without --graph; add it")
         if self.dequantize and self.format == "torchscript":
             findings.append("--dequantize: TorchScript is float32 anyway; drop it")
         elif self.dense and self.quantize and QUANTIZED[self.quantize].activations is not None:
@@ -88,7 +88,7 @@ class ExportOptions:
                 f"--quantize {self.quantize}: makes integer inputs, which only ONNX integers can express; drop {option}"
             )
         if self.lm is not None and self.format != "onnx":
-            findings.append("--lm: sherpa-onnx, which decodes with it, takes ONNX files only; drop --format")
+            findings.append("--lm: works with ONNX files only; drop --format")
         if pack is not None:
             if pack.exists():
                 findings.append(f"{pack}: exists; choose another --pack or remove it")

@@ -265,4 +265,6 @@ def _read_lines(path: Path, progress: Progress) -> None:
 
 def _damaged(path: Path, number: int, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"{path}:{number}: is no line of asrkit label ({reason}); delete the file and label again")
+    return UserError(
+        f"{path}:{number}: is not a line that asrkit label wrote ({reason}); delete the file and label again"
+    )

@@ -133,7 +133,7 @@ def load_graph(path: Path, tokenizer: Tokenizer) -> tuple[CtcGraph, GraphRecord]
         raise UserError(f"{path / TENSORS}: missing or not the one that was written; make the graph again")
     if record.tokenizer_sha256 != sha256_of(tokenizer.path):
         raise UserError(
-            f"{path}: is about the tokens of another tokenizer than {tokenizer.path}; make one of this model with "
+            f"{path}: was made for another tokenizer than {tokenizer.path}; make one for this model with "
             "`asrkit graph --from`"
         )
     try:

@@ -51,10 +51,10 @@ class Latencies:
 
 @config
 class DecodingRecord:
-    """What a search heeded besides the acoustic model.
+    """What a search used in addition to the acoustic model.
 
     settings: those of ``decoding.fusion.FusionConfig``. sources: path and digest of each part, by option: lm, lodr, hotwords.
-    tuned_on: path and digest of the manifest the settings were tuned on; None where nobody says.
+    tuned_on: path and digest of the manifest the settings were tuned on; None if it is not known.
     """
 
     settings: dict[str, float | str]

@@ -63,7 +63,7 @@ class DistillConfig(StartConfig):
     """Cuts without text: given counts them as bad cuts; teacher has the first teacher of their language transcribe them
     once, before training."""
     labels_method: Method = "beam"
-    """Search the teacher transcribes with: greedy, beam or ctc."""
+    """Search the teacher transcribes with: greedy, beam, ctc or ctc-beam; Whisper is always greedy."""
 
 
 def defaults(parent: Path | None, cached: bool, whisper: bool = False, alone: bool = False) -> DistillConfig:

@@ -52,7 +52,7 @@ def evaluate(
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
     Each method has its directory, ``<out>/<manifest>-<digest>-<variant>-<context>-<method>``, by default in
-    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A search that heeds
+    ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A search that uses
     a language model and the like has the digest of all that in its name too. A streaming
     context is decoded chunk by chunk, as on a device. An utterance with an empty reference is decoded too: every word
     recognized in it is an insertion.
@@ -129,7 +129,9 @@ def _contradictions(
         findings.append(f"--calibrate: --method {greedy[0]} has no alternatives; choose beam, ctc-beam or --graph")
     if not temperature > 0:
         findings.append(f"--confidence-temperature {temperature}: must be above 0")
-    findings += [f"--format {form}: is about one recording; choose another" for form in formats if form in SUBTITLES]
+    findings += [
+        f"--format {form}: is for one recording; use txt, json, ctm or stm" for form in formats if form in SUBTITLES
+    ]
     return findings
 
 

@@ -111,7 +111,7 @@ def _text_warnings(manifest: Path, cuts: Sequence[Cut], uncertain: Counter[str])
     if uncertain:
         reasons = ", ".join(f"{count} {reason}" for reason, count in uncertain.most_common())
         warnings.append(
-            f"{uncertain.total()} hypotheses have no certain words ({reasons}); what is uncertain in them is left out"
+            f"{uncertain.total()} hypotheses have words that are not certain ({reasons}), which are left out"
         )
     written = [cut.id for cut in cuts if spoken_words(text_of(cut), language_of(cut))[0] != text_of(cut)]
     if written:

@@ -34,7 +34,7 @@ def make_graph(run_path: Path, out: Path, *, lm: Path | None = None, text: Path 
     """
     findings = occupied(out)
     if lm is not None and text is not None:
-        findings.append("--lm and --text: a graph has one of them; drop the other")
+        findings.append("--lm and --text: a graph is made from one of them; drop the other")
     tokenizer = _tokenizer_of(run_path)
     if findings:
         raise UserError.of(findings)
@@ -75,7 +75,9 @@ def _of_ngram(path: Path, tokenizer: Tokenizer) -> tuple[CtcGraph, dict[str, Any
     words = {number: word for number, word in enumerate(lm.symbols) if number > 0 and word != UNKNOWN}
     spelled = {number: tokenizer.encode(word) for number, word in words.items() if not tokenizer.cannot_spell(word)}
     if not spelled:
-        raise UserError(f"{path}: the tokenizer of the model can spell none of its words; is it of another language?")
+        raise UserError(
+            f"{path}: the tokenizer of the model can spell none of its words; train one on texts in the model's language"
+        )
     facts |= {"words": len(spelled), "not_spelled": [word for number, word in words.items() if number not in spelled]}
     return graph_of_words(k2, lm, spelled, tokenizer), facts
 
@@ -106,7 +108,7 @@ def _of_text(path: Path, tokenizer: Tokenizer) -> tuple[CtcGraph, dict[str, Any]
 def _of_denominator(path: Path) -> tuple[CtcGraph, dict[str, Any]]:
     """What the run trained against, with the scores it had there."""
     if not (path / FILE).is_file():
-        raise UserError(f"{path}: has no denominator graph, which sequence-train leaves; give --lm or --text")
+        raise UserError(f"{path}: has no denominator graph of sequence-train; give --lm or --text")
     denominator, digest = load_denominator(path)
     graph = CtcGraph(denominator.arcs, denominator.scores)
     if not denominator.scores.any():

@@ -65,7 +65,7 @@ def label(
 ) -> Labeled:
     """Write ``out``: the cuts of ``manifest`` with the texts that a recognizer gives them, and those that have a text as they are.
 
-    A recording longer than ``max_seconds`` becomes several cuts, parted at pauses; stretches without speech are left out. Beside ``out``,
+    A recording longer than ``max_seconds`` becomes several cuts, split at pauses; stretches without speech are left out. Beside ``out``,
     ``*.dropped.tsv`` lists what was left out, and ``*.texts.jsonl`` keeps all texts: a killed run goes on there, and a run with other
     filters recognizes nothing again.
 
@@ -82,7 +82,7 @@ def label(
         raise UserError(f"--out {out}: the manifest's name must end in .jsonl.gz")
     if len(specs) > 2:
         raise UserError(f"--with: {len(specs)} recognizers; give one, or a second that must agree")
-    require("whisper", for_="label, whose voice activity detector comes with it,")
+    require("whisper", for_="label (for voice activity detection)")
     cuts = list(open_cuts(manifest, need_text=False))
     unlabeled = [cut for cut in cuts if replace_texts or not text_of(cut).strip()]
     stem = out.name.removesuffix(".jsonl.gz")
@@ -115,9 +115,7 @@ def label(
         temporary.write_text("id\tbegin\tend\treason\tdetail\ttext\n" + "".join(rows), encoding="utf-8")
     if not written:
         reasons = ", ".join(f"{number} {reason}" for reason, number in result.dropped.most_common())
-        raise UserError(
-            f"{manifest}: no utterance is left ({reasons}); {listed} lists them, and the filters' options let more through"
-        )
+        raise UserError(f"{manifest}: no utterance is left ({reasons}); {listed} lists them; loosen the filters")
     if twice := [cut_id for cut_id, number in Counter(cut.id for cut in written).items() if number > 1]:
         raise UserError(
             f"{manifest}: a part of a recording would get the id of the cut {clip(twice[0])}; rename that cut"

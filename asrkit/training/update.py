@@ -259,7 +259,7 @@ class Updater:
         progress.last_dev, progress.best, stop = everywhere  # type: ignore[misc]
         if bad := [name for name, value in progress.last_dev.items() if math.isnan(value)]:
             raise UserError(
-                f"after step {self.step}: dev {', '.join(bad)} is no number, so these weights were not published; start a new run with "
+                f"after step {self.step}: dev {', '.join(bad)} is not a number, so these weights were not published; start a new run with "
                 "a lower training.optimizer.learning_rate, or run the command again to resume from the last save"
             )
         return stop

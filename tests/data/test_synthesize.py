@@ -135,16 +135,16 @@ def test_natural_voices(texts, tmp_path):
     assert again is not None and [drawn(cut) for cut in again.cuts] == [drawn(cut) for cut in cuts[: len(again.cuts)]]
 
     out = ["--out", tmp_path / "no"]
-    assert "no voice speaks it, only en_US-joe-medium (en-us)" in asrkit(
+    assert "no voice is of this language, only en_US-joe-medium (en-us)" in asrkit(
         *command, "--voice", voice, "--lang", "fr", *out, code=1
     )
     assert "is given twice" in asrkit(*command, "--voice", voice, "--voice", voice, "--lang", "en", *out, code=1)
-    assert "name a voice, --voice FILE.onnx" in asrkit(*command, "--lang", "en", *out, code=1)
+    assert "needs a voice; add --voice FILE.onnx" in asrkit(*command, "--lang", "en", *out, code=1)
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     for content, reason in (
         (None, "no file"),
-        ("{}", "is no voice for Piper"),
-        (json.dumps({"espeak": {"voice": "en"}}), "is no voice"),
+        ("{}", "is not a voice for Piper"),
+        (json.dumps({"espeak": {"voice": "en"}}), "is not a voice"),
     ):
         if content is not None:
             (tmp_path / "bad.onnx.json").write_text(content)

@@ -205,8 +205,8 @@ def test_hotwords_are_read_from_a_file(tmp_path: Path, tokenizer: Tokenizer) -> 
     ("content", "message"),
     [
         ("", "has no word or phrase"),
-        ("new york :often\n", ":1: 'often' is no score"),
-        ("boston\nnew york :nan\n", ":2: 'nan' is no score"),
+        ("new york :often\n", ":1: 'often' is not a score"),
+        ("boston\nnew york :nan\n", ":2: 'nan' is not a score"),
         ("boston\nüber\n", ":2: the tokenizer has no"),
     ],
 )

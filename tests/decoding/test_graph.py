@@ -333,8 +333,8 @@ def test_evaluate_and_transcribe_over_a_graph(run: Path, graphs: Path, manifest:
 
 REFUSED: list[tuple[list[str], str]] = [
     (["--method", "ctc", "--graph", "text-graph"], "drop --method"),
-    (["--graph-scale", "2"], "give --graph too"),
-    (["--method", "ctc", "--lm", "pieces"], "--method ctc: heeds no language model"),
+    (["--graph-scale", "2"], "no effect without --graph"),
+    (["--method", "ctc", "--lm", "pieces"], "--method ctc: uses no language model"),
     (["--graph", "text-graph", "--hotwords", "text.txt"], "a graph takes none"),
     (["--method", "ctc-beam", "--lm", "words"], "is of word units"),
     (["--method", "ctc-beam", "--lm", "text-graph"], "not a complete run directory"),
@@ -403,7 +403,7 @@ def test_a_graph_of_another_tokenizer_and_a_forged_one(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--lm", "pieces", "--text", "text.txt"], "a graph has one of them"),
+        (["--lm", "pieces", "--text", "text.txt"], "a graph is made from one of them"),
         (["--lm", "text.txt"], "no such run directory"),
         (["--text", "missing.txt"], "cannot read"),
         (["--text", "bad.txt"], "bad.txt:2: the tokenizer has no 'Q'"),

@@ -56,6 +56,8 @@ def test_a_cue_is_short_and_ends_at_a_pause() -> None:
     assert all(len(line) <= LINE for cue in cues for line in cue.text.split("\n"))
     assert all(cue.text.count("\n") < LINES for cue in cues)
     assert (cues[-1].text, cues[-1].start, cues[-1].end) == ("late", 30.0, 31.0)  # long enough to be read
+    uneven = cues_of(words_of(["a" * 30, "b" * 30, "c" * 20]))  # 82 characters, which two lines cannot hold
+    assert [cue.text.count("\n") for cue in uneven] == [1, 0]
     assert cues_of([]) == []
     (long,) = cues_of([Word("x" * 200, 0.0, 9.0)])
     assert long.text == "x" * 200 and long.end == 9.0

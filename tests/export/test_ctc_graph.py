@@ -86,15 +86,15 @@ def test_sherpa_finds_our_tokens_over_a_graph(folder: Path, tmp_path: Path, stre
         for path in audio
     ]
     features, lens = pad([fbank(sound) for sound in samples])
-    ours = [alternatives[0].tokens for alternatives in search.run(recognizer.model.encode(features, lens))]
+    expected = [alternatives[0].tokens for alternatives in search.run(recognizer.model.encode(features, lens))]
     if streams:  # the client decodes whole chunks only, so the last frames are not its own
         assert all(
             mine[: len(other)] == other and len(mine) - len(other) <= 2
-            for mine, (other, _) in zip(ours, theirs, strict=True)
+            for mine, (other, _) in zip(expected, theirs, strict=True)
         )
     else:
-        assert ours == [tokens for tokens, _ in theirs]
-    assert any(ours) and [tokens for tokens, _ in theirs] != [tokens for tokens, _ in plain]
+        assert expected == [tokens for tokens, _ in theirs]
+    assert any(expected) and [tokens for tokens, _ in theirs] != [tokens for tokens, _ in plain]
 
 
 def test_the_file_is_the_graph(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_graph_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> N
     assert Tokenizer.load(other).vocab_size and load_graph(folder / "graph", Tokenizer.load(folder / "run" / TOKENIZER))
     for words, complaint in (
         (["--graph", folder / "lm"], "holds no decoding graph"),
-        (["--graph-scale", "2"], "give --graph too"),
+        (["--graph-scale", "2"], "no effect without --graph"),
         (["--graph", folder / "graph", "--format", "torchscript"], "drop --format"),
     ):
         said = asrkit("export", "--from", folder / "run", *words, "--out", tmp_path / "out", code=1)

@@ -68,7 +68,7 @@ def lodr(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "lodr"
 
 
-def ours(run: Path, audio: list[Path], streaming: bool, fusion: Fusion | None) -> list[Hypothesis]:
+def by_asrkit(run: Path, audio: list[Path], streaming: bool, fusion: Fusion | None) -> list[Hypothesis]:
     """What our beam search finds in the frames that the client searches: of a stream, its whole chunks with the tail."""
     special_ids = Tokenizer(run / TOKENIZER).special_ids
     found = []
@@ -113,7 +113,7 @@ def test_sherpa_decodes_with_a_language_model_as_we_do(
     if with_lodr:
         options |= {"lodr_fst": str(out / "lodr.fst"), "lodr_scale": client_lodr_scale(record)}
     fusion = load_fusion(request, Tokenizer(run / TOKENIZER), torch.device("cpu"))
-    expected, without = ours(run, audio, streaming, fusion), ours(run, audio, streaming, None)
+    expected, without = by_asrkit(run, audio, streaming, fusion), by_asrkit(run, audio, streaming, None)
     assert [hypothesis.tokens for hypothesis in expected] != [hypothesis.tokens for hypothesis in without]
     assert [tokens for tokens, _ in client(out, audio, "beam", **options)] == [found.tokens for found in expected]
 
@@ -136,8 +136,8 @@ def test_sherpa_decodes_with_hotwords_as_we_do(
         "modeling_unit": "bpe",
         "bpe_vocab": str(out / "bpe.vocab"),
     }
-    expected = ours(run, audio, streaming, fusion_of(run, hotwords=words, hotwords_score=0.9))
-    assert [found.tokens for found in expected] != [found.tokens for found in ours(run, audio, streaming, None)]
+    expected = by_asrkit(run, audio, streaming, fusion_of(run, hotwords=words, hotwords_score=0.9))
+    assert [found.tokens for found in expected] != [found.tokens for found in by_asrkit(run, audio, streaming, None)]
     assert [tokens for tokens, _ in client(out, audio, "beam", **options)] == [found.tokens for found in expected]
 
 
@@ -156,18 +156,18 @@ def test_the_readme_decodes_with_the_language_model(
     done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     fusion = fusion_of(run, lm=lm, lodr=lodr, lm_scale=8, lm_use="rescore")
-    expected = Tokenizer(run / TOKENIZER).decode(ours(run, audio[:1], False, fusion)[0].tokens)
+    expected = Tokenizer(run / TOKENIZER).decode(by_asrkit(run, audio[:1], False, fusion)[0].tokens)
     assert " ".join(done.stdout.split()) == " ".join(expected.split())
 
 
 def test_what_the_client_cannot_take_is_refused(run: Path, lm: Path, lodr: Path, tmp_path: Path) -> None:
     transformer = write_lm_run(tmp_path / "transformer", run, "transformer")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"fusion": FusionRequest(lm=lodr)}, "transducers take a network, no n-gram"),
-        ({"fusion": FusionRequest(lm=transformer), "streaming": True}, "take an LSTM, no transformer"),
-        ({"fusion": FusionRequest(lm=lm, lodr=transformer)}, "subtracts an n-gram, no network"),
+        ({"fusion": FusionRequest(lm=lodr)}, "transducers take a network, not an n-gram"),
+        ({"fusion": FusionRequest(lm=transformer), "streaming": True}, "take an LSTM, not a transformer"),
+        ({"fusion": FusionRequest(lm=lm, lodr=transformer)}, "subtracts an n-gram, not a network"),
         ({"fusion": FusionRequest(lodr=lodr)}, "give --lm too"),
-        ({"fusion": FusionRequest(lm=lm), "format": "torchscript"}, "takes ONNX files only"),
+        ({"fusion": FusionRequest(lm=lm), "format": "torchscript"}, "works with ONNX files only"),
     ]
     for options, message in cases:
         with pytest.raises(UserError) as caught:

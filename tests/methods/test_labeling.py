@@ -112,14 +112,17 @@ def test_damaged_lines_are_refused(tmp_path: Path, line: str) -> None:
     with open_progress(path, INPUTS):
         pass
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"x\.texts\.jsonl:2: is no line of asrkit label"), open_progress(path, INPUTS):
+    with (
+        pytest.raises(UserError, match=r"x\.texts\.jsonl:2: is not a line that asrkit label wrote"),
+        open_progress(path, INPUTS),
+    ):
         pass
 
 
 def test_a_header_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.texts.jsonl"
     path.write_text('{"other": 1}\n')
-    with pytest.raises(UserError, match=":1: is no line"), open_progress(path, INPUTS):
+    with pytest.raises(UserError, match=":1: is not a line"), open_progress(path, INPUTS):
         pass
     path.write_text('{"format": 1')  # killed while its first line was written
     with open_progress(path, INPUTS) as progress:

@@ -118,7 +118,7 @@ def test_tune_writes_what_evaluate_uses(folder: Path, tmp_path: Path) -> None:
     assert tuned["wer"] == min(trial["wer"] for trial in tuned["trials"])
     dev = evaluated(folder, "--decoding", out, manifest="dev")
     assert (dev["total"]["wer"], dev["beam"]) == (pytest.approx(tuned["wer"]), tuned["beam"])
-    assert any("was tuned on these very cuts" in line for line in dev["warnings"])
+    assert any("was tuned on this manifest" in line for line in dev["warnings"])
     test = evaluated(folder, "--decoding", out)
     assert not any("tuned on" in line for line in test["warnings"])
     assert test["decoding"]["tuned_on"] == {"path": str(folder / "dev.jsonl.gz"), "sha256": tuned["tuned_on"]["sha256"]}
@@ -143,11 +143,11 @@ def test_a_search_along_each_option_in_turn() -> None:
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        ("lm-scales", "--over lm-scales: is none of lm-scale"),
+        ("lm-scales", "--over lm-scales: unknown; use lm-scale"),
         ("lodr-scale", "without --lodr"),
         ("lm-scale=0.1:many", "write numbers with colons"),
         ("lm-scale=nan", "write numbers with colons"),
-        ("beam=2.5", "a beam is a whole number"),
+        ("beam=2.5", "a beam must be a whole number"),
     ],
 )
 def test_options_that_cannot_be_tuned_are_refused(over: str, message: str) -> None:
@@ -189,7 +189,7 @@ BAD = [
     (["--lm", "lm", "--lm-scale", "-1"], "--lm-scale"),
     (["--lm-scale", "0.3"], "--lm-scale: has no effect without --lm"),
     (["--temperature", "0"], "--temperature"),
-    (["--method", "greedy", "--lm", "lm"], "--method greedy: heeds no language model"),
+    (["--method", "greedy", "--lm", "lm"], "--method greedy: uses no language model"),
     (["--decoding", "nowhere.yaml"], "no such file; `asrkit tune` writes one"),
 ]
 

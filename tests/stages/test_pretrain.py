@@ -196,7 +196,7 @@ def test_a_collapse_is_warned_of(corpus: Path, tmp_path: Path, monkeypatch: pyte
 def test_weights_whose_measurement_is_no_number_are_not_published(corpus: Path, tmp_path: Path) -> None:
     words = ["pretrain", *data(corpus), "--out", tmp_path / "run"]
     said = asrkit(*words, *quick("training.optimizer.learning_rate=1e30", "training.optimizer.warm_up_steps=0"), code=1)
-    assert "after step 2: dev contrastive" in said and "is no number, so these weights were not published" in said
+    assert "after step 2: dev contrastive" in said and "is not a number, so these weights were not published" in said
     assert not (tmp_path / "run" / WEIGHTS).exists() and not (tmp_path / "run" / "done").exists()
 
 

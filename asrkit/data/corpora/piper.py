@@ -42,11 +42,13 @@ class Piper:
         require("piper", for_="--engine piper")
         if not files:
             raise UserError(
-                "--engine piper: name a voice, --voice FILE.onnx; `python -m piper.download_voices` fetches one"
+                "--engine piper: needs a voice; add --voice FILE.onnx (`python -m piper.download_voices` fetches one)"
             )
         names = [file.stem for file in files]
         findings = [
-            f"--voice {file}: a voice of this name is given twice" for file in files if names.count(file.stem) > 1
+            f"--voice {file}: a voice of this name is given twice; drop one"
+            for file in files
+            if names.count(file.stem) > 1
         ]
         self._voices: dict[str, Any] = {}
         for file in files:
@@ -64,11 +66,13 @@ class Piper:
             UserError: there is none.
         """
         if names:
-            raise UserError(f"--voices {','.join(names)}: are espeak-ng's; --engine piper takes --voice FILE.onnx")
+            raise UserError(
+                f"--voices {','.join(names)}: are voices of espeak-ng; for --engine piper, use --voice FILE.onnx"
+            )
         of_language = [name for name, voice in self._voices.items() if _speaks(voice, language)]
         if not of_language:
             others = ", ".join(f"{name} ({voice.config.espeak_voice})" for name, voice in self._voices.items())
-            raise UserError(f"--lang {language}: no voice speaks it, only {others}; add --voice FILE.onnx")
+            raise UserError(f"--lang {language}: no voice is of this language, only {others}; add --voice FILE.onnx")
         return of_language
 
     def draw(self, random: np.random.Generator, names: Sequence[str]) -> PiperDraw:
@@ -91,7 +95,9 @@ class Piper:
         )
         pieces = [chunk.audio_int16_array for chunk in voice.synthesize(text, how)]
         if not pieces:
-            raise UserError(f"Piper says nothing for '{text}' as {draw.voice}; remove the line or choose another voice")
+            raise UserError(
+                f"Piper makes no sound for '{text}' with {draw.voice}; remove the line or use another voice"
+            )
         return np.concatenate(pieces), int(voice.config.sample_rate)
 
 
@@ -108,7 +114,9 @@ def _load(file: Path) -> Any:
         json.loads(config.read_text(encoding="utf-8"))["espeak"]["voice"]
         return PiperVoice.load(file)
     except Exception as error:  # of json, of onnxruntime, and whatever a stranger's values lead to
-        raise UserError(f"--voice {file}: is no voice for Piper ({clip(error)}); get both its files again") from error
+        raise UserError(
+            f"--voice {file}: is not a voice for Piper ({clip(error)}); fetch both its files again"
+        ) from error
 
 
 def _speaks(voice: Any, language: str) -> bool:

@@ -26,7 +26,7 @@ ROLES = ("uncached_decode", "cached_decode", "preprocess", "encode", "decode", "
 
 
 class Kind(NamedTuple):
-    """How sherpa-onnx makes a recognizer: its constructor, the role of each file argument, and arguments besides."""
+    """How sherpa-onnx makes a recognizer: its constructor, the role of each file argument, and further arguments."""
 
     constructor: str
     files: Mapping[str, str]
@@ -110,7 +110,7 @@ def find_model(spec: str, method: str | None = None) -> Model:
     if not graphs or len(tokens) != 1:
         count = "no tokens.txt" if not tokens else f"{len(tokens)} files *tokens.txt"
         raise UserError(
-            f"{spec}: is no recognizer for sherpa-onnx ({len(graphs)} files *.onnx, {count}); give the directory that holds its model and tokens.txt"
+            f"{spec}: is not a model for sherpa-onnx ({len(graphs)} files *.onnx, {count}); give the directory that holds its model and tokens.txt"
         )
     files = _by_role(spec, graphs)
     single, transducer = "model" in files, {"encode", "decode", "joiner"} <= set(files)
@@ -120,7 +120,9 @@ def find_model(spec: str, method: str | None = None) -> Model:
         files.pop("model", None)
     main = files.get("encode", files.get("model"))
     if main is None:
-        raise UserError(f"{spec}: has neither an encoder nor a model by itself; it has {', '.join(files)}")
+        raise UserError(
+            f"{spec}: has neither an encoder nor a whole model, only {', '.join(files)}; give the directory of a complete model"
+        )
     inputs, metadata = _describe(spec, main)
     kind = _kind(spec, files, inputs, metadata)
     window = metadata.get("T", "")
@@ -152,7 +154,7 @@ def _describe(spec: str, graph: Path) -> tuple[list[str], dict[str, str]]:
     try:
         model = onnx.load(str(graph), load_external_data=False)
     except Exception as error:  # protobuf's errors, and those of the file
-        raise UserError(f"{graph}: is no ONNX file ({clip(error)}); get it again") from error
+        raise UserError(f"{graph}: is not an ONNX file ({clip(error)}); fetch it again") from error
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in weights]
     return inputs, {entry.key: entry.value for entry in model.metadata_props}
@@ -197,7 +199,7 @@ class SherpaRecognizer:
         method = method or model.kind.methods[0]
         if method not in model.kind.methods:
             raise UserError(
-                f"{spec}: this model is searched by {' or '.join(model.kind.methods)}, not {method}; set --method"
+                f"{spec}: this model is searched by {' or '.join(model.kind.methods)}, not {method}; change --method"
             )
         self.search = method
         self.name, self.beam = spec, beam if method == "beam" else None

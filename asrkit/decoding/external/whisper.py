@@ -45,7 +45,7 @@ def find_whisper(spec: str) -> Path:
     missing = [file for file in NEEDED if not (path / file).is_file()]
     if missing:
         raise UserError(
-            f"{spec}: {path} is no Whisper model for faster-whisper (without {', '.join(missing)}); give a directory as "
+            f"{spec}: {path} is not a Whisper model for faster-whisper (without {', '.join(missing)}); give a directory as "
             "ct2-transformers-converter --copy_files tokenizer.json preprocessor_config.json makes it"
         )
     return path

@@ -50,8 +50,8 @@ class DenominatorConfig:
     """Share in an n-gram's probability of that with one token less, down to equal probabilities of all tokens. With 0 the
     graph has the n-grams of the texts alone. Our choice."""
     lm_scale: NonNegative = 0.0
-    """Factor of the n-gram's log-probabilities. Take the one that decoding will have: what the n-gram says, the head
-    unlearns. The searches here have no language model, hence 0 (our choice); with it and kappa=1, mmi is the CTC loss."""
+    """Factor of the n-gram's log-probabilities. Set it to the one that decoding will have, since the head unlearns what the
+    n-gram says. 0 (our choice) is for decoding without an n-gram; with it and kappa=1, mmi is the CTC loss."""
     max_arcs: Positive = 2_000_000
     """Refuse a graph of more arcs than this. Our choice."""
     search_beam: Scale = 10.0
