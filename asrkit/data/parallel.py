@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
@@ -108,10 +110,12 @@ class _Worker:
 
     def give(self, part: int) -> None:
         self.part = part
-        self.connection.send(part)
+        with suppress(OSError):  # it has ended; ``take`` meets that
+            self.connection.send(part)
 
     def take(self) -> tuple[bool, Any]:
-        result: tuple[bool, Any] = self.connection.recv()
+        # Plain pickles: those of multiprocessing have torch share each tensor by an open file, of which there may be too few.
+        result: tuple[bool, Any] = pickle.loads(self.connection.recv_bytes())
         self.part = None
         return result
 
@@ -153,4 +157,4 @@ def _work(
             result = (False, error)
         except Exception as error:  # a fault of ours: its traceback would be lost with this process
             result = (False, RuntimeError(f"{error!r}\n{traceback.format_exc()}"))
-        connection.send(result)
+        connection.send_bytes(pickle.dumps(result))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +79,30 @@ def test_a_killed_process_is_named_and_none_is_left() -> None:
     for pid in set(pids):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_tensors_take_no_open_files() -> None:
+    """As many as one likes may be held: each would be a file, if torch shared it with the process that made it."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limit[1]))
+    try:
+        tensors = list(in_processes(lambda number: torch.full((3,), number), range(100), 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert torch.stack(tensors).tolist() == [[number] * 3 for number in range(100)]
+
+
+def test_a_process_that_ends_between_two_parts_is_named() -> None:
+    def work(number: int) -> int:
+        if number == 0:
+            threading.Timer(0.2, os._exit, [3]).start()
+        return number
+
+    results = in_processes(work, range(40), 2, lambda number: f"part {number}")
+    assert next(results) == 0
+    time.sleep(1.0)  # longer than the process of part 0 lives
+    with pytest.raises(UserError, match=r"process 1 of 2 \(pid \d+\) ended with code 3, at part \d+; run it again"):
+        list(results)
 
 
 @pytest.fixture(scope="module")
