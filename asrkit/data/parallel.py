@@ -44,7 +44,8 @@ def in_processes(
     """``function`` of each part, in order; the parts do not depend on ``jobs``, so neither do the results.
 
     The processes are forks of this one: they share what it has in memory (models, tables of cuts), and only results are sent. Each
-    computes with one thread. With one job everything happens in this process.
+    computes with one thread. With one job everything happens in this process; with several, nothing does, even if there is only one
+    part, as the threads that k2 begins with its first search would be missing in the forks of a later call.
 
     Args:
         function: returns what can be pickled; a GPU that was used before cannot be used in it.
@@ -54,7 +55,6 @@ def in_processes(
     Raises:
         UserError: that of the first part that has one; a process that was killed, with its number, pid and part.
     """
-    jobs = min(jobs, len(parts))
     if jobs <= 1 and threads:
         with ThreadPoolExecutor() as pool:
             yield from pool.map(function, parts)
@@ -64,6 +64,7 @@ def in_processes(
         return
     if not may_fork():
         raise UserError("--jobs: this system or process cannot fork; leave --jobs out")
+    jobs = min(jobs, len(parts))
     workers = [_Worker(function, parts, number) for number in range(jobs)]
     try:
         results: dict[int, tuple[bool, Any]] = {}

@@ -41,6 +41,7 @@ def test_results_come_in_order_whatever_the_number_of_processes(numbers: list[in
 def test_the_parts_are_shared_out() -> None:
     assert os.getpid() not in (pids := set(in_processes(lambda _: os.getpid(), range(40), 3))) and pids
     assert set(in_processes(lambda _: os.getpid(), range(4), 1)) == {os.getpid()}
+    assert os.getpid() not in in_processes(lambda _: os.getpid(), [0], 3)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
