@@ -53,7 +53,7 @@ def evaluate(
 
     Each method has its directory, ``<out>/<manifest>-<digest>-<variant>-<context>-<method>``, by default in
     ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A search that heeds
-    a language model and the like has the digest of all that in its name too. A streaming
+    a language model and the like, or a graph, has the digest of all that in its name too. A streaming
     context is decoded chunk by chunk, as on a device. An utterance with an empty reference is decoded too: every word
     recognized in it is an insertion.
 
@@ -177,10 +177,14 @@ def _name(
     beam: int,
     record: DecodingRecord | None,
 ) -> str:
-    """``test-3f2a9c01-near-chunk16-left64-beam4``, ``test-3f2a9c01-backbone-full-ctc-graph-hlg-0.5``: a result's directory."""
+    """``test-3f2a9c01-near-chunk16-left64-beam4``, ``test-3f2a9c01-backbone-full-ctc-graph-hlg-0.5-7d0c21fa``: a result's directory.
+
+    The digest at the end is that of what was searched with, wherever it lies: graphs may be called the same."""
     parts = [manifest_name(str(manifest)), digest[:8], recognizer.variant]
     parts += [str(recognizer.context).replace("=", "").replace(",", "-")]
     parts += [f"{method}{beam}" if method in BEAMS else method]
-    parts += [] if search.graph is None else [Path(search.graph.path).resolve().name, f"{search.graph.scale:g}"]
+    if search.graph is not None:
+        parts += [Path(search.graph.path).resolve().name, f"{search.graph.scale:g}"]
+        parts += [content_digest({**to_dict(search.graph), "path": ""})[:8]]
     parts += [] if record is None else [content_digest(to_dict(record))[:8]]
     return "-".join(parts)
