@@ -344,7 +344,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--graph", "pieces"], "holds no decoding graph; make one with `asrkit graph"),
     (["--graph", "text-graph", "--search-beam", "0"], "search_beam"),
     (["--calibrate", "pieces"], "--calibrate: --method greedy has no alternatives"),
-    (["--method", "beam", "--confidence-temperature", "0"], "must be above 0"),
+    (["--method", "beam", "--confidence-temperature", "0"], "must be a number above 0"),
+    (["--method", "beam", "--confidence-temperature", "inf"], "must be a number above 0"),
+    (["--confidence-temperature", "2"], "--confidence-temperature: --method greedy has no alternatives"),
+    (["--method", "beam", "--calibrate", "pieces", "--confidence-temperature", "2"], "drop one of them"),
 ]
 
 
