@@ -143,6 +143,7 @@ def evaluate(  # long: a parameter for each option
         asrkit evaluate --from exp/backbone --method beam --lm exp/lm4 --lm-scale 0.3 --manifest test.jsonl.gz
 
         asrkit evaluate --from exp/backbone --graph exp/hlg --graph-scale 0.5 --calibrate dev.jsonl.gz --manifest test.jsonl.gz
+
         asrkit evaluate --from whisper:tiny.en --manifest data/prompts/test.jsonl.gz
 
     A streaming context is decoded chunk by chunk, as on a device. The table shows the latency: that of the chunk (algorithmic
