@@ -34,6 +34,18 @@ def may_fork() -> bool:
     return "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
 
 
+def end_with(parent: int | None) -> None:
+    """Let this process be killed when the one that started it ends, where the system can do that.
+
+    Args:
+        parent: the one that started it; None: which it is does not matter.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)  # it ended before this could be asked for
+
+
 def in_processes(
     function: Callable[[P], R],
     parts: Sequence[P],
@@ -141,10 +153,7 @@ def _work(
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # it ended before this could be asked for
+    end_with(parent)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # its threads do not survive a fork
     while True:

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -104,6 +106,31 @@ def test_a_process_that_ends_between_two_parts_is_named() -> None:
     time.sleep(1.0)  # longer than the process of part 0 lives
     with pytest.raises(UserError, match=r"process 1 of 2 \(pid \d+\) ended with code 3, at part \d+; run it again"):
         list(results)
+
+
+ENDLESS = """
+import os, time
+from asrkit.data.parallel import in_processes
+pids = in_processes(lambda number: os.getpid() if number < 2 else time.sleep(600), range(4), 2)
+print(next(pids), next(pids), flush=True)
+next(pids)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends processes with their parent")
+def test_a_killed_parent_takes_its_processes_with_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    for pid in pids:
+        status = Path(f"/proc/{pid}/stat")
+        for _ in range(1000):
+            if not status.exists() or ") Z " in status.read_text():  # a zombie waits for whoever adopted it
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail(f"process {pid} goes on")
 
 
 @pytest.fixture(scope="module")
