@@ -88,6 +88,7 @@ def evaluate(
         raise UserError.of(list(dict.fromkeys(findings)))
     cuts, warnings = checked
     digest = digest_of(manifest)
+    warnings = [*warnings, *_fitted_here(manifest, digest, calibrate_on)]
     records, directories = {}, {}
     for name, search in searches.items():
         records[name] = decoding_record(domain.fusion, search.fusion, manifest, digest)
@@ -111,6 +112,13 @@ def evaluate(
         more = {f"hypotheses.{form}": render(transcripts, form) for form in formats}
         evaluations.append(write_evaluation(directories[name], result, done.scored, more))
     return evaluations
+
+
+def _fitted_here(manifest: Path, digest: str, calibrate_on: Path | None) -> list[str]:
+    """A warning where the temperature was fitted to the very manifest that is decoded."""
+    if calibrate_on is None or digest_of(calibrate_on) != digest:
+        return []
+    return [f"{manifest}: the confidences were fitted to these very cuts, so they look better than they are"]
 
 
 def _contradictions(

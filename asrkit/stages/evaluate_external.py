@@ -128,8 +128,10 @@ def _text_warnings(manifest: Path, cuts: Sequence[Cut], uncertain: Counter[str])
 
 
 def _name(manifest: Path, digest: str, recognizer: TextRecognizer) -> str:
-    """``test-3f2a9c01-whisper-tiny.en-beam4``: a result's directory; of a path the last part."""
+    """``test-3f2a9c01-whisper-tiny.en-beam4``, ``test-3f2a9c01-sherpa-onnx-model-5a0c3e11-ctc``: a result's directory; of a path the
+    last part, and the digest of its files, as others may be called the same."""
     kind, _, name = recognizer.name.partition(":")
-    label = re.sub(r"[^\w.-]+", "-", f"{kind}-{Path(name).resolve().name if '/' in name else name}").strip("-")
+    label = f"{Path(name).resolve().name}-{recognizer.sha256[:8]}" if Path(name).is_dir() else name
+    label = re.sub(r"[^\w.-]+", "-", f"{kind}-{label}").strip("-")
     search = recognizer.search if recognizer.beam is None else f"beam{recognizer.beam}"
     return f"{manifest_name(str(manifest))}-{digest[:8]}-{label}-{search}"

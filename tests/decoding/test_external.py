@@ -93,6 +93,15 @@ def test_sherpa_recognizes_what_asrkit_does(exports: Path, tmp_path: Path, name:
 
 
 @pytest.mark.slow
+def test_models_of_one_name_have_results_of_their_own(exports: Path, tmp_path: Path) -> None:
+    for name in ("full", "stream"):
+        shutil.copytree(exports / name, tmp_path / name / "model")
+        spec, out = f"sherpa-onnx:{tmp_path / name / 'model'}", tmp_path / "out"
+        evaluate_external(spec, exports / "test.jsonl.gz", methods=["ctc"], out=out)
+    assert len(list(out.glob("test-*-sherpa-onnx-model-*-ctc/result.json"))) == 2
+
+
+@pytest.mark.slow
 def test_a_batch_does_not_change_a_text(exports: Path) -> None:
     waves = [torch.from_numpy(soundfile.read(exports / f"{n}.wav", dtype="float32")[0]) for n in range(4)]
     with open_text_recognizer(f"sherpa-onnx:{exports / 'full'}", method="greedy") as recognizer:

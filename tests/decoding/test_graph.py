@@ -300,6 +300,7 @@ def test_evaluate_and_transcribe_over_a_graph(run: Path, graphs: Path, manifest:
         "json",
     ]
     (result,) = objects(asrkit(*common, *wide))
+    assert any("fitted to these very cuts" in line for line in result["warnings"])
     assert result["graph"]["paths"] == 100 and result["confidence"]["calibrated_on"] == str(manifest)
     asrkit(*common, *wide[:4], "--search-beam", "10", "--output-beam", "4")  # has a directory of its own
     folders = list(tmp_path.glob("cuts-*-ctc-graph-pieces-graph-0.5-*"))

@@ -146,7 +146,7 @@ def test_a_search_along_each_option_in_turn() -> None:
         return 2 * (settings["x"] - 3) ** 2 + (settings["y"] - settings["x"]) ** 2
 
     values = {"x": (0, 1, 2, 3), "y": (0, 1, 2, 3)}
-    first: dict[str, float] = {"x": 2, "y": 2}
+    first = {"x": 2.0, "y": 2.0}
     assert coordinate_search({"x": 0, "y": 0}, values, error)[0] == {"x": 3, "y": 3}
     assert coordinate_search(first, values, lambda settings: error(settings) if settings == first else 9)[0] == first
     best, tried = coordinate_search(
