@@ -62,7 +62,8 @@ Left = Annotated[
 ]
 Device = Annotated[str, decoding(help="auto, cpu, cuda or cuda:N.")]
 ConfidenceTemperature = Annotated[
-    float, confidence(help="Divides the scores of the n-best texts before confidences are computed.")
+    float | None,
+    confidence(help="Divides the scores of the n-best texts before the confidences are computed. [default: 1]"),
 ]
 
 
@@ -122,7 +123,7 @@ def evaluate(  # long: a parameter for each option
     calibrate: Annotated[
         Path | None, confidence(help="Cuts, such as dev, to fit the confidence temperature on first.")
     ] = None,
-    confidence_temperature: ConfidenceTemperature = 1.0,
+    confidence_temperature: ConfidenceTemperature = None,
     formats: Annotated[
         list[TextFormat] | None,
         output("--format", help="Also write the hypotheses as txt, json, ctm or stm. Repeatable."),
@@ -183,7 +184,8 @@ def evaluate(  # long: a parameter for each option
             "--graph": graph,
             "--format": formats,
         }
-        own |= {"--calibrate": calibrate, "--jobs": jobs if jobs > 1 else None}
+        own |= {"--calibrate": calibrate, "--confidence-temperature": confidence_temperature}
+        own |= {"--jobs": jobs if jobs > 1 else None}
         own["--lm, --lodr, --hotwords, --decoding and their options"] = request
         _refuse(run, own)
         evaluations = evaluate_external(str(run), manifest, **shared)
@@ -335,7 +337,7 @@ def transcribe(  # long: a parameter for each option
     output_beam: OutputBeam = None,
     max_active: MaxActive = None,
     paths: Paths = None,
-    confidence_temperature: ConfidenceTemperature = 1.0,
+    confidence_temperature: ConfidenceTemperature = None,
     nbest: Annotated[
         int,
         output(
@@ -403,7 +405,7 @@ def transcribe(  # long: a parameter for each option
         "warn": lambda line: typer.echo(f"warning: {line}", err=True),
     }
     _check_output(stream, audio, form.value, out, timestamps, nbest, graph)
-    _check_stream_options(stream, audio, timestamps, fast, pause, longest, nbest)
+    _check_stream_options(stream, audio, timestamps, fast, pause, longest, nbest, confidence_temperature)
     if stream:
         _stream(run, audio, not fast, pause, longest, as_json, shared | {"fusion": request})
         return
@@ -480,6 +482,7 @@ def _check_stream_options(
     pause: float | None,
     longest: float | None,
     nbest: int,
+    confidence_temperature: float | None,
 ) -> None:
     """Refuse options without effect."""
     from asrkit.errors import UserError
@@ -489,6 +492,8 @@ def _check_stream_options(
         findings.append("--stream and --timestamps do not go together; --stream --json prints the times of words")
     if stream and nbest:
         findings.append("--stream and --nbest do not go together; transcribe the whole file for its n-best texts")
+    if stream and confidence_temperature is not None:
+        findings.append("--confidence-temperature: --stream prints no confidences; drop it")
     if stream and sum(path == Path("-") for path in audio) > 1:
         findings.append("-: standard input can be read only once")
     if not stream:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import dataclasses
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asrkit.data.parallel import end_with
 from asrkit.errors import UserError
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _LESS = (
     "or load data in the training process with --set data.num_workers=0; the same command goes on from the last save"
 )
@@ -73,10 +71,7 @@ class _StartProcess:
         torch.set_num_threads(1)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch's handler prints a line; the training says it better
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if multiprocessing.get_start_method() == "fork" and os.getppid() != self.parent:
-                os._exit(1)  # it ended before this could be asked for
+        end_with(self.parent if multiprocessing.get_start_method() == "fork" else None)
 
 
 class _InSharedMemory(torch.utils.data.Dataset[Any]):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar
@@ -32,6 +34,18 @@ def may_fork() -> bool:
     return "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
 
 
+def end_with(parent: int | None) -> None:
+    """Let this process be killed when the one that started it ends, where the system can do that.
+
+    Args:
+        parent: the one that started it; None: which it is does not matter.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)  # it ended before this could be asked for
+
+
 def in_processes(
     function: Callable[[P], R],
     parts: Sequence[P],
@@ -42,7 +56,8 @@ def in_processes(
     """``function`` of each part, in order; the parts do not depend on ``jobs``, so neither do the results.
 
     The processes are forks of this one: they share what it has in memory (models, tables of cuts), and only results are sent. Each
-    computes with one thread. With one job everything happens in this process.
+    computes with one thread. With one job everything happens in this process; with several, nothing does, even if there is only one
+    part, as the threads that k2 begins with its first search would be missing in the forks of a later call.
 
     Args:
         function: returns what can be pickled; a GPU that was used before cannot be used in it.
@@ -52,7 +67,6 @@ def in_processes(
     Raises:
         UserError: that of the first part that has one; a process that was killed, with its number, pid and part.
     """
-    jobs = min(jobs, len(parts))
     if jobs <= 1 and threads:
         with ThreadPoolExecutor() as pool:
             yield from pool.map(function, parts)
@@ -62,6 +76,7 @@ def in_processes(
         return
     if not may_fork():
         raise UserError("--jobs: this system or process cannot fork; leave --jobs out")
+    jobs = min(jobs, len(parts))
     workers = [_Worker(function, parts, number) for number in range(jobs)]
     try:
         results: dict[int, tuple[bool, Any]] = {}
@@ -108,10 +123,12 @@ class _Worker:
 
     def give(self, part: int) -> None:
         self.part = part
-        self.connection.send(part)
+        with suppress(OSError):  # it has ended; ``take`` meets that
+            self.connection.send(part)
 
     def take(self) -> tuple[bool, Any]:
-        result: tuple[bool, Any] = self.connection.recv()
+        # Plain pickles: those of multiprocessing have torch share each tensor by an open file, of which there may be too few.
+        result: tuple[bool, Any] = pickle.loads(self.connection.recv_bytes())
         self.part = None
         return result
 
@@ -136,10 +153,7 @@ def _work(
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # it ended before this could be asked for
+    end_with(parent)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # its threads do not survive a fork
     while True:
@@ -153,4 +167,4 @@ def _work(
             result = (False, error)
         except Exception as error:  # a bug: its traceback would be lost with this process
             result = (False, RuntimeError(f"{error!r}\n{traceback.format_exc()}"))
-        connection.send(result)
+        connection.send_bytes(pickle.dumps(result))

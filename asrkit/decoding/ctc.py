@@ -56,10 +56,11 @@ class CtcFusion:
         """Whether it changes any score."""
         return self.bonus != 0 or any(weight != 0 for _, weight in self.parts)
 
-    def start(self, batch: int, beam: int) -> Tensor:
+    def start(self, batch: int, beam: int, device: torch.device) -> Tensor:
         """The states (B, K, P) before the first token."""
         states = [part.start(batch * beam)[0].view(batch, beam) for part, _ in self.parts]
-        return torch.stack(states, dim=2) if states else torch.zeros(batch, beam, 0, dtype=torch.int64)
+        none = torch.zeros(batch, beam, 0, dtype=torch.int64, device=device)
+        return torch.stack(states, dim=2) if states else none
 
     def step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What ``tokens`` (...) add to the score after states (..., P), and the states after them."""
@@ -126,7 +127,7 @@ def _ctc_beams(
     last = torch.full_like(prefixes, blank)
     unmoved = torch.arange(beam, device=device).expand(batch, beam)
     fused = torch.zeros_like(ends_blank)  # of each prefix, what the language model adds, and its state
-    states = CtcFusion([]).start(batch, beam) if fusion is None else fusion.start(batch, beam)  # (B, K, P)
+    states = (fusion or CtcFusion([])).start(batch, beam, device)  # (B, K, P)
     parents, emitted = [], []
     for t in range(num_frames):
         total = torch.logaddexp(ends_blank, ends_token)

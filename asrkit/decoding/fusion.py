@@ -199,8 +199,11 @@ class Fusion:
 
 
 def sequence_scores(scorer: TokenScorer, tokens: Tensor, lens: Tensor) -> Tensor:
-    """The score (N,) of whole sequences and their ends; ``tokens`` (N, U) int64 are padded beyond ``lens`` (N,)."""
-    state, total = scorer.start(len(lens)), torch.zeros(lens.shape, device=lens.device)
+    """The score (N,) of whole sequences and their ends, on the scorer's device; ``tokens`` (N, U) int64 are padded beyond ``lens``
+    (N,)."""
+    state = scorer.start(len(lens))
+    tokens, lens = tokens.to(state[0].device), lens.to(state[0].device)
+    total = torch.zeros(lens.shape, device=lens.device)
     for position in range(tokens.shape[1] + 1):
         total = torch.where(lens == position, total + scorer.end(state), total)
         if position < tokens.shape[1]:

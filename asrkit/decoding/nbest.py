@@ -5,6 +5,7 @@ Shapes: N texts of an utterance, W words of the best one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,20 @@ def cannot_list(nbest: int, method: str, beam: int) -> list[str]:
     if nbest > beam:
         return [f"--nbest {nbest}: a beam of {beam} ends with {beam} hypotheses at most; give --beam {nbest}"]
     return []
+
+
+def no_confidence(option: str, method: str) -> str:
+    """Why an option about confidences is of no use to a search; "" if it is."""
+    if method in (*BEAMS, CTC_GRAPH):
+        return ""
+    return f"{option}: --method {method} has no alternatives; choose beam, ctc-beam or --graph"
+
+
+def bad_temperature(temperature: float | None) -> list[str]:
+    """Why confidences cannot have this temperature; [] if they can."""
+    if temperature is None or 0 < temperature < math.inf:
+        return []
+    return [f"--confidence-temperature {temperature}: must be a number above 0"]
 
 
 def alternatives(hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer, most: int) -> list[Alternative]:

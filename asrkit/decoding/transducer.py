@@ -9,7 +9,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from asrkit.decoding.hypothesis import (
     NBest,
     append_hash,
     collect,
+    collect_n_best,
     n_best_of,
     silent_columns,
     traced,
@@ -126,12 +126,7 @@ def beam_hypotheses(
     """Every hypothesis that ``beam_search`` ends with, of each utterance, in its order: the first is the one it returns."""
     ended = _beams(model, joiner_in, lens, beam, special_ids, fusion)
     _, order = (ended.scores / (ended.sizes + model.context_size)).sort(dim=1, descending=True, stable=True)
-    emitted = traced(ended.parents, ended.emitted, order)
-    scores = ended.scores.gather(1, order)
-    return [
-        [hypothesis for hypothesis in collect(*row, model.blank) if hypothesis.score > -math.inf]
-        for row in zip(emitted, scores, strict=True)
-    ]
+    return collect_n_best(traced(ended.parents, ended.emitted, order), ended.scores.gather(1, order), model.blank)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from asrkit.config import config, differences, from_dict, to_dict
 from asrkit.data.text.normalization import TextError, normalize
@@ -138,6 +138,12 @@ class _Planned:
     pieces: list[tuple[Seconds, Seconds]]
     """Begin and end of each stretch."""
 
+    @model_validator(mode="after")
+    def _have_length(self) -> Any:
+        if any(begin >= end for begin, end in self.pieces):
+            raise ValueError("a stretch ends before it begins")
+        return self
+
 
 @config
 class _Text:
@@ -161,7 +167,7 @@ class _Recognized:
     """Of the cut."""
     begin: Seconds
     """Of the stretch."""
-    texts: list[_Text]
+    texts: Annotated[list[_Text], Field(min_length=1)]
     """One for each recognizer."""
 
 

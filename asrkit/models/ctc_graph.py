@@ -90,7 +90,8 @@ class CtcGraph:
         checks = {
             "arcs are not sorted by where they come from": bool((source[1:] < source[:-1]).any()),
             "a state is negative or has no arcs into it": bool((source < 0).any() or (target < 0).any())
-            or int(source.max()) >= last,
+            or int(source.max()) >= last
+            or last > len(arcs),
             f"a label is no token below {vocab_size}": bool(((label < END) | (label >= vocab_size)).any()),
             "an arc into the final state has a token, or one elsewhere has none": bool(
                 ((target == last) != (label == END)).any()

@@ -17,6 +17,7 @@ from asrkit.data.manifests import digest_of
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
 from asrkit.decoding.evaluation import decode_cuts, decoding_record, result_of
+from asrkit.decoding.nbest import bad_temperature, no_confidence
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
 from asrkit.decoding.transcripts import SUBTITLES, Format, render
@@ -46,14 +47,14 @@ def evaluate(
     out: Path | None = None,
     domain: Domain | None = None,
     calibrate_on: Path | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     formats: Sequence[Format] = (),
 ) -> list[Evaluation]:
     """Decode ``manifest`` with a trained model by each of ``methods`` and write the results.
 
     Each method has its directory, ``<out>/<manifest>-<digest>-<variant>-<context>-<method>``, by default in
     ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A search that uses
-    a language model and the like has the digest of all that in its name too. A streaming
+    a language model and the like, or a graph, has the digest of all that in its name too. A streaming
     context is decoded chunk by chunk, as on a device. An utterance with an empty reference is decoded too: every word
     recognized in it is an insertion.
 
@@ -64,7 +65,7 @@ def evaluate(
         threads: of torch; None leaves what is set.
         jobs: processes that read and decode, each with one thread. Their seconds add up.
         domain: what the search has beside the model: a graph, which takes the place of ``methods``, language models and the like.
-        calibrate_on: a manifest whose references the temperature of confidences is fitted to; None takes ``temperature``.
+        calibrate_on: a manifest whose references the temperature of confidences is fitted to; None takes ``temperature``, or 1.
         formats: in which hypotheses are also written.
 
     Raises:
@@ -78,7 +79,7 @@ def evaluate(
     names = [CTC_GRAPH] if domain.graph is not None else list(dict.fromkeys(methods))
     findings = _contradictions(names, beam, domain, choice, calibrate_on, temperature, formats)
     recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, names))
-    searches = _searches(findings, recognizer, names, beam, domain, calibrate_on is not None)
+    searches = _searches(findings, recognizer, names, beam, domain, calibrate_on is not None or temperature is not None)
     checked = _gather(findings, lambda: _cuts(manifest, recognizer, jobs))
     dev = None if calibrate_on is None else _gather(findings, partial(_cuts, calibrate_on, recognizer, jobs))
     if jobs > 1 and recognizer is not None and recognizer.device.type != "cpu":
@@ -99,7 +100,7 @@ def evaluate(
         done = decoded[name]
         confidence = None
         if search.n_best:
-            heat = fitted[name].temperature() if name in fitted else temperature
+            heat = fitted[name].temperature() if name in fitted else temperature or 1.0
             confidence = done.set_confidences(heat, calibrate_on)
         record, tuned_here = records[name]
         about: dict[str, Any] = {"run": str(run_path), "manifest": str(manifest), "manifest_sha256": digest}
@@ -118,17 +119,18 @@ def _contradictions(
     domain: Domain,
     choice: ContextChoice,
     calibrate_on: Path | None,
-    temperature: float,
+    temperature: float | None,
     formats: Sequence[Format],
 ) -> list[str]:
     """What is wrong with the options, whatever the model."""
     findings = [f"--beam {beam}: must be at least 1"] if beam < 1 else []
     findings += [*choice.contradictions(), *domain.findings(names)]
-    greedy = [name for name in names if name != CTC_GRAPH and name not in BEAMS]
-    if calibrate_on is not None and greedy:
-        findings.append(f"--calibrate: --method {greedy[0]} has no alternatives; choose beam, ctc-beam or --graph")
-    if not temperature > 0:
-        findings.append(f"--confidence-temperature {temperature}: must be above 0")
+    options = {"--calibrate": calibrate_on, "--confidence-temperature": temperature}
+    for option in (option for option, value in options.items() if value is not None):
+        findings += [line for name in names if (line := no_confidence(option, name))]
+    findings += bad_temperature(temperature)
+    if calibrate_on is not None and temperature is not None:
+        findings.append("--calibrate and --confidence-temperature: the first fits the second; drop one of them")
     findings += [
         f"--format {form}: is for one recording; use txt, json, ctm or stm" for form in formats if form in SUBTITLES
     ]
@@ -179,10 +181,14 @@ def _name(
     beam: int,
     record: DecodingRecord | None,
 ) -> str:
-    """``test-3f2a9c01-near-chunk16-left64-beam4``, ``test-3f2a9c01-backbone-full-ctc-graph-hlg-0.5``: a result's directory."""
+    """``test-3f2a9c01-near-chunk16-left64-beam4``, ``test-3f2a9c01-backbone-full-ctc-graph-hlg-0.5-7d0c21fa``: a result's directory.
+
+    The digest at the end is that of what was searched with, wherever it lies: graphs may be called the same."""
     parts = [manifest_name(str(manifest)), digest[:8], recognizer.variant]
     parts += [str(recognizer.context).replace("=", "").replace(",", "-")]
     parts += [f"{method}{beam}" if method in BEAMS else method]
-    parts += [] if search.graph is None else [Path(search.graph.path).resolve().name, f"{search.graph.scale:g}"]
+    if search.graph is not None:
+        parts += [Path(search.graph.path).resolve().name, f"{search.graph.scale:g}"]
+        parts += [content_digest({**to_dict(search.graph), "path": ""})[:8]]
     parts += [] if record is None else [content_digest(to_dict(record))[:8]]
     return "-".join(parts)

@@ -6,7 +6,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from lhotse.cut import Cut
 
@@ -44,11 +46,14 @@ def evaluate_external(
     """
     cuts, warnings = decodable_cuts(manifest)
     digest, evaluations = digest_of(manifest), []
-    for method in dict.fromkeys(methods):
-        with open_text_recognizer(spec, method=method, beam=beam, device=device, threads=threads) as recognizer:
-            _check_languages(recognizer, list(cuts))
-            directory = (out or Path(EVALUATION)) / _name(manifest, digest, recognizer)
-            make_directory(directory)
+    with ExitStack() as stack:
+        opened = {}  # all of them before the first decodes: a method that the recognizer lacks is told at once
+        for method in dict.fromkeys(methods):
+            options: dict[str, Any] = {"method": method, "beam": beam, "device": device, "threads": threads}
+            opened[method] = stack.enter_context(open_text_recognizer(spec, **options))
+            _check_languages(opened[method], list(cuts))
+        for method, recognizer in opened.items():
+            directory = make_directory((out or Path(EVALUATION)) / _name(manifest, digest, recognizer))
             hypotheses, uncertain, seconds = _decode(recognizer, list(cuts), max_duration)
             utterances = [
                 Scored(cut.id, text_of(cut), hypotheses[cut.id], language_of(cut), speaker_of(cut)) for cut in cuts

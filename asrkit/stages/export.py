@@ -18,7 +18,7 @@ from asrkit.decoding.choice import ContextChoice, export_context
 from asrkit.decoding.export_check import check_export, recordings_of
 from asrkit.decoding.export_report import measure_export
 from asrkit.decoding.exported import ExportedAcousticModel
-from asrkit.decoding.fusion import FusionRequest, load_fusion
+from asrkit.decoding.fusion import FusionConfig, FusionRequest, load_fusion
 from asrkit.disk import atomic_directory, atomic_write, occupied, sha256_of
 from asrkit.errors import UserError
 from asrkit.export.directory import Exported, Format, LmRecord, finished_without_pack, pack_directory
@@ -146,7 +146,7 @@ def _plan(
     lm = None
     if fusion is not None:
         try:
-            lm = _language_models(fusion, run, options)
+            lm = _language_models(fusion, run, options, warn)
         except UserError as error:
             findings += error.lines
     if findings:
@@ -178,14 +178,24 @@ def _plan(
     return plan, cuts
 
 
-def _language_models(request: FusionRequest, run: RunDir, options: ExportOptions) -> LmPlan:
-    """What the client decodes with.
+def _language_models(
+    request: FusionRequest, run: RunDir, options: ExportOptions, warn: Callable[[str], None]
+) -> LmPlan:
+    """What the client decodes with; ``warn`` is given a line for what else counts in the search here.
 
     Raises:
         UserError: a language model cannot be read, is not of the run's tokens, or the client cannot take it.
     """
     if request.lm is None:
-        raise UserError("--lodr: sherpa-onnx subtracts it only beside a language model; give --lm too")
+        raise UserError("--lodr, --decoding: are exported only beside a language model; give --lm too")
+    usual = FusionConfig()
+    others = ("blank_penalty", "length_bonus", "temperature", *(["hotwords_score"] if request.hotwords else []))
+    lost = {name: value for name in others if (value := getattr(request.settings, name)) != getattr(usual, name)}
+    if lost or request.hotwords:
+        listed = ", ".join(
+            ["hotwords"] * bool(request.hotwords) + [f"{name} {value:g}" for name, value in lost.items()]
+        )
+        warn(f"--decoding: {listed}: not in the directory, as the client is told that itself, or has no such setting")
     fusion = load_fusion(request, Tokenizer.load(run.tokenizer_path), torch.device("cpu"))
     lm, lodr = (getattr(part, "model", None) for part in (fusion.lm, fusion.lodr))
     if findings := cannot_take(lm, lodr, options.streaming):

@@ -16,7 +16,16 @@ from asrkit.decoding.domain import Domain, Search, make_search
 from asrkit.decoding.fusion import FusionRequest, load_fusion
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
-from asrkit.decoding.nbest import Agreement, Alternative, PieceTexts, alternatives, cannot_list, distinct
+from asrkit.decoding.nbest import (
+    Agreement,
+    Alternative,
+    PieceTexts,
+    alternatives,
+    bad_temperature,
+    cannot_list,
+    distinct,
+    no_confidence,
+)
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method, cannot_fuse
 from asrkit.decoding.streaming import Endpoint, Partial, StreamingRecognizer
@@ -61,7 +70,7 @@ def transcribe(
     warn: Callable[[str], None] = lambda line: None,
     domain: Domain | None = None,
     nbest: int = 0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
 ) -> Iterator[Transcript]:
     """Yield the transcript of each file, in order, each as soon as it is done.
 
@@ -75,20 +84,22 @@ def transcribe(
         warn: is called with a line where the model is used in a way it was not trained for.
         domain: what the search has beside the model: a graph, which takes the place of ``method``, language models and the like.
         nbest: texts of each piece to give beside the best one, by a search that has alternatives; 0: none.
-        temperature: of the confidences of words, which such a search has.
+        temperature: of the confidences of words, which such a search has; None is 1.
 
     Raises:
         UserError: the run directory cannot be used, or the options do not fit together.
     """
     domain = domain or Domain()
     name: str = method if domain.graph is None else CTC_GRAPH
-    findings = [*domain.findings([name]), *cannot_list(nbest, name, beam)]
-    if not temperature > 0:
-        findings.append(f"--confidence-temperature {temperature}: must be above 0")
+    findings = [*domain.findings([name]), *cannot_list(nbest, name, beam), *bad_temperature(temperature)]
+    if temperature is not None and (line := no_confidence("--confidence-temperature", name)):
+        findings.append(line)
     recognizer = _prepare(run_path, name, beam, variant, context, language, device, threads, warn, findings)
-    search = make_search(recognizer, name, beam, domain, nbest > 0)
+    search = make_search(recognizer, name, beam, domain, nbest > 0 or temperature is not None)
     decoded = (
-        part for batch in _batches(_parts(paths)) for part in _decode(recognizer, batch, search, nbest, temperature)
+        part
+        for batch in _batches(_parts(paths))
+        for part in _decode(recognizer, batch, search, nbest, temperature or 1.0)
     )
     for _, parts in groupby(decoded, key=lambda part: part.number):
         yield _join(parts)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lhotse import CutSet
 
 from asrkit.config import from_dict, to_dict
 from asrkit.data.batch import Batch, evaluation_batches
 from asrkit.data.checks import decodable_cuts
+from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import digest_of
 from asrkit.decoding.acoustic import EncoderOutput
 from asrkit.decoding.choice import ContextChoice
@@ -102,13 +102,15 @@ def _values(over: str, request: FusionRequest, out: Path) -> dict[str, tuple[flo
     return values
 
 
-def _encoded(recognizer: Recognizer, cuts: CutSet, max_duration: float) -> list[tuple[Batch, EncoderOutput]]:
+def _encoded(recognizer: Recognizer, cuts: CutTable, max_duration: float) -> list[tuple[Batch, EncoderOutput]]:
     """Every batch with its encoder frames; the features are not needed any more."""
     encoded = []
     with progress("encoding", sum(cut.duration for cut in cuts), "s of audio") as advance:
         for batch in evaluation_batches(cuts, max_duration):
             output = recognizer.model.encode(batch.features, batch.feature_lens, batch.languages)
-            encoded.append((replace(batch, features=batch.features[:, :0]), output))
+            encoded.append(
+                (replace(batch, features=batch.features.new_empty(0)), output)
+            )  # a part would keep the whole
             advance(sum(batch.durations))
     return encoded
 

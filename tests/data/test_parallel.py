@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +43,7 @@ def test_results_come_in_order_whatever_the_number_of_processes(numbers: list[in
 def test_the_parts_are_shared_out() -> None:
     assert os.getpid() not in (pids := set(in_processes(lambda _: os.getpid(), range(40), 3))) and pids
     assert set(in_processes(lambda _: os.getpid(), range(4), 1)) == {os.getpid()}
+    assert os.getpid() not in in_processes(lambda _: os.getpid(), [0], 3)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -75,6 +82,55 @@ def test_a_killed_process_is_named_and_none_is_left() -> None:
     for pid in set(pids):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_tensors_take_no_open_files() -> None:
+    """As many as one likes may be held: each would be a file, if torch shared it with the process that made it."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limit[1]))
+    try:
+        tensors = list(in_processes(lambda number: torch.full((3,), number), range(100), 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert torch.stack(tensors).tolist() == [[number] * 3 for number in range(100)]
+
+
+def test_a_process_that_ends_between_two_parts_is_named() -> None:
+    def work(number: int) -> int:
+        if number == 0:
+            threading.Timer(0.2, os._exit, [3]).start()
+        return number
+
+    results = in_processes(work, range(40), 2, lambda number: f"part {number}")
+    assert next(results) == 0
+    time.sleep(1.0)  # longer than the process of part 0 lives
+    with pytest.raises(UserError, match=r"process 1 of 2 \(pid \d+\) ended with code 3, at part \d+; run it again"):
+        list(results)
+
+
+ENDLESS = """
+import os, time
+from asrkit.data.parallel import in_processes
+pids = in_processes(lambda number: os.getpid() if number < 2 else time.sleep(600), range(4), 2)
+print(next(pids), next(pids), flush=True)
+next(pids)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends processes with their parent")
+def test_a_killed_parent_takes_its_processes_with_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    for pid in pids:
+        status = Path(f"/proc/{pid}/stat")
+        for _ in range(1000):
+            if not status.exists() or ") Z " in status.read_text():  # a zombie waits for whoever adopted it
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail(f"process {pid} goes on")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from asrkit.decoding.external.interface import spoken_words
 from asrkit.decoding.external.opening import open_text_recognizer
 from asrkit.errors import UserError
 from asrkit.frames import SAMPLE_RATE, count_encoder_frames, count_features
+from asrkit.stages.evaluate_external import evaluate_external
 from helpers.commands import asrkit
 from helpers.outside import WHISPER, speech, whisper_model
 from helpers.small_runs import SUBMODELS, noise, write_run
@@ -147,6 +152,17 @@ def test_every_kind_is_what_its_constructor_takes(tmp_path: Path) -> None:
         inspect.signature(getattr(of, kind.constructor)).bind(**model.arguments("greedy", 4, 1))
 
 
+def test_a_process_that_goes_on_decoding_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sherpa, "LAST_SECONDS", 0.1)
+    recognizer = object.__new__(sherpa.SherpaRecognizer)
+    recognizer._process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    recognizer._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ``close``
+    recognizer.close()
+    assert recognizer._process.returncode == -signal.SIGKILL
+
+
 def test_words_of_a_text() -> None:
     assert spoken_words("Mr. Smith's 2 dogs!", "en") == ("mr smith's two dogs", None)
     assert spoken_words("[music]", "en") == ("", None)
@@ -172,6 +188,14 @@ def test_whisper(tmp_path: Path) -> None:
         assert "knows English only, not fr" in (recognizer.check_language("fr") or "")
         assert recognizer.check_language("en-US") is None and recognizer.check_language("") is None
     assert "no CTC head" in refused(WHISPER, method="ctc")
+    soundfile.write(tmp_path / "0.wav", waves[0].numpy(), SAMPLE_RATE)
+    cut = make_cut(
+        "0", tmp_path / "0.wav", sampling_rate=SAMPLE_RATE, num_samples=len(waves[0]), text="please", language="en"
+    )
+    write_cuts(manifest := tmp_path / "test.jsonl.gz", [cut])
+    with pytest.raises(UserError, match="no CTC head"):
+        evaluate_external(WHISPER, manifest, methods=["greedy", "ctc"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_whisper_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from asrkit.config import from_dict
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
+from asrkit.decoding.acoustic import EncoderOutput
 from asrkit.decoding.fusion import (
     Fusion,
     FusionConfig,
@@ -29,12 +30,14 @@ from asrkit.decoding.fusion import (
 from asrkit.decoding.hotwords import build_hotwords, read_hotwords
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.nbest import alternatives
+from asrkit.decoding.search import search_n_best
 from asrkit.decoding.transducer import beam_hypotheses, beam_n_best, beam_search
 from asrkit.errors import UserError
 from asrkit.models.lm import LanguageModel
 from asrkit.models.ngram.automaton import Ngram, automaton
 from asrkit.models.ngram.kneser_ney import estimate
 from asrkit.models.spec import LmSpec
+from helpers.pretend_gpu import GPU, pretend_gpu
 from helpers.small_transducer import BLANK, SPECIAL, SmallModel, frame_log_probs, random_batch
 
 V = 5
@@ -137,6 +140,41 @@ def test_fusion_equals_a_brute_force_over_all_strings(kind: str, use: str) -> No
     best = max(expected, key=lambda string: expected[string] / (len(string) + 2))
     assert tuple(found[0].tokens) == best
     assert tuple(beam_search(model, frames, frame_lens, 3**steps, SPECIAL, fusion)[0].tokens) == best
+
+
+def on_gpu(model: LanguageModel) -> LanguageModel:
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                del tensors[name]
+                setattr(module, name, tensor if tensor is None else tensor.detach().to(GPU))
+    return model
+
+
+@pytest.mark.parametrize("use", ["fusion", "rescore"])
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_a_gpu_finds_what_the_cpu_finds(kind: str, use: str) -> None:
+    """Bonus alone, language models and hotwords, in the prefix beam search and on its texts; sequences meet the device they are on."""
+    how = from_dict(FusionConfig, {"lm_scale": 0.5, "lm_use": use, "length_bonus": 0.3, "blank_penalty": 0.2}, "test")
+    log_probs = torch.randn(2, 6, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(2)
+    lens, hotwords = torch.tensor([6, 4]), build_hotwords({(2, 3): 1.5}, V)
+    model = SmallModel()
+
+    def fusion(device: torch.device) -> Fusion:
+        if kind == "none":
+            return Fusion(how)
+        gpu = device == GPU
+        lm = network(kind) if kind != "ngram" else None
+        part = NgramScorer(ngram().to(device)) if lm is None else NeuralScorer(on_gpu(lm) if gpu else lm)
+        return Fusion(how, lm=part, hotwords=HotwordScorer(hotwords.to(device)))
+
+    expected = search_n_best(model, EncoderOutput(log_probs, lens, log_probs), "ctc-beam", 3, (), fusion(lens.device))
+    with pretend_gpu():
+        there = EncoderOutput(log_probs.to(GPU), lens.to(GPU), log_probs.to(GPU))
+        found = search_n_best(model, there, "ctc-beam", 3, (), fusion(GPU))
+    for row, others in zip(found, expected, strict=True):
+        assert [(one.tokens, one.frames) for one in row] == [(one.tokens, one.frames) for one in others]
+        assert [one.score for one in row] == pytest.approx([one.score for one in others], abs=1e-4)
 
 
 def penalized(model: SmallModel, frame: Tensor, prefix: tuple[int, ...], how: FusionConfig) -> list[float]:

@@ -245,7 +245,7 @@ def test_best_path_and_n_best_are_those_of_all_paths(k2: ModuleType, seed: int, 
 def graphs(k2: ModuleType, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, its n-gram models and their graphs."""
     folder = tmp_path_factory.mktemp("graphs")
-    (folder / "text.txt").write_text("\n".join(TEXTS * 5) + "\none XYZZY two\n" * 0)
+    (folder / "text.txt").write_text("\n".join(TEXTS * 5))
     (folder / "words.txt").write_text("\n".join(TEXTS * 5) + "\nthe Qat\n")
     common = ["--kind", "ngram", "--set", "held_out=0"]
     asrkit(
@@ -301,7 +301,10 @@ def test_evaluate_and_transcribe_over_a_graph(run: Path, graphs: Path, manifest:
     ]
     (result,) = objects(asrkit(*common, *wide))
     assert result["graph"]["paths"] == 100 and result["confidence"]["calibrated_on"] == str(manifest)
-    (folder,) = tmp_path.glob("cuts-*-ctc-graph-pieces-graph-0.5")
+    asrkit(*common, *wide[:4], "--search-beam", "10", "--output-beam", "4")  # has a directory of its own
+    folders = list(tmp_path.glob("cuts-*-ctc-graph-pieces-graph-0.5-*"))
+    (folder,) = (folder for folder in folders if (folder / "hypotheses.ctm").is_file())
+    assert len(folders) == 2
     rows = [json.loads(line) for line in (folder / "hypotheses.json").read_text().splitlines()]
     lines = (folder / "utterances.jsonl").read_text().splitlines()
     for row, line in zip(rows, map(json.loads, lines), strict=True):
@@ -341,7 +344,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--graph", "pieces"], "holds no decoding graph; make one with `asrkit graph"),
     (["--graph", "text-graph", "--search-beam", "0"], "search_beam"),
     (["--calibrate", "pieces"], "--calibrate: --method greedy has no alternatives"),
-    (["--method", "beam", "--confidence-temperature", "0"], "must be above 0"),
+    (["--method", "beam", "--confidence-temperature", "0"], "must be a number above 0"),
+    (["--method", "beam", "--confidence-temperature", "inf"], "must be a number above 0"),
+    (["--confidence-temperature", "2"], "--confidence-temperature: --method greedy has no alternatives"),
+    (["--method", "beam", "--calibrate", "pieces", "--confidence-temperature", "2"], "drop one of them"),
 ]
 
 
@@ -380,6 +386,7 @@ def test_a_graph_of_another_tokenizer_and_a_forged_one(
     forge(arcs, scores)
     load_graph(tmp_path / "graph", tokenizer)
     far, jump, turned = arcs.clone(), arcs.clone(), arcs.flip(0)
+    vast = torch.where(arcs == last, 2_000_000_000, arcs)  # k2 has memory for every state up to the last
     far[5, 2] = tokenizer.vocab_size
     jump[5, 1] = last
     for bad, said in (
@@ -387,6 +394,7 @@ def test_a_graph_of_another_tokenizer_and_a_forged_one(
         (jump, "into the final state"),
         (turned, "not sorted"),
         (-arcs, "negative"),
+        (vast, "no arcs into it"),
     ):
         forge(bad, scores)
         with pytest.raises(UserError, match=said):

@@ -176,6 +176,16 @@ def test_what_the_client_cannot_take_is_refused(run: Path, lm: Path, lodr: Path,
         assert not (tmp_path / "onnx").exists()
 
 
+def test_what_was_tuned_and_is_not_exported_is_named(run: Path, lm: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("cat\n")
+    how = from_dict(FusionConfig, {"lm_scale": 0.5, "blank_penalty": 1.5, "hotwords_score": 2.0}, "test")
+    said: list[str] = []
+    request = FusionRequest(how, lm=lm, hotwords=tmp_path / "words.txt")
+    export(run, tmp_path / "onnx", fusion=request, warn=said.append)
+    (line,) = (line for line in said if line.startswith("--decoding: "))
+    assert line.startswith("--decoding: hotwords, blank_penalty 1.5, hotwords_score 2: not in the directory")
+
+
 def test_the_scale_that_the_client_takes() -> None:
     record = LmRecord(sources={}, lm_scale=0.5, lodr_scale=0.2, uses_lm="fusion")
     assert client_lodr_scale(record) == -0.2

@@ -105,6 +105,7 @@ def test_what_was_recognized_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     ["nonsense", "[]", "3", '{"id": "x", "pieces": "y"}', '{"id": "x", "begin": -1, "texts": []}', '{"id": "x", "pieces": [[1]]}',
+     '{"id": "x", "begin": 0, "texts": []}', '{"id": "x", "pieces": [[2, 2]]}',
      '{"id": "x", "begin": 0, "texts": [{"text": "y", "confidence": 7, "language": ""}]}', "[" * 5000],
 )  # fmt: skip
 def test_damaged_lines_are_refused(tmp_path: Path, line: str) -> None:

@@ -17,6 +17,7 @@ from asrkit.reporting.settings import field_docs
 RECORDS = (
     "asrkit.decoding.tuned.",
     "asrkit.export.directory.",
+    "asrkit.models.ctc_graph.",
     "asrkit.reporting.compare.",
     "asrkit.reporting.results.",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from asrkit.data.features import fbank
-from asrkit.data.manifests import make_cut, write_cuts
+from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.decoding.fusion import FusionConfig, FusionRequest, load_fusion
 from asrkit.decoding.recognizer import load_recognizer
@@ -25,6 +26,7 @@ from asrkit.errors import UserError
 from asrkit.nn.context import parse_context
 from asrkit.reporting.results import read_result
 from asrkit.run_dir import TOKENIZER
+from asrkit.stages.tune import _encoded
 from helpers.commands import asrkit
 from helpers.small_runs import TEXTS, noise, write_lm_run, write_unsure_run
 
@@ -131,12 +133,26 @@ def test_tune_writes_what_evaluate_uses(folder: Path, tmp_path: Path) -> None:
     assert "is not the one that the decoding was tuned with" in asrkit(*words, code=1)
 
 
-def test_a_search_along_each_option_in_turn() -> None:
-    def error(settings: dict[str, float]) -> float:
-        return (settings["x"] - 2) ** 2 + (settings["y"] - settings["x"]) ** 2
+def test_tuning_keeps_the_encoder_s_frames_and_no_features(folder: Path) -> None:
+    recognizer = load_recognizer(folder / "run", "cpu")
+    for batch, output in _encoded(recognizer, open_cuts(folder / "dev.jsonl.gz"), 200.0):
+        assert len(pickle.dumps(batch.features)) < 1000 < len(pickle.dumps(output.joiner_in))
 
-    best, tried = coordinate_search({"x": 0, "y": 0}, {"x": (0, 1, 2, 3), "y": (0, 1, 2, 3)}, error)
-    assert best == {"x": 2, "y": 2} or min(value for _, value in tried) == error(best)
+
+def test_a_search_along_each_option_in_turn() -> None:
+    """The second round finds more than the first; where no option alone is better, the search ends, though both together are."""
+
+    def error(settings: dict[str, float]) -> float:
+        return 2 * (settings["x"] - 3) ** 2 + (settings["y"] - settings["x"]) ** 2
+
+    values = {"x": (0, 1, 2, 3), "y": (0, 1, 2, 3)}
+    first: dict[str, float] = {"x": 2, "y": 2}
+    assert coordinate_search({"x": 0, "y": 0}, values, error)[0] == {"x": 3, "y": 3}
+    assert coordinate_search(first, values, lambda settings: error(settings) if settings == first else 9)[0] == first
+    best, tried = coordinate_search(
+        {"x": 0, "y": 0}, values, lambda both: (both["x"] - 2) ** 2 + (both["y"] - both["x"]) ** 2
+    )
+    assert best == {"x": 1, "y": 1}
     assert len({tuple(settings.values()) for settings, _ in tried}) == len(tried)
 
 

@@ -41,7 +41,7 @@ class Batches:
         self.slices, self.plan = slices, SimpleNamespace(steps_per_epoch=10)
 
     def __getitem__(self, number: int) -> Batch:
-        return Batch(cut_ids=[f"cut-{number}"], durations=[1.0], number=number)
+        return Batch(cut_ids=[f"cut-{number}"], durations=[1.0], number=number, left_out={})
 
 
 def descend(

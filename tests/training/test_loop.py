@@ -388,9 +388,11 @@ def test_a_terminal_shows_one_screen(uninterrupted: Path, corpus: Path, tmp_path
     """Where the run stands, below the lines that stay; what is written is the same as without a terminal."""
     out, shown = tmp_path / "run", b""
     terminal, other_end = pty.openpty()
-    termios.tcsetwinsize(terminal, (30, 100))
+    termios.tcsetwinsize(terminal, (30, 200))
     words = [*ONE, *command(corpus, out, *RHYTHM, dev=corpus / "dev.jsonl.gz")]
-    process = subprocess.Popen(words, stderr=other_end, stdout=other_end, env={**os.environ, "TERM": "xterm"})
+    process = subprocess.Popen(
+        words, stderr=other_end, stdout=other_end, env={**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    )
     os.close(other_end)
     with contextlib.suppress(OSError):  # EIO: the process has ended
         while part := os.read(terminal, 65536):

@@ -87,7 +87,7 @@ def recipe_of(stage: str, corpus: Path, parent: Path, out: Path) -> TaskRecipe:
         build = partial(sequence_train.build_task, settings, parent, out)
     else:
         settings = resolve(distill.DistillConfig, None, [*common, *SHAPE, "model.dim=24", "teacher.encoder_scale=0.1"])
-        build = partial(distill.build_task, settings, {"*": [parent]}, None, None, out)
+        build = partial(distill.build_task, settings, {"*": [parent]}, None, None, out, None)
     return TaskRecipe(build, out, (manifest,), settings, slices=2)
 
 

@@ -159,7 +159,7 @@ class _Batches:
     plan = SimpleNamespace(steps_per_epoch=10)
 
     def __getitem__(self, number: int) -> _Batch:
-        return _Batch(cut_ids=["cut"], durations=[1.0], input=torch.full((1, 2), float(number)))
+        return _Batch(cut_ids=["cut"], durations=[1.0], input=torch.full((1, 2), float(number)), left_out={})
 
 
 def small_task(measure: Callable[[Any], dict[str, float]] | None = None) -> TrainTask:

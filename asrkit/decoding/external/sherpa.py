@@ -73,6 +73,7 @@ STREAMING_SINGLES = {
     "EncDec": Kind("from_nemo_ctc", _MODEL, methods=("ctc",), online=True),
     "wenet": Kind("from_wenet_ctc", _MODEL, methods=("ctc",), online=True),
 }
+LAST_SECONDS = 5.0  # that a process may take to end by itself
 WITH_STATES = 3  # inputs from which on a model has states beside the sound and its length
 
 
@@ -237,7 +238,11 @@ class SherpaRecognizer:
         if self._process.stdin is not None:
             with suppress(OSError):  # it has ended already
                 self._process.stdin.close()
-        self._process.wait(timeout=60)
+        try:
+            self._process.wait(timeout=LAST_SECONDS)
+        except subprocess.TimeoutExpired:  # it still decodes what nobody waits for any more
+            self._process.kill()
+            self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._errors.close()

@@ -191,7 +191,10 @@ class WhisperRecognizer:
         )
         results = [
             Transcription(
-                segment.text.strip(), min(1.0, float(np.exp(segment.avg_logprob))), code, float(segment.no_speech_prob)
+                segment.text.strip(),
+                min(1.0, float(np.exp(segment.avg_logprob))),
+                code,
+                min(1.0, float(segment.no_speech_prob)),
             )
             for segment in segments
         ]
