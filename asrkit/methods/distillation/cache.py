@@ -45,7 +45,7 @@ class TensorCache:
     """One tensor for each cut in a directory, which is made if it does not exist.
 
     Args:
-        about: what the tensors depend on besides the cut. what: what they are, for messages. beside: a name in the directory that is
+        about: what the tensors depend on in addition to the cut. what: what they are, for messages. beside: a name in the directory that is
             no part of the cache.
 
     Raises:
