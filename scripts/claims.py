@@ -106,49 +106,51 @@ def collect(exp: Path) -> None:
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
 
 
-def decided(claim: Claim, results: dict[str, Any]) -> str:
-    """``yes``, ``no`` or ``open``.
+def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
+    """``yes``, ``no``, ``open`` or ``not run``, and the difference that decides, as a fraction.
 
     Raises:
         ValueError: the rule is none of the above.
     """
-    row = results.get(key(claim.system, claim.baseline, claim.search))
-    if row is None:
-        return "not run"
-    low, high = row["interval_95"]
     rule = re.fullmatch(r"(lower by|within|beyond|recovers) (\d+(?:\.\d+)?)(%?)", claim.rule)
     if rule is None:
         raise ValueError(f"{claim.rule}: is no rule")
+    row = results.get(key(claim.system, claim.baseline, claim.search))
+    untrained = results.get(key(claim.untrained, claim.parent, claim.search))
     kind, limit = rule[1], float(rule[2]) / 100
-    if kind == "recovers":
-        untrained = results.get(key(claim.untrained, claim.parent, claim.search))
-        if untrained is None:
-            return "not run"
+    if row is None or (kind == "recovers" and untrained is None):
+        return "not run", 0.0
+    low, high = row["interval_95"]
+    if untrained is not None:
         limit = (1 - limit) * untrained["difference"]
     elif rule[3]:
         limit *= row["baseline_wer"]
     if kind == "lower by":
         limit = -limit
-    elif kind == "beyond":
-        low, high, limit = -high, -low, -limit
-    return "yes" if high < limit else "no" if low > limit else "open"
+    below, above = high < limit, low > limit
+    holds, fails = (above, below) if kind == "beyond" else (below, above)
+    return "yes" if holds else "no" if fails else "open", limit
 
 
 def rows() -> Iterator[str]:
     """The table in Markdown."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    yield "| source | claim | our setting | WER % | difference, points | decided | note |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| source | claim | our setting | WER % | difference, points | decides | holds | note |"
+    yield "|---|---|---|---|---|---|---|---|"
     for claim in claims():
         row = results.get(key(claim.system, claim.baseline, claim.search))
-        numbers = ("", "")
+        (verdict, limit), numbers = decided(claim, results), ("", "", "")
         if row is not None:
             low, high = row["interval_95"]
             rates = f"{100 * row['baseline_wer']:.2f} → {100 * row['wer']:.2f}"
             if untrained := results.get(key(claim.untrained, claim.parent, claim.search)):
                 rates += f"; untrained {100 * untrained['baseline_wer']:.2f} → {100 * untrained['wer']:.2f}"
-            numbers = (rates, f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
-        cells = (claim.source, claim.claim, claim.setting, *numbers, decided(claim, results), claim.note)
+            numbers = (
+                rates,
+                f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+                f"{100 * limit:+.2f}",
+            )
+        cells = (claim.source, claim.claim, claim.setting, *numbers, verdict, claim.note)
         yield f"| {' | '.join(cells)} |"
 
 

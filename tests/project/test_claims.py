@@ -51,7 +51,7 @@ def result(low: float, high: float, baseline: float = 0.5) -> dict[str, object]:
 )  # fmt: skip
 def test_the_interval_decides(rule: str, interval: tuple[float, float], outcome: str) -> None:
     results = {claims.key("a", "b", "x"): result(*interval), claims.key("u", "p", "x"): result(0.09, 0.11)}
-    assert claims.decided(claim(rule, "u" if "recovers" in rule else ""), results) == outcome
+    assert claims.decided(claim(rule, "u" if "recovers" in rule else ""), results)[0] == outcome
 
 
 def test_the_recipe_makes_every_arm() -> None:
@@ -63,8 +63,8 @@ def test_the_recipe_makes_every_arm() -> None:
 
 
 def test_what_was_not_run_is_not_decided() -> None:
-    assert claims.decided(claim("lower by 2"), {}) == "not run"
-    assert claims.decided(claim("recovers 50%", "u"), {claims.key("a", "b", "x"): result(0, 1)}) == "not run"
+    assert claims.decided(claim("lower by 2"), {})[0] == "not run"
+    assert claims.decided(claim("recovers 50%", "u"), {claims.key("a", "b", "x"): result(0, 1)})[0] == "not run"
     with pytest.raises(ValueError, match="is no rule"):
         claims.decided(claim("somewhat better"), {claims.key("a", "b", "x"): result(0, 1)})
 
