@@ -38,6 +38,7 @@ MethodOrAll = StrEnum(
 TextFormat = StrEnum("TextFormat", ["txt", "json", "ctm", "stm"])
 AnyFormat = StrEnum("AnyFormat", ["txt", "json", "srt", "vtt", "ctm", "stm"])
 
+FusedMethod = StrEnum("FusedMethod", {"beam": "beam", "ctc_beam": "ctc-beam"})
 Mode = StrEnum("Mode", ["full"])
 
 decoding = partial(typer.Option, rich_help_panel="Decoding")
@@ -163,7 +164,8 @@ def evaluate(  # long: a parameter for each option
     scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
     scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
     width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
-    names: list[Any] = [name.value for name in method or [MethodOrAll.greedy if request is None else MethodOrAll.beam]]
+    usual = MethodOrAll.greedy if request is None else MethodOrAll(request.method)
+    names: list[Any] = [name.value for name in method or [usual]]
     _check_graph(graph, bool(method))
     options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
     domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
@@ -235,6 +237,9 @@ def tune(
             "hotwords-score, beam. NAME=0.1:0.2:0.3 tries these values instead of the usual ones."
         ),
     ] = "lm-scale,blank-penalty",
+    method: Annotated[
+        FusedMethod, decoding(help="Search to tune: that of the transducer, or that of CTC.")
+    ] = FusedMethod.beam,
     beam: Beam = None,
     variant: Variant = None,
     mode: ModeOption = None,
@@ -277,6 +282,7 @@ def tune(
         out,
         over,
         request=request,
+        method=cast(Any, method.value),
         beam=width,
         variant=variant,
         context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
@@ -392,7 +398,7 @@ def transcribe(  # long: a parameter for each option
     _check_graph(graph, method is not None)
     options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
     domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
-    method = method or (Method.greedy if request is None and not nbest else Method.beam)
+    method = method or (Method(request.method) if request is not None else Method.beam if nbest else Method.greedy)
     form = AnyFormat.json if as_json else form
     shared: dict[str, Any] = {
         "method": method.value,

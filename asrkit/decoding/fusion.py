@@ -231,12 +231,15 @@ def _put(state: State, rows: Tensor, changed: State) -> State:
     return tuple(tensors)
 
 
+FusedMethod = Literal["beam", "ctc-beam"]  # the searches that have a use for a request
+
+
 @dataclass(frozen=True)
 class FusionRequest:
     """What the user asks of a search: where the parts are, and how much each counts.
 
     lm, lodr: run directories of ``train-lm`` or ARPA files. hotwords: a file. expected: the digest that a part must have, by option.
-    tuned_on: path and digest of the manifest that the settings were tuned on.
+    tuned_on: path and digest of the manifest that the settings were tuned on. method: the search that they are for.
     """
 
     settings: FusionConfig = field(default_factory=FusionConfig)
@@ -245,6 +248,7 @@ class FusionRequest:
     hotwords: Path | None = None
     expected: Mapping[str, str] = field(default_factory=dict)
     tuned_on: Mapping[str, str] | None = None
+    method: FusedMethod = "beam"
 
 
 def load_fusion(request: FusionRequest, tokenizer: Tokenizer, device: torch.device) -> Fusion:

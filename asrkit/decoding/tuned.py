@@ -6,7 +6,7 @@ from dataclasses import field, replace
 from pathlib import Path
 
 from asrkit.config import Positive, config, from_dict, to_dict
-from asrkit.decoding.fusion import FusionConfig, FusionRequest
+from asrkit.decoding.fusion import FusedMethod, FusionConfig, FusionRequest
 from asrkit.errors import UserError
 from asrkit.run_dir import read_yaml, write_yaml
 
@@ -33,7 +33,7 @@ class Trial:
 class TunedDecoding:
     """The content of decoding.yaml: a beam search with language models and the like.
 
-    recognizer: weights of the model it was tuned with. tuned_on: the manifest. wer, words: word error rate and words there.
+    method: of the transducer or of CTC. recognizer: weights of the model it was tuned with. tuned_on: the manifest. wer, words: word error rate and words there.
     trials: everything that was tried.
     """
 
@@ -47,6 +47,7 @@ class TunedDecoding:
     wer: float
     words: int
     trials: list[Trial] = field(default_factory=list)
+    method: FusedMethod = "beam"
 
     @property
     def request(self) -> FusionRequest:
@@ -57,6 +58,7 @@ class TunedDecoding:
             **{name: Path(source.path) for name, source in parts.items()},
             expected={name: source.sha256 for name, source in parts.items()},
             tuned_on=to_dict(self.tuned_on),
+            method=self.method,
         )
 
 

@@ -188,6 +188,11 @@ def _language_models(
     """
     if request.lm is None:
         raise UserError("--lodr, --decoding: are exported only beside a language model; give --lm too")
+    if request.method != "beam":
+        raise UserError(
+            f"--decoding: was tuned for --method {request.method}, and the client's language model is for the transducer; "
+            "tune with --method beam"
+        )
     usual = FusionConfig()
     others = ("blank_penalty", "length_bonus", "temperature", *(["hotwords_score"] if request.hotwords else []))
     lost = {name: value for name in others if (value := getattr(request.settings, name)) != getattr(usual, name)}
@@ -195,7 +200,9 @@ def _language_models(
         listed = ", ".join(
             ["hotwords"] * bool(request.hotwords) + [f"{name} {value:g}" for name, value in lost.items()]
         )
-        warn(f"--decoding: {listed}: not in the directory, as the client is told that itself, or has no such setting")
+        warn(
+            f"--decoding: {listed}: not in the directory, as the client takes it as an argument, or has no such setting"
+        )
     fusion = load_fusion(request, Tokenizer.load(run.tokenizer_path), torch.device("cpu"))
     lm, lodr = (getattr(part, "model", None) for part in (fusion.lm, fusion.lodr))
     if findings := cannot_take(lm, lodr, options.streaming):

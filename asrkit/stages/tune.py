@@ -16,7 +16,7 @@ from asrkit.data.manifests import digest_of
 from asrkit.decoding.acoustic import EncoderOutput
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.evaluation import score
-from asrkit.decoding.fusion import Fusion, FusionConfig, FusionRequest, load_fusion
+from asrkit.decoding.fusion import FusedMethod, Fusion, FusionConfig, FusionRequest, load_fusion
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import search
 from asrkit.decoding.tuned import PARTS, Source, Trial, TunedDecoding, write_tuned
@@ -33,6 +33,7 @@ def tune(
     over: str,
     *,
     request: FusionRequest | None = None,
+    method: FusedMethod = "beam",
     beam: int = 4,
     variant: str | None = None,
     context: ContextChoice | None = None,
@@ -46,7 +47,7 @@ def tune(
     Args:
         manifest: cuts to count the errors on; their encoder frames stay in memory.
         over: names of options, with values where others than usual are to be tried; see ``parse_over``.
-        request: the parts, and the settings to begin with.
+        request: the parts, and the settings to begin with. method: the search: the transducer's or CTC's.
         note: is called with each setting that was tried and its errors.
 
     Raises:
@@ -56,7 +57,7 @@ def tune(
         torch.set_num_threads(threads)
     request = request or FusionRequest()
     values = _values(over, request, out)
-    recognizer = load_recognizer(run_path, device, variant, context or ContextChoice(), ["beam"])
+    recognizer = load_recognizer(run_path, device, variant, context or ContextChoice(), [method])
     fusion = load_fusion(request, recognizer.tokenizer, recognizer.device)
     languages = recognizer.languages if recognizer.language is None else [recognizer.language]
     cuts, warnings = decodable_cuts(manifest, languages, recognizer.tokenizer)
@@ -66,13 +67,14 @@ def tune(
 
     def errors(settings: Settings) -> float:
         how = _with(fusion, request, settings, recognizer)
-        counts = _count(recognizer, encoded, int(settings["beam"]), how)
+        counts = _count(recognizer, encoded, method, int(settings["beam"]), how)
         note(f"{100 * counts.rate:6.2f} %  {', '.join(f'{name} {value:g}' for name, value in settings.items())}")
         return counts.rate
 
     start: Settings = {"beam": beam, **{name: _value(request.settings, name) for name in values if name != "beam"}}
     best, tried = coordinate_search(start, values, errors)
     tuned = TunedDecoding(
+        method=method,
         beam=int(best["beam"]),
         settings=_config(request.settings, best),
         **{name: Source(**source) for name, source in fusion.sources.items()},
@@ -125,12 +127,16 @@ def _with(fusion: Fusion, request: FusionRequest, settings: Settings, recognizer
 
 
 def _count(
-    recognizer: Recognizer, encoded: Sequence[tuple[Batch, EncoderOutput]], beam: int, fusion: Fusion
+    recognizer: Recognizer,
+    encoded: Sequence[tuple[Batch, EncoderOutput]],
+    method: FusedMethod,
+    beam: int,
+    fusion: Fusion,
 ) -> ErrorCounts:
     """The word errors of all batches."""
     scored: list[Scored] = []
     for batch, output in encoded:
-        hypotheses = search(recognizer.model, output, "beam", beam, recognizer.tokenizer.special_ids, fusion)
+        hypotheses = search(recognizer.model, output, method, beam, recognizer.tokenizer.special_ids, fusion)
         scored += score(batch, hypotheses, recognizer.tokenizer)
     return total_words(scored)
 

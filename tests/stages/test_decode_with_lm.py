@@ -133,6 +133,29 @@ def test_tune_writes_what_evaluate_uses(folder: Path, tmp_path: Path) -> None:
     assert "is not the one that the decoding was tuned with" in asrkit(*words, code=1)
 
 
+@pytest.mark.slow
+def test_tune_of_ctc_writes_what_evaluate_uses(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "decoding.yaml"
+    words = ["tune", "--from", folder / "run", "--method", "ctc-beam", "--lm", folder / "lm3", "--over", "lm-scale=0:2"]
+    asrkit(*words, "--manifest", folder / "dev.jsonl.gz", "--out", out)
+    tuned = yaml.safe_load(out.read_text())
+    dev = evaluated(folder, "--decoding", out, manifest="dev")
+    assert tuned["method"] == dev["method"] == "ctc-beam" and dev["total"]["wer"] == pytest.approx(tuned["wer"])
+    said = asrkit(
+        "export",
+        "--from",
+        folder / "run",
+        "--lm",
+        folder / "lm3",
+        "--decoding",
+        out,
+        "--out",
+        tmp_path / "onnx",
+        code=1,
+    )
+    assert "was tuned for --method ctc-beam" in said and not (tmp_path / "onnx").exists()
+
+
 def test_tuning_keeps_the_encoder_s_frames_and_no_features(folder: Path) -> None:
     recognizer = load_recognizer(folder / "run", "cpu")
     for batch, output in _encoded(recognizer, open_cuts(folder / "dev.jsonl.gz"), 200.0):
