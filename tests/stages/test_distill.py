@@ -525,7 +525,7 @@ def test_what_whisper_cannot_teach(corpus: Path, tmp_path: Path) -> None:
         code=1,
     )
     assert (
-        "Whisper teaches all languages; write --teacher whisper:tiny.en" in said
+        "Whisper teaches all languages it knows; write --teacher whisper:tiny.en" in said
         and "asrkit label --with sherpa-onnx:dir" in said
     )
     store = tmp_path / "store" / "whisper-features"
