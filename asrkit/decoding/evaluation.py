@@ -196,19 +196,24 @@ def _decode_batch(
 
 
 def decoding_record(
-    request: FusionRequest | None, fusion: Fusion | None, manifest: Path, manifest_sha256: str
+    request: FusionRequest | None, fusion: Fusion | None, manifest: Path, manifest_sha256: str, weights_sha256: str
 ) -> tuple[DecodingRecord | None, list[str]]:
-    """What a result says of ``fusion``; and a warning where it was tuned on the very manifest that is decoded."""
+    """What a result says of ``fusion``; and warnings where it was tuned on the very manifest that is decoded, or with other weights."""
     if request is None or fusion is None:
         return None, []
     tuned_on = None if request.tuned_on is None else dict(request.tuned_on)
     sources = {name: dict(source) for name, source in fusion.sources.items()}
     record = DecodingRecord(settings=to_dict(fusion.settings), sources=sources, tuned_on=tuned_on)
-    if tuned_on is None or tuned_on["sha256"] != manifest_sha256:
-        return record, []
-    return record, [
-        f"{manifest}: the decoding was tuned on this manifest, so the error rate is too low; evaluate on another"
-    ]
+    warnings = []
+    if tuned_on is not None and tuned_on["sha256"] == manifest_sha256:
+        warnings.append(
+            f"{manifest}: the decoding was tuned on this manifest, so the error rate is too low; evaluate on another"
+        )
+    if request.tuned_with not in (None, weights_sha256):
+        warnings.append(
+            "the decoding was tuned with another model, whose best weights may differ; run asrkit tune again"
+        )
+    return record, warnings
 
 
 def result_of(

@@ -239,7 +239,8 @@ class FusionRequest:
     """What the user asks of a search: where the parts are, and how much each counts.
 
     lm, lodr: run directories of ``train-lm`` or ARPA files. hotwords: a file. expected: the digest that a part must have, by option.
-    tuned_on: path and digest of the manifest that the settings were tuned on. method: the search that they are for.
+    tuned_on: path and digest of the manifest that the settings were tuned on. tuned_with: digest of the recognizer's weights.
+    method: the search that they are for.
     """
 
     settings: FusionConfig = field(default_factory=FusionConfig)
@@ -248,6 +249,7 @@ class FusionRequest:
     hotwords: Path | None = None
     expected: Mapping[str, str] = field(default_factory=dict)
     tuned_on: Mapping[str, str] | None = None
+    tuned_with: str | None = None
     method: FusedMethod = "beam"
 
 

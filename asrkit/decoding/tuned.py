@@ -58,6 +58,7 @@ class TunedDecoding:
             **{name: Path(source.path) for name, source in parts.items()},
             expected={name: source.sha256 for name, source in parts.items()},
             tuned_on=to_dict(self.tuned_on),
+            tuned_with=self.recognizer.sha256,
             method=self.method,
         )
 

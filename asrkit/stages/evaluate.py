@@ -91,7 +91,7 @@ def evaluate(
     warnings = [*warnings, *_fitted_here(manifest, digest, calibrate_on)]
     records, directories = {}, {}
     for name, search in searches.items():
-        records[name] = decoding_record(domain.fusion, search.fusion, manifest, digest)
+        records[name] = decoding_record(domain.fusion, search.fusion, manifest, digest, recognizer.weights_sha256)
         label = _name(manifest, digest, recognizer, search, name, beam, records[name][0])
         directories[name] = make_directory((out or run_path / EVALUATION) / label)
     fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, jobs)

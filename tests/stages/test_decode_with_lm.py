@@ -127,6 +127,9 @@ def test_tune_writes_what_evaluate_uses(folder: Path, tmp_path: Path) -> None:
     assert test["decoding"]["settings"]["lm_scale"] == tuned["settings"]["lm_scale"]
     other = evaluated(folder, "--decoding", out, "--lm-scale", 0.25)
     assert other["decoding"]["settings"]["lm_scale"] == 0.25
+    assert not any("tuned with another model" in line for line in dev["warnings"])
+    out.write_text(yaml.safe_dump({**tuned, "recognizer": {"path": "other", "sha256": "0" * 64}}))
+    assert any("tuned with another model" in line for line in evaluated(folder, "--decoding", out)["warnings"])
     tuned["lm"]["sha256"] = "0" * 64
     out.write_text(yaml.safe_dump(tuned))
     words = ["evaluate", "--from", folder / "run", "--manifest", folder / "test.jsonl.gz", "--decoding", out]
