@@ -78,7 +78,7 @@ def read_tuned(path: Path) -> TunedDecoding:
         raise UserError(f"{path}: no such file; `asrkit tune` writes one")
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: is not a file that `asrkit tune` wrote")
+        raise UserError(f"{path}: is not a file that `asrkit tune` wrote; give its --out")
     return from_dict(TunedDecoding, content, str(path))
 
 

@@ -47,7 +47,7 @@ def evaluate_external(
     cuts, warnings = decodable_cuts(manifest)
     digest, evaluations = digest_of(manifest), []
     with ExitStack() as stack:
-        opened = {}  # all of them before the first decodes: a method that the recognizer lacks is told at once
+        opened = {}  # before any decodes, so that a method the recognizer lacks is refused at once
         for method in dict.fromkeys(methods):
             options: dict[str, Any] = {"method": method, "beam": beam, "device": device, "threads": threads}
             opened[method] = stack.enter_context(open_text_recognizer(spec, **options))

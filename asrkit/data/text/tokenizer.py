@@ -145,7 +145,7 @@ def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, 
     """
     sentences = [single_spaces(text) for text in texts if text.strip()]
     if not sentences:
-        raise UserError("cannot train a tokenizer: the manifest has no text")
+        raise UserError("cannot train a tokenizer: there is no text; give a manifest or a file that has some")
     characters = len(set("".join(sentences)) | {"\u2581"}) + 2
     if kind != "char" and vocab_size < characters:
         raise UserError(

@@ -105,7 +105,7 @@ def find_model(spec: str, method: str | None = None) -> Model:
     """
     path = Path(spec.removeprefix(SHERPA))
     if not path.is_dir():
-        raise UserError(f"{spec}: no such directory")
+        raise UserError(f"{spec}: no such directory; give the directory that holds a model for sherpa-onnx")
     tokens = sorted(path.glob("*tokens.txt"))
     graphs = sorted(path.glob("*.onnx"))
     if not graphs or len(tokens) != 1:
