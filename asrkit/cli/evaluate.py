@@ -266,7 +266,7 @@ def tune(
 
         asrkit evaluate --from exp/backbone --decoding exp/decoding.yaml --manifest test.jsonl.gz
 
-    The cuts are encoded once and decoded by --method beam for every value. Options are varied one at a time, in turns, starting from
+    The cuts are encoded once and decoded by --method for every value. Options are varied one at a time, in turns, starting from
     the values given here. A result of `asrkit evaluate --decoding` records what it was tuned on, with a warning if that is the
     manifest it was evaluated on.
     """
