@@ -3,14 +3,14 @@
     python scripts/claims.py collect EXP     compare the evaluated runs below EXP that docs/results/claims.yaml names, and store what comes out
     make generated                           write the table anew
 
-A claim is decided by the 95 % interval of a difference (paired bootstrap over utterances), in points of WER:
+A claim is decided by the 95 % interval of a difference over utterances (WER: paired bootstrap; means of words: the delta method):
 
-    lower by X       the system is better than the baseline by more than X: yes, if the whole interval is; no, if none of it is
+    lower by X       the system is lower than the baseline by more than X: yes, if the whole interval is; no, if none of it is
     within X         the system is no more than X worse
     beyond X         the system is more than X worse (for arms that have to fail)
     recovers SHARE   of what `untrained` loses against `parent`, the system loses at most 1 - SHARE against its baseline
 
-X is in points, or, with a percent sign, relative to the baseline's WER.
+X is in points of WER or milliseconds of latency; with a percent sign it is relative to the baseline's.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is installed
 
 from asrkit.config import config
 from asrkit.errors import UserError
+from asrkit.reporting.evaluations import find_evaluation
 from asrkit.reporting.machine import processor
+from asrkit.reporting.results import read_utterances
+from asrkit.reporting.significance import Estimate
 from asrkit.run_dir import CONFIG, read_yaml
 from asrkit.stages.compare import compare_runs
 
@@ -38,13 +42,18 @@ CLAIMS = ROOT / "docs" / "results" / "claims.yaml"
 RESULTS = ROOT / "docs" / "results" / "claims.json"
 TABLE = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 
+Metric = Literal["WER", "latency"]
+SCALES = {"WER": 100.0, "latency": 1.0}  # what a stored number is multiplied by to be shown, and a rule's X divided by
+UNITS = {"WER": "", "latency": " ms"}
+
 
 @config
 class Claim:
     """One row.
 
     source, claim, setting: in words. system, baseline, untrained, parent: run directories below EXP; the last two with "recovers" only.
-    search: a pattern of the evaluation's name. rule: see above. note: why it is open, or what else to know.
+    search: a pattern of the evaluation's name. metric: WER, or latency, how late rightly recognized words are known. rule: see above.
+    note: why it is open, or what else to know.
     """
 
     source: str
@@ -56,6 +65,7 @@ class Claim:
     untrained: str = ""
     parent: str = ""
     search: str = "*-full-beam4"
+    metric: Metric = "WER"
     note: str = ""
 
     @property
@@ -63,19 +73,79 @@ class Claim:
         """What has to be compared: a system and its baseline, and so for what it is measured by."""
         return [(self.system, self.baseline), *([(self.untrained, self.parent)] if self.untrained else [])]
 
+    def result(self, results: dict[str, Any], system: str, baseline: str) -> dict[str, Any] | None:
+        """What is stored of a pair."""
+        row: dict[str, Any] | None = results.get(key(system, baseline, self.search, self.metric))
+        return row
+
 
 def claims() -> list[Claim]:
     """The rows, in their order."""
     return [Claim(**row) for row in yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))]
 
 
-def key(system: str, baseline: str, search: str) -> str:
-    return f"{system} - {baseline} [{search}]"
+def key(system: str, baseline: str, search: str, metric: Metric = "WER") -> str:
+    return f"{system} - {baseline} [{search}]{'' if metric == 'WER' else f' {metric}'}"
+
+
+def compared(claim: Claim, system: Path, baseline: Path) -> dict[str, Any]:
+    """Two evaluated runs: number of words, the baseline's rate or mean, the system's, the difference and its interval.
+
+    Raises:
+        UserError: one was not evaluated so.
+    """
+    if claim.metric == "WER":
+        [row] = compare_runs([str(baseline), str(system)], by="utterance", evaluation=[claim.search])
+        return {
+            "words": row.words,
+            "baseline": row.baseline_wer,
+            "value": row.wer,
+            "difference": row.difference,
+            "interval_95": list(row.interval_95),
+            "p_mapsswe": row.p_mapsswe,
+        }
+    first, second = latencies(baseline, claim.search), latencies(system, claim.search)
+    estimate = difference_of_means(first, second)
+    return {
+        "words": int(second[:, 1].sum()),
+        "baseline": float(first[:, 0].sum() / first[:, 1].sum()),
+        "value": float(second[:, 0].sum() / second[:, 1].sum()),
+        "difference": estimate.difference,
+        "interval_95": list(estimate.interval()),
+        "p_mapsswe": None,
+    }
+
+
+def latencies(run: Path, search: str) -> np.ndarray:
+    """(utterances, 2): the milliseconds by which the right words of each were late, summed, and their number.
+
+    Raises:
+        UserError: the run was not evaluated in chunks, on words whose times are known.
+    """
+    late = [utterance.late_ms for utterance in read_utterances(find_evaluation(run, [search]))]
+    if not any(late):
+        raise UserError(f"{run}: evaluation {search} has no emission latencies; evaluate it on an aligned manifest")
+    return np.array([(sum(words), len(words)) for words in late])
+
+
+def difference_of_means(first: np.ndarray, second: np.ndarray) -> Estimate:
+    """The second mean less the first, where each is a sum over a number, (utterances, 2), that differ from utterance to utterance.
+
+    Its standard error is that of the mean's linear part over utterances (the delta method), those of both systems taken together.
+    """
+    parts = []
+    for sums in (first, second):
+        mean = sums[:, 0].sum() / sums[:, 1].sum()
+        parts.append((mean, (sums[:, 0] - mean * sums[:, 1]) / sums[:, 1].sum()))
+    (before, before_parts), (after, after_parts) = parts
+    size = len(first)
+    error = float(np.sqrt(np.square(after_parts - before_parts).sum() * size / (size - 1)))
+    return Estimate(float(after - before), error, size - 1)
 
 
 def collect(exp: Path) -> None:
     """Compare every pair that has been evaluated; the others keep what was stored before."""
-    wanted = {key(*pair, claim.search) for claim in claims() for pair in claim.pairs}
+    wanted = {key(*pair, claim.search, claim.metric) for claim in claims() for pair in claim.pairs}
     stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     results = {name: row for name, row in stored.items() if name in wanted}
     commit = subprocess.run(
@@ -84,20 +154,13 @@ def collect(exp: Path) -> None:
     for claim in claims():
         for system, baseline in claim.pairs:
             try:
-                [row] = compare_runs(
-                    [str(exp / baseline), str(exp / system)], by="utterance", evaluation=[claim.search]
-                )
+                row = compared(claim, exp / system, exp / baseline)
             except UserError as error:
                 print(f"{system}: {error}", file=sys.stderr)
                 continue
             settings = read_yaml(exp / system / CONFIG)
-            results[key(system, baseline, claim.search)] = {
-                "words": row.words,
-                "baseline_wer": row.baseline_wer,
-                "wer": row.wer,
-                "difference": row.difference,
-                "interval_95": list(row.interval_95),
-                "p_mapsswe": row.p_mapsswe,
+            results[key(system, baseline, claim.search, claim.metric)] = {
+                **row,
                 "steps": settings.get("training", {}).get("steps"),
                 "seed": settings.get("seed"),
                 "commit": commit.stdout.strip(),
@@ -107,7 +170,7 @@ def collect(exp: Path) -> None:
 
 
 def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
-    """``yes``, ``no``, ``open`` or ``not run``, and the difference that decides, as a fraction.
+    """``yes``, ``no``, ``open`` or ``not run``, and the difference that decides, as a fraction or in milliseconds.
 
     Raises:
         ValueError: the rule is none of the above.
@@ -115,18 +178,18 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
     rule = re.fullmatch(r"(lower by|within|beyond|recovers) (\d+(?:\.\d+)?)(%?)", claim.rule)
     if rule is None:
         raise ValueError(f"{claim.rule}: is no rule")
-    row = results.get(key(claim.system, claim.baseline, claim.search))
-    untrained = results.get(key(claim.untrained, claim.parent, claim.search))
-    kind, limit = rule[1], float(rule[2]) / 100
+    row = claim.result(results, claim.system, claim.baseline)
+    untrained = claim.result(results, claim.untrained, claim.parent)
+    kind, limit = rule[1], float(rule[2]) / (100 if rule[3] else SCALES[claim.metric])
     if row is None or (kind == "recovers" and untrained is None):
         return "not run", 0.0
     low, high = row["interval_95"]
     if untrained is not None:
         limit = (1 - limit) * untrained["difference"]
     elif rule[3]:
-        limit *= row["baseline_wer"]
+        limit *= row["baseline"]
     if kind == "lower by":
-        limit = -limit
+        limit = 0 - limit  # and not -0
     below, above = high < limit, low > limit
     holds, fails = (above, below) if kind == "beyond" else (below, above)
     return "yes" if holds else "no" if fails else "open", limit
@@ -135,20 +198,21 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
 def rows() -> Iterator[str]:
     """The table in Markdown."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    yield "| source | claim | our setting | WER % | difference, points | decides | holds | note |"
+    yield "| source | claim | our setting | WER %, or ms | difference, points or ms | decides | holds | note |"
     yield "|---|---|---|---|---|---|---|---|"
     for claim in claims():
-        row = results.get(key(claim.system, claim.baseline, claim.search))
+        row = claim.result(results, claim.system, claim.baseline)
+        scale, unit = SCALES[claim.metric], UNITS[claim.metric]
         (verdict, limit), numbers = decided(claim, results), ("", "", "")
         if row is not None:
             low, high = row["interval_95"]
-            rates = f"{100 * row['baseline_wer']:.2f} → {100 * row['wer']:.2f}"
-            if untrained := results.get(key(claim.untrained, claim.parent, claim.search)):
-                rates += f"; untrained {100 * untrained['baseline_wer']:.2f} → {100 * untrained['wer']:.2f}"
+            rates = f"{scale * row['baseline']:.2f} → {scale * row['value']:.2f}{unit}"
+            if untrained := claim.result(results, claim.untrained, claim.parent):
+                rates += f"; untrained {scale * untrained['baseline']:.2f} → {scale * untrained['value']:.2f}"
             numbers = (
                 rates,
-                f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
-                f"{100 * limit:+.2f}",
+                f"{scale * row['difference']:+.2f} [{scale * low:+.2f}, {scale * high:+.2f}]{unit}",
+                f"{scale * limit:+.2f}{unit}",
             )
         cells = (claim.source, claim.claim, claim.setting, *numbers, verdict, claim.note)
         yield f"| {' | '.join(cells)} |"

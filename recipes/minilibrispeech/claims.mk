@@ -1,0 +1,202 @@
+# The experiments behind the table of claims in docs/results.md; ../../docs/results/claims.yaml has its rows.
+#
+#     sequence      criteria on sequences: longer-slow (the ordinary loss), mwer, mwer-workers (two replicas), mmi and smbr, all at one
+#                   rate, decoded greedily and with an n-gram of the training texts, whose weights are tuned on dev for each
+#     adaptive      a half-trained student, trained on: half-alone, half-constant, half-adaptive, and half-piecewise, whose weights are the
+#                   means that half-adaptive had in those steps
+#     language      language models of the training texts as teachers: taught-none, taught-bpe, taught-phone, taught-senone, taught-all
+#     dual          full context and chunks in one training: streaming-plain, and streaming with in-place distillation
+#     modular       longer-attention: attention after `longer`. dropped: `longer` with attention that is dropped half the time;
+#                   dropped-attention: this attention trained further
+#     supernet      from `streaming`: super, one supernet, and a dedicated model for each of its members: dense and sparse
+#     pretraining   models that heard the audio of all training data first (tuned-10, tuned-60, tuned-all: the minutes of labels that they
+#                   learned from), and models that did not (fresh-...)
+#     claims        all of these, and integers and masks; stores what the table shows
+#
+# All arms of an experiment have the same steps, data and batches, and the same learning rate. An arm of 500 steps of 120 s takes about
+# ten minutes of one core, longer where every step does more: three times as long for mwer, mmi and smbr, twice for dual. One process:
+#
+#     make -C recipes/minilibrispeech claims NPROC=1 SET="--set training.steps=500 --set training.accumulate=2"
+#
+# These start from nothing, or pretrain, and have steps of their own:
+HALF_STEPS ?= 1000
+PRETRAIN_STEPS ?= 2000
+FRESH_STEPS ?= 2000
+# Steps between two growths of the masks of `sparse` and `super`; the masks are final after six times as many.
+GROWTH ?= 50
+# Further manifests of audio to pretrain on, separated by commas; texts are not needed.
+EXTRA ?=
+
+LATER = $(TRAIN_DATA) --config later.yaml --out $(@D) $(SET)
+evaluated = $(foreach name,$(1),$(EXP)/$(name)/evaluation/test.done)
+
+.PHONY: sequence adaptive language dual modular supernet pretraining claims
+
+# --- sequence
+SEQUENCE := mwer mwer-workers mmi smbr
+LATTICES := mmi smbr
+# Between the rates of train-backbone --from, 5e-4, at which mwer lowered nothing in a trial, and none.
+SLOW := --set training.optimizer.learning_rate=1e-4
+# Weight of the n-gram in training; decoding has one of about as much.
+LM_SCALE ?= 0.3
+
+sequence: $(call evaluated,longer-slow $(SEQUENCE)) $(foreach name,longer-slow $(LATTICES),$(EXP)/$(name)/evaluation/ngram.done)
+	$(COMPARE) $(EXP)/longer-slow $(EXP)/mwer $(EXP)/mwer-workers --json $(EXP)/sequence.json
+	$(ASRKIT) compare --evaluation '*-full-ctc' $(EXP)/longer-slow $(LATTICES:%=$(EXP)/%) --json $(EXP)/sequence-ctc.json
+	$(ASRKIT) compare --evaluation '*-full-ctc-beam8-*' $(EXP)/longer-slow $(LATTICES:%=$(EXP)/%) --json $(EXP)/sequence-ngram.json
+
+$(EXP)/longer-slow/done: | $(BACKBONE)/done
+	$(TRAIN) --from $(BACKBONE) $(LATER) $(SLOW)
+
+$(LATTICES:%=$(EXP)/%/done): LATTICE := --set lattice.denominator.lm_scale=$(LM_SCALE)
+$(EXP)/mwer/done $(LATTICES:%=$(EXP)/%/done): | $(BACKBONE)/done
+	$(TRAINER) sequence-train --criterion $(notdir $(@D)) --from $(BACKBONE) $(LATER) $(LATTICE) $(SLOW)
+
+# Replicas are processes of their own. Each of their pushes has the data of one step of the others.
+$(EXP)/mwer-workers/done: | $(BACKBONE)/done
+	$(ASRKIT) sequence-train --criterion mwer --workers 2 --from $(BACKBONE) \
+	    $(if $(filter-out 1,$(NPROC)),--push-every $(NPROC)) $(LATER) $(SLOW)
+
+$(call evaluated,longer-slow $(LATTICES)): CTC := yes
+
+$(EXP)/ngram/done: | $(BACKBONE)/done
+	$(ASRKIT) train-lm --kind ngram --manifest $(DATA)/train.jsonl.gz --tokenizer $(BACKBONE)/tokenizer.model --set held_out=0 --out $(@D)
+
+$(EXP)/%/evaluation/ngram.done: | $(EXP)/%/evaluation/test.done $(EXP)/ngram/done
+	$(ASRKIT) tune --from $(EXP)/$* --method ctc-beam --beam 8 --lm $(EXP)/ngram --manifest $(DATA)/dev.jsonl.gz \
+	    --over lm-scale=0.2:0.4:0.6:0.8:1,length-bonus=0:0.5:1:1.5:2:3 --out $(@D)/ngram.yaml
+	$(ASRKIT) evaluate --from $(EXP)/$* --decoding $(@D)/ngram.yaml --lm $(EXP)/ngram --manifest $(TEST)
+	touch $@
+
+# --- adaptive
+ADAPTIVE := half-alone half-constant half-adaptive half-piecewise
+
+adaptive: $(call evaluated,half $(ADAPTIVE))
+	$(COMPARE) $(ADAPTIVE:%=$(EXP)/%) --json $(EXP)/adaptive.json
+
+$(EXP)/half/done: | $(BACKBONE)/done $(SPOKEN)
+	$(TRAIN) --tokenizer $(BACKBONE)/tokenizer.model $(FRESH_DATA) --config student.yaml --out $(@D) $(SET) \
+	    --set training.steps=$(HALF_STEPS)
+
+$(EXP)/half-alone/done: | $(EXP)/half/done
+	$(TRAIN) --from $(EXP)/half $(LATER)
+
+$(EXP)/half-piecewise/done: | $(EXP)/half-adaptive/done
+$(EXP)/half-piecewise/done: WEIGHT = piecewise --set "teacher.weight.points=$$($(PYTHON) weights.py $(EXP)/half-adaptive)"
+$(EXP)/half-constant/done: WEIGHT := constant
+$(EXP)/half-adaptive/done: WEIGHT := student-teacher --set training.log_every=25
+$(EXP)/half-constant/done $(EXP)/half-adaptive/done $(EXP)/half-piecewise/done: | $(EXP)/half/done $(EXP)/longer/done
+	$(TRAINER) distill --from $(EXP)/half --teacher $(EXP)/longer $(LATER) --weight $(WEIGHT)
+
+# --- language
+UNITS := bpe phone senone
+LANGUAGE := taught-none $(UNITS:%=taught-%) taught-all
+LM_STEPS ?= 300
+
+language: $(call evaluated,$(LANGUAGE))
+	$(COMPARE) $(LANGUAGE:%=$(EXP)/%) --json $(EXP)/language.json
+
+$(EXP)/lm-bpe/done: UNIT := --unit bpe --tokenizer $(BACKBONE)/tokenizer.model
+$(EXP)/lm-phone/done: UNIT := --unit phone
+$(EXP)/lm-senone/done: UNIT := --unit senone
+$(UNITS:%=$(EXP)/lm-%/done): | $(ALIGNED)/train.jsonl.gz $(ALIGNED)/dev.jsonl.gz
+	$(ASRKIT) train-lm --manifest $(ALIGNED)/train.jsonl.gz --dev $(ALIGNED)/dev.jsonl.gz $(UNIT) --seed $(SEED) --out $(@D) \
+	    --set training.steps=$(LM_STEPS) --set training.evaluate_every=25 \
+	    --set training.optimizer.learning_rate=3e-3 --set training.optimizer.warm_up_steps=50
+
+# `none` has the head on the labels of the frames, as the others do, and a language model that does not count.
+TEACHING_none := --lm senone=$(EXP)/lm-senone --lambda 1
+TEACHING_all := $(foreach unit,$(UNITS),--lm $(unit)=$(EXP)/lm-$(unit)) --lambda 0.9
+$(LANGUAGE:%=$(EXP)/%/done): $(EXP)/taught-%/done: | $(UNITS:%=$(EXP)/lm-%/done)
+	$(TRAINER) distill-lm --from $(BACKBONE) $(or $(TEACHING_$*),--lm $*=$(EXP)/lm-$* --lambda 0.9) --supervised senone --set unaligned=allow \
+	    --manifest $(ALIGNED)/train.jsonl.gz --dev $(ALIGNED)/dev.jsonl.gz --seed $(SEED) --config later.yaml --out $(@D) $(SET)
+
+# --- dual
+dual: $(call evaluated,streaming-plain streaming)
+	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(EXP)/streaming-plain $(EXP)/streaming --json $(EXP)/dual.json
+
+$(EXP)/streaming-plain/done: | $(BACKBONE)/done
+	$(TRAIN) --from $(BACKBONE) $(TRAIN_DATA) --config streaming.yaml --out $(@D) $(SET) --set contexts.distillation_scale=0
+
+$(call evaluated,streaming-plain): CHUNKS := $(STREAM)
+$(call evaluated,streaming-plain): | $(ALIGNED)/test.jsonl.gz
+
+# --- modular
+MODULAR := dropped longer-attention dropped-attention
+
+modular: $(call evaluated,longer $(MODULAR))
+	$(COMPARE) $(EXP)/longer $(MODULAR:%=$(EXP)/%) --json $(EXP)/modular.json
+
+$(EXP)/dropped/done: | $(BACKBONE)/done
+	$(TRAIN) --from $(BACKBONE) $(LATER) --set model.attention_dropout.probability=0.5
+
+$(EXP)/longer-attention/done: | $(EXP)/longer/done
+	$(TRAINER) add-submodel --from $(EXP)/longer --name attention $(LATER)
+
+$(EXP)/dropped-attention/done: | $(EXP)/dropped/done
+	$(TRAINER) add-submodel --from $(EXP)/dropped --name attention --init joint $(LATER)
+
+$(call evaluated,dropped): VARIANT := --variant backbone
+
+# --- supernet
+SUPER_PARENT := $(EXP)/streaming
+
+supernet: $(call evaluated,dense sparse super)
+	$(COMPARE) $(EXP)/dense $(EXP)/super --json $(EXP)/super-dense.json
+	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(EXP)/sparse $(EXP)/super --json $(EXP)/super-sparse.json
+
+$(EXP)/dense/done: | $(SUPER_PARENT)/done
+	$(TRAIN) --from $(SUPER_PARENT) $(LATER) --set 'contexts.train=[full]'
+
+$(EXP)/sparse/done: | $(SUPER_PARENT)/done
+	$(TRAINER) prune --from $(SUPER_PARENT) --sparsity 0.67 --block 8x1 --schedule iterative --set schedule.start=$(GROWTH) \
+	    --set schedule.interval=$(GROWTH) $(LATER) --set 'contexts.train=["chunk=8,left=32"]'
+
+$(EXP)/super/done: | $(SUPER_PARENT)/done
+	$(TRAINER) supernet --from $(SUPER_PARENT) --sparsity 0.67 --block 8x1 --dense full --sparse chunk=8,left=32 \
+	    --set growth.interval=$(GROWTH) $(LATER)
+
+$(call evaluated,super): VARIANT := --variant dense
+$(call evaluated,super): CHUNKS := --variant sparse $(STREAM)
+$(call evaluated,sparse): CHUNKS := $(STREAM)
+$(call evaluated,super sparse): | $(ALIGNED)/test.jsonl.gz
+
+# --- pretraining
+MINUTES := 10 60 all
+FRESH := $(MINUTES:%=fresh-%)
+TUNED := $(MINUTES:%=tuned-%)
+LABELED := $(DATA)/labeled
+
+pretraining: $(call evaluated,$(FRESH) $(TUNED))
+	$(foreach minutes,$(MINUTES),$(COMPARE) $(EXP)/fresh-$(minutes) $(EXP)/tuned-$(minutes) --json $(EXP)/pretraining-$(minutes).json &&) true
+
+$(EXP)/pretrained/done: | $(PARTS)
+	$(TRAINER) pretrain --manifest $(DATA)/train.jsonl.gz --dev $(DATA)/dev.jsonl.gz --seed $(SEED) --config pretrain.yaml \
+	    --set 'data.also=[$(EXTRA)]' --out $(@D) $(SET) --set training.steps=$(PRETRAIN_STEPS)
+
+$(LABELED)/all.jsonl.gz: | $(PARTS)
+	mkdir -p $(@D)
+	cp $(DATA)/train.jsonl.gz $@.part
+	mv $@.part $@
+
+$(LABELED)/%.jsonl.gz: | $(PARTS)
+	mkdir -p $(@D)
+	$(PYTHON) subset.py $(DATA)/train.jsonl.gz --minutes $* --out $@
+
+# The synthetic speech is not of the corpus; both kinds have it, and the tokenizer of the backbone.
+LABELS = --manifest $(LABELED)/$*.jsonl.gz --dev $(DATA)/dev.jsonl.gz --seed $(SEED) --set 'data.also=[$(SPOKEN)]' \
+    --tokenizer $(BACKBONE)/tokenizer.model --out $(@D) $(SET) --set training.steps=$(FRESH_STEPS)
+
+$(FRESH:%=$(EXP)/%/done): $(EXP)/fresh-%/done: | $(LABELED)/%.jsonl.gz $(SPOKEN) $(BACKBONE)/done
+	$(TRAIN) --config backbone.yaml $(LABELS)
+
+$(TUNED:%=$(EXP)/%/done): $(EXP)/tuned-%/done: | $(LABELED)/%.jsonl.gz $(SPOKEN) $(BACKBONE)/done $(EXP)/pretrained/done
+	$(TRAIN) --from $(EXP)/pretrained --config tuned.yaml $(LABELS)
+
+# --- claims
+CLAIMED := int8 int4a4 int2 int4-trained int4a4-trained int2-trained float-trained joint joint-alone joint-1of4
+claims: $(call evaluated,backbone longer attention conformer longer-slow $(SEQUENCE) $(ADAPTIVE) taught-none taught-senone taught-all streaming-plain streaming \
+            $(MODULAR) dense sparse super $(FRESH) $(TUNED)) \
+        $(foreach name,longer-slow $(LATTICES),$(EXP)/$(name)/evaluation/ngram.done) \
+        $(foreach name,float $(CLAIMED),$(SMALLER)/$(name)/evaluation/done)
+	$(PYTHON) ../../scripts/claims.py collect $(EXP)

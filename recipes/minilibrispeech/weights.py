@@ -1,0 +1,22 @@
+"""The mean distillation weights that a run has logged, as points of a piecewise schedule: each holds for the steps it is the mean of.
+
+python weights.py exp/half-adaptive
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def points(run: Path) -> list[list[float]]:
+    """[first step, weight] pairs, the step counted from 0."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = [(line["step"], line["kd_weight"]) for line in lines if "kd_weight" in line]
+    firsts = [0, *(step for step, _ in logged[:-1])]
+    return [[first, round(weight, 4)] for first, (_, weight) in zip(firsts, logged, strict=True)]
+
+
+if __name__ == "__main__":
+    print(json.dumps(points(Path(sys.argv[1]))))
