@@ -6,11 +6,12 @@
 A claim is decided by the 95 % interval of a difference over utterances (WER: paired bootstrap; means of words: the delta method):
 
     lower by X       the system is lower than the baseline by more than X: yes, if the whole interval is; no, if none of it is
+    higher by X      the system is higher by more than X
     within X         the system is no more than X worse
     beyond X         the system is more than X worse (for arms that have to fail)
     recovers SHARE   of what `untrained` loses against `parent`, the system loses at most 1 - SHARE against its baseline
 
-X is in points of WER or milliseconds of latency; with a percent sign it is relative to the baseline's.
+X is in points, or milliseconds of latency; with a percent sign it is relative to the baseline's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +30,19 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is installed
 
-from asrkit.config import config
+from asrkit.config import config, from_dict
+from asrkit.data.alignment import Annotator
+from asrkit.data.manifests import open_cuts
 from asrkit.errors import UserError
+from asrkit.methods.lm_distillation.config import DistillLmConfig
+from asrkit.methods.lm_distillation.loss import frame_counts
+from asrkit.methods.lm_distillation.teachers import inventories_of, load_lm_teacher
+from asrkit.models.registry import ASR, build, spec_of_kind
 from asrkit.reporting.evaluations import find_evaluation
 from asrkit.reporting.machine import processor
 from asrkit.reporting.results import read_utterances
 from asrkit.reporting.significance import Estimate
-from asrkit.run_dir import CONFIG, read_yaml
+from asrkit.run_dir import CONFIG, open_run, read_yaml
 from asrkit.stages.compare import compare_runs
 
 ROOT = Path(__file__).parents[1]
@@ -42,9 +50,13 @@ CLAIMS = ROOT / "docs" / "results" / "claims.yaml"
 RESULTS = ROOT / "docs" / "results" / "claims.json"
 TABLE = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 
-Metric = Literal["WER", "latency"]
-SCALES = {"WER": 100.0, "latency": 1.0}  # what a stored number is multiplied by to be shown, and a rule's X divided by
-UNITS = {"WER": "", "latency": " ms"}
+Metric = Literal["WER", "latency", "frames"]
+SCALES = {
+    "WER": 100.0,
+    "latency": 1.0,
+    "frames": 100.0,
+}  # what a stored number is multiplied by to be shown, and a rule's X divided by
+UNITS = {"WER": "", "latency": " ms", "frames": " % of frames"}
 
 
 @config
@@ -52,7 +64,8 @@ class Claim:
     """One row.
 
     source, claim, setting: in words. system, baseline, untrained, parent: run directories below EXP; the last two with "recovers" only.
-    search: a pattern of the evaluation's name. metric: WER, or latency, how late rightly recognized words are known. rule: see above.
+    search: a pattern of the evaluation's name. metric: WER; latency, how late rightly recognized words are known; or frames, the share
+    of the dev cuts' frames that the supervised head of distill-lm has right. rule: see above.
     note: why it is open, or what else to know.
     """
 
@@ -104,7 +117,10 @@ def compared(claim: Claim, system: Path, baseline: Path) -> dict[str, Any]:
             "interval_95": list(row.interval_95),
             "p_mapsswe": row.p_mapsswe,
         }
-    first, second = latencies(baseline, claim.search), latencies(system, claim.search)
+    if claim.metric == "latency":
+        first, second = latencies(baseline, claim.search), latencies(system, claim.search)
+    else:
+        first, second = frames(baseline), frames(system)
     estimate = difference_of_means(first, second)
     return {
         "words": int(second[:, 1].sum()),
@@ -126,6 +142,27 @@ def latencies(run: Path, search: str) -> np.ndarray:
     if not any(late):
         raise UserError(f"{run}: evaluation {search} has no emission latencies; evaluate it on an aligned manifest")
     return np.array([(sum(words), len(words)) for words in late])
+
+
+def frames(run: Path) -> np.ndarray:
+    """(utterances, 2): the frames of each dev cut that the supervised head of a run of distill-lm has right, and those that have a label.
+
+    Raises:
+        UserError: there is no such run, or what it learned from is gone.
+    """
+    opened = open_run(run)
+    entry = opened.lineage[-1]
+    content = read_yaml(run / CONFIG)
+    settings = from_dict(
+        DistillLmConfig, {field.name: content[field.name] for field in fields(DistillLmConfig)}, CONFIG
+    )
+    model = build(spec_of_kind(opened, ASR))  # load_model leaves the heads out
+    model.load_state_dict(opened.weights())
+    manifest, dev = map(Path, list(entry["manifests"])[:2])
+    teachers = {name: load_lm_teacher(Path(lm["path"])) for name, lm in entry["lms"].items()}
+    inventories = inventories_of(teachers, settings.supervised, open_cuts(manifest))
+    annotator = Annotator(inventories, settings.repeats, settings.silence == "previous")
+    return np.array(list(frame_counts(model.eval(), open_cuts(dev), annotator, settings).values()))
 
 
 def difference_of_means(first: np.ndarray, second: np.ndarray) -> Estimate:
@@ -175,7 +212,7 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
     Raises:
         ValueError: the rule is none of the above.
     """
-    rule = re.fullmatch(r"(lower by|within|beyond|recovers) (\d+(?:\.\d+)?)(%?)", claim.rule)
+    rule = re.fullmatch(r"(lower by|higher by|within|beyond|recovers) (\d+(?:\.\d+)?)(%?)", claim.rule)
     if rule is None:
         raise ValueError(f"{claim.rule}: is no rule")
     row = claim.result(results, claim.system, claim.baseline)
@@ -191,14 +228,14 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
     if kind == "lower by":
         limit = 0 - limit  # and not -0
     below, above = high < limit, low > limit
-    holds, fails = (above, below) if kind == "beyond" else (below, above)
+    holds, fails = (above, below) if kind in ("beyond", "higher by") else (below, above)
     return "yes" if holds else "no" if fails else "open", limit
 
 
 def rows() -> Iterator[str]:
     """The table in Markdown."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    yield "| source | claim | our setting | WER %, or ms | difference, points or ms | decides | holds | note |"
+    yield "| source | claim | our setting | WER %, or as named | difference, points | decides | holds | note |"
     yield "|---|---|---|---|---|---|---|---|"
     for claim in claims():
         row = claim.result(results, claim.system, claim.baseline)

@@ -116,30 +116,35 @@ def head_layer(layer: int | None, model: AsrModel) -> int:
 
 def accuracy_of(annotator: Annotator, settings: DistillLmConfig) -> Callable[[Any, CutTable], dict[str, float]]:
     """A function from a model and aligned cuts to the supervised head's frame accuracy, as reported in the paper."""
-    supervised = replace(annotator, inventories={SUPERVISED: annotator.inventories[SUPERVISED]})
 
-    @torch.no_grad()
     def measure(model: AsrModel, cuts: CutTable) -> dict[str, float]:
-        by_id = {cut.id: cut for cut in even_subset(cuts, settings.dev_max_cuts)}
-        variant = model.spec.variant
-        context = parse_context(model.spec.variants[variant].contexts[0])
-        layer = head_layer(model.spec.heads[SUPERVISED].layer, model)
-        device = next(model.parameters()).device
-        right, total = 0, 0
-        for batch in evaluation_batches(list(by_id.values()), settings.data.max_duration):
-            lens = batch.feature_lens.tolist()
-            cuts_of = [
-                [PerturbedCut(by_id[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)
-            ]
-            segments = supervised(cuts_of)[SUPERVISED].to(device)
-            batch = batch.to(device)
-            with tapped(model, [layer]) as taps:
-                languages = model.language_ids(batch.languages)
-                model.encode(batch.features, batch.feature_lens, variant, context, languages=languages)
-            logits = model.heads[SUPERVISED](taps[layer])
-            counted = counted_frames(segments, settings.silence)
-            batch_right, batch_total = frame_accuracy(logits, frame_labels(segments), counted)
-            right, total = right + batch_right, total + batch_total
-        return {"frame_accuracy": right / max(1, total)}
+        counts = frame_counts(model, cuts, annotator, settings).values()
+        return {"frame_accuracy": sum(right for right, _ in counts) / max(1, sum(total for _, total in counts))}
 
     return measure
+
+
+@torch.no_grad()
+def frame_counts(
+    model: AsrModel, cuts: CutTable, annotator: Annotator, settings: DistillLmConfig
+) -> dict[str, tuple[int, int]]:
+    """Of each aligned cut, by its id: how many frames the supervised head has right, and how many have a label."""
+    supervised = replace(annotator, inventories={SUPERVISED: annotator.inventories[SUPERVISED]})
+    by_id = {cut.id: cut for cut in even_subset(cuts, settings.dev_max_cuts)}
+    variant = model.spec.variant
+    context = parse_context(model.spec.variants[variant].contexts[0])
+    layer = head_layer(model.spec.heads[SUPERVISED].layer, model)
+    device = next(model.parameters()).device
+    counts: dict[str, tuple[int, int]] = {}
+    for batch in evaluation_batches(list(by_id.values()), settings.data.max_duration):
+        lens = batch.feature_lens.tolist()
+        cuts_of = [[PerturbedCut(by_id[cut_id], length)] for cut_id, length in zip(batch.cut_ids, lens, strict=True)]
+        segments = supervised(cuts_of)[SUPERVISED].to(device)
+        batch = batch.to(device)
+        with tapped(model, [layer]) as taps:
+            languages = model.language_ids(batch.languages)
+            model.encode(batch.features, batch.feature_lens, variant, context, languages=languages)
+        logits = model.heads[SUPERVISED](taps[layer])
+        rows = zip(logits, frame_labels(segments), counted_frames(segments, settings.silence), strict=True)
+        counts.update(zip(batch.cut_ids, (frame_accuracy(*row) for row in rows), strict=True))
+    return counts
