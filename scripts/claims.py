@@ -151,15 +151,14 @@ def frames(run: Path) -> np.ndarray:
         UserError: there is no such run, or what it learned from is gone.
     """
     opened = open_run(run)
-    entry = opened.lineage[-1]
     content = read_yaml(run / CONFIG)
     settings = from_dict(
         DistillLmConfig, {field.name: content[field.name] for field in fields(DistillLmConfig)}, CONFIG
     )
     model = build(spec_of_kind(opened, ASR))  # load_model leaves the heads out
     model.load_state_dict(opened.weights())
-    manifest, dev = map(Path, list(entry["manifests"])[:2])
-    teachers = {name: load_lm_teacher(Path(lm["path"])) for name, lm in entry["lms"].items()}
+    manifest, dev = map(Path, list(opened.lineage[-1]["manifests"])[:2])
+    teachers = {name: load_lm_teacher(Path(lm["path"])) for name, lm in content["lms"].items()}
     inventories = inventories_of(teachers, settings.supervised, open_cuts(manifest))
     annotator = Annotator(inventories, settings.repeats, settings.silence == "previous")
     return np.array(list(frame_counts(model.eval(), open_cuts(dev), annotator, settings).values()))
