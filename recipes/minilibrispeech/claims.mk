@@ -37,8 +37,8 @@ SEQUENCE := mwer mwer-workers mmi smbr
 LATTICES := mmi smbr
 # Between the rates of train-backbone --from, 5e-4, at which mwer lowered nothing in a trial, and none.
 SLOW := --set training.optimizer.learning_rate=1e-4
-# Weight of the n-gram in training; decoding has one of about as much.
-LM_SCALE ?= 0.3
+# Weight of the n-gram in training: the one that decoding the backbone with an n-gram turned out to want.
+LM_SCALE ?= 1
 
 sequence: $(call evaluated,longer-slow $(SEQUENCE)) $(foreach name,longer-slow $(LATTICES),$(EXP)/$(name)/evaluation/ngram.done)
 	$(COMPARE) $(EXP)/longer-slow $(EXP)/mwer $(EXP)/mwer-workers --json $(EXP)/sequence.json
@@ -64,7 +64,7 @@ $(EXP)/ngram/done: | $(BACKBONE)/done
 
 $(EXP)/%/evaluation/ngram.done: | $(EXP)/%/evaluation/test.done $(EXP)/ngram/done
 	$(ASRKIT) tune --from $(EXP)/$* --method ctc-beam --beam 8 --lm $(EXP)/ngram --manifest $(DATA)/dev.jsonl.gz \
-	    --over lm-scale=0.2:0.4:0.6:0.8:1,length-bonus=0:0.5:1:1.5:2:3 --out $(@D)/ngram.yaml
+	    --over lm-scale=0.4:0.6:0.8:1:1.2,length-bonus=0:1:2:3:4 --out $(@D)/ngram.yaml
 	$(ASRKIT) evaluate --from $(EXP)/$* --decoding $(@D)/ngram.yaml --lm $(EXP)/ngram --manifest $(TEST)
 	touch $@
 
