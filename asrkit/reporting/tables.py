@@ -162,17 +162,12 @@ def _variants(description: dict[str, Any]) -> Table:
 
 
 def _where(entry: dict[str, Any]) -> str:
-    return f"{manifest_name(entry['manifest'])} {_digest(entry)} ({entry['context']}, {_search(entry)})"
+    return f"{manifest_name(entry['manifest'])} {_digest(entry)} ({entry['context']}, {entry['search']})"
 
 
 def _digest(row: dict[str, Any]) -> str:
     """The beginning of the manifest's digest, as result directories are named."""
     return "-" if row["manifest_sha256"] is None else str(row["manifest_sha256"])[:8]
-
-
-def _search(row: dict[str, Any]) -> str:
-    """``greedy``, or ``beam 4``."""
-    return str(row["method"]) if row["beam"] is None else f"{row['method']} {row['beam']}"
 
 
 def _submodels(description: dict[str, Any]) -> Table:
@@ -208,13 +203,13 @@ def _parts(description: dict[str, Any]) -> Table:
 
 def _evaluations(description: dict[str, Any]) -> Table:
     numbers = ("words", "WER %", "CER %", "late ms", "RTF")
-    columns = ("manifest", "digest", "variant", "context", "method", "weights")
+    columns = ("manifest", "digest", "variant", "context", "search", "weights")
     table = plain_table("evaluations", *columns, numbers=numbers)
     for row in description["evaluations"]:
         late = _rounded((row["emission_latency"] or {}).get("mean_ms"))
         rates = (percent(row["wer"]), percent(row["cer"]), late, f"{row['real_time_factor']:.4f}")
         weights = "these" if row["current"] else "earlier"
-        texts = (row["manifest"], _digest(row), row["variant"], row["context"], _search(row), weights)
+        texts = (row["manifest"], _digest(row), row["variant"], row["context"], row["search"], weights)
         table.add_row(*texts, str(row["words"]), *rates)
     return table
 
@@ -227,12 +222,12 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
     """What a chain of stages achieved, as ``summarize_runs`` gives it."""
     compared = any(row["comparison"] is not None for row in rows)
     numbers = ("WER %", *("change",) * compared, "CER %", "words", "bytes", "seconds", "RTF")
-    table = plain_table("summary", "stage", "variant", "context", "manifest", "digest", "method", numbers=numbers)
+    table = plain_table("summary", "stage", "variant", "context", "manifest", "digest", "search", numbers=numbers)
     for row in rows:
         table.add_row(
             *(row[key] for key in ("stage", "variant", "context", "manifest")),
             _digest(row),
-            _search(row),
+            row["search"],
             percent(row["wer"]),
             *([_change(row["comparison"])] if compared else []),
             percent(row["cer"]),

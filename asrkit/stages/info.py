@@ -17,7 +17,7 @@ from asrkit.run_dir import RunDir, open_run
 
 # Beside the encoder, what recognizing needs; the rest only serves training.
 DECODER = ("predictor", "joiner", "ctc_head")
-BEST = ("manifest", "manifest_sha256", "context", "method", "beam", "wer", "words")
+BEST = ("manifest", "manifest_sha256", "context", "search", "wer", "words")
 
 
 def describe_run(path: Path) -> dict[str, Any]:
@@ -173,6 +173,7 @@ def _evaluations(run: RunDir) -> list[dict[str, Any]]:
             "context": result.context,
             "method": result.method,
             "beam": result.beam,
+            "search": result.search,
             "wer": result.total.wer,
             "cer": result.total.cer,
             "words": result.total.words,

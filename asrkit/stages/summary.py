@@ -19,7 +19,8 @@ from asrkit.reporting.results import Result, manifest_name
 def summarize_runs(runs: Sequence[Path], out: Path | None = None, baseline: Path | None = None) -> list[dict[str, Any]]:
     """A row for each evaluation of each run, the runs in the order given, optionally written to ``out`` as JSON.
 
-    A row holds stage, variant and context (those evaluated), manifest (its name), manifest_sha256, method, beam, wer, cer
+    A row holds stage, variant and context (those evaluated), manifest (its name), manifest_sha256, method, beam,
+    search (both, and what else counted, such as a language model), wer, cer
     (fractions), words, insertions, bytes (of what that variant and method need to recognize, as `asrkit info` counts them; of an
     exported model those of its files), seconds the stage took (None of an export), real_time_factor of the decoding, and
     comparison: what `asrkit compare` says of it and the evaluation of ``baseline`` on the same manifest by the same search, without
@@ -49,6 +50,7 @@ def summarize_runs(runs: Sequence[Path], out: Path | None = None, baseline: Path
                     "manifest_sha256": result.manifest_sha256,
                     "method": result.method,
                     "beam": result.beam,
+                    "search": result.search,
                     "wer": result.total.wer,
                     "cer": result.total.cer,
                     "words": result.total.words,
