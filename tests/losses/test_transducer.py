@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asrkit.errors import UserError
+from asrkit.losses import transducer
+from asrkit.losses.lattice import by_diagonals, by_rows
 from asrkit.losses.transducer import (
     Backend,
     Topology,
@@ -27,6 +30,14 @@ from asrkit.losses.transducer import (
 
 VOCAB = 6
 few_examples = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, params=[by_diagonals, by_rows], ids=["by diagonals", "by rows"], scope="module")
+def _each_walk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test here holds for the walk that CPUs take and for the one that GPUs take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transducer, "sum_lattice", request.param)
+        yield
 
 
 class Case:
