@@ -70,10 +70,14 @@ def by_rows(
     first = columns * torch.arange(batch, device=px.device).view(-1, 1, 1)
     node = u * row + first + column
     back = (last_u - u) * row + first + batch * columns + end - column  # the same node, reversed
-    reached = torch.stack([node, back - row]).masked_fill_(~has_px, beyond)  # a symbol arc's beginning and, reversed, its end
+    reached = torch.stack([node, back - row]).masked_fill_(
+        ~has_px, beyond
+    )  # a symbol arc's beginning and, reversed, its end
     passed = torch.stack([node + 1, back]).masked_fill_(~has_py, beyond)  # the same of a blank arc, one column on
     arcs = torch.stack([px, py]).double()
-    symbol = arcs.new_full((beyond + 1,), -math.inf).scatter_(0, reached.flatten(), arcs[0].expand_as(reached).flatten())
+    symbol = arcs.new_full((beyond + 1,), -math.inf).scatter_(
+        0, reached.flatten(), arcs[0].expand_as(reached).flatten()
+    )
     floored = arcs[1].clamp(min=_IMPOSSIBLE)
     blank = arcs.new_zeros(beyond + 1).scatter_(0, passed.flatten(), floored.expand_as(passed).flatten())
     symbol, blank = (cells[:-1].view(rows, 2 * batch, columns) for cells in (symbol, blank))

@@ -40,7 +40,17 @@ FREE = {
     "select",
     "unfold",
 }
-FREE |= {"unsqueeze", "squeeze", "as_strided", "lift_fresh", "chunk", "diagonal", "_unsafe_view"}  # views, no launch
+FREE |= {
+    "unsqueeze",
+    "squeeze",
+    "as_strided",
+    "lift_fresh",
+    "chunk",
+    "diagonal",
+    "_unsafe_view",
+    "_reshape_alias",
+}  # views
+FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory; no launch either
 
 
 class DeviceTensor(Tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.data.masked_batches import masked
 from asrkit.errors import UserError
 from asrkit.methods.pretraining import PretrainConfig, pretraining_loss
-from asrkit.models import AsrModel, ModelSpec
+from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.models.registry import build
 from asrkit.models.spec import PretrainedEncoderSpec
 from asrkit.nn.dropout import Dropout
@@ -306,10 +305,10 @@ def small_batch() -> Batch:
     return Batch(torch.randn(2, 60, 80), lens, names, ["", ""], ["", ""], [0.6, 0.5], symbols, symbol_lens)
 
 
-def waits_of_a_step(
+def a_step(
     path: Path, make: Callable[[], nn.Module], loss: Callable[[Any, Any, int], LossOutput], batch: Batch
-) -> Counter[str]:
-    """What the host waited for in the third step; the first makes the optimizer's state."""
+) -> Counts:
+    """What the third step launched and waited for; the first makes the optimizer's state."""
     settings = from_dict(TrainingConfig, {"precision": "float32", "tensorboard": False, "steps": 9}, "test")
     batches: Any = SimpleNamespace(slices=1, plan=SimpleNamespace(steps_per_epoch=1))
     with pretend_gpu() as counts:
@@ -318,24 +317,39 @@ def waits_of_a_step(
         there = batch.to(GPU)
         for number in range(3):
             counts.waits.clear()
+            counts.launches.clear()
             result = compute_gradients(task, updater.model, {number: (there, 0.0)}, [number], 1, updater.arithmetic)
             updater.apply(result)
             updater.finish_step(0, Stopping())
-    return counts.waits
+    return counts
 
 
 TINY = {"dim": 16, "num_layers": 2, "feedforward_dim": 16, "kernel_size": 3, "subsampling_channels": [2, 2]}
 
 
+def torch_loss(model: AsrModel, batch: Batch, step: int) -> LossOutput:
+    return asr_loss(model, batch, step, LossConfig(backend="torch"))
+
+
 def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
     """The gradient's norm, by which the step is made or skipped; lengths are known from the loader."""
     spec = from_dict(ModelSpec, {"vocab_size": 20, "encoder": TINY, "predictor": {"dim": 8}, "joiner_dim": 16}, "test")
+    assert a_step(tmp_path, lambda: AsrModel(spec), torch_loss, small_batch()).waits == {"aten::_local_scalar_dense": 1}
 
-    def loss(model: AsrModel, batch: Batch, step: int) -> LossOutput:
-        return asr_loss(model, batch, step, LossConfig(backend="torch"))
 
-    waits = waits_of_a_step(tmp_path, lambda: AsrModel(spec), loss, small_batch())
-    assert waits == {"aten::_local_scalar_dense": 1}
+@pytest.mark.slow
+def test_a_step_of_small_launches_few_operators_however_long_the_audio(tmp_path: Path) -> None:
+    """At most 1,200 with 20 symbols an utterance: none of its loops goes over frames, utterances or parameters."""
+    spec = from_dict(ModelSpec, {"vocab_size": 20, **SIZES["small"]}, "test")
+    launches = []
+    for frames in (120, 240):
+        symbols, lens = torch.randint(2, 20, (2, 20)), torch.tensor([frames, frames - 10])
+        batch = Batch(
+            torch.randn(2, frames, 80), lens, ["a", "b"], ["", ""], ["", ""], [1, 1], symbols, torch.tensor([20, 18])
+        )
+        launches.append(a_step(tmp_path / str(frames), lambda: AsrModel(spec), torch_loss, batch).launches)
+    assert launches[0] == launches[1]
+    assert sum(launches[0].values()) <= 1200, launches[0].most_common(20)
 
 
 def test_a_step_of_pretraining_waits_for_the_device_once(tmp_path: Path) -> None:
@@ -344,5 +358,5 @@ def test_a_step_of_pretraining_waits_for_the_device_once(tmp_path: Path) -> None
     content = {"encoder": TINY, "objective": {"groups": 2, "entries": 4, "code_dim": 8, "final_dim": 8}}
     spec = from_dict(PretrainedEncoderSpec, content, "test")
     batch = masked(small_batch(), settings.mask, np.random.default_rng(0))
-    waits = waits_of_a_step(tmp_path, lambda: build(spec), partial(pretraining_loss, settings=settings), batch)
-    assert waits == {"aten::_local_scalar_dense": 1}
+    counts = a_step(tmp_path, lambda: build(spec), partial(pretraining_loss, settings=settings), batch)
+    assert counts.waits == {"aten::_local_scalar_dense": 1}
