@@ -16,6 +16,7 @@ from asrkit.data.augment import (
 from asrkit.data.cut_audio import cut_features
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.devices import send
 from asrkit.errors import clip
 from asrkit.frames import count_encoder_frames
 
@@ -68,7 +69,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
         names = ("features", "feature_lens", "symbols", "symbol_lens", "clean")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved = {name: send(getattr(self, name), device) for name in names}
         return replace(self, **moved, segments={name: segments.to(device) for name, segments in self.segments.items()})
 
 

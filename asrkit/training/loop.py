@@ -57,6 +57,7 @@ def train(
                     _before_step(task, updater, stream, own[0], seed)
                 with delay.applied(updater):
                     result = compute_gradients(task, updater.model, stream, own, seed, updater.arithmetic)
+                stream.fetch()
                 # Checked once per step; a later signal waits for the next step, so the run never stops without saving.
                 stop = _sum(world, result, stopping.code, list(updater.model.parameters()))
                 updater.apply(result)

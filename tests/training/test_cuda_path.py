@@ -18,9 +18,11 @@ from torch import nn
 from torch.nn import functional
 
 from asrkit.config import from_dict
+from asrkit.data.alignment import Segments
 from asrkit.data.batch import Batch
 from asrkit.data.manifests import open_cuts, write_cuts
 from asrkit.data.masked_batches import masked
+from asrkit.data.sequences import SequenceBatch
 from asrkit.errors import UserError
 from asrkit.methods.pretraining import PretrainConfig, pretraining_loss
 from asrkit.models import SIZES, AsrModel, ModelSpec
@@ -31,7 +33,7 @@ from asrkit.run_dir import WEIGHTS
 from asrkit.training import checkpoint, distributed, update
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.config import TrainingConfig
-from asrkit.training.step import LossOutput, TrainTask, compute_gradients
+from asrkit.training.step import BatchStream, LossOutput, TrainTask, compute_gradients
 from asrkit.training.stopping import Stopping
 from helpers.aligned import SHAPE
 from helpers.commands import asrkit, quick, sets
@@ -238,8 +240,11 @@ def test_the_pretended_device_is_strict() -> None:
         counts.waits.clear()
         assert float(there.sum()) == 3.0 and there.cpu().tolist() == [1.0, 1.0, 1.0]
         assert sum(counts.waits.values()) == 2
-        torch.ones(3).to(GPU, non_blocking=True)
+        torch.ones(3).pin_memory().to(GPU, non_blocking=True)
         assert sum(counts.waits.values()) == 2
+        torch.ones(3).to(GPU, non_blocking=True)
+        torch.ones(3).pin_memory().to(GPU)
+        assert sum(counts.waits.values()) == 4
 
 
 class _Cuda:
@@ -325,6 +330,54 @@ def a_step(
 
 
 TINY = {"dim": 16, "num_layers": 2, "feedforward_dim": 16, "kernel_size": 3, "subsampling_channels": [2, 2]}
+
+
+class _Source:
+    """Batches that note which were made."""
+
+    slices = 1
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    def __getitem__(self, number: int) -> Batch:
+        self.made.append(number)
+        return small_batch()
+
+
+def test_the_next_batch_is_copied_while_the_gpu_works() -> None:
+    for device, ahead in ((torch.device("cpu"), []), (GPU, [1])):
+        source: Any = _Source()
+        with pretend_gpu() as counts:
+            stream = BatchStream(source, range(2), 0, device)
+            batch, _ = stream[0]
+            assert batch.features.device == device and source.made == [0]
+            stream.fetch()
+            stream.fetch()
+            assert source.made == [0, *ahead]
+            assert torch.equal(stream[1][0].symbol_lens.cpu(), small_batch().symbol_lens) and source.made == [0, 1]
+            stream.fetch()  # there is no other
+            counts.waits.pop("aten::_to_copy", None)  # of this test's comparison
+        assert not counts.waits
+
+
+def test_no_copy_to_a_gpu_is_waited_for() -> None:
+    batches = [
+        small_batch(),
+        masked(small_batch(), from_dict(PretrainConfig, {}, "test").mask, np.random.default_rng(0)),
+    ]
+    one = torch.ones(2, dtype=torch.int64)
+    segments = Segments(one, one, one)
+    sequences = SequenceBatch(torch.ones(2, 3, dtype=torch.int64), one, ["a", "b"])
+    with pretend_gpu() as counts:
+        for batch in (
+            *batches,
+            replace(small_batch(), segments={"phones": segments}, clean=torch.ones(2, 3, 80)),
+            sequences,
+        ):
+            there = batch.to(GPU)
+            assert there.symbols.device == GPU
+        assert not counts.waits
 
 
 def torch_loss(model: AsrModel, batch: Batch, step: int) -> LossOutput:
