@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$(mkdir -p "${1:?benchmarks/gpu.sh OUT [quick]}" && cd "$1" && pwd) quick=${2:-}
 python=${PYTHON:-python3} began=$SECONDS work=$(mktemp -d)
 # On the CPU a quick run takes turns, each with time enough for a busy laptop; else five parts share the cores.
-[ -n "$quick" ] && export OMP_NUM_THREADS=1 slower=4 || export OMP_NUM_THREADS=3 slower=1
+[ -n "$quick" ] && export OMP_NUM_THREADS=1 slower=10 || export OMP_NUM_THREADS=3 slower=1
 export DEVICE=${DEVICE:-cuda} PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/tests:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 trap 'rm -rf "$work"' EXIT
 
