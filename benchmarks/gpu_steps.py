@@ -304,5 +304,4 @@ if __name__ == "__main__":
     print(json.dumps({"torch": torch.__version__, "device": str(DEVICE)}))
     if DEVICE.type == "cuda":
         print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))
-    parts = {"gradients": gradients, "throughput": throughput, "profile": profile, "launches": launches, "loss": loss}
-    run_part(parts)
+    run_part({"gradients": gradients, "throughput": throughput, "profile": profile, "launches": launches, "loss": loss})

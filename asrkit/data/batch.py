@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from lhotse.cut import Cut
@@ -69,7 +70,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
         names = ("features", "feature_lens", "symbols", "symbol_lens", "clean")
-        moved = {name: send(getattr(self, name), device) for name in names}
+        moved: dict[str, Any] = {name: send(getattr(self, name), device) for name in names}
         return replace(self, **moved, segments={name: segments.to(device) for name, segments in self.segments.items()})
 
 

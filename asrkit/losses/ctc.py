@@ -14,8 +14,6 @@ from torch import Tensor
 
 from asrkit.losses.transducer import BLANK, full_precision, row_blocks
 
-_NO_REDUCTION = 0  # torch's number of "none"
-
 
 def ctc_loss(
     logits: Tensor,
@@ -54,9 +52,8 @@ class _CtcLoss(torch.autograd.Function):
         targets = torch.where(same, positions, columns.shape[1]).amin(2)[:, 1:]
         with torch.enable_grad():
             leaf = log_probs.requires_grad_()
-            losses = torch.ctc_loss(
-                leaf.transpose(0, 1), targets, frames, symbol_counts, reduction=_NO_REDUCTION, zero_infinity=True
-            )
+            lengths: Any = frames, symbol_counts  # torch takes plain numbers, and does not say so
+            losses = F.ctc_loss(leaf.transpose(0, 1), targets, *lengths, reduction="none", zero_infinity=True)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         # torch returns exp(log_prob) - posterior, which is right before a log-softmax only.
         inside = torch.arange(logits.shape[1], device=lens.device) < lens.unsqueeze(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -152,7 +152,7 @@ class ScaledAdam(torch.optim.Optimizer):
         biases = [math.sqrt(1 - beta2**age) / (1 - beta1**age) for age in ages]
         rates = [group["lr"] * (1.0 if weight.ndim > 2 else 0.1) for weight in weights]
         squares = torch.cat([weight.reshape(len(weight), -1).square().mean(1) for weight in weights])
-        sizes = squares.sqrt_().clamp_(group["smallest"], 3.0).split([len(weight) for weight in weights])
+        sizes = list(squares.sqrt_().clamp_(group["smallest"], 3.0).split([len(weight) for weight in weights]))
         factors = torch._foreach_mul(sizes, [rate * bias for rate, bias in zip(rates, biases, strict=True)])
         moves = [step.mul_(_beside(factor, step)) for step, factor in zip(steps, factors, strict=True)]
         matrices = [index for index, weight in enumerate(weights) if weight.ndim > 2]  # of these the scale learns too
@@ -166,7 +166,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     def _growths(
         self, stacks: list[_Stack], slopes: list[Tensor], biases: list[float], group: dict[str, Any]
-    ) -> Sequence[Tensor]:
+    ) -> list[Tensor]:
         """How much the scale of each tensor of each stack should shrink, (n,), from the change of the loss when the whole tensor
         grows, (n,)."""
         beta1, beta2 = group["betas"]
@@ -179,7 +179,7 @@ class ScaledAdam(torch.optim.Optimizer):
         torch._foreach_add_(denominators, group["eps"])
         steps = torch._foreach_div(torch._foreach_mul(first, biases), denominators)
         scaled = torch.cat(list(steps)).clamp_(-10, 10).mul_(group["scale_rate"])
-        return scaled.split([len(stack.scale_avg) for stack in stacks])
+        return list(scaled.split([len(stack.scale_avg) for stack in stacks]))
 
     def _stack(self, weights: list[Tensor]) -> _Stack:
         """The stacked state of tensors of one shape; the state of each tensor is a view of it."""
