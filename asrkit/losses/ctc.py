@@ -52,7 +52,7 @@ class _CtcLoss(torch.autograd.Function):
         targets = torch.where(same, positions, columns.shape[1]).amin(2)[:, 1:]
         with torch.enable_grad():
             leaf = log_probs.requires_grad_()
-            lengths: Any = frames, symbol_counts  # torch takes plain numbers, and does not say so
+            lengths: tuple[Any, Any] = frames, symbol_counts  # torch takes plain numbers, and does not say so
             losses = F.ctc_loss(leaf.transpose(0, 1), targets, *lengths, reduction="none", zero_infinity=True)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         # torch returns exp(log_prob) - posterior, which is right before a log-softmax only.

@@ -367,19 +367,15 @@ def test_the_next_batch_is_copied_while_the_gpu_works() -> None:
 
 
 def test_no_copy_to_a_gpu_is_waited_for() -> None:
-    batches = [
+    one = torch.ones(2, dtype=torch.int64)
+    batches: list[Any] = [
         small_batch(),
         masked(small_batch(), from_dict(PretrainConfig, {}, "test").mask, np.random.default_rng(0)),
+        replace(small_batch(), segments={"phones": Segments(one, one, one)}, clean=torch.ones(2, 3, 80)),
+        SequenceBatch(torch.ones(2, 3, dtype=torch.int64), one, ["a", "b"]),
     ]
-    one = torch.ones(2, dtype=torch.int64)
-    segments = Segments(one, one, one)
-    sequences = SequenceBatch(torch.ones(2, 3, dtype=torch.int64), one, ["a", "b"])
     with pretend_gpu() as counts:
-        for batch in (
-            *batches,
-            replace(small_batch(), segments={"phones": segments}, clean=torch.ones(2, 3, 80)),
-            sequences,
-        ):
+        for batch in batches:
             there = batch.to(GPU)
             assert there.symbols.device == GPU
         assert not counts.waits
