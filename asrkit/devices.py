@@ -41,6 +41,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(f"cuda:{index}")
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on ``device``. A GPU gets it through page-locked memory: the copy is queued like any other work, and nothing waits."""
+    if device.type == "cpu" or tensor.device.type != "cpu" or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def peak_memory() -> int:
     """The most bytes used at once so far: of the GPU by torch's tensors, where this process uses one; else of this process."""
     import resource

@@ -95,7 +95,8 @@ def stages(report: Report, quick: bool) -> None:
 
         for seed, (part, count) in enumerate((("train", 24), ("dev", 6))):
             make_corpus(folder, count, seed, part, language="en")
-        stage("parent", "train-backbone", *data, *sets(*SHAPE, *steps, *KNOWING))
+        knowing = (*KNOWING, "training.steps=40", "training.evaluate_every=40") if quick else KNOWING
+        stage("parent", "train-backbone", *data, *sets(*SHAPE, *steps, *knowing))
         parent = ["--from", folder / "parent"]
         stage("train-backbone", "train-backbone", *data, *sets(*SHAPE, *steps))
         joint = (

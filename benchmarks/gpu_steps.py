@@ -1,6 +1,7 @@
 """Training steps on a GPU, on data that lies there: gradients against the CPU's, throughput, a profile, the loss alone.
 
 python benchmarks/gpu_steps.py throughput --out results.jsonl      # or gradients, profile, loss; see gpu.sh
+DEVICE=cpu python benchmarks/gpu_steps.py launches --out results.jsonl        # needs no GPU
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from asrkit.training.distributed import World
 from asrkit.training.step import BatchStream, TrainTask, compute_gradients
 from asrkit.training.stopping import Stopping
 from asrkit.training.update import Updater
+from helpers.pretend_gpu import GPU, pretend_gpu
 
 DEVICE = torch.device("cuda:0" if os.environ.get("DEVICE", "cuda") == "cuda" else "cpu")
 VOCAB = 500
+LOSS = from_dict(LossConfig, {"backend": "torch"}, "benchmark")
 ATTENTION: dict[str, Any] = {
     "submodels": {"near": {"kind": "attention", "layers": [0, 3, 5], "dim": 128, "heads": 4, "context": "full"}},
     "variants": {"near": {"submodels": ["near"], "contexts": ["full"]}},
@@ -82,21 +85,22 @@ class _OneBatch:
 class Training:
     """The loop of ``asrkit.training.loop.train``, a step at a time."""
 
-    def __init__(self, size: str, batch: Batch, folder: Path, steps: int, precision: str) -> None:
+    def __init__(
+        self, size: str, batch: Batch, folder: Path, steps: int, precision: str, device: torch.device = DEVICE
+    ) -> None:
         settings = from_dict(
             TrainingConfig, {"steps": steps, "precision": precision, "tensorboard": False, "log_every": 10}, "benchmark"
         )
         batches: Any = _OneBatch(batch)
-        self.task = TrainTask(
-            make_model(size), lambda model, given, step: asr_loss(model, given, step, LossConfig()), batches
-        )
-        self.updater = Updater(self.task, folder, settings, 1, World(0, 1, DEVICE), lambda *_: None)
-        self.stream = BatchStream(batches, range(steps), 0, DEVICE)
+        self.task = TrainTask(make_model(size), lambda model, given, step: asr_loss(model, given, step, LOSS), batches)
+        self.updater = Updater(self.task, folder, settings, 1, World(0, 1, device), lambda *_: None)
+        self.stream = BatchStream(batches, range(steps), 0, device)
 
     def step(self) -> None:
         number, updater = self.updater.step, self.updater
         updater.set_rate()
         result = compute_gradients(self.task, updater.model, self.stream, [number], 1, updater.arithmetic)
+        self.stream.fetch()
         updater.apply(result)
         updater.finish_step(0, Stopping())
 
@@ -157,7 +161,7 @@ def _compared(expected: tuple[Tensor, dict[str, Tensor]], model: AsrModel, batch
 def _gradients(model: AsrModel, batch: Batch, device: torch.device, half: bool) -> tuple[Tensor, dict[str, Tensor]]:
     model.to(device).eval()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-        output = asr_loss(model, batch.to(device), 10_000, from_dict(LossConfig, {"backend": "torch"}, "benchmark"))
+        output = asr_loss(model, batch.to(device), 10_000, LOSS)
     (output.losses.sum() / output.count).backward()
     grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     return output.losses.detach().cpu(), grads
@@ -240,6 +244,28 @@ def _profiled(run: Training) -> dict[str, Any]:
     }
 
 
+def launches(report: Report, quick: bool) -> None:
+    """What one step launches and waits for, counted on a pretended GPU that computes on the CPU; by length of the audio."""
+    for size in ("tiny",) if quick else ("tiny", "small", "medium"):
+        for seconds in (4.0,) if quick or size != "small" else (4.0, 8.0, 16.0):
+            report.attempt(f"{size}, {seconds} s", _launched, size, make_batch(4, seconds, labels_a_second=5.0))
+
+
+def _launched(size: str, batch: Batch) -> dict[str, Any]:
+    with pretend_gpu() as counts, tempfile.TemporaryDirectory() as folder:
+        run = Training(size, batch, Path(folder), 9, "float32", GPU)
+        with run.updater.log:
+            for _ in range(3):  # the first makes the optimizer's state
+                counts.launches.clear()
+                counts.waits.clear()
+                run.step()
+    return {
+        "launches": sum(counts.launches.values()),
+        "waits": sum(counts.waits.values()),
+        "most": dict(counts.launches.most_common(12)),
+    }
+
+
 def _waits(run: Training) -> dict[str, Any]:
     """Where the host waits for the device in one step, by line of asrkit."""
     with warnings.catch_warnings(record=True) as caught:
@@ -278,4 +304,4 @@ if __name__ == "__main__":
     print(json.dumps({"torch": torch.__version__, "device": str(DEVICE)}))
     if DEVICE.type == "cuda":
         print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))
-    run_part({"gradients": gradients, "throughput": throughput, "profile": profile, "loss": loss})
+    run_part({"gradients": gradients, "throughput": throughput, "profile": profile, "launches": launches, "loss": loss})

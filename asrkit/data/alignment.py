@@ -17,6 +17,7 @@ from lhotse.supervision import AlignmentItem
 from torch import Tensor
 
 from asrkit.data.text.units import Inventory
+from asrkit.devices import send
 from asrkit.frames import FRAME_SHIFT, count_encoder_frames, encoder_center
 
 SILENT, UNKNOWN = -1, -2  # frames of no segment: between units, and where there is no alignment or only padding
@@ -37,7 +38,7 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """The same on ``device``."""
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        return replace(self, **{name: send(tensor, device) for name, tensor in vars(self).items()})
 
 
 def items_of(cut: Cut, unit: str) -> list[AlignmentItem] | None:

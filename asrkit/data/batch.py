@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from lhotse.cut import Cut
@@ -16,6 +17,7 @@ from asrkit.data.augment import (
 from asrkit.data.cut_audio import cut_features
 from asrkit.data.manifests import language_of, text_of
 from asrkit.data.text.tokenizer import Tokenizer
+from asrkit.devices import send
 from asrkit.errors import clip
 from asrkit.frames import count_encoder_frames
 
@@ -28,7 +30,7 @@ class Batch:
     symbols: (B, U) int64 padded with 0, symbol_lens: (B,); empty when no tokenizer was given.
     clean: (B, T, 80), the features without what changed their sound and not their timing; empty when not asked for.
     durations: seconds of audio, as perturbed. segments: what ``TrainBatches.annotate`` made, by name.
-    encoder_frames: of each utterance, plain numbers, so that nothing waits for the device to know them.
+    encoder_frames, symbol_counts: of each utterance, plain numbers, so that nothing waits for the device to know them.
     left_out: the cuts that could not be read, which others stand in for, and why.
     """
 
@@ -43,12 +45,16 @@ class Batch:
     clean: Tensor = field(default_factory=lambda: torch.zeros(0))
     segments: dict[str, Segments] = field(default_factory=dict)
     encoder_frames: list[int] = field(default_factory=list)
+    symbol_counts: list[int] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.encoder_frames:
+        # Anew as long as they are known here, because a copy of the batch may have other lengths.
+        if self.feature_lens.device.type == "cpu" or not self.encoder_frames:
             frames = [count_encoder_frames(length) for length in self.feature_lens.tolist()]
             object.__setattr__(self, "encoder_frames", frames)
+        if self.symbol_lens.device.type == "cpu" or not self.symbol_counts:
+            object.__setattr__(self, "symbol_counts", self.symbol_lens.tolist())
 
     @property
     def num_encoder_frames(self) -> int:
@@ -64,7 +70,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
         names = ("features", "feature_lens", "symbols", "symbol_lens", "clean")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved: dict[str, Any] = {name: send(getattr(self, name), device) for name in names}
         return replace(self, **moved, segments={name: segments.to(device) for name, segments in self.segments.items()})
 
 

@@ -20,6 +20,7 @@ from asrkit.data.bucketing import BucketPlan
 from asrkit.data.cut_table import CutTable
 from asrkit.data.spans import drawn_distractors, hidden_frames
 from asrkit.data.train_batches import AudioBatches, AudioConfig
+from asrkit.devices import send
 from asrkit.frames import count_encoder_frames
 
 
@@ -64,8 +65,7 @@ class MaskedBatch(Batch):
         """The same batch with its tensors on ``device``."""
         moved = super().to(device)
         assert isinstance(moved, MaskedBatch)
-        hidden, distractors = (tensor.to(device, non_blocking=True) for tensor in (self.hidden, self.distractors))
-        return replace(moved, hidden=hidden, distractors=distractors)
+        return replace(moved, hidden=send(self.hidden, device), distractors=send(self.distractors, device))
 
 
 def masked(batch: Batch, settings: MaskConfig, random: np.random.Generator) -> MaskedBatch:

@@ -21,6 +21,7 @@ from asrkit.data.text.normalization import split_of
 from asrkit.data.text.phones import phones_of
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.data.text.units import Inventory, LmUnit
+from asrkit.devices import send
 from asrkit.errors import UserError
 
 MAX_FINDINGS = 20  # unusable lines that an error names
@@ -164,7 +165,7 @@ class SequenceBatch:
 
     def to(self, device: torch.device) -> SequenceBatch:
         """The same batch with its tensors on ``device``."""
-        return replace(self, symbols=self.symbols.to(device), symbol_lens=self.symbol_lens.to(device))
+        return replace(self, symbols=send(self.symbols, device), symbol_lens=send(self.symbol_lens, device))
 
 
 class SequenceTable:

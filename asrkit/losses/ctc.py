@@ -5,6 +5,7 @@ Shapes: B batch, T frames, U symbols, V vocabulary with blank 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,18 +15,30 @@ from torch import Tensor
 from asrkit.losses.transducer import BLANK, full_precision, row_blocks
 
 
-def ctc_loss(logits: Tensor, symbols: Tensor, lens: Tensor, symbol_lens: Tensor) -> Tensor:
+def ctc_loss(
+    logits: Tensor,
+    symbols: Tensor,
+    lens: Tensor,
+    symbol_lens: Tensor,
+    counts: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> Tensor:
     """Return the loss of each utterance, (B,) float32 (float64 for such logits); 0 for one without an alignment.
 
     logits (B, T, V); symbols int64 (B, U), padded with any valid id; lens and symbol_lens int64 (B,). torch's own loss is computed on
     the log-probabilities of an utterance's own symbols and of blank, which are all it depends on.
+
+    Args:
+        counts: lens and symbol_lens as plain numbers, which torch needs: without them, it waits for the device to read them.
     """
-    return _CtcLoss.apply(logits, symbols, lens, symbol_lens)  # type: ignore[no-any-return]
+    counts = counts or (lens.tolist(), symbol_lens.tolist())
+    return _CtcLoss.apply(logits, symbols, lens, *counts)  # type: ignore[no-any-return]
 
 
 class _CtcLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, symbols: Tensor, lens: Tensor, symbol_lens: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, symbols: Tensor, lens: Tensor, frames: Sequence[int], symbol_counts: Sequence[int]
+    ) -> Tensor:
         rows = logits.flatten(0, 1)
         norm = torch.cat([full_precision(rows[block]).logsumexp(1) for block in row_blocks(rows)]).view(
             logits.shape[:2]
@@ -39,7 +52,8 @@ class _CtcLoss(torch.autograd.Function):
         targets = torch.where(same, positions, columns.shape[1]).amin(2)[:, 1:]
         with torch.enable_grad():
             leaf = log_probs.requires_grad_()
-            losses = F.ctc_loss(leaf.transpose(0, 1), targets, lens, symbol_lens, reduction="none", zero_infinity=True)
+            lengths: tuple[Any, Any] = frames, symbol_counts  # torch takes plain numbers, and does not say so
+            losses = F.ctc_loss(leaf.transpose(0, 1), targets, *lengths, reduction="none", zero_infinity=True)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         # torch returns exp(log_prob) - posterior, which is right before a log-softmax only.
         inside = torch.arange(logits.shape[1], device=lens.device) < lens.unsqueeze(1)
@@ -61,4 +75,4 @@ class _CtcLoss(torch.autograd.Function):
             part.exp_().mul_(scale[block]).scatter_add_(1, index[block], shares[block])
             if not own:
                 result[block] = part
-        return result.view(logits.shape), None, None, None
+        return result.view(logits.shape), None, None, None, None

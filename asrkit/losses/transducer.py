@@ -11,7 +11,7 @@ lattice is the same with S = U + 1 and starts 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from asrkit.errors import UserError
 from asrkit.extras import available, require
+from asrkit.losses.lattice import Topology, sum_lattice
 
 Backend = Literal["auto", "k2", "torch"]
-Topology = Literal["regular", "modified"]
 Joiner = Callable[[Tensor, Tensor], Tensor]
 
 BLANK = 0
@@ -54,18 +54,19 @@ def transducer_loss(
     am_scale: float = 0.0,
     backend: Backend = "auto",
     topology: Topology = "regular",
+    least_range: int | None = None,
 ) -> TransducerLoss:
     """Return the simple and the pruned loss of each utterance, both (B,), float32 (float64 for such inputs).
 
     encoder (B, T, J) and predictor (B, U + 1, J) are already projected to the joiner; joiner maps two
     (B, T, S, J) to logits (B, T, S, V) and may run under autocast. encoder_logits (B, T, V) and
     predictor_logits (B, U + 1, V) are for the simple loss. symbols int64 (B, U), padded with any valid id;
-    encoder_out_lens (at least 1) and symbol_lens int64 (B,).
+    encoder_out_lens (at least 1) and symbol_lens int64 (B,). least_range: see ``prune_ranges``.
     """
     simple, px_grad, py_grad = simple_loss(
         encoder_logits, predictor_logits, symbols, encoder_out_lens, symbol_lens, lm_scale, am_scale, backend, topology
     )
-    ranges = prune_ranges(px_grad, py_grad, encoder_out_lens, symbol_lens, prune_range, backend, topology)
+    ranges = prune_ranges(px_grad, py_grad, encoder_out_lens, symbol_lens, prune_range, backend, topology, least_range)
     logits = joiner(*gather_pruned(encoder, predictor, ranges))
     pruned = pruned_loss(logits, symbols, ranges, encoder_out_lens, symbol_lens, backend, topology)
     return TransducerLoss(simple, pruned, ranges, logits)
@@ -79,6 +80,18 @@ def fits(topology: Topology, encoder_out_lens: Tensor, symbol_lens: Tensor) -> T
     if topology == "regular":
         return encoder_out_lens >= 1
     return (encoder_out_lens >= symbol_lens) & (encoder_out_lens >= 1)
+
+
+def range_needed(frames: Sequence[int], symbol_counts: Sequence[int], topology: Topology) -> int:
+    """The smallest prune range with which every utterance that has an alignment gets to its last symbol in its last frame.
+
+    Args:
+        frames, symbol_counts: of each utterance.
+    """
+    if topology == "modified":
+        return 2  # a frame moves on by one symbol at most
+    pairs = zip(frames, symbol_counts, strict=True)
+    return 1 + max((math.ceil(symbols / count) for count, symbols in pairs if count), default=1)
 
 
 def warm_up_scales(
@@ -148,24 +161,26 @@ def prune_ranges(
     prune_range: int,
     backend: Backend = "auto",
     topology: Topology = "regular",
+    least_range: int | None = None,
 ) -> Tensor:
     """Return the symbol positions to keep in each frame, int64 (B, T, S), consecutive along S.
 
     px_grad (B, U, T) and py_grad (B, U + 1, T) are the arc posteriors of the simple loss. The first position
     maximizes the retained probability (equation 8), then is made non-decreasing, to step by less than S (by at
     most 1 in the modified topology), to start at 0 and to reach the last symbol in the last frame. S is
-    prune_range, raised where an utterance needs longer steps to get there, and at most U + 1.
+    prune_range, raised to least_range, with which every utterance gets there, and at most U + 1.
+
+    Args:
+        least_range: of ``range_needed``; None computes it, which waits for the device.
 
     Raises: UserError when prune_range is below 2, with which no symbol could be emitted.
     """
     if prune_range < 2:
         raise UserError(f"prune_range {prune_range} keeps no symbol arc; give 2 or more (5 is usual)")
     num_symbols, num_frames = px_grad.shape[1:]
-    if topology == "regular":
-        needed = torch.ceil(symbol_lens / encoder_out_lens.clamp(min=1)) + 1
-    else:
-        needed = symbol_lens - encoder_out_lens + 2
-    width = min(max(prune_range, int(needed.max())), num_symbols + 1)
+    if least_range is None:
+        least_range = range_needed(encoder_out_lens.tolist(), symbol_lens.tolist(), topology)
+    width = min(max(prune_range, least_range), num_symbols + 1)
     longest_step = width - 1 if topology == "regular" else 1
     if _use_k2(backend, num_frames, num_symbols):
         k2 = _k2()
@@ -350,7 +365,7 @@ class _LatticeSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, px: Tensor, py: Tensor, *lattice: Any) -> tuple[Tensor, Tensor, Tensor]:
-        log_prob, px_post, py_post = _forward_backward(px, py, *lattice)
+        log_prob, px_post, py_post = sum_lattice(px, py, *lattice)
         ctx.save_for_backward(px_post, py_post)
         ctx.mark_non_differentiable(px_post, py_post)
         return log_prob, px_post, py_post
@@ -360,95 +375,6 @@ class _LatticeSum(torch.autograd.Function):
         px_post, py_post = ctx.saved_tensors
         grad = grad.view(-1, 1, 1)
         return px_post * grad, py_post * grad, None, None, None, None, None
-
-
-# long: both directions share a dozen views of the same two tensors, which is what makes it fast
-def _forward_backward(
-    px: Tensor,
-    py: Tensor,
-    starts: Tensor,
-    num_symbols: int,
-    encoder_out_lens: Tensor,
-    symbol_lens: Tensor,
-    topology: Topology,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-probability (B,) of all paths, and the posteriors of the arcs px and py (B, T, S).
-
-    starts (B, T), or (1, 1) for a full lattice, is each frame's first position, non-decreasing.
-    The lattice is walked by anti-diagonals t + u = step, T + U of them. A diagonal has at most S kept nodes,
-    at consecutive u, so node (t, u) has slot u mod S of its step to itself: a blank arc keeps the slot, a
-    symbol arc goes to the next one, circularly. In the modified topology every arc leads to the next frame, so
-    the steps are the frames, and the slots are the same.
-    """
-    batch, num_frames, width = px.shape
-    regular = topology == "regular"
-    num_steps = num_frames + 1 + (num_symbols if regular else 0)
-    b = torch.arange(batch, device=px.device).view(-1, 1, 1)
-    t = torch.arange(num_frames, device=px.device).view(1, -1, 1)
-    u = starts.unsqueeze(2) + torch.arange(width, device=px.device)
-    frames, last_u = encoder_out_lens.view(-1, 1, 1), symbol_lens.view(-1, 1, 1)
-
-    # arcs inside the utterance that lead to a kept node, and the last blank
-    next_starts = F.pad(starts[:, 1:], (0, 1)).unsqueeze(2)
-    has_px = (t < frames) & (u < last_u)
-    if regular:
-        has_px[:, :, -1] = False
-    else:
-        reached = (u + 1 >= next_starts) & (u + 1 < next_starts + width)
-        has_px &= torch.where(t < frames - 1, reached, u + 1 == last_u)
-    has_py = ((t < frames - 1) & (u <= last_u) & (u >= next_starts)) | ((t == frames - 1) & (u == last_u))
-
-    # arcs stand in cells (step, B, S + 1) at the node they reach; column 0 of the symbol arcs is column S
-    columns = width + 1
-    row = batch * columns
-    node_step = t + u if regular else t
-    node = (node_step * row + u.remainder(width) + b * columns).flatten()
-    arcs = px.new_full((2, num_steps, batch, columns), -math.inf)
-    px_cells, py_cells = arcs[0].view(-1)[row + 1 :], arcs[1].view(-1)[row:]
-    px_cells.scatter_(0, node, px.masked_fill(~has_px, -math.inf).flatten())
-    py_cells.scatter_(0, node, py.masked_fill(~has_py, -math.inf).flatten())
-    arcs[0, :, :, 0] = arcs[0, :, :, width]
-    # an utterance that ended waits in its slot for the longest one
-    step = torch.arange(num_steps, device=px.device).view(-1, 1, 1)
-    end_slot = symbol_lens.remainder(width).view(1, -1, 1).expand(num_steps, -1, -1)
-    last_step = encoder_out_lens + symbol_lens if regular else encoder_out_lens
-    waiting = step > last_step.view(1, -1, 1)
-    arcs[1].scatter_(2, end_slot, arcs[1].gather(2, end_slot).masked_fill(waiting, 0.0))
-
-    # forward: column 0 of the sums is column S, so "the slot before" and "the same slot" are views of one row
-    sums = px.new_full((num_steps, batch, columns), -math.inf)
-    sums[0, :, 1] = 0.0
-    sums[0, :, 0] = sums[0, :, width]
-    pairs = arcs[..., :width].unbind(1)
-    sources = sums.as_strided((num_steps, 2, batch, width), (row, 1, columns, 1)).unbind(0)
-    targets, firsts, lasts = sums[..., 1:].unbind(0), sums[..., 0].unbind(0), sums[..., width].unbind(0)
-    by_symbol, by_blank = arcs[0, ..., :width].unbind(0), arcs[1, ..., :width].unbind(0)
-    for k in range(1, num_steps):
-        pairs[k].add_(sources[k - 1])
-        torch.logaddexp(by_symbol[k], by_blank[k], out=targets[k])
-        firsts[k].copy_(lasts[k])
-    total = targets[-1].gather(1, end_slot[0]).squeeze(1)
-
-    # backward: a node's posterior is shared out over the two arcs that reach it; the shares sum to 1 whatever
-    # the rounding of long sums, as exp(alpha + arc + beta - total) would not; nan: no path reaches a node
-    odds = arcs[0] - arcs[1]
-    torch.sigmoid(odds, out=arcs[0])
-    torch.sigmoid(odds.neg_(), out=arcs[1])
-    arcs.nan_to_num_(0.0)
-    possible = (total > -math.inf).to(px.dtype).unsqueeze(1)
-    posterior = torch.zeros_like(targets[-1]).scatter_(1, end_slot[0], possible)
-    symbols = arcs[0]
-    next_symbol, firsts, lasts = (
-        symbols[..., 1:].unbind(0),
-        symbols[..., 0].unbind(0),
-        symbols[..., -1].unbind(0),
-    )
-    for k in range(num_steps - 1, 0, -1):
-        pairs[k].mul_(posterior)
-        lasts[k].copy_(firsts[k])
-        torch.add(by_blank[k], next_symbol[k], out=posterior)
-    px_post, py_post = px_cells.gather(0, node).view_as(px), py_cells.gather(0, node).view_as(py)
-    return total, px_post, py_post.masked_fill_(~has_py, 0.0)  # not those of waiting
 
 
 def _running_min_from_the_right(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from asrkit.frames import RECEPTIVE_FIELD
 from asrkit.models.spec import EncoderSpec, FeatureSpec, SubModelSpec
@@ -166,6 +167,7 @@ class Encoder(nn.Module):
         submodels: Sequence[str] = (),
         context: Context = FULL,
         gates: Tensor | None = None,
+        multiple: int | None = None,
     ) -> Tensor:
         """What ``embed`` gave, (B, T', D), (B,), through every block: (B, T', D).
 
@@ -173,9 +175,16 @@ class Encoder(nn.Module):
             submodels: names of the active ones, in the order they are added.
             gates: (layers, B or 1) on the CPU, factors of what sub-models add in a layer (attention dropout); a layer
                 whose factors are all 0 does not compute them.
+            multiple: T' is padded to a multiple of it on the way, which changes no frame. None: to one of 8 where a GPU computes
+                sub-models, as its fast attention asks of a mask's rows.
         """
-        if x.shape[1] == 0:
+        num_frames = x.shape[1]
+        if num_frames == 0:
             return x
+        if multiple is None:
+            multiple = 8 if submodels and x.device.type != "cpu" else 1
+        if multiple > 1:
+            x = F.pad(x, (0, 0, 0, -num_frames % multiple))
         frames = torch.arange(x.shape[1], device=x.device)
         valid = frames < lens.unsqueeze(1)
         seen = {name: self._seen(name, frames[None], frames[None], valid, context) for name in submodels}
@@ -183,7 +192,7 @@ class Encoder(nn.Module):
         start = x.new_zeros(len(x), self.kernel_size // 2, self.dim) if context.streaming else None
         conv = [start] * len(self.blocks)
         x, _, _ = self._run_blocks(self.dropout(x), valid, submodels, seen, conv, None, gates)
-        return x
+        return x if multiple == 1 else x[:, :num_frames]
 
     def streaming_step(
         self,

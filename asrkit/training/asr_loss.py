@@ -22,6 +22,7 @@ from asrkit.losses.transducer import (
     TransducerLoss,
     fits,
     gather_pruned,
+    range_needed,
     transducer_loss,
     warm_up_scales,
 )
@@ -174,6 +175,7 @@ def forward_losses(
             am_scale=settings.am_scale,
             backend=settings.backend,
             topology=settings.topology,
+            least_range=range_needed(batch.encoder_frames, batch.symbol_counts, settings.topology),
         )
         simple, pruned = (
             torch.where(possible, part, torch.zeros_like(part)) for part in (transducer.simple, transducer.pruned)
@@ -203,7 +205,8 @@ def _ctc_losses(model: AsrModel, batch: Batch, encoder_out: Tensor, encoder_out_
     """CTC loss of each utterance, (B,), 0 if it has no alignment; and whether it has one, (B,) bool."""
     repeats = (batch.symbols[:, 1:] == batch.symbols[:, :-1]) & (batch.symbols[:, 1:] != model.blank)
     possible = encoder_out_lens >= batch.symbol_lens + repeats.sum(1)
-    losses = ctc_loss(model.ctc_head(encoder_out), batch.symbols, encoder_out_lens, batch.symbol_lens)
+    counts = batch.encoder_frames, batch.symbol_counts
+    losses = ctc_loss(model.ctc_head(encoder_out), batch.symbols, encoder_out_lens, batch.symbol_lens, counts)
     return losses, possible
 
 

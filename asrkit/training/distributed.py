@@ -116,27 +116,30 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 def sum_gradients(
-    world: World, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients of ``parameters`` summed over all processes; a missing one counts as zeros, and stays missing where no
-    process has one, so that an optimizer does not touch that parameter."""
+    world: World, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], numbers: Sequence[float] = ()
+) -> tuple[list[Tensor | None], list[float]]:
+    """The gradients of ``parameters`` summed over all processes, and ``numbers``.
+
+    A missing gradient counts as zeros, and stays missing where no process has one, so that an optimizer does not touch that
+    parameter. How many processes have each is summed with the numbers, so that the host waits for the others once.
+    """
     if world.size == 1:
-        return list(gradients)
-    owned = all_sum(
-        torch.tensor([gradient is not None for gradient in gradients], dtype=torch.int32, device=world.device)
-    ).tolist()
+        return list(gradients), list(numbers)
+    known = [*numbers, *(float(gradient is not None) for gradient in gradients)]
+    totals = all_sum(torch.tensor(known, dtype=torch.float64, device=world.device)).tolist()
+    totals, owned = totals[: len(numbers)], totals[len(numbers) :]
     filled = [
         (torch.zeros_like(parameter) if gradient is None else gradient) if count else None
         for gradient, parameter, count in zip(gradients, parameters, owned, strict=True)
     ]
     used = [gradient for gradient in filled if gradient is not None]
     if not used:
-        return filled
+        return filled, totals
     flat = torch.cat([gradient.flatten() for gradient in used])
     torch.distributed.all_reduce(flat)
     for gradient, summed in zip(used, flat.split([gradient.numel() for gradient in used]), strict=True):
         gradient.copy_(summed.view_as(gradient))
-    return filled
+    return filled, totals
 
 
 def sum_over_processes(

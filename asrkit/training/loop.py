@@ -14,7 +14,7 @@ import torch
 from asrkit.training.checkpoint import Progress
 from asrkit.training.config import TrainingConfig, autocast
 from asrkit.training.delay import Delay
-from asrkit.training.distributed import World, all_sum, sum_gradients
+from asrkit.training.distributed import World, sum_gradients
 from asrkit.training.step import BatchStream, StepResult, TrainTask, compute_gradients, seed_for, set_training
 from asrkit.training.stopping import Interrupted, watched_signals
 from asrkit.training.update import Publish, Updater
@@ -57,6 +57,7 @@ def train(
                     _before_step(task, updater, stream, own[0], seed)
                 with delay.applied(updater):
                     result = compute_gradients(task, updater.model, stream, own, seed, updater.arithmetic)
+                stream.fetch()
                 # Checked once per step; a later signal waits for the next step, so the run never stops without saving.
                 stop = _sum(world, result, stopping.code, list(updater.model.parameters()))
                 updater.apply(result)
@@ -105,8 +106,7 @@ def _sum(world: World, result: StepResult, stop: int, parameters: list[torch.Ten
     if world.size == 1:
         return stop
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    result.gradients = sum_gradients(world, result.gradients, trained)
     numbers = [result.count, result.audio, float(stop if world.is_main else 0)]
-    totals = all_sum(torch.tensor(numbers, dtype=torch.float64, device=world.device)).tolist()
+    result.gradients, totals = sum_gradients(world, result.gradients, trained, numbers)
     result.count, result.audio = totals[:2]
     return int(totals[2])

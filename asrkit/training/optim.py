@@ -149,25 +149,37 @@ class ScaledAdam(torch.optim.Optimizer):
         denominators = torch._foreach_sqrt(second)
         torch._foreach_add_(denominators, [group["eps"] * math.sqrt(1 - beta2**age) for age in ages])
         steps = torch._foreach_div(first, denominators)
-        moves = []
-        for stack, age, weight, grad, step in zip(stacks, ages, weights, grads, steps, strict=True):
-            bias = math.sqrt(1 - beta2**age) / (1 - beta1**age)
-            rate = group["lr"] * (1.0 if weight.ndim > 2 else 0.1)
-            rms = weight.reshape(len(weight), -1).square().mean(1).sqrt().clamp(group["smallest"], 3.0)
-            move = step.mul_(_beside(rms * (rate * bias), step))
-            if weight.ndim > 2:  # matrices: the scale learns too
-                growth = self._growth(stack, (grad * weight).reshape(len(weight), -1).sum(1), bias, group) * rate
-                move.addcmul_(_beside(growth, weight), weight)
-            moves.append(move)
+        biases = [math.sqrt(1 - beta2**age) / (1 - beta1**age) for age in ages]
+        rates = [group["lr"] * (1.0 if weight.ndim > 2 else 0.1) for weight in weights]
+        squares = torch.cat([weight.reshape(len(weight), -1).square().mean(1) for weight in weights])
+        sizes = list(squares.sqrt_().clamp_(group["smallest"], 3.0).split([len(weight) for weight in weights]))
+        factors = torch._foreach_mul(sizes, [rate * bias for rate, bias in zip(rates, biases, strict=True)])
+        moves = [step.mul_(_beside(factor, step)) for step, factor in zip(steps, factors, strict=True)]
+        matrices = [index for index, weight in enumerate(weights) if weight.ndim > 2]  # of these the scale learns too
+        if matrices:
+            slopes = [(grads[i] * weights[i]).reshape(len(weights[i]), -1).sum(1) for i in matrices]
+            growths = self._growths([stacks[i] for i in matrices], slopes, [biases[i] for i in matrices], group)
+            growths = torch._foreach_mul(growths, [rates[i] for i in matrices])
+            for i, growth in zip(matrices, growths, strict=True):
+                moves[i].addcmul_(_beside(growth, weights[i]), weights[i])
         torch._foreach_sub_(list(chain(*alike.values())), list(chain(*(move.unbind() for move in moves))))
 
-    def _growth(self, stack: _Stack, slopes: Tensor, bias: float, group: dict[str, Any]) -> Tensor:
-        """How much each tensor's scale should shrink, (n,), from the change of the loss when the whole tensor grows, (n,)."""
+    def _growths(
+        self, stacks: list[_Stack], slopes: list[Tensor], biases: list[float], group: dict[str, Any]
+    ) -> list[Tensor]:
+        """How much the scale of each tensor of each stack should shrink, (n,), from the change of the loss when the whole tensor
+        grows, (n,)."""
         beta1, beta2 = group["betas"]
-        stack.scale_avg.mul_(beta1).add_(slopes, alpha=1 - beta1)
-        stack.scale_avg_sq.mul_(beta2).addcmul_(slopes, slopes, value=1 - beta2)
-        scale_step = stack.scale_avg * bias / (stack.scale_avg_sq.sqrt() + group["eps"])
-        return scale_step.clamp(-10, 10) * group["scale_rate"]
+        first, second = [stack.scale_avg for stack in stacks], [stack.scale_avg_sq for stack in stacks]
+        torch._foreach_mul_(first, beta1)
+        torch._foreach_add_(first, slopes, alpha=1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, slopes, slopes, 1 - beta2)
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_add_(denominators, group["eps"])
+        steps = torch._foreach_div(torch._foreach_mul(first, biases), denominators)
+        scaled = torch.cat(list(steps)).clamp_(-10, 10).mul_(group["scale_rate"])
+        return list(scaled.split([len(stack.scale_avg) for stack in stacks]))
 
     def _stack(self, weights: list[Tensor]) -> _Stack:
         """The stacked state of tensors of one shape; the state of each tensor is a view of it."""

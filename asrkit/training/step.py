@@ -246,6 +246,8 @@ class Fetched(Protocol):
 class BatchStream:
     """Batches prefetched by loader processes, in the order in which training needs them.
 
+    A GPU gets the next batch while it works: ``fetch``, once a step's work is launched, takes it from the loader and queues its copy.
+
     Args:
         numbers: all numbers that will be requested, in order.
     """
@@ -253,7 +255,7 @@ class BatchStream:
     def __init__(
         self, batches: TrainingBatches, numbers: Sequence[int], num_workers: int, device: torch.device
     ) -> None:
-        self._numbers = iter(numbers)
+        self._numbers, self._left = iter(numbers), len(numbers)
         self._source, self._processes = start_loader(batches, numbers, num_workers)
         self._device = device
         self._ahead: tuple[int, Any, float] | None = None
@@ -263,6 +265,11 @@ class BatchStream:
         batch, waited = self.peek(number)
         self._ahead = None
         return batch, waited
+
+    def fetch(self) -> None:
+        """Get the next batch, if any, onto its way to a GPU; a CPU has nothing else to do meanwhile and takes it when it needs it."""
+        if self._device.type != "cpu" and self._ahead is None and self._left:
+            self._ahead = self._next()
 
     @contextmanager
     def deaths_named(self) -> Iterator[None]:
@@ -281,17 +288,22 @@ class BatchStream:
     def peek(self, number: int) -> tuple[Any, float]:
         """The next batch, without consuming it."""
         if self._ahead is None:
-            began = time.monotonic()
-            try:
-                batch = next(self._source)
-            except UserError as error:  # from a loader process it comes wrapped in that process's traceback
-                raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
-            self._note(batch.left_out)
-            self._ahead = next(self._numbers), batch.to(self._device), time.monotonic() - began
+            self._ahead = self._next()
         expected, batch, waited = self._ahead
         if number != expected:
             raise RuntimeError(f"batch {number} was requested, but {expected} is next")
         return batch, waited
+
+    def _next(self) -> tuple[int, Any, float]:
+        """The next number, its batch on the device, and the seconds spent waiting for it."""
+        began = time.monotonic()
+        try:
+            batch = next(self._source)
+        except UserError as error:  # from a loader process it comes wrapped in that process's traceback
+            raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+        self._note(batch.left_out)
+        self._left -= 1
+        return next(self._numbers), batch.to(self._device), time.monotonic() - began
 
     def _note(self, left_out: Mapping[str, str]) -> None:
         """Name the cuts that could not be read, each once, in whichever process trains on them."""

@@ -8,6 +8,7 @@ from the device and every launch are counted, as either is what makes a GPU wait
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,7 +41,17 @@ FREE = {
     "select",
     "unfold",
 }
-FREE |= {"unsqueeze", "squeeze", "as_strided", "lift_fresh", "chunk", "diagonal", "_unsafe_view"}  # views, no launch
+FREE |= {
+    "unsqueeze",
+    "squeeze",
+    "as_strided",
+    "lift_fresh",
+    "chunk",
+    "diagonal",
+    "_unsafe_view",
+    "_reshape_alias",
+}  # views
+FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # memory; no launch either
 
 
 class DeviceTensor(Tensor):
@@ -93,6 +104,15 @@ class Counts:
 
 
 _counts = Counts()
+_pinned: set[int] = set()  # where page-locked memory lies, from which a copy need not be waited for
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    """``tensor.pin_memory()``, for which torch wants hardware."""
+    pinned = tensor.clone()
+    _pinned.add(pinned.data_ptr())
+    weakref.finalize(pinned, _pinned.discard, pinned.data_ptr())
+    return pinned
 
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -110,7 +130,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if name in ("aten::_to_copy", "aten::copy_"):
         source = args[1] if name == "aten::copy_" else args[0]
-        if isinstance(source, DeviceTensor) != to_device and not kwargs.get("non_blocking"):
+        queued = kwargs.get("non_blocking") and (not to_device or source.data_ptr() in _pinned)
+        if isinstance(source, DeviceTensor) != to_device and source.numel() and not queued:
             _counts.waits[name] += 1
     elif device_leaves:
         guests = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, DeviceTensor) and x.ndim > 0]
@@ -183,6 +204,7 @@ def pretend_gpu() -> Iterator[Counts]:
         asked = torch.is_autocast_enabled
         patch.setattr(torch, "is_autocast_enabled", lambda *kind: GPU.type not in kind and asked(*kind))
         patch.setattr(torch, "tensor", make)
+        patch.setattr(Tensor, "pin_memory", _pin)
         try:
             yield _counts
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asrkit.errors import UserError
+from asrkit.losses import transducer
+from asrkit.losses.lattice import by_diagonals, by_rows
 from asrkit.losses.transducer import (
     Backend,
     Topology,
@@ -20,6 +23,7 @@ from asrkit.losses.transducer import (
     gather_pruned,
     prune_ranges,
     pruned_loss,
+    range_needed,
     simple_loss,
     transducer_loss,
     warm_up_scales,
@@ -27,6 +31,14 @@ from asrkit.losses.transducer import (
 
 VOCAB = 6
 few_examples = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, params=[by_diagonals, by_rows], ids=["by diagonals", "by rows"], scope="module")
+def _each_walk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test here holds for the walk that CPUs take and for the one that GPUs take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transducer, "sum_lattice", request.param)
+        yield
 
 
 class Case:
@@ -300,6 +312,46 @@ def test_an_impossible_symbol_gives_an_infinite_loss_and_no_nan() -> None:
     assert loss.isinf().tolist() == [True, False]
     grad = weighted_grads(loss, case.full_logits)[0]
     assert (grad[0] == 0).all() and grad[1].isfinite().all() and (grad[1] != 0).any()
+
+
+@given(cases(), st.integers(2, 6), st.sampled_from(["regular", "modified"]), st.floats(0.0, 0.3))
+@few_examples
+def test_both_walks_agree_where_arcs_are_impossible(case: Case, width: int, topology: Topology, share: float) -> None:
+    """-inf anywhere; by rows, sums of blanks are subtracted from each other, which must not cost the rest its precision."""
+    ranges = case.ranges(width)
+    wide = torch.arange(case.num_symbols + 1).expand(1, 1, -1)
+    for kept in (ranges, wide):
+        shape = (case.batch, case.frames, kept.shape[2])
+        px, py = (
+            case.normal(*shape)
+            .detach()
+            .sub(3)
+            .masked_fill(case.normal(*shape).ge(0) & (torch.rand(shape) < share), -math.inf)
+            for _ in range(2)
+        )
+        lattice = (px, py, kept[:, :, 0], case.num_symbols, *case.lens, topology)
+        for found, expected in zip(by_rows(*lattice), by_diagonals(*lattice), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_a_number_that_is_none_makes_the_utterance_s_loss_none() -> None:
+    case = Case(5, 2, 6, 4)
+    with torch.no_grad():
+        case.full_logits[0, 2] = math.nan
+    loss = full_loss(case.full_logits, case.symbols, *case.lens, "torch")
+    assert loss.isnan().tolist() == [True, False]
+
+
+@given(cases(), st.sampled_from(["regular", "modified"]))
+@few_examples
+def test_the_range_needed_is_the_smallest_that_reaches_the_end(case: Case, topology: Topology) -> None:
+    """With it, and not with less, each utterance that has an alignment has one within the range."""
+    frames, symbols = (lens.tolist() for lens in case.lens)
+    needed = range_needed(frames, symbols, topology)
+    longest = needed - 1 if topology == "regular" else 1
+    possible = fits(topology, *case.lens).tolist()
+    assert all(longest * t >= u for t, u, fine in zip(frames, symbols, possible, strict=True) if fine)
+    assert needed == 2 or any((longest - 1) * t < u for t, u in zip(frames, symbols, strict=True))
 
 
 def saved_bytes(frames: int, symbols: int, prune_range: int) -> int:

@@ -116,6 +116,28 @@ def test_chunk_by_chunk_is_the_masked_parallel_pass(case: Case, context: Context
     assert_same_frames(pieces, together, together_lens)
 
 
+@some
+@given(
+    cases(), st.one_of(st.just(FULL), contexts), st.lists(st.integers(1, 90), min_size=1, max_size=3), st.integers(2, 9)
+)
+def test_padding_to_a_multiple_changes_no_frame_and_no_gradient(
+    case: Case, context: Context, lens: list[int], multiple: int
+) -> None:
+    """As a GPU pads while it computes attention."""
+    model = case.model()
+    x, lens_after = model.encoder.embed(*case.features(*lens), context)
+    x = x.detach().requires_grad_()
+    results = []
+    for chosen in (1, multiple):
+        y = model.encoder.layers(x, lens_after, case.active, context, multiple=chosen)
+        weights = torch.arange(y.numel()).view(y.shape).cos() * (
+            torch.arange(y.shape[1]) < lens_after.unsqueeze(1)
+        ).unsqueeze(2)
+        gradient = torch.autograd.grad((y * weights).sum(), x)[0] if y.numel() else x
+        results.append((valid(y, lens_after), gradient))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)  # rotations alone are float32
+
+
 COMPRESSIONS: list[dict[str, Any]] = [
     *({"weights": {"bits": bits}} for bits in (8, 4, 2)),
     {"weights": {"bits": 2, "symmetric": False}},
