@@ -15,9 +15,8 @@ from typing import TypeVar
 import numpy as np
 from lhotse.cut import Cut, MonoCut
 
-from asrkit.config import digest
-from asrkit.data.cut_audio import TOLERANCE, CutError, check_sound, files_of, read_samples, stored_features
-from asrkit.data.cut_table import CutTable
+from asrkit.data.cut_audio import TOLERANCE, CutError, check_sound, fingerprint, read_samples, stored_features
+from asrkit.data.cut_table import CutTable, spread
 from asrkit.data.manifests import language_of, open_cuts, text_of
 from asrkit.data.parallel import cores, in_processes, may_fork
 from asrkit.data.remembered import WORTH, recall, remember
@@ -101,7 +100,10 @@ def _spelling(table: CutTable, tokenizer: Tokenizer, jobs: int) -> Found:
     """Texts that the tokenizer cannot spell, or whose tokens are more than the encoder's frames."""
 
     def check(rows: np.ndarray) -> Found:
-        return [(row, finding) for row in rows.tolist() for finding in _check_spelling(table, row, tokenizer)]
+        texts = [table.text_of(row) for row in rows.tolist()]
+        enough = np.array([encoder_frames(float(seconds)) for seconds in table.durations[rows]])
+        suspects = rows[~_plainly_spelled(texts, enough, tokenizer)]
+        return [(row, finding) for row in suspects.tolist() for finding in _check_spelling(table, row, tokenizer)]
 
     def find() -> Found:
         parts = _parts(np.arange(len(table)), PART)
@@ -109,6 +111,13 @@ def _spelling(table: CutTable, tokenizer: Tokenizer, jobs: int) -> Found:
         return [one for part in in_processes(check, parts, own, partial(_named, table)) for one in part]
 
     return _remembered(table, "spelling", [sha256_of(tokenizer.path)], find)
+
+
+def _plainly_spelled(texts: Sequence[str], frames: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """(N,) bool: whether nothing is wrong with a text's spelling, nor with its tokens in so many encoder frames, at a glance."""
+    tokens = tokenizer.encode_all(texts)
+    most = 2 * np.array([len(ids) for ids in tokens])  # frames that any order of so many tokens can take
+    return np.array(tokenizer.spelled(texts, tokens)) & (most <= frames)
 
 
 def _audio(table: CutTable, jobs: int, first: int | None) -> Found:
@@ -122,13 +131,12 @@ def _audio(table: CutTable, jobs: int, first: int | None) -> Found:
         return [one for part in in_processes(check, parts, jobs, partial(_named, table), threads=True) for one in part]
 
     every = np.arange(len(table))
-    key = [_fingerprint(table)] if len(table) >= WORTH and table.digest else []
+    key = [fingerprint(table, spread(len(table), MOST_FILES))] if len(table) >= WORTH and table.digest else []
     if first is None or len(table) <= first:
         return _remembered(table, "audio", key, lambda: find(every))
     if (known := _recall(table, "audio", key)) is not None:
         return known
-    some = every[np.unique(np.linspace(0, len(table) - 1, first).astype(int))]
-    return _remembered(table, "audio", [*key, str(first)], lambda: find(some))
+    return _remembered(table, "audio", [*key, str(first)], lambda: find(spread(len(table), first)))
 
 
 def _parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -139,13 +147,6 @@ def _named(table: CutTable, rows: np.ndarray) -> str:
     """A part of the work, for a message."""
     ends = [clip(table[int(row)].id) for row in rows[[0, -1]]]
     return f"cut {ends[0]}" if len(rows) == 1 else f"cuts {ends[0]} to {ends[1]}"
-
-
-def _fingerprint(table: CutTable) -> str:
-    """A digest of the names, sizes and times of a table's files, at most ``MOST_FILES`` of them, spread evenly: what was found
-    in them holds as long as they do not change."""
-    rows = np.unique(np.linspace(0, len(table) - 1, min(MOST_FILES, len(table))).astype(int))
-    return digest([[*files_of(table[row])] for row in rows.tolist()])
 
 
 def _remembered(table: CutTable, kind: str, key: Sequence[str], find: Callable[[], Found]) -> Found:
