@@ -18,7 +18,7 @@ from lhotse.cut import Cut, MonoCut
 from asrkit.data.cut_audio import TOLERANCE, CutError, check_sound, fingerprint, read_samples, stored_features
 from asrkit.data.cut_table import CutTable, spread
 from asrkit.data.manifests import language_of, open_cuts, text_of
-from asrkit.data.parallel import cores, in_processes, may_fork
+from asrkit.data.parallel import ALONE, Workers, every_core, in_processes
 from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.text.normalization import sentence_key
 from asrkit.data.text.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def find_bad_cuts(
     read_audio: bool = False,
     languages: Sequence[str] = (),
     least: int = 1,
-    jobs: int = 1,
+    workers: Workers = ALONE,
     first: int | None = None,
 ) -> list[Finding]:
     """Every reason why a cut of ``cuts`` cannot be trained on, in their order. What was found in a large manifest is remembered.
@@ -66,7 +66,7 @@ def find_bad_cuts(
             finite, of another rate than the manifest says.
         languages: those the model takes as an input; with them, each cut must have one of them.
         least: encoder frames that a cut must have.
-        jobs: processes that read and tokenize; one reads audio in a few more threads than there are cores.
+        workers: who reads and tokenizes; one process reads audio in a few more threads than there are cores.
         first: read the audio of at most so many cuts, spread evenly, unless that of all was read before.
     """
     table = cuts if isinstance(cuts, CutTable) else CutTable(cuts)
@@ -76,10 +76,10 @@ def find_bad_cuts(
         for finding in _check_manifest(table[row], languages, least)
     ]
     if tokenizer is not None:
-        found += _spelling(table, tokenizer, jobs)
+        found += _spelling(table, tokenizer, workers)
         found.sort(key=itemgetter(0))
     if read_audio:
-        found += _audio(table, jobs, first)
+        found += _audio(table, workers, first)
     return [finding for _, finding in found]
 
 
@@ -96,7 +96,7 @@ def _not_plainly_fine(table: CutTable, languages: Sequence[str], least: int) -> 
 Found = list[tuple[int, Finding]]  # findings with the rows of their cuts
 
 
-def _spelling(table: CutTable, tokenizer: Tokenizer, jobs: int) -> Found:
+def _spelling(table: CutTable, tokenizer: Tokenizer, workers: Workers) -> Found:
     """Texts that the tokenizer cannot spell, or whose tokens are more than the encoder's frames."""
 
     def check(rows: np.ndarray) -> Found:
@@ -107,7 +107,7 @@ def _spelling(table: CutTable, tokenizer: Tokenizer, jobs: int) -> Found:
 
     def find() -> Found:
         parts = _parts(np.arange(len(table)), PART)
-        own = max(jobs, cores() if len(parts) >= MANY_PARTS and may_fork() else 1)
+        own = every_core() if len(parts) >= MANY_PARTS and not workers.several else workers
         return [one for part in in_processes(check, parts, own, partial(_named, table)) for one in part]
 
     return _remembered(table, "spelling", [sha256_of(tokenizer.path)], find)
@@ -120,7 +120,7 @@ def _plainly_spelled(texts: Sequence[str], frames: np.ndarray, tokenizer: Tokeni
     return np.array(tokenizer.spelled(texts, tokens)) & (most <= frames)
 
 
-def _audio(table: CutTable, jobs: int, first: int | None) -> Found:
+def _audio(table: CutTable, workers: Workers, first: int | None) -> Found:
     """Cuts whose audio, or stored features, cannot be trained on."""
 
     def check(rows: np.ndarray) -> Found:
@@ -128,7 +128,9 @@ def _audio(table: CutTable, jobs: int, first: int | None) -> Found:
 
     def find(rows: np.ndarray) -> Found:
         parts = _parts(rows, AUDIO_PART)
-        return [one for part in in_processes(check, parts, jobs, partial(_named, table), threads=True) for one in part]
+        return [
+            one for part in in_processes(check, parts, workers, partial(_named, table), threads=True) for one in part
+        ]
 
     every = np.arange(len(table))
     key = [fingerprint(table, spread(len(table), MOST_FILES))] if len(table) >= WORTH and table.digest else []
@@ -334,7 +336,7 @@ def _audio_of(cut: Cut) -> tuple[str, float] | None:
 
 
 def decodable_cuts(
-    manifest: Path, languages: Sequence[str] = (), tokenizer: Tokenizer | None = None, jobs: int = 1
+    manifest: Path, languages: Sequence[str] = (), tokenizer: Tokenizer | None = None, workers: Workers = ALONE
 ) -> tuple[CutTable, list[str]]:
     """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others; a cut with an empty text, or
     without a supervision, is decoded too, and every word recognized in it counts as an insertion; a text that the tokenizer
@@ -347,7 +349,7 @@ def decodable_cuts(
         UserError: an unreadable manifest, or a line for each cut that cannot be decoded.
     """
     cuts = open_cuts(manifest, need_text=False)
-    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages, jobs=jobs)
+    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages, workers=workers)
     empty = [finding.cut_id for finding in findings if finding.kind == "text"]
     lines = {
         finding: f"{manifest}: cut {clip(finding.cut_id)}: {finding.kind}: {finding.detail}"

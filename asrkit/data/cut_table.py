@@ -18,8 +18,9 @@ from lhotse.utils import add_durations
 
 from asrkit.data.manifest_schema import without_nulls
 
-
-Row = tuple[float, int, str, bool]  # of a cut: seconds, hash of its id, language of its first supervision, whether it is plain
+Row = tuple[
+    float, int, str, bool
+]  # of a cut: seconds, hash of its id, language of its first supervision, whether it is plain
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def row_of_json(data: Mapping[str, Any]) -> Row | None:
             return None  # perhaps an array or a recording
     duration = data["duration"]
     within = add_durations(data["start"], duration, sampling_rate=recording["sampling_rate"]) <= recording["duration"]
-    spoken = 0 <= supervision["start"] < duration and round(supervision["start"] + supervision["duration"], ndigits=8) > 0
+    spoken = (
+        0 <= supervision["start"] < duration and round(supervision["start"] + supervision["duration"], ndigits=8) > 0
+    )
     return duration, hash_of(data["id"]), supervision.get("language", ""), within and spoken
 
 

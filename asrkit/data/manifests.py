@@ -28,7 +28,7 @@ from asrkit.data.manifest_schema import (
     has_surrogates,
     without_nulls,
 )
-from asrkit.data.parallel import cores, in_processes, may_fork
+from asrkit.data.parallel import ALONE, every_core, in_processes
 from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.shar import FIELDS, attach, members_of, shards_of, tar_of
 from asrkit.disk import atomic_write, sha256_of
@@ -249,8 +249,8 @@ def _check_lines(
         return Columns.of_rows(of_cuts()), findings, good
 
     parts = [range(first, min(first + PART, len(starts))) for first in range(0, len(starts), PART)] or [range(0)]
-    jobs = cores() if len(parts) >= MANY_PARTS and may_fork() else 1
-    checked = list(in_processes(check, parts, jobs, lambda rows: f"{path}:{numbers[rows.start]}"))
+    workers = every_core() if len(parts) >= MANY_PARTS else ALONE
+    checked = list(in_processes(check, parts, workers, lambda rows: f"{path}:{numbers[rows.start]}"))
     findings = [finding for _, wrong, _ in checked for finding in wrong]
     rows = np.array([row for *_, good in checked for row in good], np.int64) if findings else None
     return Columns.joined([columns for columns, *_ in checked]), findings, rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from asrkit.data.cut_table import CutTable, spread
-from asrkit.data.parallel import cores, in_processes, may_fork
+from asrkit.data.parallel import ALONE, every_core, in_processes
 
 PART, MANY_PARTS = 2000, 25  # texts that are looked through at a time; from so many parts on by all cores
 
@@ -21,8 +21,8 @@ def tokenizer_texts(table: CutTable, most: int | None) -> list[str]:
     texts = [table.text_of(row) for row in rows.tolist()]
     known = frozenset("".join(texts))
     parts = [range(begin, min(begin + PART, len(table))) for begin in range(0, len(table), PART)]
-    jobs = cores() if len(parts) >= MANY_PARTS and may_fork() else 1
-    for found in in_processes(partial(_with_new_characters, table, known), parts, jobs):
+    workers = every_core() if len(parts) >= MANY_PARTS else ALONE
+    for found in in_processes(partial(_with_new_characters, table, known), parts, workers):
         for text in found:
             if not known.issuperset(text):
                 known |= set(text)

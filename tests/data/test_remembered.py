@@ -258,11 +258,15 @@ def test_nothing_is_kept_of_a_manifest_that_nobody_has(manifest: Path, monkeypat
     assert len(open_cuts(manifest)) == COUNT
 
 
-def test_a_tokenizer_s_sample_has_every_character(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_s_sample_has_every_character(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = open_cuts(manifest)
     texts = [table.text_of(row) for row in range(COUNT)]
     assert tokenizer_texts(table, None) == tokenizer_texts(table, COUNT) == texts
-    rewrite(manifest, lambda number, cut: cut["supervisions"][0].update(text="alpha ñ" if number in (4, 7) else "alpha"))
+    rewrite(
+        manifest, lambda number, cut: cut["supervisions"][0].update(text="alpha ñ" if number in (4, 7) else "alpha")
+    )
     table = open_cuts(manifest)
     monkeypatch.setattr(tokenizer_texts_module, "PART", 3)
     for parts in (1, 10**9):  # in several processes, and in one
@@ -279,7 +283,9 @@ def test_texts_are_checked_at_a_glance_as_one_by_one(tmp_path: Path) -> None:
     assert tokenizer.spelled([], tokenizer.encode_all([])) == []
 
 
-_VALUES = st.sampled_from([0, 1, 2, 0.5, 1.00003, 2.7, -0.5, "en", "", " ", None, "two words", [0], [0, 1], {}, {"shape": [1]}, []])
+_VALUES = st.sampled_from(
+    [0, 1, 2, 0.5, 1.00003, 2.7, -0.5, "en", "", " ", None, "two words", [0], [0, 1], {}, {"shape": [1]}, []]
+)
 _PATHS = st.sampled_from(
     [
         *(["start"], ["duration"], ["channel"], ["custom"], ["features"], ["type"], ["recording"], ["unknown"]),
@@ -293,10 +299,14 @@ _PATHS = st.sampled_from(
 
 @given(st.lists(st.tuples(_PATHS, _VALUES), max_size=3), st.sampled_from(["en", None]), st.floats(0.1, 4))
 @settings(max_examples=300, deadline=None)
-def test_a_row_of_json_is_that_of_the_cut(changes: list[tuple[list[Any], Any]], language: str | None, end: float) -> None:
+def test_a_row_of_json_is_that_of_the_cut(
+    changes: list[tuple[list[Any], Any]], language: str | None, end: float
+) -> None:
     """What lhotse would refuse has no row of JSON either."""
     samples = round(end * 16000)
-    made = make_cut("a", Path("a"), sampling_rate=16000, num_samples=samples, text="b", language=language, custom={"x": 1})
+    made = make_cut(
+        "a", Path("a"), sampling_rate=16000, num_samples=samples, text="b", language=language, custom={"x": 1}
+    )
     data = without_nulls(made.to_dict())
     assert row_of_json(data) is not None
     for path, value in changes:
