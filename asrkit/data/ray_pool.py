@@ -168,12 +168,12 @@ class RayPool:
             UserError: they die again and again.
         """
         self._deaths += 1
+        self._workers.actors[worker] = self._workers.start()
         if self._deaths > MAX_DEATHS * self.size:
             raise UserError(
                 f"processes of the Ray cluster died {self._deaths} times in a row, most likely because memory ran out, the last at "
                 f"{self._describe(self._parts[part])}; run it again with a lower --jobs"
             )
-        self._workers.actors[worker] = self._workers.start()
         self._send([self._workers.actors[worker]])
         self.give(worker, part)
 
