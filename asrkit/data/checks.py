@@ -117,7 +117,7 @@ def _plainly_spelled(texts: Sequence[str], frames: np.ndarray, tokenizer: Tokeni
     """(N,) bool: whether nothing is wrong with a text's spelling, nor with its tokens in so many encoder frames, at a glance."""
     tokens = tokenizer.encode_all(texts)
     most = 2 * np.array([len(ids) for ids in tokens])  # frames that any order of so many tokens can take
-    return np.array(tokenizer.spelled(texts, tokens)) & (most <= frames)
+    return np.array(tokenizer.spelled(texts, tokens), bool) & (most <= frames)
 
 
 def _audio(table: CutTable, workers: Workers, first: int | None) -> Found:
@@ -366,8 +366,13 @@ def decodable_cuts(
             "them is an insertion"
         )
     if tokenizer is not None:
-        rows = range(len(cuts))
-        problems = [(cuts[row].id, problem) for row in rows if (problem := tokenizer.cannot_spell(cuts.text_of(row)))]
+        texts = [cuts.text_of(row) for row in range(len(cuts))]
+        fine = tokenizer.spelled(texts, tokenizer.encode_all(texts))
+        problems = [
+            (cuts[row].id, problem)
+            for row, text in enumerate(texts)
+            if not fine[row] and (problem := tokenizer.cannot_spell(text))
+        ]
         if problems:
             warnings.append(
                 f"{manifest}: {len(problems)} reference(s) cannot be recognized without an error, the first is that of cut "
