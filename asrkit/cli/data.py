@@ -248,7 +248,7 @@ def check(
         raise typer.Exit(1)
 
 
-def synthesize(
+def synthesize(  # long: a parameter for each option
     lang: Annotated[
         list[str], io(help="Language of each --text or --manifest, in their order. Repeatable.", show_default=False)
     ],

@@ -83,10 +83,7 @@ def evaluate(
     searches = _searches(findings, recognizer, names, beam, domain, calibrate_on is not None or temperature is not None)
     checked = _gather(findings, lambda: _cuts(manifest, recognizer, workers))
     dev = None if calibrate_on is None else _gather(findings, partial(_cuts, calibrate_on, recognizer, workers))
-    if workers.several and recognizer is not None and recognizer.device.type != "cpu":
-        findings += [
-            f"{workers}: several processes decode on the CPU only; add --device cpu, or leave {workers.options} out"
-        ]
+    findings += _cannot_share(workers, recognizer, domain)
     if findings or recognizer is None or checked is None:
         raise UserError.of(list(dict.fromkeys(findings)))
     cuts, warnings = checked
@@ -115,6 +112,18 @@ def evaluate(
         more = {f"hypotheses.{form}": render(transcripts, form) for form in formats}
         evaluations.append(write_evaluation(directories[name], result, done.scored, more))
     return evaluations
+
+
+def _cannot_share(workers: Workers, recognizer: Recognizer | None, domain: Domain) -> list[str]:
+    """Why several processes, or those of a cluster, cannot decode."""
+    findings = []
+    if domain.graph is not None and workers.ray_address is not None:
+        findings.append("--ray-address: k2's graphs cannot be sent to other machines; use --jobs with --graph")
+    if workers.several and recognizer is not None and recognizer.device.type != "cpu":
+        findings.append(
+            f"{workers}: several processes decode on the CPU only; add --device cpu, or leave {workers.options} out"
+        )
+    return findings
 
 
 def _fitted_here(manifest: Path, digest: str, calibrate_on: Path | None) -> list[str]:

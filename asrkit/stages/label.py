@@ -83,10 +83,7 @@ def label(
         raise UserError(f"--out {out}: the manifest's name must end in .jsonl.gz")
     if len(specs) > 2:
         raise UserError(f"--with: {len(specs)} recognizers; give one, or a second that must agree")
-    if threads is not None and workers.several:
-        raise UserError(f"--threads: each process of {workers} computes with one thread; leave --threads out")
-    if workers.several:
-        threads = 1
+    threads = _threads(threads, workers)
     require("whisper", for_="label (for voice activity detection)")
     cuts = list(open_cuts(manifest, need_text=False))
     unlabeled = [cut for cut in cuts if replace_texts or not text_of(cut).strip()]
@@ -132,6 +129,13 @@ def label(
     result.thresholds = _thresholds(unlabeled, done) if replace_texts else []
     write_cuts(out, written)
     return result
+
+
+def _threads(threads: int | None, workers: Workers) -> int | None:
+    """Those of a recognizer; None for its own choice."""
+    if threads is not None and workers.several:
+        raise UserError(f"--threads: each process of {workers} computes with one thread; leave --threads out")
+    return 1 if workers.several else threads
 
 
 def _check(

@@ -28,6 +28,7 @@ from asrkit.data.corpora.synthesize import synthesize
 from asrkit.data.forks import may_fork
 from asrkit.data.manifests import open_cuts
 from asrkit.data.parallel import Workers, in_processes
+from asrkit.decoding.domain import Domain
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.stages.align import AlignConfig, align
@@ -260,6 +261,8 @@ def test_ray_gives_results_in_order_and_the_first_mistake(tmp_path: Path, ray_wo
 def test_a_cluster_that_is_not_there_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="127.0.0.1:1: no Ray cluster answers there"):
         list(in_processes(abs, [1], Workers(1, "127.0.0.1:1")))
+    with pytest.raises(UserError, match="k2's graphs cannot be sent to other machines; use --jobs with --graph"):
+        evaluate(Path("none"), Path("none"), workers=Workers(1, "auto"), domain=Domain(graph=Path("graph")))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="a Ray cluster: needs Ray, which is not installed"):
         list(in_processes(abs, [1], Workers(1, "auto")))
