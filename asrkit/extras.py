@@ -33,6 +33,9 @@ EXTRAS = {
     "tensorboard": _from_pip("torch.utils.tensorboard", "TensorBoard", "tensorboard"),
     "report": _from_pip("asrkit.reporting.page.render", "jinja2 and matplotlib", "report"),
     "ray": _from_pip("ray", "Ray", "ray"),
+    "remote": _from_pip(
+        "smart_open", "smart_open", "remote", " (object stores: smart_open[s3], smart_open[gcs] and the like too)"
+    ),
 }
 
 

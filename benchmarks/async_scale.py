@@ -28,11 +28,11 @@ import typer
 
 from asrkit.config import from_dict
 from asrkit.data.batch import Batch
+from asrkit.data.ray_session import import_ray, local_ray
 from asrkit.models import SIZES, AsrModel, ModelSpec
 from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.asynchronous.config import AsyncConfig
 from asrkit.training.asynchronous.ray_driver import RayRunning
-from asrkit.training.asynchronous.ray_session import import_ray, local_ray
 from asrkit.training.asynchronous.replica import Replica, arrays
 from asrkit.training.asynchronous.schedule import Schedule, pushes_per_step
 from asrkit.training.asynchronous.server import gathered

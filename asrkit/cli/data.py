@@ -1,4 +1,4 @@
-"""data prompts, import, check and synthesize."""
+"""data prompts, import, fetch, check and synthesize."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asrkit.cli.app import App
-from asrkit.cli.options import Jobs, io, output
+from asrkit.cli.options import Cluster, Jobs, io, output
 from asrkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     group = App(help="Download, import, check and synthesize data.", no_args_is_help=True)
     group.command("prompts")(prompts)
     group.command("import")(import_)
+    group.command("fetch")(fetch)
     group.command("check")(check)
     group.command("synthesize")(synthesize)
     app.add_typer(group, name="data")
@@ -140,7 +141,8 @@ def import_(
     where: Annotated[list[str] | None, io(help="Keep only rows with column=value[,value]. Repeatable.")] = None,
     bad: Annotated[str, io(help="refuse: stop at bad rows; skip: leave them out and list them.")] = "refuse",
     convert: Annotated[bool, io("--convert", help="Write 16 kHz mono FLAC instead of pointing to the files.")] = False,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    ray_address: Cluster = None,
 ) -> None:
     """Make manifests from your own recordings.
 
@@ -154,6 +156,7 @@ def import_(
     channels the first is used; --convert uses their mean.
     """
     from asrkit.data.corpora.importing import Splitting, import_recordings
+    from asrkit.data.parallel import Workers
 
     _one_of("--bad", bad, "refuse", "skip")
     _one_of("--split", split, "auto", "column", "hash", "none")
@@ -177,11 +180,40 @@ def import_(
         where=conditions,
         refuse=bad == "refuse",
         convert=convert,
-        jobs=jobs,
+        workers=Workers(jobs, ray_address),
     )
     _print_splits(made.cuts, out)
     if made.skipped:
         typer.echo(f"skipped {len(made.skipped)} bad rows ({out / 'skipped.txt'})")
+
+
+def fetch(
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="URL of a shard's cuts, or of several: https://HOST/corpus/cuts.{000000..000009}.jsonl.gz."
+        ),
+    ],
+    out: Annotated[Path, io(help="Folder to copy the shards to.", show_default=False)],
+    field: Annotated[
+        list[str] | None,
+        io(help="recording or features: the tar files to copy with the cuts. Repeatable. [default: recording]"),
+    ] = None,
+) -> None:
+    """Copy a Shar directory from a web server or an object store.
+
+    Examples:
+
+        asrkit data fetch "https://example.org/corpus/cuts.{000000..000009}.jsonl.gz" --out data/corpus
+
+        asrkit data fetch "s3://bucket/corpus/cuts.{000000..000009}.jsonl.gz" --out data/corpus
+
+    The folder is then a manifest for all commands. If the command is interrupted, run it again: it copies what is missing.
+    """
+    from asrkit.data.corpora.fetch import fetch_shar
+
+    cuts = fetch_shar(url, out, tuple(field or ["recording"]))
+    typer.echo(f"{out}: {len(cuts)} cuts, {cuts.durations.sum() / 3600:.1f} hours")
 
 
 def check(
@@ -191,7 +223,8 @@ def check(
         list[Path] | None, io(help="Held-out manifest, to check that it shares nothing with them. Repeatable.")
     ] = None,
     audio: Annotated[bool, io(help="Read every recording, or look only at the manifests.")] = True,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    ray_address: Cluster = None,
     json_out: Annotated[Path | None, output("--json", help="Write all findings to this JSON file.")] = None,
 ) -> None:
     """Describe manifests, list cuts that cannot be trained on, and find what training and test data share.
@@ -202,9 +235,11 @@ def check(
 
     Exits with 1 if a cut is unusable, or if a recording is in both sets.
     """
+    from asrkit.data.parallel import Workers
     from asrkit.stages.data_check import check_manifests, describe
 
-    report = check_manifests(manifest, test or [], tokenizer, read_audio=audio, jobs=jobs)
+    with Workers(jobs, ray_address) as workers:
+        report = check_manifests(manifest, test or [], tokenizer, read_audio=audio, workers=workers)
     if json_out is not None:
         report.write(json_out)
     for line in describe(report):
@@ -213,7 +248,7 @@ def check(
         raise typer.Exit(1)
 
 
-def synthesize(
+def synthesize(  # long: a parameter for each option
     lang: Annotated[
         list[str], io(help="Language of each --text or --manifest, in their order. Repeatable.", show_default=False)
     ],
@@ -247,7 +282,8 @@ def synthesize(
         ),
     ] = 0.0,
     seed: Annotated[int, speech(min=0, max=2**63 - 1, help="Seed of voices, speeds and pitches.")] = 0,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    ray_address: Cluster = None,
 ) -> None:
     """Make training speech with espeak-ng or Piper, in many voices, speeds and pitches. Do not test on it.
 
@@ -263,6 +299,7 @@ def synthesize(
     To train on real and synthetic speech: lhotse combine real.jsonl.gz synthetic.jsonl.gz both.jsonl.gz
     """
     from asrkit.data.corpora.synthesize import synthesize as run
+    from asrkit.data.parallel import Workers
 
     files = [*(text or []), *(manifest or [])]
     if len(files) == 1:
@@ -273,19 +310,20 @@ def synthesize(
         raise UserError(
             "--voice: takes a voice file of Piper; add --engine piper, or name espeak-ng's voices with --voices"
         )
-    made = run(
-        list(zip(files, lang, strict=True)),
-        out,
-        minutes=minutes,
-        seed=seed,
-        voices=[voice.strip() for voice in voices.split(",") if voice.strip()],
-        band=band,
-        chains=chains,
-        exclude=exclude or (),
-        piper=(voice or []) if engine == "piper" else None,
-        device=device,
-        jobs=jobs,
-    )
+    with Workers(jobs, ray_address) as workers:
+        made = run(
+            list(zip(files, lang, strict=True)),
+            out,
+            minutes=minutes,
+            seed=seed,
+            voices=[voice.strip() for voice in voices.split(",") if voice.strip()],
+            band=band,
+            chains=chains,
+            exclude=exclude or (),
+            piper=(voice or []) if engine == "piper" else None,
+            device=device,
+            workers=workers,
+        )
     if made is None:
         typer.echo(f"{out}: already complete")
         return

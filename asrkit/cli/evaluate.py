@@ -27,7 +27,7 @@ from asrkit.cli.fusion import (
     Tuned,
     fusion_options,
 )
-from asrkit.cli.options import Jobs, io, output
+from asrkit.cli.options import Cluster, Jobs, io, output
 
 # The methods of asrkit.decoding.search, which would import torch here.
 Method = StrEnum("Method", {"greedy": "greedy", "beam": "beam", "ctc": "ctc", "ctc_beam": "ctc-beam"})
@@ -103,7 +103,8 @@ def evaluate(  # long: a parameter for each option
     max_duration: Annotated[float, decoding(min=1, help="Seconds of audio to decode at once.")] = 200.0,
     device: Device = "auto",
     threads: Threads = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    ray_address: Cluster = None,
     lm: Lm = None,
     lm_scale: LmScale = None,
     lm_rescore: LmRescore = False,
@@ -154,6 +155,7 @@ def evaluate(  # long: a parameter for each option
     test-3f2a9c01-near-chunk16-left64-greedy:
     result.json, alignments.txt, confusions.txt and utterances.jsonl.
     """
+    from asrkit.data.parallel import Workers
     from asrkit.decoding.choice import ContextChoice
     from asrkit.decoding.external.interface import is_external
     from asrkit.decoding.search import METHODS
@@ -187,23 +189,24 @@ def evaluate(  # long: a parameter for each option
             "--format": formats,
         }
         own |= {"--calibrate": calibrate, "--confidence-temperature": confidence_temperature}
-        own |= {"--jobs": jobs if jobs > 1 else None}
+        own |= {"--jobs": None if jobs == 1 else jobs, "--ray-address": ray_address}
         own["--lm, --lodr, --hotwords, --decoding and their options"] = request
         _refuse(run, own)
         evaluations = evaluate_external(str(run), manifest, **shared)
     else:
-        evaluations = run_evaluation(
-            run,
-            manifest,
-            variant=variant,
-            context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
-            jobs=jobs,
-            domain=domain,
-            calibrate_on=calibrate,
-            temperature=confidence_temperature,
-            formats=cast(Any, [form.value for form in formats or ()]),
-            **shared,
-        )
+        with Workers(jobs, ray_address) as workers:
+            evaluations = run_evaluation(
+                run,
+                manifest,
+                variant=variant,
+                context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
+                workers=workers,
+                domain=domain,
+                calibrate_on=calibrate,
+                temperature=confidence_temperature,
+                formats=cast(Any, [form.value for form in formats or ()]),
+                **shared,
+            )
     results = [evaluation.result for evaluation in evaluations]
     for warning in results[0]["warnings"]:
         typer.echo(f"warning: {warning}", err=True)

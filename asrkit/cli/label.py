@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asrkit.cli.options import io
+from asrkit.cli.options import Cluster, Jobs, io
 
 if TYPE_CHECKING:
     from asrkit.stages.label import Labeled
@@ -50,6 +50,8 @@ def label(
     threads: Annotated[
         int | None, recognizing(min=1, help="CPU threads. [default: the recognizer's own choice]")
     ] = None,
+    jobs: Jobs = None,
+    ray_address: Cluster = None,
     min_confidence: Annotated[
         float,
         filtering(min=0, max=1, help="Lowest confidence of a label (geometric mean of its tokens' probabilities)."),
@@ -72,22 +74,25 @@ def label(
     Beside OUT, *.dropped.tsv lists what was left out and why. *.texts.jsonl keeps every text: a killed run resumes from it, and
     the same command with other filters recognizes nothing again. Models are never downloaded.
     """
+    from asrkit.data.parallel import Workers
     from asrkit.methods.labeling import Filters
     from asrkit.stages.label import label as run
 
     filters = Filters(min_confidence, max_disagreement, max_rate, max_repeats)
-    made = run(
-        recognizer,
-        manifest,
-        out,
-        language=language,
-        filters=filters,
-        max_seconds=max_seconds,
-        replace_texts=replace_texts,
-        max_duration=max_duration,
-        device=device,
-        threads=threads,
-    )
+    with Workers(jobs, ray_address) as workers:
+        made = run(
+            recognizer,
+            manifest,
+            out,
+            language=language,
+            filters=filters,
+            max_seconds=max_seconds,
+            replace_texts=replace_texts,
+            max_duration=max_duration,
+            device=device,
+            threads=threads,
+            workers=workers,
+        )
     _show(made, out)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from asrkit.cli.options import Config, Device, Jobs, Out, Overrides, Seed, given, io, train_or_stop
+from asrkit.cli.options import Cluster, Config, Device, Jobs, Out, Overrides, Seed, given, io, train_or_stop
 
 LmKind = StrEnum("LmKind", ["lstm", "transformer", "ngram"])
 
@@ -45,7 +45,8 @@ def align(
     ] = None,
     language: Annotated[str | None, alignment(help="Language of supervisions that name none; phones need one.")] = None,
     device: Device = "auto",
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    ray_address: Cluster = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -62,12 +63,16 @@ def align(
     out with --set bad_cuts=skip. A new senone tree is written beside --out.
     """
     from asrkit.config import resolve
+    from asrkit.data.parallel import Workers
     from asrkit.stages.align import AlignConfig
     from asrkit.stages.align import align as run
 
     options = given({"units": unit or None, "phones": phones, "language": language})
     settings = resolve(AlignConfig, config, overrides or (), options=options)
-    done = run(parent, manifest, out, settings, tokenizer=tokenizer, senones=senones, device=device, jobs=jobs)
+    with Workers(jobs, ray_address) as workers:
+        done = run(
+            parent, manifest, out, settings, tokenizer=tokenizer, senones=senones, device=device, workers=workers
+        )
     for finding in done.left_out:
         typer.echo(f"left out: cut {finding.cut_id}: {finding.kind}: {finding.detail}", err=True)
     units = ", ".join(["word", *settings.units])

@@ -26,11 +26,20 @@ MaxDuration = Annotated[float | None, training(help="Seconds of audio per step a
 Device = Annotated[str, training(help="auto, cpu, cuda or cuda:N.")]
 
 Jobs = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
         rich_help_panel="Speed",
-        help="Processes that share the work. The result does not depend on their number.",
+        help="Processes that share the work. The result does not depend on their number. [default: 1; with --ray-address all of its processors]",
+        show_default=False,
+    ),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        rich_help_panel="Speed",
+        help="Let the processes run on a Ray cluster, HOST:PORT or auto, or by a Ray on this machine: local.",
     ),
 ]
 

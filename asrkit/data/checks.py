@@ -15,11 +15,10 @@ from typing import TypeVar
 import numpy as np
 from lhotse.cut import Cut, MonoCut
 
-from asrkit.config import digest
-from asrkit.data.cut_audio import TOLERANCE, CutError, check_sound, files_of, read_samples, stored_features
-from asrkit.data.cut_table import CutTable
+from asrkit.data.cut_audio import TOLERANCE, CutError, check_sound, fingerprint, read_samples, stored_features
+from asrkit.data.cut_table import CutTable, spread
 from asrkit.data.manifests import language_of, open_cuts, text_of
-from asrkit.data.parallel import cores, in_processes, may_fork
+from asrkit.data.parallel import ALONE, Workers, every_core, in_processes
 from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.text.normalization import sentence_key
 from asrkit.data.text.tokenizer import Tokenizer
@@ -56,7 +55,7 @@ def find_bad_cuts(
     read_audio: bool = False,
     languages: Sequence[str] = (),
     least: int = 1,
-    jobs: int = 1,
+    workers: Workers = ALONE,
     first: int | None = None,
 ) -> list[Finding]:
     """Every reason why a cut of ``cuts`` cannot be trained on, in their order. What was found in a large manifest is remembered.
@@ -67,7 +66,7 @@ def find_bad_cuts(
             finite, of another rate than the manifest says.
         languages: those the model takes as an input; with them, each cut must have one of them.
         least: encoder frames that a cut must have.
-        jobs: processes that read and tokenize; one reads audio in a few more threads than there are cores.
+        workers: who reads and tokenizes; one process reads audio in a few more threads than there are cores.
         first: read the audio of at most so many cuts, spread evenly, unless that of all was read before.
     """
     table = cuts if isinstance(cuts, CutTable) else CutTable(cuts)
@@ -77,10 +76,10 @@ def find_bad_cuts(
         for finding in _check_manifest(table[row], languages, least)
     ]
     if tokenizer is not None:
-        found += _spelling(table, tokenizer, jobs)
+        found += _spelling(table, tokenizer, workers)
         found.sort(key=itemgetter(0))
     if read_audio:
-        found += _audio(table, jobs, first)
+        found += _audio(table, workers, first)
     return [finding for _, finding in found]
 
 
@@ -97,21 +96,31 @@ def _not_plainly_fine(table: CutTable, languages: Sequence[str], least: int) -> 
 Found = list[tuple[int, Finding]]  # findings with the rows of their cuts
 
 
-def _spelling(table: CutTable, tokenizer: Tokenizer, jobs: int) -> Found:
+def _spelling(table: CutTable, tokenizer: Tokenizer, workers: Workers) -> Found:
     """Texts that the tokenizer cannot spell, or whose tokens are more than the encoder's frames."""
 
     def check(rows: np.ndarray) -> Found:
-        return [(row, finding) for row in rows.tolist() for finding in _check_spelling(table, row, tokenizer)]
+        texts = [table.text_of(row) for row in rows.tolist()]
+        enough = np.array([encoder_frames(float(seconds)) for seconds in table.durations[rows]])
+        suspects = rows[~_plainly_spelled(texts, enough, tokenizer)]
+        return [(row, finding) for row in suspects.tolist() for finding in _check_spelling(table, row, tokenizer)]
 
     def find() -> Found:
         parts = _parts(np.arange(len(table)), PART)
-        own = max(jobs, cores() if len(parts) >= MANY_PARTS and may_fork() else 1)
+        own = every_core() if len(parts) >= MANY_PARTS and not workers.several else workers
         return [one for part in in_processes(check, parts, own, partial(_named, table)) for one in part]
 
     return _remembered(table, "spelling", [sha256_of(tokenizer.path)], find)
 
 
-def _audio(table: CutTable, jobs: int, first: int | None) -> Found:
+def _plainly_spelled(texts: Sequence[str], frames: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """(N,) bool: whether nothing is wrong with a text's spelling, nor with its tokens in so many encoder frames, at a glance."""
+    tokens = tokenizer.encode_all(texts)
+    most = 2 * np.array([len(ids) for ids in tokens])  # frames that any order of so many tokens can take
+    return np.array(tokenizer.spelled(texts, tokens), bool) & (most <= frames)
+
+
+def _audio(table: CutTable, workers: Workers, first: int | None) -> Found:
     """Cuts whose audio, or stored features, cannot be trained on."""
 
     def check(rows: np.ndarray) -> Found:
@@ -119,16 +128,17 @@ def _audio(table: CutTable, jobs: int, first: int | None) -> Found:
 
     def find(rows: np.ndarray) -> Found:
         parts = _parts(rows, AUDIO_PART)
-        return [one for part in in_processes(check, parts, jobs, partial(_named, table), threads=True) for one in part]
+        return [
+            one for part in in_processes(check, parts, workers, partial(_named, table), threads=True) for one in part
+        ]
 
     every = np.arange(len(table))
-    key = [_fingerprint(table)] if len(table) >= WORTH and table.digest else []
+    key = [fingerprint(table, spread(len(table), MOST_FILES))] if len(table) >= WORTH and table.digest else []
     if first is None or len(table) <= first:
         return _remembered(table, "audio", key, lambda: find(every))
     if (known := _recall(table, "audio", key)) is not None:
         return known
-    some = every[np.unique(np.linspace(0, len(table) - 1, first).astype(int))]
-    return _remembered(table, "audio", [*key, str(first)], lambda: find(some))
+    return _remembered(table, "audio", [*key, str(first)], lambda: find(spread(len(table), first)))
 
 
 def _parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -139,13 +149,6 @@ def _named(table: CutTable, rows: np.ndarray) -> str:
     """A part of the work, for a message."""
     ends = [clip(table[int(row)].id) for row in rows[[0, -1]]]
     return f"cut {ends[0]}" if len(rows) == 1 else f"cuts {ends[0]} to {ends[1]}"
-
-
-def _fingerprint(table: CutTable) -> str:
-    """A digest of the names, sizes and times of a table's files, at most ``MOST_FILES`` of them, spread evenly: what was found
-    in them holds as long as they do not change."""
-    rows = np.unique(np.linspace(0, len(table) - 1, min(MOST_FILES, len(table))).astype(int))
-    return digest([[*files_of(table[row])] for row in rows.tolist()])
 
 
 def _remembered(table: CutTable, kind: str, key: Sequence[str], find: Callable[[], Found]) -> Found:
@@ -333,7 +336,7 @@ def _audio_of(cut: Cut) -> tuple[str, float] | None:
 
 
 def decodable_cuts(
-    manifest: Path, languages: Sequence[str] = (), tokenizer: Tokenizer | None = None, jobs: int = 1
+    manifest: Path, languages: Sequence[str] = (), tokenizer: Tokenizer | None = None, workers: Workers = ALONE
 ) -> tuple[CutTable, list[str]]:
     """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others; a cut with an empty text, or
     without a supervision, is decoded too, and every word recognized in it counts as an insertion; a text that the tokenizer
@@ -346,7 +349,7 @@ def decodable_cuts(
         UserError: an unreadable manifest, or a line for each cut that cannot be decoded.
     """
     cuts = open_cuts(manifest, need_text=False)
-    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages, jobs=jobs)
+    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages, workers=workers)
     empty = [finding.cut_id for finding in findings if finding.kind == "text"]
     lines = {
         finding: f"{manifest}: cut {clip(finding.cut_id)}: {finding.kind}: {finding.detail}"
@@ -363,8 +366,13 @@ def decodable_cuts(
             "them is an insertion"
         )
     if tokenizer is not None:
-        rows = range(len(cuts))
-        problems = [(cuts[row].id, problem) for row in rows if (problem := tokenizer.cannot_spell(cuts.text_of(row)))]
+        texts = [cuts.text_of(row) for row in range(len(cuts))]
+        fine = tokenizer.spelled(texts, tokenizer.encode_all(texts))
+        problems = [
+            (cuts[row].id, problem)
+            for row, text in enumerate(texts)
+            if not fine[row] and (problem := tokenizer.cannot_spell(text))
+        ]
         if problems:
             warnings.append(
                 f"{manifest}: {len(problems)} reference(s) cannot be recognized without an error, the first is that of cut "

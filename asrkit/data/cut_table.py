@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -14,8 +14,13 @@ import numpy as np
 from lhotse import SupervisionSegment
 from lhotse.cut import Cut, MonoCut
 from lhotse.serialization import deserialize_item
+from lhotse.utils import add_durations
 
 from asrkit.data.manifest_schema import without_nulls
+
+Row = tuple[
+    float, int, str, bool
+]  # of a cut: seconds, hash of its id, language of its first supervision, whether it is plain
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,17 @@ class Columns:
     @classmethod
     def of(cls, cuts: Iterable[Cut]) -> Columns:
         """Those of cuts, each of which has a supervision."""
-        names: dict[str, int] = {}
-        rows = [
-            (cut.duration, hash_of(cut.id), names.setdefault(cut.supervisions[0].language or "", len(names)), _is_plain(cut))
-            for cut in cuts
-        ]  # fmt: skip
-        durations, hashes, languages, plain = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return cls.of_rows(map(row_of, cuts))
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[Row]) -> Columns:
+        """Those of cuts, from what ``row_of`` or ``row_of_json`` says of each."""
+        durations, hashes, languages, plain = zip(*listed, strict=True) if (listed := list(rows)) else ((), (), (), ())
+        names = {name: number for number, name in enumerate(dict.fromkeys(languages))}
         return cls(
             np.array(durations, dtype=np.float64),
             np.array(hashes, dtype=np.uint64),
-            np.array(languages, dtype=np.int32),
+            np.array([names[name] for name in languages], dtype=np.int32),
             np.array(plain, dtype=bool),
             tuple(names),
         )
@@ -75,6 +81,11 @@ def hash_of(cut_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(cut_id.encode(), digest_size=8).digest(), "little")
 
 
+def row_of(cut: Cut) -> Row:
+    """What ``Columns`` know of a cut that has a supervision."""
+    return cut.duration, hash_of(cut.id), cut.supervisions[0].language or "", _is_plain(cut)
+
+
 def _is_plain(cut: Cut) -> bool:
     if not isinstance(cut, MonoCut) or len(cut.supervisions) != 1:
         return False
@@ -82,6 +93,42 @@ def _is_plain(cut: Cut) -> bool:
     within = cut.recording is None or cut.end <= cut.recording.duration
     spoken = 0 <= supervision.start < cut.duration and supervision.end > 0
     return within and spoken and bool((supervision.text or "").strip())
+
+
+# All that the JSON object of a cut over a part of a recording may have, so that lhotse takes every value as it is.
+_CUT_KEYS = {"id", "type", "start", "duration", "channel", "supervisions", "recording", "custom"}
+_RECORDING_KEYS = {"id", "sources", "sampling_rate", "num_samples", "duration", "channel_ids"}
+_SOURCE_KEYS = {"type", "channels", "source"}
+_SUPERVISION_KEYS = {
+    *("id", "recording_id", "start", "duration", "channel", "text", "language", "speaker", "gender", "custom"),
+}
+
+
+def row_of_json(data: Mapping[str, Any]) -> Row | None:
+    """``row_of`` of a cut's JSON object without the cut, which takes three times as long; None where that has to be made.
+
+    Args:
+        data: an object in which ``check_cut`` finds nothing wrong, without nulls.
+    """
+    if data["type"] != "MonoCut" or not data.keys() <= _CUT_KEYS or "recording" not in data:
+        return None
+    recording, supervisions = data["recording"], data.get("supervisions", ())
+    if len(supervisions) != 1 or not recording.keys() <= _RECORDING_KEYS:
+        return None
+    (supervision,) = supervisions
+    if not supervision.keys() <= _SUPERVISION_KEYS or not supervision.get("text", "").strip():
+        return None
+    if not all(source.keys() <= _SOURCE_KEYS for source in recording["sources"]):
+        return None
+    for custom in (data.get("custom", {}), supervision.get("custom", {})):
+        if any(isinstance(value, dict) for value in custom.values()):
+            return None  # perhaps an array or a recording
+    duration = data["duration"]
+    within = add_durations(data["start"], duration, sampling_rate=recording["sampling_rate"]) <= recording["duration"]
+    spoken = (
+        0 <= supervision["start"] < duration and round(supervision["start"] + supervision["duration"], ndigits=8) > 0
+    )
+    return duration, hash_of(data["id"]), supervision.get("language", ""), within and spoken
 
 
 def with_supervision(cut: Cut) -> Cut:
@@ -134,6 +181,8 @@ class CutTable(Sequence[Cut]):
     @classmethod
     def joined(cls, tables: Sequence[CutTable]) -> CutTable:
         """All cuts of ``tables``, in order, without a copy of their text."""
+        if len(tables) == 1:
+            return tables[0]
         table = cls.__new__(cls)
         offsets = np.cumsum([0, *(len(one._texts) for one in tables)])
         table._fill(
@@ -202,6 +251,11 @@ class CutTable(Sequence[Cut]):
 
     def __iter__(self) -> Iterator[Cut]:
         return (self[row] for row in range(len(self)))
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """At most ``most`` of the rows 0 to ``count`` - 1, ascending and evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
 
 
 def text_of(cut: Cut) -> str:

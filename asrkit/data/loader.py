@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asrkit.data.parallel import end_with
+from asrkit.data.forks import end_with
 from asrkit.errors import UserError
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}

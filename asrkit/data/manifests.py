@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from asrkit.config import digest
-from asrkit.data.cut_table import Columns, CutTable, with_supervision
+from asrkit.data.cut_table import Columns, CutTable, Row, row_of, row_of_json, with_supervision
 from asrkit.data.cut_table import text_of as text_of  # with the other words about a cut, below
 from asrkit.data.manifest_schema import (
     MAX_DEPTH,
@@ -27,7 +28,7 @@ from asrkit.data.manifest_schema import (
     has_surrogates,
     without_nulls,
 )
-from asrkit.data.parallel import cores, in_processes, may_fork
+from asrkit.data.parallel import ALONE, every_core, in_processes
 from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.shar import FIELDS, attach, members_of, shards_of, tar_of
 from asrkit.disk import atomic_write, sha256_of
@@ -35,7 +36,6 @@ from asrkit.errors import UserError, clip
 
 MAX_FINDINGS = 20  # a file of another format is wrong on every line: the first few say it all
 MAX_LINE = 64 << 20  # bytes
-MAX_OPENED = 4
 BLOCK = 16 << 20  # bytes
 PART, MANY_PARTS = 2000, 25  # lines that are checked at a time; from so many parts on by all cores
 
@@ -124,8 +124,18 @@ class _File(NamedTuple):
     findings: list[tuple[int, str]]
 
 
-# The last few files, as a training opens its manifest more than once.
-_OPENED: dict[tuple[str, bool, frozenset[str]], _File] = {}
+class _Opened(NamedTuple):
+    """A file without findings whose text some table still has; where its lines are, and what is known of their cuts."""
+
+    text: weakref.ref[np.ndarray]
+    starts: np.ndarray
+    ends: np.ndarray
+    numbers: np.ndarray
+    columns: Columns
+
+
+# A training opens its manifest more than once. Nothing is kept of a manifest whose cuts nobody has any more.
+_OPENED: dict[tuple[str, bool, frozenset[str]], _Opened] = {}
 
 
 def _read_file(path: Path, need_text: bool) -> _File:
@@ -135,8 +145,9 @@ def _read_file(path: Path, need_text: bool) -> _File:
         raise _damaged(path, 1, error) from error
     digest, sources = hashlib.sha256(raw).hexdigest(), allowed_sources()
     key = (digest, need_text, sources)
-    if key in _OPENED:
-        return _OPENED[key]
+    if (opened := _OPENED.get(key)) is not None and (text := opened.text()) is not None:
+        table = CutTable.of_lines(text, opened.starts, opened.ends, opened.columns, digest)
+        return _File(table, opened.numbers, [])
     text = _unpacked(path, raw)
     del raw
     starts, ends, numbers = _lines(text)
@@ -152,12 +163,10 @@ def _read_file(path: Path, need_text: bool) -> _File:
             remember(kind, told, {**vars(columns), "names": names_text})
     if rows is not None:
         starts, ends, numbers = starts[rows], ends[rows], numbers[rows]
-    file = _File(CutTable.of_lines(text, starts, ends, columns, digest), numbers, findings)
     if not findings:
-        while len(_OPENED) >= MAX_OPENED:
-            del _OPENED[next(iter(_OPENED))]
-        _OPENED[key] = file
-    return file
+        here = weakref.ref(text, lambda _: _OPENED.pop(key, None))
+        _OPENED[key] = _Opened(here, starts, ends, numbers, columns)
+    return _File(CutTable.of_lines(text, starts, ends, columns, digest), numbers, findings)
 
 
 def _damaged(path: Path, number: int, error: Exception) -> UserError:
@@ -220,7 +229,7 @@ def _check_lines(
         findings: list[tuple[int, str]] = []
         good: list[int] = []
 
-        def cuts() -> Iterator[Cut]:
+        def of_cuts() -> Iterator[Row]:
             for row in rows:
                 number, start, end = bounds[row]
                 if end - start > MAX_LINE:
@@ -230,25 +239,25 @@ def _check_lines(
                 except UnicodeDecodeError as error:
                     raise _damaged(path, number, error) from error
                 try:
-                    cut = _parse_cut(line, need_text)
+                    known = _parse_line(line, need_text)
                 except ValueError as error:
                     findings.append((number, str(error)))
                 else:
                     good.append(row)
-                    yield cut
+                    yield known
 
-        return Columns.of(cuts()), findings, good  # one at a time: Python's collector walks through all that is kept
+        return Columns.of_rows(of_cuts()), findings, good
 
     parts = [range(first, min(first + PART, len(starts))) for first in range(0, len(starts), PART)] or [range(0)]
-    jobs = cores() if len(parts) >= MANY_PARTS and may_fork() else 1
-    checked = list(in_processes(check, parts, jobs, lambda rows: f"{path}:{numbers[rows.start]}"))
+    workers = every_core() if len(parts) >= MANY_PARTS else ALONE
+    checked = list(in_processes(check, parts, workers, lambda rows: f"{path}:{numbers[rows.start]}"))
     findings = [finding for _, wrong, _ in checked for finding in wrong]
     rows = np.array([row for *_, good in checked for row in good], np.int64) if findings else None
     return Columns.joined([columns for columns, *_ in checked]), findings, rows
 
 
-def _parse_cut(line: str, need_text: bool) -> Cut:
-    """The cut that a line describes.
+def _parse_line(line: str, need_text: bool) -> Row:
+    """What is known of the cut that a line describes.
 
     Raises:
         ValueError: everything that is wrong with it.
@@ -278,6 +287,8 @@ def _parse_cut(line: str, need_text: bool) -> Cut:
     findings = check_cut(data)
     if findings:
         raise ValueError(f"{_name(data)}: {'; '.join(findings)}; fix or remove the line")
+    if (known := row_of_json(data)) is not None:
+        return known
     try:
         cut = deserialize_item(data)
     except Exception as error:  # whatever a constructor says about fields it did not expect
@@ -288,7 +299,7 @@ def _parse_cut(line: str, need_text: bool) -> Cut:
         raise ValueError(f"{_name(data)}: no supervision; add one with the text, or remove the line")
     if need_text and not all((supervision.text or "").strip() for supervision in cut.supervisions):
         raise ValueError(f"{_name(data)}: the text is empty; add it, or remove the line")
-    return cut
+    return row_of(cut)
 
 
 def _name(data: dict[str, Any]) -> str:

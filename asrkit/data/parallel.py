@@ -1,63 +1,114 @@
-"""One function over the parts of some work, in several processes of this machine, with the results of one process."""
+"""One function over the parts of some work, in several processes of this machine or of a Ray cluster, with the results of one."""
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import pickle
-import signal
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, TypeVar, cast
 
+from asrkit.data.forks import Forks, cores, may_fork
 from asrkit.errors import UserError
 
 P = TypeVar("P")
 R = TypeVar("R")
 AHEAD = 4  # parts that each process may be ahead of the results that are taken
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class Pool(Protocol):
+    """Processes that compute parts of some work; each is given the number of a part, and is then busy until ``take`` names it."""
+
+    size: int
+
+    def give(self, worker: int, part: int) -> None: ...
+
+    def take(self) -> tuple[int, int, bool, Any]:
+        """Wait for a result: the worker, the part, whether it succeeded, and the result or the error.
+
+        Raises:
+            UserError: a process has died, and its part cannot be computed by another.
+        """
+
+    def end(self) -> None: ...
 
 
-def may_fork() -> bool:
-    """Whether this process can have children: it is no daemon, and the system forks."""
-    return "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+class Workers:
+    """Who computes: this process, several forks of it, or processes of a Ray cluster.
 
-
-def end_with(parent: int | None) -> None:
-    """Let this process be killed when the one that started it ends, where the system can do that.
+    A context, in which the connection to a cluster stays open once it is needed; without it, ``in_processes`` opens it each time.
 
     Args:
-        parent: the one that started it; None: which it is does not matter.
+        jobs: processes; None is one on this machine, or as many as the cluster has processors.
+        ray_address: of a cluster (HOST:PORT or auto), or ``local`` for a Ray on this machine; None takes forks.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent is not None and os.getppid() != parent:
-            os._exit(1)  # it ended before this could be asked for
+
+    def __init__(self, jobs: int | None = None, ray_address: str | None = None) -> None:
+        self.jobs, self.ray_address = jobs, ray_address
+        self._entered, self._stack = 0, ExitStack()
+        self._cluster: Any = None
+
+    @property
+    def several(self) -> bool:
+        """Whether others than this process compute."""
+        return self.ray_address is not None or (self.jobs or 1) > 1
+
+    @property
+    def options(self) -> str:
+        """The options that a user has given them by."""
+        return "--ray-address" if self.ray_address is not None else "--jobs"
+
+    def __str__(self) -> str:
+        return f"{self.options} {self.ray_address or self.jobs}"
+
+    def __enter__(self) -> Workers:
+        self._entered += 1
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            self._cluster = None
+            self._stack.close()
+
+    def pool(self, function: Callable[[P], R], parts: Sequence[P], describe: Callable[[P], str]) -> Pool:
+        """Processes that know ``function``.
+
+        Raises:
+            UserError: this process cannot fork; or Ray is not installed, no cluster answers, it has fewer processors, or other versions
+                of asrkit or torch, or the function cannot be sent to it.
+        """
+        if self.ray_address is not None:
+            if self._cluster is None:  # not before: whoever is connected cannot fork
+                from asrkit.data.ray_pool import ray_workers
+
+                self._cluster = self._stack.enter_context(ray_workers(self.ray_address, self.jobs))
+            return cast(Pool, self._cluster.pool(function, parts, describe))
+        if not may_fork():
+            raise UserError("--jobs: this system or process cannot fork; leave --jobs out")
+        return Forks(function, parts, min(self.jobs or 1, len(parts)), describe)
+
+
+ALONE = Workers()
+
+
+def every_core() -> Workers:
+    """A process for each core of this machine; this process alone where it cannot fork."""
+    return Workers(cores()) if may_fork() else ALONE
 
 
 def in_processes(
     function: Callable[[P], R],
     parts: Sequence[P],
-    jobs: int,
+    workers: Workers = ALONE,
     describe: Callable[[P], str] = str,
     threads: bool = False,
 ) -> Iterator[R]:
-    """``function`` of each part, in order; the parts do not depend on ``jobs``, so neither do the results.
+    """``function`` of each part, in order; the parts do not depend on the workers, so neither do the results.
 
-    The processes are forks of this one: they share what it has in memory (models, tables of cuts), and only results are sent. Each
-    computes with one thread. With one job everything happens in this process; with several, nothing does, even if there is only one
-    part, as the threads that k2 begins with its first search would be missing in the forks of a later call.
+    Forks of this process share what it has in memory (models, tables of cuts), and only results are sent; processes of a cluster are
+    sent the function with all that it uses. Each computes with one thread. With one job everything happens in this process; with
+    several, nothing does, even if there is only one part, as the threads that k2 begins with its first search would be missing in the
+    forks of a later call.
 
     Args:
         function: returns what can be pickled; a GPU that was used before cannot be used in it.
@@ -67,104 +118,38 @@ def in_processes(
     Raises:
         UserError: that of the first part that has one; a process that was killed, with its number, pid and part.
     """
-    if jobs <= 1 and threads:
-        with ThreadPoolExecutor() as pool:
-            yield from pool.map(function, parts)
+    if not workers.several and threads:
+        with ThreadPoolExecutor() as executor:
+            yield from executor.map(function, parts)
         return
-    if jobs <= 1:
+    if not workers.several:
         yield from map(function, parts)
         return
-    if not may_fork():
-        raise UserError("--jobs: this system or process cannot fork; leave --jobs out")
-    jobs = min(jobs, len(parts))
-    workers = [_Worker(function, parts, number) for number in range(jobs)]
-    try:
-        results: dict[int, tuple[bool, Any]] = {}
-        given = taken = 0
-        while taken < len(parts):
-            for worker in workers:
-                if worker.part is None and given < min(len(parts), taken + AHEAD * jobs):
-                    worker.give(given)
+    if not parts:
+        return
+    with workers, _ending(workers.pool(function, parts, describe)) as pool:
+        idle, results = list(range(pool.size)), dict[int, tuple[bool, Any]]()
+        given = 0
+        for taken in range(len(parts)):
+            while True:
+                while idle and given < min(len(parts), taken + AHEAD * pool.size):
+                    pool.give(idle.pop(0), given)
                     given += 1
-            while taken not in results:
-                for connection in wait([worker.connection for worker in workers if worker.part is not None]):
-                    worker = next(one for one in workers if one.connection is connection)
-                    part = worker.part
-                    assert part is not None
-                    try:
-                        results[part] = worker.take()
-                    except (EOFError, OSError):
-                        raise UserError(worker.death(jobs, describe(parts[part]))) from None
-                    if given < min(len(parts), taken + AHEAD * jobs):
-                        worker.give(given)
-                        given += 1
+                if taken in results:
+                    break
+                worker, part, fine, result = pool.take()
+                results[part] = fine, result
+                idle.append(worker)
             fine, result = results.pop(taken)
             if not fine:
                 raise result
-            taken += 1
             yield result
+
+
+@contextmanager
+def _ending(pool: Pool) -> Iterator[Pool]:
+    """The pool, which is ended afterwards."""
+    try:
+        yield pool
     finally:
-        for worker in workers:
-            worker.end()
-
-
-class _Worker:
-    """A process that is given the numbers of parts and sends results. ``part``: the one it computes now."""
-
-    def __init__(self, function: Callable[[Any], Any], parts: Sequence[Any], number: int) -> None:
-        context = multiprocessing.get_context("fork")
-        self.number, self.part = number, None  # type: int, int | None
-        self.connection, theirs = context.Pipe()
-        self.process: ForkProcess = context.Process(
-            target=_work, args=(function, parts, theirs, self.connection, os.getpid()), daemon=True
-        )
-        self.process.start()
-        theirs.close()
-
-    def give(self, part: int) -> None:
-        self.part = part
-        with suppress(OSError):  # it has ended; ``take`` meets that
-            self.connection.send(part)
-
-    def take(self) -> tuple[bool, Any]:
-        # Plain pickles: those of multiprocessing have torch share each tensor by an open file, of which there may be too few.
-        result: tuple[bool, Any] = pickle.loads(self.connection.recv_bytes())
-        self.part = None
-        return result
-
-    def death(self, jobs: int, doing: str) -> str:
-        """Why it died, and what to do."""
-        self.process.join(5)
-        code = self.process.exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        if code == -signal.SIGKILL:
-            how += ", most likely because memory ran out"
-        return f"process {self.number + 1} of {jobs} (pid {self.process.pid}) {how}, at {doing}; run it again with a lower --jobs"
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def _work(
-    function: Callable[[Any], Any], parts: Sequence[Any], connection: Connection, parents: Connection, parent: int
-) -> None:
-    parents.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends this process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with(parent)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # its threads do not survive a fork
-    while True:
-        try:
-            number = connection.recv()
-        except EOFError:
-            return
-        try:
-            result = (True, function(parts[number]))
-        except UserError as error:
-            result = (False, error)
-        except Exception as error:  # a bug: its traceback would be lost with this process
-            result = (False, RuntimeError(f"{error!r}\n{traceback.format_exc()}"))
-        connection.send_bytes(pickle.dumps(result))
+        pool.end()

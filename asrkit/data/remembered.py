@@ -1,7 +1,7 @@
 """What was found out about manifests, remembered by their digests, so that a large one is not checked at every start.
 
 Each result is a small file under ``$ASRKIT_CACHE``, else ``$XDG_CACHE_HOME/asrkit``, else ``~/.cache/asrkit``. All of them are safe
-to delete at any time. One that is damaged, or of another version, counts as not there.
+to delete at any time. One that is damaged, or of another version, counts as not there; one that nobody used for long is removed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from asrkit.errors import UserError
 
 FORMAT = 1  # raise it when a check changes what it finds
 WORTH = 1000  # cuts; a smaller manifest is checked again in less time than a user notices
+UNUSED_DAYS, MOST = 90, 500  # of the files that are kept
 
 
 def folder() -> Path:
@@ -44,7 +46,9 @@ def recall(kind: str, key: Sequence[str]) -> dict[str, np.ndarray] | None:
         if header != expected:
             return None
         with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
-            return dict(arrays)
+            known = dict(arrays)
+        os.utime(path)  # those that nobody uses are removed
+        return known
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
@@ -58,6 +62,17 @@ def remember(kind: str, key: Sequence[str], arrays: Mapping[str, np.ndarray]) ->
     header = json.dumps({**title, "sha256": hashlib.sha256(body).hexdigest()})
     with suppress(UserError), atomic_write(path) as temporary:
         temporary.write_bytes(header.encode() + b"\n" + body)
+    _remove_unused()
+
+
+def _remove_unused() -> None:
+    """Remove the files that were not used for ``UNUSED_DAYS``, and the longest unused beyond ``MOST`` of them."""
+    with suppress(OSError):  # another process may remove them as well
+        used = sorted(((path.stat().st_mtime, path) for path in folder().iterdir()), reverse=True)
+        oldest = time.time() - UNUSED_DAYS * 86400
+        for number, (when, path) in enumerate(used):
+            if number >= MOST or when < oldest:
+                path.unlink(missing_ok=True)
 
 
 def _path_and_title(kind: str, key: Sequence[str]) -> tuple[Path, dict[str, object]]:

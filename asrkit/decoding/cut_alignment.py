@@ -16,7 +16,7 @@ from lhotse.utils import fastcopy
 from asrkit.data.batch import Batch, evaluation_parts, named, plain_batch
 from asrkit.data.checks import Finding
 from asrkit.data.cut_audio import cut_features
-from asrkit.data.parallel import in_processes
+from asrkit.data.parallel import ALONE, Workers, in_processes
 from asrkit.data.text.tokenizer import WORD_START, Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.alignment import Gaussians, ctc_align, even_parts, fit_gaussians, forced_parts, spans_of
@@ -45,12 +45,12 @@ def align_words(
     tokenizer: Tokenizer,
     extension: int,
     max_duration: float,
-    jobs: int = 1,
+    workers: Workers = ALONE,
 ) -> tuple[Alignments, list[Finding]]:
     """``word`` and ``bpe``, the model's own pieces, of each cut; and the cuts whose text no CTC path fits.
 
     Args:
-        extension: encoder frames a unit may grow by at each end. max_duration: seconds of padded audio at once. jobs: processes.
+        extension: encoder frames a unit may grow by at each end. max_duration: seconds of padded audio at once.
     """
     alignments: Alignments = {}
     impossible = []
@@ -58,7 +58,7 @@ def align_words(
     def align(part: list[Cut]) -> list[tuple[str, str, Alignment | None]]:
         return list(_align_batch(acoustic, plain_batch(part), tokenizer, extension))
 
-    for aligned in in_processes(align, evaluation_parts(cuts, max_duration), jobs, named):
+    for aligned in in_processes(align, evaluation_parts(cuts, max_duration), workers, named):
         for cut_id, text, pieces in aligned:
             if pieces is None:
                 impossible.append(Finding(cut_id, "alignment", "no CTC path of finite probability fits its text"))

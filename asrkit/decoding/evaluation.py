@@ -16,7 +16,7 @@ from asrkit.config import to_dict
 from asrkit.data.batch import Batch, evaluation_parts, named, plain_batch
 from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import speaker_of
-from asrkit.data.parallel import in_processes
+from asrkit.data.parallel import Workers, in_processes
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel
 from asrkit.decoding.domain import Search
@@ -137,9 +137,9 @@ class Decoded:
 
 
 def decode_cuts(
-    recognizer: Recognizer, cuts: CutTable, searches: Mapping[str, Search], max_duration: float, jobs: int
+    recognizer: Recognizer, cuts: CutTable, searches: Mapping[str, Search], max_duration: float, workers: Workers
 ) -> dict[str, Decoded]:
-    """Decode every cut by every search, in ``jobs`` processes; the utterances are in the order of the cuts. Seconds of each count what they share (audio, features, encoder), and
+    """Decode every cut by every search; the utterances are in the order of the cuts. Seconds of each count what they share (audio, features, encoder), and
     those of all processes add up."""
     streaming = recognizer.context.streaming
     ends = {cut.id: aligned for cut in cuts if (aligned := word_ends(cut))} if streaming else {}
@@ -150,7 +150,7 @@ def decode_cuts(
 
     with progress("decoding", float(cuts.durations.sum()), "s of audio") as advance:
         parts = evaluation_parts(cuts, max_duration)
-        for part, of_part in zip(parts, in_processes(decode_part, parts, jobs, named), strict=True):
+        for part, of_part in zip(parts, in_processes(decode_part, parts, workers, named), strict=True):
             for name, total in decoded.items():
                 total.add(of_part[name])
             advance(sum(cut.duration for cut in part))

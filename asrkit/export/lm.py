@@ -19,7 +19,7 @@ from asrkit.errors import UserError
 from asrkit.export.directory import LmRecord
 from asrkit.export.graphs import Graph
 from asrkit.export.onnx_file import write_onnx
-from asrkit.export.runtime import open_onnx
+from asrkit.export.runtime import OnnxFile
 from asrkit.models.lm import END, LanguageModel
 from asrkit.models.ngram.automaton import Ngram
 
@@ -79,7 +79,7 @@ def write_lm(model: LanguageModel, streaming: bool, comment: str, path: Path) ->
         UserError: the file computes something else.
     """
     write_onnx(lm_graph(model, streaming, comment), path, {})
-    run = open_onnx(path)
+    run = OnnxFile(path)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, model.spec.vocab_size, (3, 7), generator=generator)
     lens = torch.tensor([7, 4, 0])

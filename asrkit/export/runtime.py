@@ -6,6 +6,7 @@ C context size, J joiner dim, V vocabulary, S numbers in a flat state.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class ExportedModel:
         if format == "onnx":
             require("onnxruntime", for_="an exported model")
         self.path, self.state_size, self.format = path, state_size, format
-        open_file = open_onnx if format == "onnx" else _open_script
+        open_file: Callable[[Path], Callable[..., list[Tensor]]] = OnnxFile if format == "onnx" else _ScriptFile
         self.programs = {file: open_file(path / f"{file}{SUFFIXES[format]}") for file in files}
 
     def encode(self, encoder: str, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,44 +74,72 @@ class ExportedModel:
         return self.programs[file](*tensors)
 
 
-def open_onnx(path: Path) -> Callable[..., list[Tensor]]:
-    """A function from a file's inputs to its outputs, by position.
+class OnnxFile:
+    """A file as a function from its inputs to its outputs, by position.
+
+    A fork lacks the threads of its parent, and would wait for them for ever. So a file is loaded without threads of its own, and again,
+    with as many as torch has, in each process that runs it with several. A pickle of it is its path.
 
     Raises:
         UserError: the file reaches out of itself, or onnxruntime cannot load it.
     """
-    check_onnx(path)
-    session = _open_session(path, torch.get_num_threads())
-    names = [info.name for info in session.get_inputs()]
 
-    def run(*tensors: Tensor) -> list[Tensor]:
+    def __init__(self, path: Path) -> None:
+        check_onnx(path)
+        self._path = path
+        self._sessions = {_NO_THREADS: _open_session(path, 1)}
+        self._names = [info.name for info in self._sessions[_NO_THREADS].get_inputs()]
+
+    def __reduce__(self) -> tuple[type[OnnxFile], tuple[Path]]:
+        return OnnxFile, (self._path,)
+
+    def _session(self) -> Any:
+        threads = torch.get_num_threads()
+        key = _NO_THREADS if threads == 1 else (os.getpid(), threads)
+        if key not in self._sessions:
+            # Another process's session stays, because its end waits for its threads too.
+            self._sessions[key] = _open_session(self._path, threads)
+            if key != _NO_THREADS:
+                self._sessions.pop(_NO_THREADS, None)
+        return self._sessions[key]
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        session = self._session()
         try:
-            arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+            arrays = {name: tensor.numpy() for name, tensor in zip(self._names, tensors, strict=True)}
             return [torch.from_numpy(array) for array in session.run(None, arrays)]
         except Exception as error:  # onnxruntime's errors share no class of their own
-            raise UserError(f"{path}: does not fit {EXPORT} ({_one_line(error)}); export again") from error
-
-    return run
+            raise UserError(f"{self._path}: does not fit {EXPORT} ({_one_line(error)}); export again") from error
 
 
-def _open_script(path: Path) -> Callable[..., list[Tensor]]:
-    check_script(path)
-    try:
-        script = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise UserError(f"{path}: torch {torch.__version__} cannot load it; export again with this torch") from error
-    check_operators(path, script)
+_NO_THREADS = (0, 1)  # in place of a process and its number of threads
 
-    def run(*tensors: Tensor) -> list[Tensor]:
+
+class _ScriptFile:
+    """The same of a TorchScript file."""
+
+    def __init__(self, path: Path) -> None:
+        check_script(path)
+        self._path = path
+        try:
+            self._script: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise UserError(
+                f"{path}: torch {torch.__version__} cannot load it; export again with this torch"
+            ) from error
+        check_operators(path, self._script)
+
+    def __reduce__(self) -> tuple[type[_ScriptFile], tuple[Path]]:
+        return _ScriptFile, (self._path,)
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
         # Optimized, the second call of each batch size takes seconds, and those after it are no faster.
         try:
             with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[no-untyped-call]
-                outputs = script(*tensors)
+                outputs = self._script(*tensors)
         except RuntimeError as error:
-            raise UserError(f"{path}: does not fit {EXPORT} ({_one_line(error)}); export again") from error
+            raise UserError(f"{self._path}: does not fit {EXPORT} ({_one_line(error)}); export again") from error
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
-
-    return run
 
 
 def run_graph(content: bytes, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from asrkit.config import config
 from asrkit.data.checks import Finding, find_bad_cuts
 from asrkit.data.espeak import load_espeak
 from asrkit.data.manifests import language_of, open_cuts, text_of, write_cuts
+from asrkit.data.parallel import ALONE, Workers
 from asrkit.data.senones import SenoneConfig, grow_tree, load_tree, save_tree
 from asrkit.data.text.phones import phones_of
 from asrkit.data.text.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ def align(
     tokenizer: Path | None = None,
     senones: Path | None = None,
     device: str = "auto",
-    jobs: int = 1,
+    workers: Workers = ALONE,
 ) -> Aligned:
     """Write the manifest's cuts to ``out``, with alignments in their supervisions.
 
@@ -93,15 +94,15 @@ def align(
         tokenizer: of the bpe units; a word's time is shared evenly among its pieces. None takes the model's own, which the CTC
             path times itself.
         senones: the tree to use; None grows one on these cuts and writes it beside ``out``, as OUT.senones.yaml.
-        jobs: processes that read audio and find the paths, on the CPU.
+        workers: who reads audio and finds the paths; several processes do on the CPU.
 
     Raises:
         UserError: an unusable run, manifest or option, or cuts that cannot be aligned, listed by id; nothing is written.
     """
     torch_device = choose_device(device)
-    if torch_device.type != "cpu" and jobs > 1:
+    if torch_device.type != "cpu" and workers.several:
         raise UserError(
-            f"--jobs {jobs}: several processes align on the CPU only; add --device cpu, or leave --jobs out"
+            f"{workers}: several processes align on the CPU only; add --device cpu, or leave {workers.options} out"
         )
     run = open_run(parent)
     model = load_model(run)
@@ -111,7 +112,7 @@ def align(
     bpe_tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
     table = open_cuts(manifest)
     cuts = list(table)
-    findings = find_bad_cuts(table, model_tokenizer, True, model.spec.languages, jobs=jobs)
+    findings = find_bad_cuts(table, model_tokenizer, True, model.spec.languages, workers=workers)
     findings += [
         Finding(cut.id, "words", reason) for cut in cuts for reason in _unusual(cut, model_tokenizer, bpe_tokenizer)
     ]
@@ -128,7 +129,7 @@ def align(
     good = _without(cuts, findings, settings.bad_cuts)
     acoustic = _acoustic(model.to(torch_device), settings.variant)
     alignments, impossible = align_words(
-        acoustic, good, model_tokenizer, settings.extension, settings.max_duration, jobs
+        acoustic, good, model_tokenizer, settings.extension, settings.max_duration, workers
     )
     findings += impossible
     good = _without(good, impossible, settings.bad_cuts)

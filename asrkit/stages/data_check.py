@@ -10,6 +10,7 @@ from pathlib import Path
 from asrkit.data.checks import Finding, Overlap, Survey, find_bad_cuts, find_overlap, survey
 from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import open_cuts
+from asrkit.data.parallel import ALONE, Workers
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.disk import atomic_write
 from asrkit.errors import UserError, printable
@@ -54,9 +55,9 @@ def check_manifests(
     tokenizer_path: Path | None = None,
     *,
     read_audio: bool = True,
-    jobs: int = 1,
+    workers: Workers = ALONE,
 ) -> Report:
-    """Check every manifest, and each training one against each held-out one, in ``jobs`` processes.
+    """Check every manifest, and each training one against each held-out one.
 
     Raises:
         UserError: a manifest or the tokenizer cannot be opened; all of them at once.
@@ -78,7 +79,7 @@ def check_manifests(
         raise UserError.of(lines)
     for path, cuts in opened.items():
         report.surveys[str(path)] = survey(cuts, tokenizer)
-        report.findings[str(path)] = find_bad_cuts(cuts, tokenizer, read_audio=read_audio, jobs=jobs)
+        report.findings[str(path)] = find_bad_cuts(cuts, tokenizer, read_audio=read_audio, workers=workers)
     for one in train:
         for other in held_out:
             if one != other:

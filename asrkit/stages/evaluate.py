@@ -14,6 +14,7 @@ from asrkit.config import to_dict
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import digest_of
+from asrkit.data.parallel import ALONE, Workers
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
 from asrkit.decoding.evaluation import decode_cuts, decoding_record, result_of
@@ -43,7 +44,7 @@ def evaluate(
     max_duration: float = 200.0,
     device: str = "auto",
     threads: int | None = None,
-    jobs: int = 1,
+    workers: Workers = ALONE,
     out: Path | None = None,
     domain: Domain | None = None,
     calibrate_on: Path | None = None,
@@ -63,7 +64,7 @@ def evaluate(
         context: None is the first the variant was trained in.
         max_duration: seconds of padded audio decoded at once.
         threads: of torch; None leaves what is set.
-        jobs: processes that read and decode, each with one thread. Their seconds add up.
+        workers: who reads and decodes; several processes have one thread each, and their seconds add up.
         domain: what the search has beside the model: a graph, which takes the place of ``methods``, language models and the like.
         calibrate_on: a manifest whose references the temperature of confidences is fitted to; None takes ``temperature``, or 1.
         formats: in which hypotheses are also written.
@@ -71,8 +72,8 @@ def evaluate(
     Raises:
         UserError: everything wrong with the run directory, the manifest and the options, before any decoding.
     """
-    if threads is not None and jobs > 1:
-        raise UserError("--threads: each of several --jobs computes with one thread; leave --threads out")
+    if threads is not None and workers.several:
+        raise UserError(f"--threads: each process of {workers} computes with one thread; leave --threads out")
     if threads is not None:
         torch.set_num_threads(threads)
     domain, choice = domain or Domain(), context or ContextChoice()
@@ -80,10 +81,9 @@ def evaluate(
     findings = _contradictions(names, beam, domain, choice, calibrate_on, temperature, formats)
     recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, names))
     searches = _searches(findings, recognizer, names, beam, domain, calibrate_on is not None or temperature is not None)
-    checked = _gather(findings, lambda: _cuts(manifest, recognizer, jobs))
-    dev = None if calibrate_on is None else _gather(findings, partial(_cuts, calibrate_on, recognizer, jobs))
-    if jobs > 1 and recognizer is not None and recognizer.device.type != "cpu":
-        findings += [f"--jobs {jobs}: several processes decode on the CPU only; add --device cpu, or leave --jobs out"]
+    checked = _gather(findings, lambda: _cuts(manifest, recognizer, workers))
+    dev = None if calibrate_on is None else _gather(findings, partial(_cuts, calibrate_on, recognizer, workers))
+    findings += _cannot_share(workers, recognizer, domain)
     if findings or recognizer is None or checked is None:
         raise UserError.of(list(dict.fromkeys(findings)))
     cuts, warnings = checked
@@ -94,8 +94,8 @@ def evaluate(
         records[name] = decoding_record(domain.fusion, search.fusion, manifest, digest, recognizer.weights_sha256)
         label = _name(manifest, digest, recognizer, search, name, beam, records[name][0])
         directories[name] = make_directory((out or run_path / EVALUATION) / label)
-    fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, jobs)
-    decoded = decode_cuts(recognizer, cuts, searches, max_duration, jobs)
+    fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, workers)
+    decoded = decode_cuts(recognizer, cuts, searches, max_duration, workers)
     evaluations = []
     for name, search in searches.items():
         done = decoded[name]
@@ -106,12 +106,24 @@ def evaluate(
         record, tuned_here = records[name]
         about: dict[str, Any] = {"run": str(run_path), "manifest": str(manifest), "manifest_sha256": digest}
         about |= {"method": name, "beam": beam if name in BEAMS else None, "decoding": record, "confidence": confidence}
-        about["threads"] = torch.get_num_threads() if jobs == 1 else 1
+        about["threads"] = torch.get_num_threads() if not workers.several else 1
         result = result_of(recognizer, cuts, done, search, about, [*warnings, *tuned_here])
         transcripts = done.transcripts({cut.id: cut.duration for cut in cuts}, recognizer.tokenizer)
         more = {f"hypotheses.{form}": render(transcripts, form) for form in formats}
         evaluations.append(write_evaluation(directories[name], result, done.scored, more))
     return evaluations
+
+
+def _cannot_share(workers: Workers, recognizer: Recognizer | None, domain: Domain) -> list[str]:
+    """Why several processes, or those of a cluster, cannot decode."""
+    findings = []
+    if domain.graph is not None and workers.ray_address is not None:
+        findings.append("--ray-address: k2's graphs cannot be sent to other machines; use --jobs with --graph")
+    if workers.several and recognizer is not None and recognizer.device.type != "cpu":
+        findings.append(
+            f"{workers}: several processes decode on the CPU only; add --device cpu, or leave {workers.options} out"
+        )
+    return findings
 
 
 def _fitted_here(manifest: Path, digest: str, calibrate_on: Path | None) -> list[str]:
@@ -163,12 +175,12 @@ def _searches(
     return made
 
 
-def _cuts(manifest: Path, recognizer: Recognizer | None, jobs: int) -> tuple[CutTable, list[str]]:
+def _cuts(manifest: Path, recognizer: Recognizer | None, workers: Workers) -> tuple[CutTable, list[str]]:
     """The cuts, and warnings about them; without a recognizer they are checked as far as possible."""
     if recognizer is None:
-        return decodable_cuts(manifest, (), None, jobs)
+        return decodable_cuts(manifest, (), None, workers)
     languages = recognizer.languages if recognizer.language is None else [recognizer.language]
-    return decodable_cuts(manifest, languages, recognizer.tokenizer, jobs)
+    return decodable_cuts(manifest, languages, recognizer.tokenizer, workers)
 
 
 def _gather(findings: list[str], action: Callable[[], T]) -> T | None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lhotse.cut import Cut
 
+from asrkit.data.batch import named
 from asrkit.data.checks import find_bad_cuts
-from asrkit.data.cut_audio import cut_samples
 from asrkit.data.manifests import digest_of, language_of, open_cuts, text_of, write_cuts
+from asrkit.data.parallel import ALONE, Workers, in_processes
 from asrkit.decoding.external.interface import TextRecognizer
 from asrkit.decoding.external.opening import open_text_recognizer
-from asrkit.decoding.external.pauses import speech_pieces
-from asrkit.decoding.external.utterances import Piece, batched, transcribe_pieces
 from asrkit.disk import atomic_write
 from asrkit.errors import UserError, clip
 from asrkit.extras import require
-from asrkit.frames import SAMPLE_RATE
 from asrkit.methods.labeling import (
     NO_FILTERS,
     Filters,
@@ -31,6 +29,7 @@ from asrkit.methods.labeling import (
     open_progress,
     thresholds,
 )
+from asrkit.methods.recognizing import PieceRecognizer, missing_parts
 from asrkit.reporting.progress import progress
 from asrkit.reporting.wer import ErrorCounts, align, count
 
@@ -62,6 +61,7 @@ def label(
     max_duration: float = 200.0,
     device: str = "auto",
     threads: int | None = None,
+    workers: Workers = ALONE,
 ) -> Labeled:
     """Write ``out``: the cuts of ``manifest`` with the texts that a recognizer gives them, and those that have a text as they are.
 
@@ -74,6 +74,7 @@ def label(
         language: of cuts that name none; None lets the recognizer detect it.
         replace_texts: label cuts with a text too, and report how far the labels are from their texts.
         max_duration: seconds of padded audio recognized at once.
+        workers: who recognizes; several processes have one thread each, and recognizers of their own.
 
     Raises:
         UserError: everything wrong with recognizers, manifest and languages, before any work.
@@ -82,6 +83,7 @@ def label(
         raise UserError(f"--out {out}: the manifest's name must end in .jsonl.gz")
     if len(specs) > 2:
         raise UserError(f"--with: {len(specs)} recognizers; give one, or a second that must agree")
+    threads = _threads(threads, workers)
     require("whisper", for_="label (for voice activity detection)")
     cuts = list(open_cuts(manifest, need_text=False))
     unlabeled = [cut for cut in cuts if replace_texts or not text_of(cut).strip()]
@@ -90,7 +92,7 @@ def label(
         recognizers = [
             stack.enter_context(open_text_recognizer(spec, device=device, threads=threads)) for spec in specs
         ]
-        _check(manifest, unlabeled, recognizers, language)
+        _check(manifest, unlabeled, recognizers, language, workers)
         inputs = {
             "manifest": digest_of(manifest),
             "recognizers": [[recognizer.sha256, recognizer.search, recognizer.beam] for recognizer in recognizers],
@@ -99,7 +101,11 @@ def label(
             "replace_texts": replace_texts,
         }
         done = stack.enter_context(open_progress(out.with_name(f"{stem}.texts.jsonl"), inputs))
-        _recognize(recognizers, unlabeled, language or "", max_seconds, max_duration, done)
+        longest = min([max_seconds, *(each.max_seconds for each in recognizers if each.max_seconds is not None)])
+        recognize = PieceRecognizer(tuple(specs), device, threads, language or "", longest, max_duration)
+        if not workers.several:
+            recognize.use(recognizers)
+        _recognize(recognize, unlabeled, max_duration, done, workers)
     result = Labeled()
     rows: list[str] = []
     labeled_ids = {cut.id for cut in unlabeled}
@@ -125,14 +131,32 @@ def label(
     return result
 
 
-def _check(manifest: Path, cuts: Sequence[Cut], recognizers: Sequence[TextRecognizer], language: str | None) -> None:
+def _threads(threads: int | None, workers: Workers) -> int | None:
+    """Those of a recognizer; None for its own choice."""
+    if threads is not None and workers.several:
+        raise UserError(f"--threads: each process of {workers} computes with one thread; leave --threads out")
+    return 1 if workers.several else threads
+
+
+def _check(
+    manifest: Path,
+    cuts: Sequence[Cut],
+    recognizers: Sequence[TextRecognizer],
+    language: str | None,
+    workers: Workers,
+) -> None:
     """Refuse cuts that cannot be read and languages that are not known, all at once."""
     if not cuts:
         raise UserError(f"{manifest}: every cut has a text already; --replace-texts labels them again")
     findings = [
         f"{manifest}: cut {clip(finding.cut_id)}: {finding.kind}: {finding.detail}"
-        for finding in find_bad_cuts(cuts, read_audio=True)
+        for finding in find_bad_cuts(cuts, read_audio=True, workers=workers)
         if finding.kind not in ("text", "silent")
+    ]
+    findings += [
+        f"{workers}: several processes recognize on the CPU only; add --device cpu, or leave {workers.options} out"
+        for recognizer in recognizers
+        if workers.several and recognizer.device != "cpu"
     ]
     counts = Counter(language_of(cut) or language or "" for cut in cuts)
     for recognizer in recognizers:
@@ -144,38 +168,18 @@ def _check(manifest: Path, cuts: Sequence[Cut], recognizers: Sequence[TextRecogn
 
 
 def _recognize(
-    recognizers: Sequence[TextRecognizer],
-    cuts: Sequence[Cut],
-    language: str,
-    max_seconds: float,
-    max_duration: float,
-    done: Progress,
+    recognize: PieceRecognizer, cuts: Sequence[Cut], max_duration: float, done: Progress, workers: Workers
 ) -> None:
-    """Recognize what is not done yet, in batches that are on disk one by one."""
-    longest = min([max_seconds, *(each.max_seconds for each in recognizers if each.max_seconds is not None)])
-    with progress("labeling", sum(cut.duration for cut in cuts), "s of audio") as advance:
-        for pieces in batched(_missing(cuts, longest, done, advance), max_duration):
-            languages = [language_of(piece.cut) or language for piece in pieces]
-            by_recognizer = [transcribe_pieces(recognizer, pieces, languages) for recognizer in recognizers]
-            keys = [(piece.cut.id, piece.begin) for piece in pieces]
-            done.add(dict(zip(keys, zip(*by_recognizer, strict=True), strict=True)))
-
-
-def _missing(cuts: Sequence[Cut], longest: float, done: Progress, advance: Callable[[float], None]) -> Iterator[Piece]:
-    """The stretches with speech that have no text yet; where somebody speaks is found first, once."""
-    for cut in cuts:
-        planned = done.planned.get(cut.id)
-        if planned is None or any((cut.id, begin) not in done.texts for begin, _ in planned):
-            samples = cut_samples(cut)
-            if planned is None:
-                planned = speech_pieces(samples, longest)
-                if planned and len(samples) <= longest * SAMPLE_RATE:
-                    planned = [(0.0, len(samples) / SAMPLE_RATE)]
-                done.plan(cut.id, planned)
-            for begin, end in planned:
-                if (cut.id, begin) not in done.texts:
-                    yield Piece.of(cut, samples, begin, end)
-        advance(cut.duration)
+    """Recognize what is not done yet, in parts that are on disk one by one."""
+    parts = missing_parts(cuts, done, max_duration)
+    seconds = sum(one.cut.duration for part in parts for one in part)
+    with progress("labeling", seconds, "s of audio") as advance:
+        results = in_processes(recognize, parts, workers, lambda part: named([one.cut for one in part]))
+        for part, (plans, texts) in zip(parts, results, strict=True):
+            for cut_id, planned in plans.items():
+                done.plan(cut_id, planned)
+            done.add(texts)
+            advance(sum(one.cut.duration for one in part))
 
 
 def _labeled(

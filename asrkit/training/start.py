@@ -16,6 +16,7 @@ from asrkit.data.batch import Batch
 from asrkit.data.cut_audio import feature_statistics
 from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from asrkit.data.tokenizer_texts import tokenizer_texts
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
@@ -47,6 +48,8 @@ class TokenizerConfig:
     """Tokens: bpe or unigram word pieces, or char for single characters."""
     vocab_size: Annotated[int, Field(ge=4)] = 500
     """Number of tokens, blank included. Fewer suit little text; char uses as many as there are characters."""
+    max_texts: Advanced[Positive | None] = 200_000
+    """At most so many texts are used, spread evenly over the manifests, and a few more if these lack a character (our choice); null uses all."""
 
 
 @config
@@ -497,6 +500,7 @@ def make_tokenizer(run: RunWriter, given: Path | None, cuts: CutTable, settings:
         return copy_tokenizer(given, run)
     path = run.path / TOKENIZER
     if run.world.is_main and not path.is_file():
-        train_tokenizer(map(cuts.text_of, range(len(cuts))), settings.kind, settings.vocab_size, path)
+        texts = tokenizer_texts(cuts, settings.max_texts)
+        train_tokenizer(texts, settings.kind, settings.vocab_size, path)
     broadcast_object(run.world, None)  # the others read it only once it is there
     return Tokenizer(path)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse.cut import Cut
+from lhotse.serialization import deserialize_item
 from torch import Tensor
 
-from asrkit.data import checks, manifests, remembered
+from asrkit.data import checks, cut_audio, manifests, remembered
+from asrkit.data import tokenizer_texts as tokenizer_texts_module
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.checks import find_bad_cuts
-from asrkit.data.cut_table import CutTable
-from asrkit.data.manifests import open_cuts, write_cuts
+from asrkit.data.cut_audio import feature_statistics
+from asrkit.data.cut_table import CutTable, row_of, row_of_json
+from asrkit.data.manifest_schema import check_cut, without_nulls
+from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import train_tokenizer
+from asrkit.data.tokenizer_texts import tokenizer_texts
 from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.errors import UserError
 from helpers.commands import finish, quick, sets
-from helpers.tones import make_corpus
+from helpers.tones import make_corpus, rewrite
 
 COUNT = 12
 
@@ -41,14 +50,14 @@ def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def _opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CutTable, int]:
     """The cuts as a new process opens them, and how many lines were checked."""
     manifests._OPENED.clear()
-    count, parse = [0], manifests._parse_cut
+    count, parse = [0], manifests._parse_line
 
     def counted(line: str, need_text: bool) -> object:
         count[0] += 1
         return parse(line, need_text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifests, "_parse_cut", counted)
+        patch.setattr(manifests, "_parse_line", counted)
         return open_cuts(path), count[0]
 
 
@@ -187,3 +196,131 @@ def test_a_training_goes_on_without_the_cuts_that_it_cannot_read(manifest: Path,
         assert done.code == 0 and done.err.count("left out: cut train-4: unreadable") == 1, done.err
     logs = [(tmp_path / f"run-{workers}" / "metrics.jsonl").read_text() for workers in (0, 1)]
     assert logs[0].count('"step"') == logs[1].count('"step"') == 6
+
+
+def test_statistics_are_measured_once_until_the_audio_changes(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_audio, "WORTH", COUNT)
+    read: list[str] = []
+    real = cut_audio.cut_features
+
+    def noted(cut: Cut) -> Tensor:
+        read.append(cut.id)
+        return real(cut)
+
+    monkeypatch.setattr(cut_audio, "cut_features", noted)
+    table = open_cuts(manifest)
+    assert CutTable.joined([table]).digest == table.digest
+    first, again = feature_statistics(table), feature_statistics(table)
+    assert len(read) == COUNT and all(map(torch.equal, first, again))
+    feature_statistics(table.take(np.arange(COUNT)))
+    assert len(read) == 2 * COUNT, "other cuts than those of the manifest are not remembered"
+    path = Path(table[3].recording.sources[0].source)
+    sound, rate = soundfile.read(path)
+    soundfile.write(path, 0.5 * sound, rate)
+    os.utime(path, ns=(0, 0))
+    assert not torch.equal(feature_statistics(table)[0], first[0]) and len(read) == 3 * COUNT
+
+
+def test_what_nobody_uses_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASRKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(remembered, "MOST", 2)
+
+    def know(name: str) -> bool:
+        return remembered.recall("kind", [name]) is not None
+
+    def set_age(days: float) -> None:
+        for path in remembered.folder().iterdir():
+            os.utime(path, (path.stat().st_mtime - 86400 * days,) * 2)
+
+    for name in "abc":
+        remembered.remember("kind", [name], {"x": np.arange(3)})
+        set_age(1)
+    assert [know(name) for name in "abc"] == [False, True, True]
+    set_age(remembered.UNUSED_DAYS - 1)
+    assert know("b")
+    set_age(2)
+    assert know("b")  # it was used a moment ago
+    set_age(0)
+    remembered.remember("kind", ["d"], {"x": np.arange(3)})
+    assert [know(name) for name in "bcd"] == [True, False, True]
+
+
+def test_nothing_is_kept_of_a_manifest_that_nobody_has(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = open_cuts(manifest)
+    part, unpack = table.without({"train-0"}), manifests._unpacked
+    del table
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "_unpacked", None)  # it is not read again as long as a part of it is there
+        assert len(open_cuts(manifest)) == len(part) + 1 == COUNT
+    del part
+    gc.collect()
+    assert not manifests._OPENED and unpack is manifests._unpacked
+    assert len(open_cuts(manifest)) == COUNT
+
+
+def test_a_tokenizer_s_sample_has_every_character(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = open_cuts(manifest)
+    texts = [table.text_of(row) for row in range(COUNT)]
+    assert tokenizer_texts(table, None) == tokenizer_texts(table, COUNT) == texts
+    rewrite(
+        manifest, lambda number, cut: cut["supervisions"][0].update(text="alpha ñ" if number in (4, 7) else "alpha")
+    )
+    table = open_cuts(manifest)
+    monkeypatch.setattr(tokenizer_texts_module, "PART", 3)
+    for parts in (1, 10**9):  # in several processes, and in one
+        monkeypatch.setattr(tokenizer_texts_module, "MANY_PARTS", parts)
+        assert tokenizer_texts(table, 3) == ["alpha", "alpha", "alpha", "alpha ñ"]
+
+
+def test_texts_are_checked_at_a_glance_as_one_by_one(tmp_path: Path) -> None:
+    texts = ["alpha bravo", "alphä", "", "  alpha\tbravo ", "aaaa", "<blk>", "bravo " * 40]
+    tokenizer = train_tokenizer(["alpha bravo", "a b"], "char", 30, tmp_path / "t" / "tokenizer.model")
+    tokens = tokenizer.encode_all(texts)
+    assert tokens == list(map(tokenizer.encode, texts))
+    assert tokenizer.spelled(texts, tokens) == [tokenizer.cannot_spell(text) is None for text in texts]
+    assert tokenizer.spelled([], tokenizer.encode_all([])) == []
+
+
+_VALUES = st.sampled_from(
+    [0, 1, 2, 0.5, 1.00003, 2.7, -0.5, "en", "", " ", None, "two words", [0], [0, 1], {}, {"shape": [1]}, []]
+)
+_PATHS = st.sampled_from(
+    [
+        *(["start"], ["duration"], ["channel"], ["custom"], ["features"], ["type"], ["recording"], ["unknown"]),
+        *(["supervisions"], ["custom", "x"], ["recording", "duration"], ["recording", "transforms"], ["recording", "x"]),
+        *(["recording", "channel_ids"], ["recording", "sources", 0, "x"], ["recording", "sources", 0, "channels"]),
+        *(["supervisions", 0, name] for name in ("start", "duration", "text", "language", "custom", "alignment", "x", "id")),
+        ["supervisions", 0, "custom", "x"],
+    ]
+)  # fmt: skip
+
+
+@given(st.lists(st.tuples(_PATHS, _VALUES), max_size=3), st.sampled_from(["en", None]), st.floats(0.1, 4))
+@settings(max_examples=300, deadline=None)
+def test_a_row_of_json_is_that_of_the_cut(
+    changes: list[tuple[list[Any], Any]], language: str | None, end: float
+) -> None:
+    """What lhotse would refuse has no row of JSON either."""
+    samples = round(end * 16000)
+    made = make_cut(
+        "a", Path("a"), sampling_rate=16000, num_samples=samples, text="b", language=language, custom={"x": 1}
+    )
+    data = without_nulls(made.to_dict())
+    assert row_of_json(data) is not None
+    for path, value in changes:
+        target = data
+        for name in path[:-1]:
+            try:
+                target = target[name]
+            except (KeyError, IndexError, TypeError):
+                target = {}
+        if isinstance(target, dict):
+            target[path[-1]] = value
+    data = without_nulls(data)
+    if check_cut(data):
+        return
+    known = row_of_json(deepcopy(data))
+    if known is not None:
+        assert known == row_of(deserialize_item(deepcopy(data)))

@@ -107,6 +107,11 @@ def test_recordings_get_texts(raw: Path, tmp_path: Path, monkeypatch: pytest.Mon
     said = asrkit(*command[:-6], "--max-seconds", 5, code=1)
     assert "has the texts of another labeling (max_seconds: 6.0 -> 5.0)" in said
 
+    two = tmp_path / "two.jsonl.gz"
+    asrkit(*command[:5], "--out", two, "--max-seconds", 6, "--max-duration", 6, "--device", "cpu", "--jobs", 2)
+    assert two.read_bytes() == first
+    assert (tmp_path / "two.texts.jsonl").read_bytes() == whole
+
 
 @pytest.mark.slow
 def test_two_recognizers_must_agree(raw: Path, tmp_path: Path) -> None:

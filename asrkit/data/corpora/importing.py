@@ -17,7 +17,7 @@ from lhotse.cut import Cut
 from asrkit.data.features import load_samples
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.names import file_name
-from asrkit.data.parallel import in_processes
+from asrkit.data.parallel import ALONE, Workers, in_processes
 from asrkit.data.text.normalization import TextError, as_written, normalize, split_of
 from asrkit.data.text.tokenizer import single_spaces
 from asrkit.disk import atomic_write
@@ -88,7 +88,7 @@ def import_recordings(
     where: Mapping[str, frozenset[str]] | None = None,
     refuse: bool = True,
     convert: bool = False,
-    jobs: int = 1,
+    workers: Workers = ALONE,
 ) -> Imported:
     """Write OUT/SPLIT.jsonl.gz of a TSV or a folder; recordings stay where they are, at their rate.
 
@@ -98,7 +98,7 @@ def import_recordings(
         style: "words" (normalized), "raw" (as written) or "none" (without texts).
         where: columns and the values to keep.
         refuse: stop when any row is bad; otherwise leave bad rows out and report them.
-        convert: write 16 kHz mono FLAC to OUT/audio and let the manifests point there, by ``jobs`` processes.
+        convert: write 16 kHz mono FLAC to OUT/audio and let the manifests point there, by the ``workers``.
 
     Raises:
         UserError: nothing to import, missing columns, or, unless skipped, bad rows: all of them at once, and nothing is written.
@@ -123,7 +123,7 @@ def import_recordings(
     if result.skipped and (refuse or not result.cuts):
         raise UserError.of(_too_many(result.skipped, source, len(selected), refuse))
     if convert:
-        _convert(result, out, jobs)
+        _convert(result, out, workers)
     for split, cuts in result.cuts.items():
         write_cuts(out / f"{split}.jsonl.gz", cuts)
     if result.skipped:
@@ -168,7 +168,7 @@ def _too_many(skipped: list[str], source: Path, num_rows: int, refuse: bool) -> 
     return lines
 
 
-def _convert(result: Imported, out: Path, jobs: int) -> None:
+def _convert(result: Imported, out: Path, workers: Workers) -> None:
     """Write every cut's recording as 16 kHz mono FLAC, and let the cut point there; all of them or none.
 
     Raises:
@@ -202,7 +202,7 @@ def _convert(result: Imported, out: Path, jobs: int) -> None:
     try:
         staging.mkdir(parents=True)
         made = {
-            split: list(in_processes(convert, cuts, jobs, lambda cut: f"cut {clip(cut.id)}", threads=True))
+            split: list(in_processes(convert, cuts, workers, lambda cut: f"cut {clip(cut.id)}", threads=True))
             for split, cuts in result.cuts.items()
         }
         findings = [error for cuts in made.values() for error in cuts if isinstance(error, UserError)]

@@ -25,7 +25,7 @@ from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
-from asrkit.data.parallel import in_processes
+from asrkit.data.parallel import ALONE, Workers, in_processes
 from asrkit.data.text.normalization import TextError, normalize, sentence_key
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
@@ -76,7 +76,7 @@ def synthesize(
     exclude: Sequence[Path] = (),
     piper: Sequence[Path] | None = None,
     device: float = 0.0,
-    jobs: int = 1,
+    workers: Workers = ALONE,
 ) -> Synthesized | None:
     """Write OUT/train.jsonl.gz and OUT/audio/*.flac: at least ``minutes`` of speech, 16 kHz mono.
 
@@ -88,7 +88,7 @@ def synthesize(
         exclude: manifests whose sentences must not be said, such as test and dev.
         piper: files of Piper's voices, which speak in place of espeak-ng.
         device: share of the utterances that sound as if a device had recorded them.
-        jobs: processes that resample and encode.
+        workers: who resamples and encodes.
 
     Returns:
         What was made, or None where ``out`` already holds exactly this.
@@ -129,7 +129,7 @@ def synthesize(
         result.excluded += len(texts) - len(allowed)
 
     record.unlink(missing_ok=True)  # from here on the folder is between two states
-    result.cuts = _speak(speaker, out, _plan(lists, seed, chains, unseen), minutes * 60, seed, band, device, jobs)
+    result.cuts = _speak(speaker, out, _plan(lists, seed, chains, unseen), minutes * 60, seed, band, device, workers)
     write_cuts(out / "train.jsonl.gz", result.cuts)
     write_record(record, wanted)
     return result
@@ -143,12 +143,12 @@ def _speak(
     seed: int,
     band: str,
     device: float,
-    jobs: int,
+    workers: Workers,
 ) -> list[Cut]:
     """The first utterances of a plan that last ``least`` seconds together, written to OUT/audio.
 
     The engine speaks in this process, one utterance after the other, as each leaves espeak-ng in a state that the next one begins
-    in; ``jobs`` processes resample and encode.
+    in; the ``workers`` resample and encode.
     """
 
     def store(utterance: Utterance) -> Cut:
@@ -164,7 +164,7 @@ def _speak(
             samples, rate = speaker.say(text, draw)
             seconds += len(samples) / rate
             said.append((f"syn-{language}-{number:06d}", samples, rate, text, language, draw, random))
-        cuts += in_processes(store, said, jobs, lambda utterance: f"utterance {utterance[0]}", threads=True)
+        cuts += in_processes(store, said, workers, lambda utterance: f"utterance {utterance[0]}", threads=True)
     return cuts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -81,6 +81,19 @@ class Tokenizer:
             return self._model.EncodeAsIds(text)
         sentencepiece.set_random_generator_seed(seed)
         return self._model.Encode(text, out_type=int, enable_sampling=True, alpha=dropout, nbest_size=-1)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, in two thirds of the time."""
+        ids: list[list[int]] = self._model.EncodeAsIds(list(map(single_spaces, texts)), num_threads=1)
+        return ids
+
+    def spelled(self, texts: Sequence[str], tokens: Sequence[list[int]]) -> list[bool]:
+        """Whether each text's own ``tokens`` give it back: where ``cannot_spell`` says nothing."""
+        decoded: list[str] = self._model.DecodeIds(list(tokens), num_threads=1) if tokens else []
+        return [
+            back == single_spaces(text) and self.special_ids.isdisjoint(ids)
+            for text, ids, back in zip(texts, tokens, decoded, strict=True)
+        ]
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; special pieces stand for none."""

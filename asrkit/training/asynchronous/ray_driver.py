@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from asrkit.data.ray_session import import_ray, local_ray, other_versions, ray_cluster
 from asrkit.errors import UserError
 from asrkit.training.asynchronous.config import AsyncConfig
-from asrkit.training.asynchronous.ray_session import import_ray, local_ray, ray_cluster
-from asrkit.training.asynchronous.replica import Push, Replica, arrays, versions
+from asrkit.training.asynchronous.replica import Push, Replica, arrays
 from asrkit.training.asynchronous.schedule import Schedule, pushes_per_step
 from asrkit.training.asynchronous.server import ParameterServer, gathered
 from asrkit.training.asynchronous.shards import Shard, ShardedUpdater, partition
@@ -124,14 +124,11 @@ class RayRunning:
             _check_resources(
                 self.settings, len(self.workers), self._ray.cluster_resources(), "the cluster", "or add machines"
             )
-        here = versions()
-        findings = []
-        for number, there in enumerate(self._everywhere("versions")):
-            findings += [
-                f"replica {number} has {package} {there[package]}, but this process has {version}; install the same everywhere"
-                for package, version in here.items()
-                if there[package] != version
-            ]
+        findings = [
+            line
+            for number, there in enumerate(self._everywhere("versions"))
+            for line in other_versions(f"replica {number}", there)
+        ]
         if findings:
             raise UserError.of(findings)
 

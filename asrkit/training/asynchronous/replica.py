@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from asrkit import __version__
+from asrkit.data.ray_session import versions
 from asrkit.errors import UserError
 from asrkit.training.config import resolve_precision
 from asrkit.training.own_data import Report
@@ -109,11 +109,6 @@ class Replica:
         for part, values in zip(self._parts, weights, strict=True):
             for index, value in zip(part, values, strict=True):
                 self._parameters[index].copy_(torch.tensor(value))
-
-
-def versions() -> dict[str, str]:
-    """What has to be the same in all processes of a run."""
-    return {"asrkit": __version__, "torch": torch.__version__.partition("+")[0]}
 
 
 def arrays(tensors: Iterable[torch.Tensor | None]) -> Arrays:

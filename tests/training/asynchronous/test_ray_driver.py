@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from asrkit.data import ray_session
+from asrkit.data.ray_session import MARK, PREFIX, local_ray
 from asrkit.errors import UserError
 from asrkit.extras import EXTRAS
-from asrkit.training.asynchronous import ray_driver, ray_session
+from asrkit.training.asynchronous import ray_driver
 from asrkit.training.asynchronous.ray_driver import RayRunning
-from asrkit.training.asynchronous.ray_session import MARK, PREFIX, local_ray
 from asrkit.training.asynchronous.replica import Replica
 from asrkit.training.asynchronous.server import ParameterServer
 from helpers.replicas import corpus_and_parent, driver, train_with
@@ -298,7 +299,7 @@ def test_replicas_of_other_versions_are_refused() -> None:
 def test_only_dead_owners_lose_their_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_session, "_base", lambda: tmp_path)
     hold = (
-        "import sys, pathlib; from asrkit.training.asynchronous import ray_session as s\n"
+        "import sys, pathlib; from asrkit.data import ray_session as s\n"
         "s._base = lambda: pathlib.Path(sys.argv[1])\n"
         "with s._own_directory() as folder: print(folder, flush=True); input()"
     )

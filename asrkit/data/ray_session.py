@@ -16,11 +16,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from asrkit import __version__
 from asrkit.data.loader import STOP_SIGNALS
 from asrkit.errors import UserError
 from asrkit.extras import require
@@ -52,7 +53,7 @@ def import_ray(local: bool) -> Any:
             "RAY_memory_monitor_refresh_ms": "0",  # else it ends replicas when others fill the memory
         }
     os.environ.update(variables)
-    ray = require("ray", for_="several workers")
+    ray = require("ray", for_="several workers" if local else "a Ray cluster")
     # A thread of Ray's prints what it hears of dead processes, beside the line that this run prints.
     if hasattr(ray._private.worker, "print_to_stdstream"):
         ray._private.worker.print_to_stdstream = lambda *lines, **options: None
@@ -85,7 +86,7 @@ def local_ray(cpus: int, gpus: int) -> Iterator[Callable[[], None]]:
                         address="local", num_cpus=cpus, num_gpus=gpus, object_store_memory=_store_bytes(),
                         _temp_dir=str(folder), **_QUIET,
                     )  # fmt: skip
-                except (RuntimeError, OSError, ValueError, ConnectionError) as error:
+                except Exception as error:  # of no kind of its own where the machine is too busy
                     raise UserError(f"Ray does not start here ({' '.join(str(error).split())[:300]})") from error
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -190,12 +191,27 @@ def _shut_down(ray: Any) -> None:
         ray.shutdown()
 
 
+def versions() -> dict[str, str]:
+    """What has to be the same in all processes that compute together."""
+    import torch
+
+    return {"asrkit": __version__, "torch": torch.__version__.partition("+")[0]}
+
+
+def other_versions(who: str, there: Mapping[str, str]) -> list[str]:
+    """A line for each package of which a process of ``who`` has another version than this one."""
+    return [
+        f"{who} has {package} {there[package]}, but this process has {version}; install the same everywhere"
+        for package, version in versions().items()
+        if there[package] != version
+    ]
+
+
 def _check_alive(servers: list[int]) -> None:
     for pid in servers:
         if _state(pid) in ("", "Z"):
             raise UserError(
-                "Ray's processes on this machine were killed, perhaps because memory ran out; the state is saved: run the same command "
-                "again to go on"
+                "Ray's processes on this machine were killed, perhaps because memory ran out; run the same command again"
             )
 
 

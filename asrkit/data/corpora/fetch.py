@@ -1,0 +1,106 @@
+"""Shar directories on web servers and in object stores, copied to this machine as the user asks for it; no manifest can ask for it."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO, cast
+
+from lhotse.serialization import open_best
+
+from asrkit.data.cut_table import CutTable
+from asrkit.data.manifests import open_cuts
+from asrkit.data.parallel import in_processes
+from asrkit.data.shar import FIELDS
+from asrkit.disk import atomic_write
+from asrkit.errors import UserError, clip
+from asrkit.extras import available, require
+
+SCHEMES = ("https", "http", "s3", "gs", "azure", "ais", "msc")  # nothing that runs a program, as lhotse's pipe: does
+MAX_SHARDS = 100_000
+BLOCK = 1 << 20  # bytes
+
+
+def fetch_shar(pattern: str, out: Path, fields: tuple[str, ...] = ("recording",)) -> CutTable:
+    """Copy the shards of a Shar directory to ``out``, which is then one; files that are there are not fetched again.
+
+    Every file is read by lhotse's ``open_best``, which takes what the URL needs: smart_open, or the client of AIStore.
+
+    Args:
+        pattern: URL of the cuts of one shard, or of several: https://HOST/corpus/cuts.{000000..000009}.jsonl.gz.
+        fields: recording, features or both: those whose tar files are fetched from beside the cuts.
+
+    Returns:
+        The cuts, checked as those of any manifest.
+
+    Raises:
+        UserError: a URL that names no shard, or cannot be read; what came is no Shar directory.
+    """
+    urls = list(shard_urls(pattern))
+    for field in fields:
+        if field not in FIELDS:
+            raise UserError(f"--field {field}: choose from {', '.join(FIELDS)}")
+    tars = [_tar_of(url, field) for field in fields for url in urls]
+    for files in (tars, urls):  # what is interrupted between them is no Shar directory yet
+        for _ in in_processes(partial(_fetch, out=out), files, threads=True):
+            pass
+    return open_cuts(out, need_text=False)
+
+
+def shard_urls(pattern: str) -> Iterator[str]:
+    """The URLs that a pattern stands for.
+
+    Raises:
+        UserError: no URL of a known kind, or none of the cuts of a shard.
+    """
+    scheme, colon, _ = pattern.partition("://")
+    if not colon or scheme not in SCHEMES:
+        raise UserError(f"{pattern}: give a URL that begins with one of {', '.join(f'{name}://' for name in SCHEMES)}")
+    if not re.search(r"/cuts\.(\d+|\{\d+\.\.\d+\})\.jsonl(\.gz)?$", pattern):
+        raise UserError(
+            f"{pattern}: does not end as the cuts of a Shar directory do; write .../cuts.000000.jsonl.gz, or for several shards "
+            ".../cuts.{000000..000009}.jsonl.gz"
+        )
+    several = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if several is None:
+        yield pattern
+        return
+    first, last = map(int, several.groups())
+    if not first <= last < first + MAX_SHARDS:
+        raise UserError(
+            f"{pattern}: {several[0]} is no range of at most {MAX_SHARDS} shards; give the lower number first"
+        )
+    for number in range(first, last + 1):
+        yield pattern[: several.start()] + f"{number:0{len(several[1])}d}" + pattern[several.end() :]
+
+
+def _tar_of(url: str, field: str) -> str:
+    base, _, name = url.rpartition("/")
+    return f"{base}/{field}.{name.split('.')[1]}.tar"
+
+
+def _fetch(url: str, out: Path) -> None:
+    name = url.rpartition("/")[2]
+    path = out / (name if name.endswith((".gz", ".tar")) else f"{name}.gz")
+    if path.exists():
+        return
+    try:
+        with atomic_write(path) as temporary, open_best(url, "rb") as source, _opened(temporary, path.suffix) as copy:
+            shutil.copyfileobj(source, copy, BLOCK)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries' errors are of many kinds; lhotse puts its own in their place
+        if not available("remote"):
+            require("remote", for_=url)
+        raise UserError(
+            f"{url}: cannot read it ({clip(error.__context__ or error)}); check the URL, and run the command again"
+        ) from error
+
+
+def _opened(path: Path, suffix: str) -> IO[bytes]:
+    """A file to write; cuts come unpacked, as lhotse reads them, and are packed again."""
+    return open(path, "wb") if suffix == ".tar" else cast(IO[bytes], gzip.open(path, "wb", 1))

@@ -1,0 +1,111 @@
+"""Shar directories from a real web server, by lhotse and smart_open."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lhotse import CutSet
+
+from asrkit.data.corpora.fetch import fetch_shar, shard_urls
+from asrkit.data.cut_audio import cut_samples
+from asrkit.data.manifests import open_cuts
+from asrkit.errors import UserError
+from asrkit.extras import EXTRAS
+from helpers.commands import asrkit
+from helpers.tones import make_corpus
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    asked: list[str] = []  # noqa: RUF012 - of all requests
+
+    def log_message(self, *words: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        super().do_GET()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a server and its folder, which has a Shar directory of three shards."""
+    folder = tmp_path / "served"
+    (folder / "corpus").mkdir(parents=True)
+    cuts = CutSet.from_cuts(open_cuts(make_corpus(tmp_path, 6)))
+    cuts.to_shar(folder / "corpus", fields={"recording": "wav"}, shard_size=2)
+    Quiet.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", folder
+        server.shutdown()
+        thread.join()
+
+
+def test_a_shar_directory_comes_from_a_server(served: tuple[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("smart_open")
+    address, folder = served
+    pattern, out = f"{address}/corpus/cuts.{{000000..000002}}.jsonl.gz", tmp_path / "copy"
+    (folder / "corpus" / "recording.000001.tar").rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"recording.000001.tar: cannot read it \(.*404.*\); check the URL"):
+        fetch_shar(pattern, out)
+    assert not list(out.glob("cuts.*")), "it is no Shar directory yet"
+    (tmp_path / "away").rename(folder / "corpus" / "recording.000001.tar")
+    Quiet.asked.clear()
+    said = asrkit("data", "fetch", pattern, "--out", out)
+    assert "6 cuts, 0.0 hours" in said
+    assert not {path for path in Quiet.asked if "recording.000000" in path or "recording.000002" in path}
+    for name in ("recording.000000.tar", "recording.000002.tar"):
+        assert (out / name).read_bytes() == (folder / "corpus" / name).read_bytes()
+    there, here = open_cuts(folder / "corpus"), open_cuts(out)
+    assert [cut.id for cut in here] == [cut.id for cut in there]
+    for one, other in zip(here, there, strict=True):
+        np.testing.assert_array_equal(cut_samples(one), cut_samples(other))
+    Quiet.asked.clear()
+    fetch_shar(pattern, out)
+    assert not Quiet.asked
+
+
+def test_a_manifest_fetches_nothing(served: tuple[str, Path], tmp_path: Path) -> None:
+    """What was fetched comes from strangers: it is refused where it would ask the network."""
+    pytest.importorskip("smart_open")
+    import gzip
+    import json
+
+    address, folder = served
+    shard = folder / "corpus" / "cuts.000000.jsonl.gz"
+    lines = [json.loads(line) for line in gzip.decompress(shard.read_bytes()).splitlines()]
+    lines[0]["recording"]["sources"][0].update(type="url", source=f"{address}/secret.wav")
+    shard.write_bytes(gzip.compress(b"".join(json.dumps(line).encode() + b"\n" for line in lines)))
+    with pytest.raises(UserError, match="a source of type url is not read"):
+        fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", tmp_path / "copy")
+    assert not [path for path in Quiet.asked if "secret" in path]
+
+
+def test_what_is_no_shard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = "https://example.org/x"
+    assert list(shard_urls(f"{base}/cuts.{{008..010}}.jsonl")) == [
+        f"{base}/cuts.{n}.jsonl" for n in ("008", "009", "010")
+    ]
+    for url in ("pipe:touch made", "cuts.000000.jsonl.gz", "file:///cuts.000000.jsonl.gz"):
+        with pytest.raises(UserError, match="give a URL that begins with one of https://"):
+            fetch_shar(url, tmp_path)
+    for url in (base, f"{base}/recording.000000.tar", f"{base}/cuts.{{a..b}}.jsonl.gz"):
+        with pytest.raises(UserError, match="does not end as the cuts of a Shar directory do"):
+            fetch_shar(url, tmp_path)
+    with pytest.raises(UserError, match="is no range of at most"):
+        fetch_shar(f"{base}/cuts.{{9..1}}.jsonl.gz", tmp_path)
+    with pytest.raises(UserError, match="--field text: choose from recording, features"):
+        fetch_shar(f"{base}/cuts.1.jsonl.gz", tmp_path, ("text",))
+    monkeypatch.setitem(__import__("sys").modules, "smart_open", None)
+    monkeypatch.setattr(
+        "asrkit.data.corpora.fetch.open_best", lambda *_: (_ for _ in ()).throw(ValueError("smart_open"))
+    )
+    with pytest.raises(UserError, match=f"needs smart_open.*{EXTRAS['remote'].remedy[:20]}"):
+        fetch_shar(f"{base}/cuts.1.jsonl.gz", tmp_path)
