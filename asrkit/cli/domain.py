@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asrkit.cli.fusion import FusionOptions, fusion_request
 from asrkit.cli.options import given, io
 
 if TYPE_CHECKING:
     from asrkit.decoding.domain import Domain
-    from asrkit.decoding.fusion import FusionRequest
 
 domain = partial(typer.Option, rich_help_panel="Decoding graphs, for CTC")
 
@@ -35,9 +36,27 @@ Paths = Annotated[
     int | None,
     domain(
         min=0,
-        help="--graph: paths to draw from the lattice for n-best texts and confidences. [default: 0, or 100 if needed]",
+        help="--graph: paths to draw from the lattice for n-best texts. [default: 0; 100 for --nbest, --lm and --length-bonus]",
     ),
 ]
+
+
+@dataclass
+class GraphChoice:
+    """The options of a search over a graph."""
+
+    graph: Graph = None
+    graph_scale: GraphScale = None
+    search_beam: SearchBeam = None
+    output_beam: OutputBeam = None
+    max_active: MaxActive = None
+    paths: Paths = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that were given, by the field of GraphOptions."""
+        names = ("search_beam", "output_beam", "max_active", "paths")
+        return given({"scale": self.graph_scale} | {name: getattr(self, name) for name in names})
 
 
 def register(app: typer.Typer) -> None:
@@ -45,22 +64,35 @@ def register(app: typer.Typer) -> None:
     app.command("graph")(graph)
 
 
-def domain_of(fusion: FusionRequest | None, graph: Path | None, options: dict[str, Any]) -> Domain:
-    """What a search uses in addition to the model; ``options`` are those of a search over a graph, by the fields of GraphOptions.
+def domain_options(
+    tuned: Path | None, beam: int | None, fusion: FusionOptions, choice: GraphChoice, method: bool
+) -> tuple[int, Domain]:
+    """The beam, and what a search uses in addition to the model: what is given overrides --decoding.
+
+    Args:
+        method: whether a method was chosen, which a graph takes the place of.
 
     Raises:
-        UserError: options of a graph without one, or values out of range.
+        UserError: options of a graph without one or beside a method, or values out of range.
     """
-    from asrkit.config import from_dict
+    from asrkit.config import from_dict, to_dict
     from asrkit.decoding.domain import Domain
     from asrkit.decoding.graph_search import GraphOptions
+    from asrkit.decoding.tuned import read_tuned
     from asrkit.errors import UserError
 
-    options = given(options)
-    if graph is None and options:
-        spelled = ["--graph-scale" if name == "scale" else f"--{name.replace('_', '-')}" for name in options]
-        raise UserError(f"{', '.join(spelled)}: has no effect without --graph; give one, or drop it")
-    return Domain(graph, from_dict(GraphOptions, options, "--graph"), fusion)
+    decoding = None if tuned is None else read_tuned(tuned)
+    base = Domain() if decoding is None else decoding.domain
+    path = choice.graph or base.graph
+    if path is None and choice.settings:
+        options = ["--graph-scale" if name == "scale" else f"--{name.replace('_', '-')}" for name in choice.settings]
+        raise UserError(f"{', '.join(options)}: has no effect without --graph; give one, or drop it")
+    if path is not None and method:
+        origin = "--graph" if choice.graph is not None else f"--decoding {tuned}, tuned for a graph,"
+        raise UserError(f"{origin} and --method: a graph has its own search; drop --method")
+    request = fusion_request(fusion, base.fusion, choice.graph)
+    settings = from_dict(GraphOptions, {**to_dict(base.graph_options), **choice.settings}, "--graph")
+    return beam or (4 if decoding is None else decoding.beam), Domain(path, settings, request)
 
 
 def graph(

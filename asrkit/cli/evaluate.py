@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from asrkit.cli.domain import Graph, GraphScale, MaxActive, OutputBeam, Paths, SearchBeam, domain_of
-from asrkit.cli.fusion import (
-    BlankPenalty,
-    HotwordsFile,
-    HotwordsScore,
-    LengthBonus,
-    Lm,
-    LmRescore,
-    LmScale,
-    Lodr,
-    LodrScale,
-    Temperature,
-    Tuned,
-    fusion_options,
-)
-from asrkit.cli.options import Cluster, Jobs, io, output
+from asrkit.cli.domain import GraphChoice, domain_options
+from asrkit.cli.fusion import FusionOptions, Tuned
+from asrkit.cli.options import Cluster, Jobs, expanded, io, output
 
 # The methods of asrkit.decoding.search, which would import torch here.
 Method = StrEnum("Method", {"greedy": "greedy", "beam": "beam", "ctc": "ctc", "ctc_beam": "ctc-beam"})
@@ -37,6 +24,9 @@ MethodOrAll = StrEnum(
 # Those of asrkit.decoding.transcripts.FORMATS; a file of subtitles is about one recording.
 TextFormat = StrEnum("TextFormat", ["txt", "json", "ctm", "stm"])
 AnyFormat = StrEnum("AnyFormat", ["txt", "json", "srt", "vtt", "ctm", "stm"])
+
+if TYPE_CHECKING:
+    from asrkit.decoding.choice import ContextChoice
 
 FusedMethod = StrEnum("FusedMethod", {"beam": "beam", "ctc_beam": "ctc-beam"})
 Mode = StrEnum("Mode", ["full"])
@@ -68,11 +58,29 @@ ConfidenceTemperature = Annotated[
 ]
 
 
+@dataclass
+class ModelChoice:
+    """The options of how a model is run: in which variant, context and place."""
+
+    variant: Variant = None
+    mode: ModeOption = None
+    chunk: Chunk = None
+    left: Left = None
+    device: Device = "auto"
+    threads: Threads = None
+
+    @property
+    def context(self) -> ContextChoice:
+        from asrkit.decoding.choice import ContextChoice
+
+        return ContextChoice(full=self.mode is Mode.full, chunk=self.chunk, left=self.left)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands that decode."""
-    app.command("evaluate")(evaluate)
-    app.command("tune")(tune)
-    app.command("transcribe")(transcribe)
+    app.command("evaluate")(expanded(evaluate))
+    app.command("tune")(expanded(tune))
+    app.command("transcribe")(expanded(transcribe))
 
 
 def evaluate(  # long: a parameter for each option
@@ -96,32 +104,14 @@ def evaluate(  # long: a parameter for each option
         decoding(help="Search method. Repeatable. [default: greedy; beam with a language model or hotwords]"),
     ] = None,
     beam: Beam = None,
-    variant: Variant = None,
-    mode: ModeOption = None,
-    chunk: Chunk = None,
-    left: Left = None,
+    *,
+    choice: ModelChoice,
     max_duration: Annotated[float, decoding(min=1, help="Seconds of audio to decode at once.")] = 200.0,
-    device: Device = "auto",
-    threads: Threads = None,
     jobs: Jobs = None,
     ray_address: Cluster = None,
-    lm: Lm = None,
-    lm_scale: LmScale = None,
-    lm_rescore: LmRescore = False,
-    lodr: Lodr = None,
-    lodr_scale: LodrScale = None,
-    length_bonus: LengthBonus = None,
-    blank_penalty: BlankPenalty = None,
-    temperature: Temperature = None,
-    hotwords: HotwordsFile = None,
-    hotwords_score: HotwordsScore = None,
+    fusion: FusionOptions,
     tuned: Tuned = None,
-    graph: Graph = None,
-    graph_scale: GraphScale = None,
-    search_beam: SearchBeam = None,
-    output_beam: OutputBeam = None,
-    max_active: MaxActive = None,
-    paths: Paths = None,
+    graph: GraphChoice,
     calibrate: Annotated[
         Path | None, confidence(help="Cuts, such as dev, to fit the confidence temperature on first.")
     ] = None,
@@ -156,41 +146,35 @@ def evaluate(  # long: a parameter for each option
     result.json, alignments.txt, confusions.txt and utterances.jsonl.
     """
     from asrkit.data.parallel import Workers
-    from asrkit.decoding.choice import ContextChoice
     from asrkit.decoding.external.interface import is_external
     from asrkit.decoding.search import METHODS
     from asrkit.reporting.tables import evaluation_table, table_console
     from asrkit.stages.evaluate import evaluate as run_evaluation
     from asrkit.stages.evaluate_external import evaluate_external
 
-    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
-    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
-    width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
-    usual = MethodOrAll.greedy if request is None else MethodOrAll(request.method)
-    names: list[Any] = [name.value for name in method or [usual]]
-    _check_graph(graph, bool(method))
-    options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
-    domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
+    width, domain = domain_options(tuned, beam, fusion, graph, bool(method))
+    usual = "greedy" if domain.fusion is None else domain.fusion.method
+    names: list[Any] = [name.value for name in method or ()] or [usual]
     shared: dict[str, Any] = {
         "methods": METHODS if "all" in names else names,
         "beam": width,
         "max_duration": max_duration,
-        "device": device,
-        "threads": threads,
+        "device": choice.device,
+        "threads": choice.threads,
         "out": out,
     }
     if is_external(str(run)):
         own: dict[str, Any] = {
-            "--variant": variant,
-            "--mode": mode,
-            "--chunk": chunk,
-            "--left": left,
-            "--graph": graph,
+            "--variant": choice.variant,
+            "--mode": choice.mode,
+            "--chunk": choice.chunk,
+            "--left": choice.left,
+            "--graph": domain.graph,
             "--format": formats,
         }
         own |= {"--calibrate": calibrate, "--confidence-temperature": confidence_temperature}
         own |= {"--jobs": None if jobs == 1 else jobs, "--ray-address": ray_address}
-        own["--lm, --lodr, --hotwords, --decoding and their options"] = request
+        own["--lm, --lodr, --hotwords, --decoding and their options"] = domain.fusion
         _refuse(run, own)
         evaluations = evaluate_external(str(run), manifest, **shared)
     else:
@@ -198,8 +182,8 @@ def evaluate(  # long: a parameter for each option
             evaluations = run_evaluation(
                 run,
                 manifest,
-                variant=variant,
-                context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
+                variant=choice.variant,
+                context=choice.context,
                 workers=workers,
                 domain=domain,
                 calibrate_on=calibrate,
@@ -234,63 +218,54 @@ def tune(
         Path, io(help="File to write, such as decoding.yaml, for `--decoding` of evaluate, transcribe and export.")
     ],
     over: Annotated[
-        str,
+        str | None,
         decoding(
             help="Options to tune, separated by commas: lm-scale, lodr-scale, length-bonus, blank-penalty, temperature, "
-            "hotwords-score, beam. NAME=0.1:0.2:0.3 tries these values instead of the usual ones."
+            "hotwords-score, beam; with --graph graph-scale, search-beam, output-beam, max-active. NAME=0.1:0.2:0.3 tries these "
+            "values instead of the usual ones. [default: of graph-scale, lm-scale and blank-penalty those that have an effect]"
         ),
-    ] = "lm-scale,blank-penalty",
+    ] = None,
     method: Annotated[
-        FusedMethod, decoding(help="Search to tune: that of the transducer, or that of CTC.")
-    ] = FusedMethod.beam,
+        FusedMethod | None,
+        decoding(help="Search to tune: that of the transducer, or that of CTC. [default: beam]"),
+    ] = None,
     beam: Beam = None,
-    variant: Variant = None,
-    mode: ModeOption = None,
-    chunk: Chunk = None,
-    left: Left = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    lm: Lm = None,
-    lm_scale: LmScale = None,
-    lm_rescore: LmRescore = False,
-    lodr: Lodr = None,
-    lodr_scale: LodrScale = None,
-    length_bonus: LengthBonus = None,
-    blank_penalty: BlankPenalty = None,
-    temperature: Temperature = None,
-    hotwords: HotwordsFile = None,
-    hotwords_score: HotwordsScore = None,
+    *,
+    choice: ModelChoice,
+    fusion: FusionOptions,
+    graph: GraphChoice,
 ) -> None:
-    """Find the weights of language models and hotwords that give the fewest word errors on dev cuts.
+    """Find the weights of language models, hotwords and graphs that give the fewest word errors on dev cuts.
 
     Examples:
 
         asrkit tune --from exp/backbone --lm exp/lm4 --manifest dev.jsonl.gz --over lm-scale,blank-penalty --out exp/decoding.yaml
 
+        asrkit tune --from exp/backbone --graph exp/hlg --manifest dev.jsonl.gz --over graph-scale,search-beam --out exp/graph.yaml
+
         asrkit evaluate --from exp/backbone --decoding exp/decoding.yaml --manifest test.jsonl.gz
 
-    The cuts are encoded once and decoded by --method for every value. Options are varied one at a time, in turns, starting from
+    The cuts are encoded once and decoded by --method, or over --graph, for every value. Options are varied one at a time, in turns, starting from
     the values given here. A result of `asrkit evaluate --decoding` records what it was tuned on, with a warning if that is the
     manifest it was evaluated on.
     """
-    from asrkit.decoding.choice import ContextChoice
+    from asrkit.decoding.search import CTC_GRAPH
     from asrkit.stages.tune import tune as run_tuning
 
-    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
-    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
-    width, request = fusion_options(None, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
+    width, domain = domain_options(None, beam, fusion, graph, method is not None)
+    usual = CTC_GRAPH if domain.graph is not None else "beam"
     tuned = run_tuning(
         run,
         manifest,
         out,
         over,
-        request=request,
-        method=cast(Any, method.value),
+        domain=domain,
+        method=cast(Any, usual if method is None else method.value),
         beam=width,
-        variant=variant,
-        context=ContextChoice(full=mode is Mode.full, chunk=chunk, left=left),
-        device=device,
-        threads=threads,
+        variant=choice.variant,
+        context=choice.context,
+        device=choice.device,
+        threads=choice.threads,
         note=lambda line: typer.echo(line, err=True),
     )
     typer.echo(
@@ -309,15 +284,11 @@ def transcribe(  # long: a parameter for each option
         decoding(help="Search method. [default: greedy; beam with a language model, hotwords or --nbest]"),
     ] = None,
     beam: Beam = None,
-    variant: Variant = None,
-    mode: ModeOption = None,
-    chunk: Chunk = None,
-    left: Left = None,
+    *,
+    choice: ModelChoice,
     language: Annotated[
         str | None, decoding(help="Language spoken, for a model with a language input; `asrkit info` lists them.")
     ] = None,
-    device: Device = "auto",
-    threads: Threads = None,
     stream: Annotated[bool, streams("--stream", help="Show the text while the audio comes in.")] = False,
     fast: Annotated[
         bool, streams("--fast", help="With --stream: read files as fast as possible instead of in real time.")
@@ -329,23 +300,9 @@ def transcribe(  # long: a parameter for each option
     longest: Annotated[
         float | None, streams(min=1, help="With --stream: longest utterance in seconds. [default: 20]")
     ] = None,
-    lm: Lm = None,
-    lm_scale: LmScale = None,
-    lm_rescore: LmRescore = False,
-    lodr: Lodr = None,
-    lodr_scale: LodrScale = None,
-    length_bonus: LengthBonus = None,
-    blank_penalty: BlankPenalty = None,
-    temperature: Temperature = None,
-    hotwords: HotwordsFile = None,
-    hotwords_score: HotwordsScore = None,
+    fusion: FusionOptions,
     tuned: Tuned = None,
-    graph: Graph = None,
-    graph_scale: GraphScale = None,
-    search_beam: SearchBeam = None,
-    output_beam: OutputBeam = None,
-    max_active: MaxActive = None,
-    paths: Paths = None,
+    graph: GraphChoice,
     confidence_temperature: ConfidenceTemperature = None,
     nbest: Annotated[
         int,
@@ -392,53 +349,35 @@ def transcribe(  # long: a parameter for each option
     partial or final. Standard input must be 16-bit little-endian mono PCM at 16 kHz without a header. Ctrl-C ends the
     stream; the text so far is printed, and the exit code is 130.
     """
-    from asrkit.decoding.choice import ContextChoice
-
-    context = ContextChoice(full=mode is Mode.full, chunk=chunk, left=left)
-    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale, "length_bonus": length_bonus}
-    scales |= {"blank_penalty": blank_penalty, "temperature": temperature, "hotwords_score": hotwords_score}
-    width, request = fusion_options(tuned, beam, lm_rescore, {"lm": lm, "lodr": lodr, "hotwords": hotwords}, scales)
-    _check_graph(graph, method is not None)
-    options = {"scale": graph_scale, "search_beam": search_beam, "output_beam": output_beam}
-    domain = domain_of(request, graph, options | {"max_active": max_active, "paths": paths})
-    method = method or (Method(request.method) if request is not None else Method.beam if nbest else Method.greedy)
+    width, domain = domain_options(tuned, beam, fusion, graph, method is not None)
+    usual = domain.fusion.method if domain.fusion is not None else "beam" if nbest else "greedy"
     form = AnyFormat.json if as_json else form
     shared: dict[str, Any] = {
-        "method": method.value,
+        "method": usual if method is None else method.value,
         "beam": max(width, nbest) if beam is None else width,
-        "variant": variant,
-        "context": context,
+        "variant": choice.variant,
+        "context": choice.context,
         "language": language,
-        "device": device,
-        "threads": threads,
+        "device": choice.device,
+        "threads": choice.threads,
         "warn": lambda line: typer.echo(f"warning: {line}", err=True),
     }
-    _check_output(stream, audio, form.value, out, timestamps, nbest, graph)
+    _check_output(stream, audio, form.value, out, timestamps, nbest)
     _check_stream_options(stream, audio, timestamps, fast, pause, longest, nbest, confidence_temperature)
     if stream:
-        _stream(run, audio, not fast, pause, longest, as_json, shared | {"fusion": request})
+        _stream(run, audio, not fast, pause, longest, as_json, shared | {"domain": domain})
         return
     shared |= {"domain": domain, "nbest": nbest, "temperature": confidence_temperature}
     _transcribe(run, audio, form.value, out, timestamps, shared)
 
 
-def _check_graph(graph: Path | None, method: bool) -> None:
-    """Refuse a graph beside a method."""
-    from asrkit.errors import UserError
-
-    if graph is not None and method:
-        raise UserError("--graph and --method: a graph has its own search; drop --method")
-
-
-def _check_output(
-    stream: bool, audio: list[Path], form: str, out: Path | None, timestamps: bool, nbest: int, graph: Path | None
-) -> None:
+def _check_output(stream: bool, audio: list[Path], form: str, out: Path | None, timestamps: bool, nbest: int) -> None:
     """Refuse outputs that contradict each other."""
     from asrkit.errors import UserError
 
     findings = []
-    if stream and (form not in ("txt", "json") or out is not None or graph is not None):
-        findings.append("--stream: prints text or JSON lines; drop --format, --out and --graph")
+    if stream and (form not in ("txt", "json") or out is not None):
+        findings.append("--stream: prints text or JSON lines; drop --format and --out")
     if timestamps and (form != "txt" or out is not None):
         findings.append("--timestamps: prints its own output; drop --format and --out")
     if nbest and (form not in ("txt", "json") or (form == "txt" and out is not None)):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from asrkit.cli.fusion import LmScale, LodrScale, Tuned, fusion_options
+from asrkit.cli.domain import GraphChoice, domain_options
+from asrkit.cli.fusion import FusionOptions, LmScale, LodrScale, Tuned
 from asrkit.cli.options import io
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ def export(  # long: a parameter for each option
     """
     from asrkit.stages.export import export as run_export
 
-    scales = {"lm_scale": lm_scale, "lodr_scale": lodr_scale}
-    beam, request = fusion_options(tuned, None, False, {"lm": lm, "lodr": lodr}, scales)
+    options = FusionOptions(lm=lm, lm_scale=lm_scale, lodr=lodr, lodr_scale=lodr_scale)
+    beam, domain = domain_options(tuned, None, options, GraphChoice(), False)
     directory = out.absolute()  # --out . is replaced, and then no path begins there
     exported = run_export(
         run,
@@ -129,7 +130,7 @@ def export(  # long: a parameter for each option
         license=license,
         graph=graph,
         graph_scale=graph_scale,
-        fusion=request,
+        fusion=domain.fusion,
         beam=beam,
         warn=lambda line: typer.echo(f"warning: {line}", err=True),
     )

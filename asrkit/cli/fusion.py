@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,34 +46,80 @@ HotwordsFile = Annotated[
     Path | None,
     fusion("--hotwords", help="File of words and phrases to prefer, one a line; `NAME :2.5` sets the score of one."),
 ]
-HotwordsScore = Annotated[float | None, fusion(help="Added for each token of a hotword. [default: 1.5]")]
+HotwordsScore = Annotated[
+    float | None, fusion(help="Added for each token of a hotword; half for the first. [default: 1.5]")
+]
+HotwordsLate = Annotated[
+    bool,
+    fusion(
+        "--hotwords-late", help="Add it after a frame's best tokens are selected, as sherpa-onnx does; finds fewer."
+    ),
+]
 Tuned = Annotated[
     Path | None,
-    fusion("--decoding", help="File that `asrkit tune` wrote: beam, weights and models. Other options override it."),
+    fusion(
+        "--decoding",
+        help="File that `asrkit tune` wrote: beam or graph, weights and models. Other options override it.",
+    ),
 ]
 
 
-def fusion_options(
-    tuned: Path | None, beam: int | None, lm_rescore: bool, parts: dict[str, Path | None], settings: dict[str, Any]
-) -> tuple[int, FusionRequest | None]:
-    """The beam and the request: the given options override those of --decoding; None if there are none.
+@dataclass
+class FusionOptions:
+    """The options of what a beam search uses in addition to the acoustic model."""
+
+    lm: Lm = None
+    lm_scale: LmScale = None
+    lm_rescore: LmRescore = False
+    lodr: Lodr = None
+    lodr_scale: LodrScale = None
+    length_bonus: LengthBonus = None
+    blank_penalty: BlankPenalty = None
+    temperature: Temperature = None
+    hotwords: HotwordsFile = None
+    hotwords_score: HotwordsScore = None
+    hotwords_late: HotwordsLate = False
+
+    @property
+    def parts(self) -> dict[str, Path | None]:
+        """The files and directories, by option."""
+        return {"lm": self.lm, "lodr": self.lodr, "hotwords": self.hotwords}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The weights that were given, by the field of FusionConfig."""
+        names = ("lm_scale", "lodr_scale", "length_bonus", "blank_penalty", "temperature", "hotwords_score")
+        uses = {
+            "lm_use": "rescore" if self.lm_rescore else None,
+            "hotwords_use": "late" if self.hotwords_late else None,
+        }
+        return given({name: getattr(self, name) for name in names} | uses)
+
+
+def fusion_request(
+    options: FusionOptions, base: FusionRequest | None, graph: Path | None = None
+) -> FusionRequest | None:
+    """The request: what is given overrides ``base``, that of --decoding; None if there is neither.
+
+    Args:
+        graph: one that is given, which need not be that of --decoding either.
 
     Raises:
         UserError: a line for each value out of range.
     """
-    settings = given({**settings, "lm_use": "rescore" if lm_rescore else None})
-    if tuned is None and not settings and not any(parts.values()):
-        return beam or 4, None
+    settings, parts = options.settings, options.parts
+    if base is None and not settings and not any(parts.values()):
+        return None
     from asrkit.config import resolve
     from asrkit.decoding.fusion import FusionConfig, FusionRequest
-    from asrkit.decoding.tuned import overridden, read_tuned
+    from asrkit.decoding.tuned import overridden
     from asrkit.errors import UserError
 
-    found = None if tuned is None else read_tuned(tuned)
-    base = FusionRequest() if found is None else found.request
-    names = {"lm": ("lm_scale", "lm_use"), "lodr": ("lodr_scale",), "hotwords": ("hotwords_score",)}
+    base = base or FusionRequest()
+    names = {"lm": ("lm_scale", "lm_use"), "lodr": ("lodr_scale",), "hotwords": ("hotwords_score", "hotwords_use")}
+    options_of = {"lm_use": "lm-rescore", "hotwords_use": "hotwords-late"}
     findings = [
-        f"--{'lm-rescore' if key == 'lm_use' else key.replace('_', '-')}: has no effect without --{name}"
+        f"--{options_of.get(key, key.replace('_', '-'))}: has no effect without --{name}"
         for name, keys in names.items()
         for key in keys
         if key in settings and parts.get(name) is None and getattr(base, name) is None
@@ -83,4 +130,4 @@ def fusion_options(
         raise UserError.of([*findings, *(f"--{line.replace('_', '-', 1)}" for line in error.lines)]) from None
     if findings:
         raise UserError.of(findings)
-    return beam or (4 if found is None else found.beam), overridden(base, resolved, parts)
+    return overridden(base, resolved, {**parts, "graph": graph})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ from asrkit.decoding.fusion import Fusion, FusionRequest, load_fusion, weighted_
 from asrkit.decoding.graph_search import GraphOptions, GraphSearch
 from asrkit.decoding.hypothesis import Hypothesis, rescored
 from asrkit.decoding.recognizer import Recognizer
-from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method, cannot_fuse, search_n_best
-from asrkit.models.ctc_graph import load_graph, size_of
+from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method, NBestSearch, cannot_fuse, search_n_best
+from asrkit.errors import UserError
+from asrkit.models.ctc_graph import CtcGraph, load_graph, size_of
 from asrkit.reporting.results import GraphUse
 
+GRAPH_OPTIONS = ("scale", "search_beam", "output_beam", "max_active", "paths")  # those that a result records
 PATHS = 100  # drawn from a lattice where n-best texts are needed and no number was given
-
-NBestSearch = Callable[[EncoderOutput], list[list[Hypothesis]]]
 
 
 @dataclass(frozen=True)
@@ -43,48 +43,85 @@ class Domain:
 
 @dataclass(frozen=True)
 class Search:
-    """A search, called with the encoder's output of a batch, and what results say of it; ``n_best``: whether it has alternatives."""
+    """A search, called with the encoder's output of a batch, and what results say of it.
+
+    confident: whether it tells confidences of words. unfinished: the search of an utterance that goes on, where that is another one.
+    """
 
     run: NBestSearch
-    n_best: bool
+    confident: bool
     fusion: Fusion | None = None
     graph: GraphUse | None = None
+    unfinished: NBestSearch | None = None
 
 
-def make_search(recognizer: Recognizer, method: str, beam: int, domain: Domain, alternatives: bool = False) -> Search:
-    """The search by a method, with what ``domain`` has.
+@dataclass(frozen=True)
+class LoadedDomain:
+    """What is known of the domain, read and checked, from which searches with any settings are made."""
 
-    Args:
-        alternatives: n-best texts are needed, also of a graph.
+    recognizer: Recognizer
+    fusion: Fusion | None
+    graph: CtcGraph | None
+    use: GraphUse | None  # the graph in a result, with the options of the request
+
+    def search(
+        self, method: str, beam: int, options: GraphOptions, alternatives: bool = False, stream: bool = False
+    ) -> Search:
+        """The search by a method, or over the graph with ``options``.
+
+        Args:
+            alternatives: n-best texts are needed, also of a graph. stream: utterances are searched before they end.
+        """
+        fusion, special_ids = self.fusion, self.recognizer.tokenizer.special_ids
+        if self.graph is None or self.use is None:
+            how = {"beam": beam, "special_ids": special_ids, "fusion": fusion}
+            run = partial(search_n_best, self.recognizer.model, method=cast(Method, method), **how)  # type: ignore[arg-type]
+            return Search(run, method in BEAMS, fusion)
+        ranks = fusion is not None and fusion.counts_at_end
+        if options.paths == 0 and (alternatives or ranks):
+            options = replace(options, paths=PATHS)
+        search: NBestSearch = GraphSearch(self.graph, options)
+        use = replace(self.use, **{name: getattr(options, name) for name in GRAPH_OPTIONS})
+        running = replace(options, paths=0)
+        unfinished = GraphSearch(self.graph.prefixes(), running, posteriors=False) if stream else None
+        if fusion is not None:
+            search = partial(_over_the_graph, search, fusion, self.recognizer.model.blank)
+        return Search(search, True, fusion, use, unfinished)
+
+
+def load_domain(recognizer: Recognizer, domain: Domain) -> LoadedDomain:
+    """Read what ``domain`` names.
 
     Raises:
-        UserError: graph, language model or hotwords cannot be used, or are about another tokenizer.
+        UserError: graph, language model or hotwords cannot be used, are about another tokenizer, or not what was tuned with.
     """
-    tokenizer, fusion = recognizer.tokenizer, None
-    if domain.fusion is not None:
-        fusion = load_fusion(domain.fusion, tokenizer, recognizer.device)
+    tokenizer, request = recognizer.tokenizer, domain.fusion or FusionRequest()
+    if findings := request.other_recognizer(recognizer.run_weights_sha256):
+        raise UserError.of(findings)
+    fusion = None if domain.fusion is None else load_fusion(request, tokenizer, recognizer.device)
     if domain.graph is None:
-        how = {"beam": beam, "special_ids": tokenizer.special_ids, "fusion": fusion}
-        run = partial(search_n_best, recognizer.model, method=cast(Method, method), **how)  # type: ignore[arg-type]
-        return Search(run, method in BEAMS, fusion)
+        return LoadedDomain(recognizer, fusion, None, None)
     graph, record = load_graph(domain.graph, tokenizer)
-    options = domain.graph_options
-    if options.paths == 0 and (alternatives or fusion is not None):
-        options = replace(options, paths=PATHS)
-    search: NBestSearch = GraphSearch(graph, options)
-    use = GraphUse(
-        path=str(domain.graph), sha256=record.sha256, bytes=size_of(domain.graph),
-        **{name: getattr(options, name) for name in ("scale", "search_beam", "output_beam", "max_active", "paths")},
-    )  # fmt: skip
-    if fusion is not None:
-        search = partial(_over_the_graph, search, fusion, recognizer.model.blank)
-    return Search(search, options.paths > 0, fusion, use)
+    if findings := request.other_part("graph", domain.graph, record.sha256):
+        raise UserError.of(findings)
+    asked = {name: getattr(domain.graph_options, name) for name in GRAPH_OPTIONS}
+    use = GraphUse(path=str(domain.graph), sha256=record.sha256, bytes=size_of(domain.graph), **asked)
+    return LoadedDomain(recognizer, fusion, graph, use)
+
+
+def make_search(
+    recognizer: Recognizer, method: str, beam: int, domain: Domain, alternatives: bool = False, stream: bool = False
+) -> Search:
+    """The search by a method, with what ``domain`` has; see ``load_domain`` and ``LoadedDomain.search``."""
+    return load_domain(recognizer, domain).search(method, beam, domain.graph_options, alternatives, stream)
 
 
 def _over_the_graph(search: NBestSearch, fusion: Fusion, blank: int, encoded: EncoderOutput) -> list[list[Hypothesis]]:
     """The texts of a graph, ordered with the language models and the bonus for each token."""
     if encoded.ctc_log_probs is not None:
         encoded = encoded._replace(ctc_log_probs=fusion.log_probs(encoded.ctc_log_probs, blank))
+    if not fusion.counts_at_end:
+        return search(encoded)
 
     def scores(tokens: Tensor, lens: Tensor) -> Tensor:
         return weighted_scores(fusion.language_models, tokens, lens) + fusion.settings.length_bonus * lens

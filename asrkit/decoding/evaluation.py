@@ -23,7 +23,7 @@ from asrkit.decoding.domain import Search
 from asrkit.decoding.fusion import Fusion, FusionRequest
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.latency import emission_latencies, summarize_latencies, word_ends
-from asrkit.decoding.nbest import Agreement, calibrate, distinct
+from asrkit.decoding.nbest import WordConfidence, calibrate, word_confidence
 from asrkit.decoding.recognizer import Recognizer
 from asrkit.decoding.search import Method, decode
 from asrkit.decoding.transcripts import Transcript
@@ -72,22 +72,22 @@ def measure_wer(
 class Decoded:
     """One search's results on a manifest.
 
-    latencies: milliseconds a word, where words are aligned. agreements, hypotheses: by cut id; the former of a search with
-    alternatives.
+    latencies: milliseconds a word, where words are aligned. sureness, hypotheses: by cut id; the former of a search that tells
+    confidences.
     """
 
     scored: list[Scored] = field(default_factory=list)
     latencies: list[float] | None = None
     seconds: float = 0.0
     hypotheses: dict[str, Hypothesis] = field(default_factory=dict)
-    agreements: dict[str, Agreement] = field(default_factory=dict)
+    sureness: dict[str, WordConfidence] = field(default_factory=dict)
 
     def add(self, other: Decoded) -> None:
         """Add those of more cuts."""
         self.scored += other.scored
         self.seconds += other.seconds
         self.hypotheses |= other.hypotheses
-        self.agreements |= other.agreements
+        self.sureness |= other.sureness
         if self.latencies is not None:
             self.latencies += other.latencies or []
 
@@ -97,23 +97,19 @@ class Decoded:
         return sum(hypothesis.score == -math.inf for hypothesis in self.hypotheses.values())
 
     def right(self) -> list[list[bool]]:
-        """Whether each word of each utterance in ``agreements`` is right, in the order of ``scored``."""
+        """Whether each word of each utterance in ``sureness`` is right, in the order of ``scored``."""
         return [
-            [
-                ref == hyp
-                for ref, hyp in align(scored.ref.split(), self.agreements[scored.cut_id].words)
-                if hyp != NOTHING
-            ]
+            [ref == hyp for ref, hyp in align(scored.ref.split(), self.sureness[scored.cut_id].words) if hyp != NOTHING]
             for scored in self.scored
         ]
 
     def temperature(self) -> float:
         """The temperature that fits the confidences best; see ``calibrate``."""
-        return calibrate([self.agreements[scored.cut_id] for scored in self.scored], self.right())
+        return calibrate([self.sureness[scored.cut_id] for scored in self.scored], self.right())
 
     def set_confidences(self, temperature: float, calibrated_on: Path | None) -> Confidence:
         """Put the words' confidences into ``scored``; returns how well they tell which words are right."""
-        rows = [self.agreements[scored.cut_id].confidences(temperature).tolist() for scored in self.scored]
+        rows = [self.sureness[scored.cut_id].confidences(temperature).tolist() for scored in self.scored]
         right = [word for words in self.right() for word in words]
         self.scored = [
             replace(scored, confidence=tuple(round(value, 4) for value in row))
@@ -156,8 +152,8 @@ def decode_cuts(
             advance(sum(cut.duration for cut in part))
     order, speakers = {cut.id: number for number, cut in enumerate(cuts)}, {cut.id: speaker_of(cut) for cut in cuts}
     for total in decoded.values():
-        said = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in total.scored]
-        total.scored = sorted(said, key=lambda utterance: order[utterance.cut_id])
+        utterances = [replace(utterance, speaker=speakers[utterance.cut_id]) for utterance in total.scored]
+        total.scored = sorted(utterances, key=lambda utterance: order[utterance.cut_id])
     return decoded
 
 
@@ -186,34 +182,29 @@ def _decode_batch(
             late = emission_latencies(hypothesis, recognizer.tokenizer, words, recognizer.context)
             latencies += late
             scored[number] = replace(scored[number], late_ms=tuple(round(value, 1) for value in late))
-        agreements = {
-            cut_id: Agreement(distinct(alternatives, recognizer.tokenizer), recognizer.tokenizer)
-            for cut_id, alternatives in zip(batch.cut_ids, n_best if search.n_best else (), strict=False)
+        sureness = {
+            cut_id: word_confidence(alternatives, recognizer.tokenizer)
+            for cut_id, alternatives in zip(batch.cut_ids, n_best if search.confident else (), strict=False)
         }
         by_id = dict(zip(batch.cut_ids, hypotheses, strict=True))
-        decoded[name] = Decoded(scored, latencies, seconds, by_id, agreements)
+        decoded[name] = Decoded(scored, latencies, seconds, by_id, sureness)
     return decoded
 
 
 def decoding_record(
-    request: FusionRequest | None, fusion: Fusion | None, manifest: Path, manifest_sha256: str, weights_sha256: str
+    request: FusionRequest | None, fusion: Fusion | None, manifest: Path, manifest_sha256: str
 ) -> tuple[DecodingRecord | None, list[str]]:
-    """What a result says of ``fusion``; and warnings where it was tuned on the very manifest that is decoded, or with other weights."""
+    """What a result says of ``fusion``; and a warning where it was tuned on the very manifest that is decoded."""
     if request is None or fusion is None:
         return None, []
     tuned_on = None if request.tuned_on is None else dict(request.tuned_on)
     sources = {name: dict(source) for name, source in fusion.sources.items()}
     record = DecodingRecord(settings=to_dict(fusion.settings), sources=sources, tuned_on=tuned_on)
-    warnings = []
-    if tuned_on is not None and tuned_on["sha256"] == manifest_sha256:
-        warnings.append(
-            f"{manifest}: the decoding was tuned on this manifest, so the error rate is too low; evaluate on another"
-        )
-    if request.tuned_with not in (None, weights_sha256):
-        warnings.append(
-            "the decoding was tuned with another model, whose best weights may differ; run asrkit tune again"
-        )
-    return record, warnings
+    if tuned_on is None or tuned_on["sha256"] != manifest_sha256:
+        return record, []
+    return record, [
+        f"{manifest}: the decoding was tuned on this manifest, so the error rate is too low; evaluate on another"
+    ]
 
 
 def result_of(

@@ -3,7 +3,8 @@
 The score of a hypothesis is its transducer log-probability, plus for each of its tokens
 lm_scale * log P_LM - lodr_scale * log P_LODR + length_bonus + what hotwords add. As in the runtime the models are exported to
 (sherpa-onnx), and in icefall's recipes, it is added after the best (hypothesis, token) pairs of a frame are chosen, so it costs one
-score for each hypothesis instead of one for each token of the vocabulary.
+score for each hypothesis instead of one for each token of the vocabulary. Hotwords count before that choice unless they are asked to be
+late: a recognizer that makes many errors seldom has their tokens among the best.
 
 Sources: shallow fusion (Gulcehre et al. 2015, arXiv 1503.03535); subtraction of the internal language model as a density ratio
 (McDermott et al. 2019, arXiv 2002.11268) by a low-order n-gram, LODR (Zheng et al. 2022, arXiv 2203.16776).
@@ -33,6 +34,9 @@ from asrkit.models.ngram.automaton import Ngram, load_ngram, symbols_of_pieces
 from asrkit.models.registry import LM, NGRAM, load_lm, require, spec_of_kind
 from asrkit.run_dir import ARPA, TOKENIZER, open_run
 
+FIRST_TOKEN = (
+    0.5  # of a hotword's score for each token, what its first token gets where it counts early; our choice, see docs
+)
 State = tuple[Tensor, ...]  # of N hypotheses, each tensor with them first
 
 
@@ -54,6 +58,10 @@ class FusionConfig:
     """Divides the logits: above 1, the acoustic model is less sure."""
     hotwords_score: Annotated[float, Field(ge=-100, le=100)] = 1.5
     """Added for each token of a hotword without a score of its own."""
+    hotwords_use: Literal["early", "late"] = "early"
+    """early: before a frame's best tokens are selected, so that the score can bring a token into the beam, and half as much for a
+    phrase's first token, which many other words begin with; late: after that, as sherpa-onnx does, and alike for all tokens. CTC's
+    prefix beam search selects among the likeliest tokens of each hypothesis in both cases."""
 
 
 class TokenScorer(Protocol):
@@ -150,6 +158,11 @@ class Fusion:
         models = self.language_models if self.settings.lm_use == "fusion" else []
         return models if self.hotwords is None else [*models, (self.hotwords, 1.0)]
 
+    @property
+    def counts_at_end(self) -> bool:
+        """Whether whole texts may be ordered otherwise by it: by a language model, or the bonus for each token."""
+        return bool(self.language_models) or self.settings.length_bonus != 0
+
     def start(self, rows: int) -> list[State]:
         """The state of ``rows`` hypotheses without a token, of each part that is scored in the search."""
         return [part.start(rows) for part, _ in self.in_search]
@@ -170,22 +183,30 @@ class Fusion:
             return log_probs
         return self.logits(log_probs.flatten(0, 1), blank).log_softmax(dim=1).view(log_probs.shape)
 
+    def boosts(self, states: Sequence[State], blank: int) -> Tensor | None:
+        """What hotwords add to each token (N, V) before the best are selected; None: nothing."""
+        if self.hotwords is None or self.settings.hotwords_use == "late":
+            return None
+        gains = self.hotwords.hotwords.all_gains(states[-1][0])
+        gains[:, blank] = 0.0
+        return gains
+
     def advance(
-        self, states: Sequence[State], parents: Tensor, tokens: Tensor, blank: int
+        self, states: Sequence[State], parents: Tensor, rows: Tensor, tokens: Tensor
     ) -> tuple[Tensor, list[State]]:
-        """What ``tokens`` (N,) add to the hypotheses that grow out of ``parents`` (N,), 0 for blanks; and the states after them."""
-        rows = (tokens != blank).nonzero().squeeze(1)
-        emitted = tokens[rows]
-        gains = torch.full(emitted.shape, self.settings.length_bonus, device=tokens.device)
+        """What ``tokens`` (M,) add to the ``rows`` (M,) of the hypotheses that grow out of ``parents`` (N,), whose others emit
+        nothing, beside what ``boosts`` has added; and the states of all N."""
+        gains = torch.full(tokens.shape, self.settings.length_bonus, device=tokens.device)
         after = []
         for (part, weight), state in zip(self.in_search, states, strict=True):
-            state = tuple(tensor[parents] for tensor in state)
+            state = tuple(tensor.index_select(0, parents) for tensor in state)
             if rows.numel():
-                scores, changed = part.step(tuple(tensor[rows] for tensor in state), emitted)
-                gains = gains + weight * scores
+                scores, changed = part.step(tuple(tensor.index_select(0, rows) for tensor in state), tokens)
+                if part is not self.hotwords or self.settings.hotwords_use == "late":
+                    gains = gains.add(scores, alpha=weight)
                 state = _put(state, rows, changed)
             after.append(state)
-        return torch.zeros(tokens.shape, device=tokens.device).index_copy(0, rows, gains), after
+        return gains, after
 
     def end(self, states: Sequence[State], tokens: Tensor, lens: Tensor) -> Tensor:
         """What the end adds (B, K), of hypotheses whose ``tokens`` (B, K, U) are padded beyond ``lens`` (B, K)."""
@@ -221,25 +242,26 @@ def weighted_scores(parts: Sequence[tuple[TokenScorer, float]], tokens: Tensor, 
 
 
 def _put(state: State, rows: Tensor, changed: State) -> State:
-    """The state with ``rows`` changed. Keys and values (4-D) of attention grow at their front."""
+    """The ``state``, a copy that nothing else uses, with ``rows`` changed. Keys and values (4-D) of attention grow at their front."""
     tensors = []
     for before, after in zip(state, changed, strict=True):
         grown = after.shape[2] - before.shape[2] if before.dim() == 4 else 0
         before = pad(before, (0, 0, grown, 0)) if grown > 0 else before
         after = pad(after, (0, 0, -grown, 0)) if grown < 0 else after
-        tensors.append(before.index_copy(0, rows, after))
+        tensors.append(before.index_copy_(0, rows, after))
     return tuple(tensors)
 
 
-FusedMethod = Literal["beam", "ctc-beam"]  # the searches that have a use for a request
+FusedMethod = Literal["beam", "ctc-beam", "ctc-graph"]  # the searches that have a use for a request
 
 
 @dataclass(frozen=True)
 class FusionRequest:
     """What the user asks of a search: where the parts are, and how much each counts.
 
-    lm, lodr: run directories of ``train-lm`` or ARPA files. hotwords: a file. expected: the digest that a part must have, by option.
-    tuned_on: path and digest of the manifest that the settings were tuned on. tuned_with: digest of the recognizer's weights.
+    lm, lodr: run directories of ``train-lm`` or ARPA files. hotwords: a file. expected: the digest that a part must have, by option,
+    that of a graph too.
+    tuned_on: path and digest of the manifest that the settings were tuned on. tuned_with: path and digest of the recognizer.
     method: the search that they are for.
     """
 
@@ -249,8 +271,27 @@ class FusionRequest:
     hotwords: Path | None = None
     expected: Mapping[str, str] = field(default_factory=dict)
     tuned_on: Mapping[str, str] | None = None
-    tuned_with: str | None = None
+    tuned_with: Mapping[str, str] | None = None
     method: FusedMethod = "beam"
+
+    def other_part(self, name: str, path: Path, digest: str) -> list[str]:
+        """Why a part is not the one that the settings were tuned with; [] if it is, or they were not tuned."""
+        expected = self.expected.get(name, digest)
+        if expected == digest:
+            return []
+        return [
+            f"--{name} {path}: is not the one that the decoding was tuned with (digest {digest[:12]}, not {expected[:12]}); "
+            "restore that, or tune again"
+        ]
+
+    def other_recognizer(self, weights_sha256: str) -> list[str]:
+        """Why the settings are not for a recognizer whose run directory has these weights; [] if they are, or were not tuned."""
+        if self.tuned_with is None or self.tuned_with["sha256"] == weights_sha256:
+            return []
+        return [
+            f"--decoding: was tuned with the weights of {self.tuned_with['path']} (digest {self.tuned_with['sha256'][:12]}), and this "
+            f"recognizer has others ({weights_sha256[:12]}); run `asrkit tune` with it, or give the weights as options"
+        ]
 
 
 def load_fusion(request: FusionRequest, tokenizer: Tokenizer, device: torch.device) -> Fusion:
@@ -274,11 +315,7 @@ def load_fusion(request: FusionRequest, tokenizer: Tokenizer, device: torch.devi
         try:
             parts[name], digest = load(path)
             sources[name] = {"path": str(path), "sha256": digest}
-            if request.expected.get(name, digest) != digest:
-                findings.append(
-                    f"--{name} {path}: is not the one that the decoding was tuned with (digest {digest[:12]}, not "
-                    f"{request.expected[name][:12]}); restore that, or tune again"
-                )
+            findings += request.other_part(name, path, digest)
         except UserError as error:
             findings += error.lines
     if findings:
@@ -303,10 +340,10 @@ def load_scorer(
     own = f"train one with `asrkit train-lm --unit bpe --tokenizer {tokenizer.path}`"
     if unit != "bpe":
         raise UserError(f"{option} {path}: is of {unit} units, and the recognizer emits word pieces; {own}")
-    theirs = Tokenizer(run.path / TOKENIZER)
-    if symbols_of_pieces(theirs) != symbols_of_pieces(tokenizer):
+    lm_tokenizer = Tokenizer(run.path / TOKENIZER)
+    if symbols_of_pieces(lm_tokenizer) != symbols_of_pieces(tokenizer):
         raise UserError(
-            f"{option} {path}: its tokenizer has other pieces ({theirs.vocab_size}) than the recognizer's "
+            f"{option} {path}: its tokenizer has other pieces ({lm_tokenizer.vocab_size}) than the recognizer's "
             f"({tokenizer.vocab_size}); {own}"
         )
     digest = sha256_of(run.weights_path)
@@ -318,5 +355,6 @@ def load_scorer(
 def _load_hotwords(
     path: Path, tokenizer: Tokenizer, settings: FusionConfig, device: torch.device
 ) -> tuple[HotwordScorer, str]:
-    hotwords = read_hotwords(path, tokenizer, settings.hotwords_score)
+    first = FIRST_TOKEN if settings.hotwords_use == "early" else 1.0
+    hotwords = read_hotwords(path, tokenizer, settings.hotwords_score, first)
     return HotwordScorer(hotwords.to(device)), sha256_of(path)

@@ -54,16 +54,15 @@ def graph_of_words(k2: ModuleType, lm: Ngram, spelled: Mapping[int, Sequence[int
 
 def graph_of_sentences(k2: ModuleType, sentences: Sequence[Sequence[int]], vocab_size: int) -> CtcGraph:
     """The graph that accepts the sentences, each a list of tokens, and nothing else; all are equally likely."""
-    states: dict[tuple[int, ...], int] = {(): 0}
-    rows: list[tuple[int, int, int]] = []
+    after: dict[tuple[int, int], int] = {}  # a tree of their beginnings: the state after each state and token
+    ends: dict[int, None] = {}
     for sentence in sentences:
-        for length in range(len(sentence)):
-            prefix = tuple(sentence[: length + 1])
-            if prefix not in states:
-                states[prefix] = len(states)
-                rows.append((states[prefix[:-1]], states[prefix], prefix[-1]))
-    ends = dict.fromkeys(states[tuple(sentence)] for sentence in sentences)
-    rows += [(state, len(states), END) for state in ends]
+        state = 0
+        for token in sentence:
+            state = after.setdefault((state, token), len(after) + 1)
+        ends[state] = None
+    rows = [(state, target, token) for (state, token), target in after.items()]
+    rows += [(state, len(after) + 1, END) for state in ends]
     arcs = torch.tensor(sorted(rows), dtype=torch.int32)
     return _with_ctc(k2, _fsa(k2, arcs, torch.zeros(len(arcs))), vocab_size)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -50,13 +51,14 @@ class GraphOptions:
 class GraphSearch:
     """A search over a graph: called with a batch's encoder output, it gives each utterance's texts, the best one first.
 
-    The first is the text of the best path. With ``options.paths``, every text has the score log P(text | speech), over all its
-    alignments, + ``options.scale`` times the graph's score; without, the score is that of the best path.
-    An utterance through whose frames the pruned graph has no path has an empty text with the score -inf.
+    The first is the text of the best path, whose tokens have posteriors unless ``posteriors`` is False. With ``options.paths``, every text has the score
+    log P(text | speech), over all its alignments, + ``options.scale`` times the graph's score; without, the score is that of the best
+    path. An utterance through whose frames the pruned graph has no path has an empty text with the score -inf.
     """
 
     graph: CtcGraph
     options: GraphOptions
+    posteriors: bool = True
     k2: ModuleType = field(init=False)
     _fsas: dict[torch.device, Any] = field(default_factory=dict, init=False)
 
@@ -72,11 +74,11 @@ class GraphSearch:
         """
         if encoded.ctc_log_probs is None:
             raise UserError("this model has no CTC head, which --graph decodes; use --method greedy or beam")
-        heard = (encoded.lens > 0).nonzero().squeeze(1)
+        nonempty = (encoded.lens > 0).nonzero().squeeze(1)
         results = [[Hypothesis([], [], 0.0)] for _ in range(len(encoded.lens))]
-        if len(heard):
-            searched = self._search(encoded.ctc_log_probs[heard].float(), encoded.lens[heard])
-            for row, hypotheses in zip(heard.tolist(), searched, strict=True):
+        if len(nonempty):
+            searched = self._search(encoded.ctc_log_probs[nonempty].float(), encoded.lens[nonempty])
+            for row, hypotheses in zip(nonempty.tolist(), searched, strict=True):
                 results[row] = hypotheses
         return results
 
@@ -92,13 +94,16 @@ class GraphSearch:
         totals = scored.get_tot_scores(use_double_scores=True, log_semiring=False)
         best = best_paths(self.k2, lattice, scored, log_probs.shape[1])
         best = best._replace(graph=best.graph.masked_fill(~totals.isfinite(), -torch.inf))
+        posteriors: list[list[float]] = [[]] * len(lens)
+        if self.posteriors:
+            posteriors = token_posteriors(lattice.posteriors(scored, log_probs.shape), best)
         if self.options.paths == 0:
-            return _hypotheses(best, totals, len(lens))
+            return _hypotheses(best, totals, posteriors)
         texts = n_best_texts(self.k2, lattice, scored, best, self.options.paths)
         tokens, token_lens = without_blanks(texts.emitted.unsqueeze(0), 0)
         tokens, token_lens = tokens.squeeze(0), token_lens.squeeze(0)
         totals = _acoustic(log_probs, lens, texts.rows, tokens, token_lens) + texts.graph
-        return _hypotheses(texts, totals, len(lens))
+        return _hypotheses(texts, totals, posteriors)
 
 
 def k2_for_graphs() -> ModuleType:
@@ -129,6 +134,26 @@ def best_paths(k2: ModuleType, lattice: Lattice, scored: Any, num_frames: int) -
     arcs = k2.shortest_path(fsas, use_double_scores=True).arc.long()
     rows = torch.arange(fsas.shape[0], device=lattice.rows.device)
     return _paths_of(lattice, rows, lattice.rows[arcs], arcs, num_frames)
+
+
+def token_posteriors(of_frames: Tensor, paths: Paths) -> list[list[float]]:
+    """The posterior probability of each token of each path, by those of all tokens in frames (B, T, V): the highest in the frames
+    from where the token begins to where the next one does.
+
+    Source: Wessel et al. 2001, C_max (equation 9): the sum over all hypotheses of the same word at a time, and of a word's times
+    the one with the highest sum; there of words, here of tokens.
+    """
+    (count, num_frames), device = paths.emitted.shape, paths.emitted.device
+    emits = paths.emitted > 0
+    frames = torch.arange(num_frames, device=device)
+    begins = torch.where(emits, frames, 0).cummax(dim=1).values  # of the token in each frame; 0 before the first
+    token = paths.emitted.gather(1, begins)
+    values = of_frames[paths.rows.unsqueeze(1), frames, token].masked_fill(token == 0, 0.0)
+    number = emits.cumsum(dim=1)  # 0 before the first
+    highest = np.zeros((count, num_frames + 1))
+    np.maximum.at(highest, (np.arange(count)[:, None], number.cpu().numpy()), values.cpu().numpy())
+    rows = zip(highest[:, 1:].clip(max=1.0).tolist(), number[:, -1].tolist(), strict=True)
+    return [row[:size] for row, size in rows]
 
 
 def n_best_texts(k2: ModuleType, lattice: Lattice, scored: Any, best: Paths, paths: int) -> Paths:
@@ -175,12 +200,11 @@ def _acoustic(log_probs: Tensor, lens: Tensor, rows: Tensor, tokens: Tensor, tok
     return torch.cat(scores)
 
 
-def _hypotheses(paths: Paths, scores: Tensor, batch: int) -> list[list[Hypothesis]]:
-    """The texts of each utterance: the first path's, and the others by their scores."""
-    every: list[list[tuple[bool, float, Hypothesis]]] = [[] for _ in range(batch)]
+def _hypotheses(paths: Paths, scores: Tensor, posteriors: list[list[float]]) -> list[list[Hypothesis]]:
+    """The texts of each utterance: the first path's, which has the ``posteriors`` of its tokens, and the others by their scores."""
+    texts: list[list[Hypothesis]] = [[] for _ in posteriors]
     for row, emitted, score in zip(paths.rows.tolist(), paths.emitted.cpu(), scores.tolist(), strict=True):
         frames = emitted.nonzero().squeeze(1)
-        hypothesis = Hypothesis(emitted[frames].tolist(), frames.tolist(), score)
-        every[row].append((not every[row], score, hypothesis))
-    ordered = [sorted(rows, key=lambda entry: (-entry[0], -entry[1])) for rows in every]
-    return [[hypothesis for _, _, hypothesis in rows] for rows in ordered]
+        known = posteriors[row] if not texts[row] else []
+        texts[row].append(Hypothesis(emitted[frames].tolist(), frames.tolist(), score, known))
+    return [[first, *sorted(others, key=lambda hypothesis: -hypothesis.score)] for first, *others in texts]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from asrkit.data.text.tokenizer import Tokenizer, single_spaces
+from asrkit.decoding.phrases import read_lines
 from asrkit.errors import UserError, clip
 
 MAX_PHRASES = 100_000
@@ -61,22 +62,33 @@ class Hotwords:
         gains = torch.where(there, self.gains[place], self.root_gains[tokens] - self.scores[states])
         return gains, torch.where(there, self.targets[place], self.root_targets[tokens])
 
+    def all_gains(self, states: Tensor) -> Tensor:
+        """What each token would add, (N, V), to hypotheses in ``states`` (N,)."""
+        gains, vocab = self.root_gains - self.scores[states].unsqueeze(1), len(self.root_gains)
+        begin = torch.searchsorted(self.keys, states * vocab)
+        counts = torch.searchsorted(self.keys, (states + 1) * vocab) - begin
+        row = torch.arange(len(states), device=states.device).repeat_interleave(counts)
+        edge = torch.arange(len(row), device=states.device) + (begin - counts.cumsum(0) + counts)[row]
+        gains[row, self.keys[edge] % vocab] = self.gains[edge]
+        return gains
+
     def to(self, device: torch.device) -> Hotwords:
         """The same with its tensors on a device."""
         return Hotwords(*(getattr(self, name.name).to(device) for name in fields(self)))
 
 
-def build_hotwords(phrases: Mapping[tuple[int, ...], float], vocab_size: int) -> Hotwords:
-    """The automaton of phrases, each a sequence of tokens with the score of each of them."""
+def build_hotwords(phrases: Mapping[tuple[int, ...], float], vocab_size: int, first: float = 1.0) -> Hotwords:
+    """The automaton of phrases, each a sequence of tokens with the score of each of them; the first token's is multiplied by ``first``."""
     nodes = [_Node()]
     for phrase, score in phrases.items():
         state = 0
-        for token in phrase:
+        for position, token in enumerate(phrase):
+            added = score * first if position == 0 else score
             if token not in nodes[state].next:
                 nodes[state].next[token] = len(nodes)
-                nodes.append(_Node(score))
+                nodes.append(_Node(added))
             child = nodes[nodes[state].next[token]]
-            child.token_score = max(score, child.token_score)  # of phrases that begin alike
+            child.token_score = max(added, child.token_score)  # of phrases that begin alike
             child.score = nodes[state].score + child.token_score
             state = nodes[state].next[token]
         nodes[state].ends = True
@@ -133,21 +145,18 @@ def _settled(nodes: Sequence[_Node], target: int, gain: float) -> tuple[float, i
     return gain, target
 
 
-def read_hotwords(path: Path, tokenizer: Tokenizer, score: float) -> Hotwords:
+def read_hotwords(path: Path, tokenizer: Tokenizer, score: float, first: float = 1.0) -> Hotwords:
     """The automaton of a file with one phrase a line, as sherpa-onnx reads it: ``SAN FRANCISCO`` or, with a score of its own for
     each token, ``SAN FRANCISCO :2.5``.
 
     Args:
-        score: for each token of the other phrases.
+        score: for each token of the other phrases. first: the first token's share of a phrase's score.
 
     Raises:
-        UserError: the file cannot be read, has no phrase, or a line for each phrase that the tokenizer cannot spell or whose score
+        UserError: the file cannot be read, is too large, has no phrase, or a line for each phrase that the tokenizer cannot spell or whose score
             is no number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read ({error}); give a UTF-8 file with one word or phrase a line") from error
+    lines = read_lines(path, "word or phrase")
     phrases: dict[tuple[int, ...], float] = {}
     findings = []
     for number, line in enumerate(lines, start=1):
@@ -175,4 +184,4 @@ def read_hotwords(path: Path, tokenizer: Tokenizer, score: float) -> Hotwords:
     if findings:
         more = [f"{path}: {len(findings)} unusable lines"] if len(findings) > MAX_FINDINGS else []
         raise UserError.of([*findings[:MAX_FINDINGS], *more])
-    return build_hotwords(phrases, tokenizer.vocab_size)
+    return build_hotwords(phrases, tokenizer.vocab_size, first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,14 @@ _ODD_CONSTANT = 0x1E3779B97F4A7C15  # spreads a hash's bits (the golden ratio, a
 class Hypothesis:
     """One utterance's recognized tokens, the encoder frame that emitted each, and the log-probability.
 
-    The score is the path's (greedy) or the sum over the paths the beam kept (beam), natural logarithm.
+    The score is the path's (greedy) or the sum over the paths the beam kept (beam), natural logarithm. ``posteriors``: the
+    probability of each token by a lattice; [] of a search without one.
     """
 
     tokens: list[int]
     frames: list[int]
     score: float
+    posteriors: list[float] = field(default_factory=list)
 
 
 def collect(emitted: Tensor, scores: Tensor, blank: int, slots_per_frame: int = 1) -> list[Hypothesis]:
@@ -90,9 +92,8 @@ def without_blanks(emitted: Tensor, blank: int) -> tuple[Tensor, Tensor]:
 
 
 def append_hash(prefixes: Tensor, tokens: Tensor) -> Tensor:
-    """64-bit hashes of token sequences, each with one token appended; the product wraps around on purpose."""
-    mixed = (prefixes ^ (tokens + 1)) * _ODD_CONSTANT
-    return mixed ^ (mixed >> 31)
+    """64-bit hashes of token sequences, each with one token appended: a polynomial, which wraps around on purpose."""
+    return (tokens + 1).add(prefixes, alpha=_ODD_CONSTANT)
 
 
 Scorer = Callable[[Tensor, Tensor], Tensor]  # tokens (N, U), padded with 0, and lengths (N,) to scores (N,)

@@ -50,6 +50,14 @@ class Lattice:
         fsas.scores = scores if bonus is None else scores + bonus
         return fsas
 
+    def posteriors(self, scored: Any, shape: torch.Size) -> Tensor:
+        """The probability that a path of the lattices has a token in a frame, (B, T, V) = ``shape``, by what ``scored`` returned:
+        a frame's add up to 1, and to 0 beyond the end of an utterance or where it has no path."""
+        of_arcs = scored.get_arc_post(use_double_scores=True, log_semiring=True).exp()
+        inside = self.labels >= 0
+        at = (self.rows[inside], self.frames[inside], self.labels[inside])
+        return of_arcs.new_zeros(shape).index_put_(at, of_arcs[inside], accumulate=True)
+
 
 def graph_lattice(k2: ModuleType, graph: Any, outputs: Tensor, lens: Tensor, kappa: float, how: Beams) -> Lattice:
     """The likely paths of utterances through ``graph``, an acceptor of frames with the

@@ -1,4 +1,4 @@
-"""N-best lists as a user reads them: no text twice, and how sure each word of the best text is.
+"""N-best lists as a user reads them: no text twice, and how sure each word of the best text is, by them or by a lattice.
 
 Shapes: N texts of an utterance, W words of the best one.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -87,6 +88,40 @@ def alternatives(hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer, most: i
     return [Alternative(tokenizer.decode(h.tokens), h.score) for h in distinct(hypotheses, tokenizer)[:most]]
 
 
+class WordConfidence(Protocol):
+    """How sure each word of an utterance's best text is."""
+
+    words: list[str]
+
+    def confidences(self, temperature: float = 1.0) -> Tensor:
+        """A number between 0 and 1 for each word, (W,); a higher ``temperature`` makes them less sure."""
+
+
+def word_confidence(hypotheses: Sequence[Hypothesis], tokenizer: Tokenizer) -> WordConfidence:
+    """By the lattice's posteriors where the best text has them, otherwise by the n-best texts."""
+    if hypotheses[0].posteriors:
+        return LatticeConfidence(hypotheses[0], tokenizer)
+    return Agreement(distinct(hypotheses, tokenizer), tokenizer)
+
+
+class LatticeConfidence:
+    """How sure each word is by the posteriors of its tokens in a lattice: those of the least likely token, as no word is likelier than
+    any of its tokens (our choice)."""
+
+    def __init__(self, hypothesis: Hypothesis, tokenizer: Tokenizer) -> None:
+        words = word_frames(hypothesis, tokenizer)
+        self.words = [word.text for word in words]
+        lowest = [min(hypothesis.posteriors[token] for token in word.pieces) for word in words]
+        self.log_odds = torch.tensor(lowest, dtype=torch.float64).logit(eps=1e-6)
+
+    def confidences(self, temperature: float = 1.0) -> Tensor:
+        """The probabilities (W,), whose log odds are divided by ``temperature``.
+
+        Source: Guo et al. 2017, temperature scaling of two classes.
+        """
+        return (self.log_odds / temperature).sigmoid()
+
+
 class Agreement:
     """How far the texts of an utterance agree with the best one, word by word, with their scores.
 
@@ -113,13 +148,13 @@ def _matches(best: Sequence[str], other: Sequence[str]) -> list[bool]:
     return [one == two for one, two in align(best, other) if one != NOTHING]
 
 
-def calibrate(utterances: Sequence[Agreement], right: Sequence[Sequence[bool]]) -> float:
+def calibrate(utterances: Sequence[WordConfidence], right: Sequence[Sequence[bool]]) -> float:
     """The temperature with which the confidences of words predict best which are right: least cross-entropy, on dev data.
 
     Args:
         right: for each utterance, whether each word of its best text is right.
 
-    Source: Guo et al. 2017, temperature scaling; there of a network's outputs, here of an n-best list's scores.
+    Source: Guo et al. 2017, temperature scaling; there of a network's outputs, here of an n-best list's scores or a lattice's log odds.
     """
     correct = torch.tensor([bool(word) for words in right for word in words], dtype=torch.float64)
 

@@ -30,6 +30,7 @@ from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run
 class Recognizer:
     """A model ready to decode with its tokenizer, and the digest that says which weights these are.
 
+    ``run_weights_sha256``: of the weights of the run directory; of an exported model, of the one it was exported from.
     ``variant`` and ``context`` are those it runs in; ``warnings`` say where that is not what it was trained for.
     ``languages``: those ``encode`` takes as an input, if any. ``language``: the one it recognizes, where it is for one alone.
     """
@@ -40,6 +41,7 @@ class Recognizer:
     device: torch.device
     variant: str
     context: Context
+    run_weights_sha256: str
     warnings: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     language: str | None = None
@@ -89,7 +91,7 @@ def load_recognizer(
     acoustic = TorchAcousticModel(model.to(torch_device), name, context)
     weights = sha256_of(run.path / WEIGHTS)
     return Recognizer(
-        acoustic, tokenizer, weights, torch_device, name, context, warnings, model.spec.languages, language
+        acoustic, tokenizer, weights, torch_device, name, context, weights, warnings, model.spec.languages, language
     )
 
 
@@ -134,4 +136,5 @@ def _load_exported(
     model = ExportedAcousticModel(loaded, only, exported.vocab_size, exported.context_size)
     tokenizer = _load_tokenizer(path / TOKENIZER, exported.vocab_size)
     cpu, digest = torch.device("cpu"), sha256_of(path / EXPORT)  # export.yaml has the digests of every file
-    return Recognizer(model, tokenizer, digest, cpu, exported.variant, only, language=exported.language)
+    origin = exported.run.weights_sha256
+    return Recognizer(model, tokenizer, digest, cpu, exported.variant, only, origin, language=exported.language)

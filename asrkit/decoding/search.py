@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -18,6 +18,7 @@ from asrkit.errors import UserError
 Method = Literal["greedy", "beam", "ctc", "ctc-beam"]
 METHODS: tuple[Method, ...] = ("greedy", "beam", "ctc")  # those that every client has, which `--method all` runs
 BEAMS: tuple[Method, ...] = ("beam", "ctc-beam")
+NBestSearch = Callable[[EncoderOutput], list[list[Hypothesis]]]  # each utterance's hypotheses, the best one first
 CTC_GRAPH = "ctc-graph"  # the search of decoding/graph_search.py, as results name it
 
 
@@ -88,10 +89,10 @@ def search_n_best(
     within = [(part, weight) for part, weight in fusion.in_search if not isinstance(part, NeuralScorer)]
     beside = CtcFusion(within, fusion.settings.length_bonus)
     log_probs = fusion.log_probs(log_probs, model.blank)
-    found = ctc_beam_search(log_probs, encoded.lens, beam, model.blank, special_ids, beside)
+    n_best = ctc_beam_search(log_probs, encoded.lens, beam, model.blank, special_ids, beside)
     # A network is too slow for every candidate of every frame.
     after = [pair for pair in fusion.language_models if pair not in within and pair[1] != 0]
-    return rescored(found, partial(weighted_scores, after)) if after else found
+    return rescored(n_best, partial(weighted_scores, after)) if after else n_best
 
 
 def decode(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -18,9 +19,8 @@ from torch.nn.functional import pad
 from asrkit.data.features import LOG_EPS, NUM_MEL_BINS, OnlineFbank
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import AcousticModel, EncoderOutput
-from asrkit.decoding.fusion import Fusion
 from asrkit.decoding.hypothesis import Hypothesis
-from asrkit.decoding.search import Method, search
+from asrkit.decoding.search import NBestSearch, search_n_best
 from asrkit.decoding.words import Word, timed_words
 from asrkit.frames import (
     ENCODER_SHIFT,
@@ -118,21 +118,21 @@ class StreamingRecognizer:
     whole recordings; so a text is final in the same words as if it had been decoded at once.
 
     Args:
+        search: the best hypotheses of encoder frames; each utterance begins a sentence. None: greedy.
         endpoint: when an utterance is over; None is a second's pause, or 20 seconds.
-        fusion: language models and the like for a beam search; each utterance begins a sentence.
+        unfinished: the search of an utterance that goes on; None: ``search``.
     """
 
     def __init__(
         self,
         model: StreamingModel,
         tokenizer: Tokenizer,
-        method: Method = "greedy",
-        beam: int = 4,
+        search: NBestSearch | None = None,
         endpoint: Endpoint | None = None,
-        fusion: Fusion | None = None,
+        unfinished: NBestSearch | None = None,
     ) -> None:
-        self.fusion = fusion
-        self.model, self.tokenizer, self.method, self.beam = model, tokenizer, method, beam
+        greedy = partial(search_n_best, model, method="greedy", special_ids=tokenizer.special_ids)
+        self.tokenizer, self.search, self.unfinished = tokenizer, search or greedy, unfinished
         self.endpoint = endpoint or Endpoint()
         self._features, self._encoder = OnlineFbank(), ChunkEncoder(model)
         self._utterance: list[EncoderOutput] = []
@@ -152,14 +152,14 @@ class StreamingRecognizer:
         for encoded in chain(self._encoder.accept(self._features.finish()), self._encoder.finish()):
             yield from self._advance(encoded)
         if self._shown:
-            yield self._partial(self._search(), final=True, time=self._samples / SAMPLE_RATE)
+            yield self._partial(self._searched(self.search), final=True, time=self._samples / SAMPLE_RATE)
             self._forget()
 
     def _advance(self, encoded: EncoderOutput) -> Iterator[Partial]:
         """What one more chunk of encoder frames changes."""
         self._utterance.append(encoded)
         self._frames += encoded.joiner_in.shape[1]
-        hypothesis = self._search()
+        hypothesis = self._searched(self.unfinished or self.search)
         length = self._frames - self._start
         quiet = length - (hypothesis.frames[-1] + 1 if hypothesis.frames else 0)
         # A chunk is known when the last sample its frames need has arrived.
@@ -167,19 +167,19 @@ class StreamingRecognizer:
         text = self.tokenizer.decode(hypothesis.tokens)
         if quiet * ENCODER_SHIFT >= self.endpoint.pause or length * ENCODER_SHIFT >= self.endpoint.longest:
             if text or self._shown:
-                yield self._partial(hypothesis, final=True, time=time)
+                whole = hypothesis if self.unfinished is None else self._searched(self.search)
+                yield self._partial(whole, final=True, time=time)
             self._forget()
         elif text != self._shown:
             self._shown = text
             yield self._partial(hypothesis, final=False, time=time)
 
-    def _search(self) -> Hypothesis:
+    def _searched(self, search: NBestSearch) -> Hypothesis:
         """The best hypothesis of the current utterance."""
         joiner_in = torch.cat([part.joiner_in for part in self._utterance], dim=1)
         ctc = [part.ctc_log_probs for part in self._utterance if part.ctc_log_probs is not None]
         lens = torch.tensor([joiner_in.shape[1]], device=joiner_in.device)
-        encoded = EncoderOutput(joiner_in, lens, torch.cat(ctc, dim=1) if ctc else None)
-        return search(self.model, encoded, self.method, self.beam, self.tokenizer.special_ids, self.fusion)[0]
+        return search(EncoderOutput(joiner_in, lens, torch.cat(ctc, dim=1) if ctc else None))[0][0]
 
     def _partial(self, hypothesis: Hypothesis, final: bool, time: float) -> Partial:
         start = self._start * ENCODER_SHIFT

@@ -37,15 +37,19 @@ def _start_context(model: AcousticModel, device: torch.device) -> Tensor:
     return context
 
 
-def _extend(model: AcousticModel, contexts: Tensor, predicted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Append ``tokens`` (N,) to ``contexts`` (N, C) and update ``predicted`` (N, J); blank rows stay."""
-    emits = tokens != model.blank
-    rows = emits.nonzero().squeeze(1)
+def _extend(model: AcousticModel, contexts: Tensor, predicted: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    """Append ``tokens`` (M,) to the ``rows`` (M,) of ``contexts`` (N, C), and update those of ``predicted`` (N, J), in place."""
     if rows.numel() == 0:
-        return contexts, predicted
-    shifted = torch.cat([contexts[rows, 1:], tokens[rows, None]], dim=1)
-    contexts = contexts.index_copy(0, rows, shifted)
-    return contexts, predicted.index_copy(0, rows, model.predict(shifted))
+        return
+    shifted = torch.cat([contexts.index_select(0, rows)[:, 1:], tokens.unsqueeze(1)], dim=1)
+    contexts.index_copy_(0, rows, shifted)
+    predicted.index_copy_(0, rows, model.predict(shifted))
+
+
+def _emitting(tokens: Tensor, emits: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of ``tokens`` (N,) that ``emits`` (N,) marks, and their tokens."""
+    rows = emits.nonzero().squeeze(1)
+    return rows, tokens.index_select(0, rows)
 
 
 @torch.no_grad()
@@ -72,9 +76,9 @@ def greedy_search(
             best, tokens = logits.log_softmax(dim=-1).max(dim=-1)
             scores = torch.where(active, scores + best, scores)
             tokens = torch.where(active, tokens, blank)
-            contexts, predicted = _extend(model, contexts, predicted, tokens)
-            emitted[t, slot] = tokens
             active = tokens != blank
+            _extend(model, contexts, predicted, *_emitting(tokens, active))
+            emitted[t, slot] = tokens
             if slot + 1 < max_symbols and not active.any():
                 break
     return collect(emitted.flatten(0, 1).T, scores, model.blank, max_symbols)
@@ -109,9 +113,8 @@ def beam_search(
         fusion: what else counts, language models for instance; None: nothing.
     """
     ended = _beams(model, joiner_in, lens, beam, special_ids, fusion)
-    best = (ended.scores / (ended.sizes + model.context_size)).argmax(dim=1, keepdim=True)  # (B, 1)
-    emitted = traced(ended.parents, ended.emitted, best)
-    return collect(emitted.squeeze(1), ended.scores.gather(1, best).squeeze(1), model.blank)
+    best = ended.normalized(model.context_size).argmax(dim=1, keepdim=True)  # (B, 1)
+    return collect(ended.in_order(best).squeeze(1), ended.scores.gather(1, best).squeeze(1), model.blank)
 
 
 @torch.no_grad()
@@ -125,8 +128,8 @@ def beam_hypotheses(
 ) -> list[list[Hypothesis]]:
     """Every hypothesis that ``beam_search`` ends with, of each utterance, in its order: the first is the one it returns."""
     ended = _beams(model, joiner_in, lens, beam, special_ids, fusion)
-    _, order = (ended.scores / (ended.sizes + model.context_size)).sort(dim=1, descending=True, stable=True)
-    return collect_n_best(traced(ended.parents, ended.emitted, order), ended.scores.gather(1, order), model.blank)
+    _, order = ended.normalized(model.context_size).sort(dim=1, descending=True, stable=True)
+    return collect_n_best(ended.in_order(order), ended.scores.gather(1, order), model.blank)
 
 
 @torch.no_grad()
@@ -141,16 +144,24 @@ def beam_n_best(
     """Every hypothesis that ``beam_search`` ends with, the likeliest first; no two of an utterance have the same tokens."""
     ended = _beams(model, joiner_in, lens, beam, special_ids, fusion)
     scores, order = ended.scores.sort(dim=1, descending=True)
-    return n_best_of(traced(ended.parents, ended.emitted, order), scores, model.blank)
+    return n_best_of(ended.in_order(order), scores, model.blank)
 
 
 class _Beams(NamedTuple):
-    """The hypotheses after the last frame, (B, K), and the way back to each: for every frame its parent and its token."""
+    """The hypotheses after the last frame: scores (B, K), how many tokens each has (B, K), and what it emitted in each frame
+    (B, K, T'), a token or blank."""
 
     scores: Tensor
     sizes: Tensor
-    parents: list[Tensor]
-    emitted: list[Tensor]
+    emitted: Tensor
+
+    def normalized(self, context_size: int) -> Tensor:
+        """What the final choice is by, (B, K)."""
+        return self.scores / (self.sizes + context_size)
+
+    def in_order(self, order: Tensor) -> Tensor:
+        """What the hypotheses ``order`` (B, N) emitted (B, N, T')."""
+        return self.emitted.gather(1, order.unsqueeze(2).expand(-1, -1, self.emitted.shape[2]))
 
 
 def _beams(
@@ -161,14 +172,13 @@ def _beams(
     special_ids: Collection[int],
     fusion: Fusion | None,
 ) -> _Beams:
-    (batch, num_frames, _), device = joiner_in.shape, joiner_in.device
-    choices = min(beam, model.vocab_size)
+    (batch, num_frames, width), device = joiner_in.shape, joiner_in.device
+    vocab = model.vocab_size
     contexts = _start_context(model, device).repeat(batch * beam, 1)  # (B * K, C)
     predicted = model.predict(contexts[:1]).repeat(batch * beam, 1)  # (B * K, J)
     scores = joiner_in.new_full((batch, beam), -torch.inf)
     scores[:, 0] = 0.0
     prefixes = torch.zeros(batch, beam, dtype=torch.int64, device=device)
-    sizes = torch.zeros_like(prefixes)
     unmoved = torch.arange(beam, device=device)
     first_row = torch.arange(batch, device=device).unsqueeze(1) * beam
     silent = silent_columns(special_ids, model.blank, device)
@@ -177,35 +187,38 @@ def _beams(
     parents, emitted = [], []
     fused = [] if fusion is None else fusion.start(batch * beam)
     for t in range(num_frames):
-        frame = joiner_in[:, t].repeat_interleave(beam, dim=0)
+        frame = joiner_in[:, t].unsqueeze(1).expand(-1, beam, -1).reshape(-1, width)
         logits = model.join(frame, predicted).index_fill(1, silent, -torch.inf)
         if fusion is not None:
             logits = fusion.logits(logits, model.blank)
-        # The best of all pairs are among the best of each hypothesis.
-        best, symbols = logits.topk(choices, dim=1)
-        best = (best - logits.logsumexp(dim=1, keepdim=True)).view(batch, beam, choices)
-        grown, pairs = (scores.unsqueeze(2) + best).flatten(1).topk(beam, dim=1)
-        parent = torch.div(pairs, choices, rounding_mode="floor")
-        tokens = symbols.view(batch, -1).gather(1, pairs)
+        every = logits.log_softmax(dim=1).view(batch, beam, vocab).add_(scores.unsqueeze(2))
+        if fusion is not None and (boosts := fusion.boosts(fused, model.blank)) is not None:
+            every = every + boosts.view(batch, beam, vocab)
+        grown, pairs = every.flatten(1).topk(beam, dim=1)
+        parent = torch.div(pairs, vocab, rounding_mode="floor")
+        tokens = pairs - parent * vocab
         if t >= shortest:  # the hypotheses of an utterance that has ended stay
             active = (t < lens).unsqueeze(1)
             grown, parent = torch.where(active, grown, scores), torch.where(active, parent, unmoved)
             tokens = torch.where(active, tokens, blank)
+        origin = (first_row + parent).flatten()
+        contexts, predicted = contexts.index_select(0, origin), predicted.index_select(0, origin)
         emits = tokens != blank
-        prefixes, sizes = prefixes.gather(1, parent), sizes.gather(1, parent) + emits
-        prefixes = torch.where(emits, append_hash(prefixes, tokens), prefixes)
-        rows = (first_row + parent).flatten()
+        rows, new = _emitting(tokens.flatten(), emits.flatten())
         if fusion is not None:  # after the choice, as the runtime does
-            gains, fused = fusion.advance(fused, rows, tokens.flatten(), model.blank)
-            grown = grown + gains.view(batch, beam)
-        scores = _merge(grown, prefixes)
-        contexts, predicted = _extend(model, contexts[rows], predicted[rows], tokens.flatten())
+            gains, fused = fusion.advance(fused, origin, rows, new)
+            grown = grown.flatten().index_add(0, rows, gains.to(grown.dtype)).view(batch, beam)
+        scores, prefixes = grown, prefixes.gather(1, parent)
+        if rows.numel():  # otherwise no two become equal
+            prefixes = torch.where(emits, append_hash(prefixes, tokens), prefixes)
+            scores = _merge(grown, prefixes)
+            _extend(model, contexts, predicted, rows, new)
         parents.append(parent)
         emitted.append(tokens)
+    grid = traced(parents, emitted, unmoved.expand(batch, beam))
     if fusion is not None:
-        grid = traced(parents, emitted, unmoved.expand(batch, beam))
         scores = scores + fusion.end(fused, *without_blanks(grid, model.blank))
-    return _Beams(scores, sizes, parents, emitted)
+    return _Beams(scores, (grid != blank).sum(dim=2), grid)
 
 
 @torch.no_grad()
@@ -225,10 +238,10 @@ def sampled_paths(
     ended = torch.arange(num_frames, device=device).unsqueeze(1) >= lens.repeat_interleave(paths)  # (T', B * paths)
     emitted = contexts.new_full((num_frames, batch * paths), model.blank)
     for t in range(num_frames):
-        frame = joiner_in[:, t].repeat_interleave(paths, dim=0)
+        frame = joiner_in[:, t].unsqueeze(1).expand(-1, paths, -1).reshape(batch * paths, -1)
         logits = model.join(frame, predicted).float().index_fill(1, silent, -torch.inf)
         probs = logits.softmax(dim=1).nan_to_num(nan=1.0)  # padding, or a model that has diverged
         drawn = torch.multinomial(probs, 1).squeeze(1).masked_fill(ended[t], model.blank)
-        contexts, predicted = _extend(model, contexts, predicted, drawn)
+        _extend(model, contexts, predicted, *_emitting(drawn, drawn != model.blank))
         emitted[t] = drawn
     return emitted.T.reshape(batch, paths, num_frames)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field, replace
 from pathlib import Path
+from typing import Any
 
 from asrkit.config import Positive, config, from_dict, to_dict
+from asrkit.decoding.domain import Domain
 from asrkit.decoding.fusion import FusedMethod, FusionConfig, FusionRequest
+from asrkit.decoding.graph_search import GraphOptions
+from asrkit.decoding.search import CTC_GRAPH
 from asrkit.errors import UserError
 from asrkit.run_dir import read_yaml, write_yaml
 
@@ -31,10 +36,10 @@ class Trial:
 
 @config
 class TunedDecoding:
-    """The content of decoding.yaml: a beam search with language models and the like.
+    """The content of decoding.yaml: a beam search with language models and the like, or a search over a graph.
 
-    method: of the transducer or of CTC. recognizer: weights of the model it was tuned with. tuned_on: the manifest. wer, words: word error rate and words there.
-    trials: everything that was tried.
+    method: of the transducer, of CTC, or over a graph. recognizer: the run directory it was tuned with, or its export, and the digest
+    of the run's weights. tuned_on: the manifest. wer, words: word error rate and words there. trials: everything that was tried.
     """
 
     beam: Positive
@@ -42,6 +47,8 @@ class TunedDecoding:
     lm: Source | None = None
     lodr: Source | None = None
     hotwords: Source | None = None
+    graph: Source | None = None
+    graph_options: GraphOptions = field(default_factory=GraphOptions)
     recognizer: Source
     tuned_on: Source
     wer: float
@@ -50,17 +57,18 @@ class TunedDecoding:
     method: FusedMethod = "beam"
 
     @property
-    def request(self) -> FusionRequest:
+    def domain(self) -> Domain:
         """What it asks of a search."""
-        parts = {name: source for name in PARTS if (source := getattr(self, name)) is not None}
-        return FusionRequest(
+        sources = {name: source for name in (*PARTS, "graph") if (source := getattr(self, name)) is not None}
+        request = FusionRequest(
             self.settings,
-            **{name: Path(source.path) for name, source in parts.items()},
-            expected={name: source.sha256 for name, source in parts.items()},
+            **{name: Path(source.path) for name, source in sources.items() if name in PARTS},
+            expected={name: source.sha256 for name, source in sources.items()},
             tuned_on=to_dict(self.tuned_on),
-            tuned_with=self.recognizer.sha256,
+            tuned_with=to_dict(self.recognizer),
             method=self.method,
         )
+        return Domain(None if self.graph is None else Path(self.graph.path), self.graph_options, request)
 
 
 def write_tuned(path: Path, tuned: TunedDecoding) -> None:
@@ -79,11 +87,16 @@ def read_tuned(path: Path) -> TunedDecoding:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a file that `asrkit tune` wrote; give its --out")
-    return from_dict(TunedDecoding, content, str(path))
+    tuned = from_dict(TunedDecoding, content, str(path))
+    if (tuned.method == CTC_GRAPH) != (tuned.graph is not None):
+        raise UserError(f"{path}: method {tuned.method} and graph do not fit each other; run `asrkit tune` again")
+    return tuned
 
 
-def overridden(request: FusionRequest, settings: FusionConfig, parts: dict[str, Path | None]) -> FusionRequest:
-    """The request with other settings, and other parts where they are given; a part that is given need not be the one tuned with."""
+def overridden(request: FusionRequest, settings: FusionConfig, parts: Mapping[str, Path | None]) -> FusionRequest:
+    """The request with other settings, and other parts where they are given; a part that is given, or a graph, need not be the one
+    tuned with."""
     given = {name: path for name, path in parts.items() if path is not None}
     expected = {name: digest for name, digest in request.expected.items() if name not in given}
-    return replace(request, settings=settings, expected=expected, **given)  # type: ignore[arg-type]
+    replaced: dict[str, Any] = {name: path for name, path in given.items() if name in PARTS}
+    return replace(request, settings=settings, expected=expected, **replaced)

@@ -16,8 +16,15 @@ GRID: dict[str, tuple[float, ...]] = {
     "temperature": (0.8, 1.0, 1.25, 1.5),
     "hotwords-score": (0.5, 1.0, 1.5, 2.0, 3.0),
     "beam": (2, 4, 8),
+    "graph-scale": (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+    "search-beam": (8, 12, 16, 20),
+    "output-beam": (4, 6, 8),
+    "max-active": (800, 2500, 10000),
 }
 PART_OF = {"lm-scale": "lm", "lodr-scale": "lodr", "hotwords-score": "hotwords"}  # what an option is of no use without
+PART_OF |= dict.fromkeys(("graph-scale", "search-beam", "output-beam", "max-active"), "graph")
+WHOLE = ("beam", "max-active")
+USUAL = ("graph-scale", "lm-scale", "blank-penalty")  # what is tuned if nothing is said, of what there is
 ROUNDS = 2
 MAX_VALUES = 50
 
@@ -28,7 +35,7 @@ def parse_over(text: str, parts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """``lm-scale,blank-penalty=0:0.5:1`` to the values to try of each option, those of ``GRID`` where none are given.
 
     Args:
-        parts: which of lm, lodr and hotwords there are.
+        parts: which of lm, lodr, hotwords and graph there are.
 
     Raises:
         UserError: a line for each option that there is not, has no part, or a value that is no number.
@@ -41,6 +48,8 @@ def parse_over(text: str, parts: Sequence[str]) -> dict[str, tuple[float, ...]]:
             continue
         if PART_OF.get(name, "") not in ("", *parts):
             findings.append(f"--over {name}: has no effect without --{PART_OF[name]}; add it")
+        if name == "beam" and "graph" in parts:
+            findings.append("--over beam: has no effect with --graph, whose beams are search-beam and output-beam")
         values = listed.split(":") if equals else []
         try:
             numbers = tuple(map(float, values)) or GRID[name]
@@ -48,13 +57,18 @@ def parse_over(text: str, parts: Sequence[str]) -> dict[str, tuple[float, ...]]:
             numbers = (math.nan,)
         if not all(map(math.isfinite, numbers)) or len(numbers) > MAX_VALUES:
             findings.append(f"--over {word.strip()}: write numbers with colons between them, as in {name}=0.1:0.2:0.3")
-        elif name == "beam" and not all(number >= 1 and number == int(number) for number in numbers):
-            findings.append(f"--over {word.strip()}: a beam must be a whole number of at least 1")
+        elif name in WHOLE and not all(number >= 1 and number == int(number) for number in numbers):
+            findings.append(f"--over {word.strip()}: {name} must be a whole number of at least 1")
         else:
             over[name] = numbers
     if findings:
         raise UserError.of(findings)
     return over
+
+
+def usual_over(parts: Sequence[str]) -> str:
+    """What to vary if nothing is said, as ``parse_over`` takes it."""
+    return ",".join(name for name in USUAL if PART_OF.get(name, "") in ("", *parts))
 
 
 def coordinate_search(

@@ -27,11 +27,12 @@ class Word:
 
 @dataclass(frozen=True)
 class WordFrames:
-    """A word, and the encoder frames that emitted its first and last piece."""
+    """A word, the encoder frames that emitted its first and last piece, and which of the tokens are its pieces."""
 
     text: str
     first: int
     last: int
+    pieces: range
 
 
 def word_frames(hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[WordFrames]:
@@ -41,13 +42,14 @@ def word_frames(hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[WordFrames
         if not groups or tokenizer.id_to_piece(token).startswith(WORD_START):
             groups.append([])
         groups[-1].append((token, frame))
-    words = []
+    words, end = [], 0
     for group in groups:
+        begin, end = end, end + len(group)
         text = tokenizer.decode([token for token, _ in group]).strip()
         # A piece that is only the space says nothing of when the word begins.
         spoken = [frame for token, frame in group if tokenizer.id_to_piece(token) != WORD_START]
         if text and spoken:
-            words.append(WordFrames(text, spoken[0], spoken[-1]))
+            words.append(WordFrames(text, spoken[0], spoken[-1], range(begin, end)))
     return words
 
 

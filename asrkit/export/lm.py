@@ -8,7 +8,6 @@ Shapes: N sequences, L symbols, V vocabulary, H width and K layers of the LSTM.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from asrkit.errors import UserError
 from asrkit.export.directory import LmRecord
 from asrkit.export.graphs import Graph
 from asrkit.export.onnx_file import write_onnx
+from asrkit.export.openfst import write_openfst
 from asrkit.export.runtime import OnnxFile
 from asrkit.models.lm import END, LanguageModel
 from asrkit.models.ngram.automaton import Ngram
@@ -137,19 +137,16 @@ def write_lodr(model: Ngram, path: Path) -> None:
     See ``cannot_take`` for models that would be too large.
     """
     size = len(model.symbols)
-    states, arcs = _reachable(model), torch.arange(1, size)
-    numbers = {state: number for number, state in enumerate(states)}
-    content = [_fst_header(len(states) + 1, len(states) * (size - 1) + 1)]
-    rows = model.score(torch.tensor(states)).double().tolist()
-    for state, row in zip(states, rows, strict=True):
-        targets = model.advance(torch.full_like(arcs, state), arcs).tolist()
-        content.append(struct.pack("<fq", -row[END], size - 1))
-        content += [
-            struct.pack("<iifi", token, token, -row[token], numbers[target])
-            for token, target in zip(arcs.tolist(), targets, strict=True)
-        ]
-    content.append(struct.pack("<fq", float("inf"), 1) + struct.pack("<iifi", size, 0, 0.0, 0))
-    path.write_bytes(b"".join(content))
+    states, tokens = torch.tensor(_reachable(model)), torch.arange(1, size)
+    count, every = len(states), states.repeat_interleave(size - 1)
+    number = torch.zeros(model.num_states, dtype=torch.int64).scatter(0, states, torch.arange(count))
+    source, label = torch.arange(count).repeat_interleave(size - 1), tokens.repeat(count)
+    arcs = torch.stack([source, number[model.advance(every, label)], label, label], dim=1)
+    rows = -model.score(states).double()  # (count, V)
+    back_off = torch.tensor([[count, 0, size, 0]])
+    costs = torch.cat([rows[:, 1:].flatten(), rows.new_zeros(1)]).numpy()
+    ends = torch.cat([rows[:, END], rows.new_full((1,), torch.inf)]).numpy()
+    write_openfst(path, torch.cat([arcs, back_off]).numpy(), costs, ends, "vector")
 
 
 def cannot_take(model: object, lodr: object, streaming: bool) -> list[str]:
@@ -189,9 +186,3 @@ def _reachable(model: Ngram) -> list[int]:
         if len(seen) * len(tokens) > MAX_ARCS:
             break
     return seen
-
-
-def _fst_header(states: int, arcs: int) -> bytes:
-    """The header of OpenFst's file format: magic number, types, version 2, no symbol tables, expanded and mutable."""
-    names = b"".join(struct.pack("<i", len(name)) + name for name in (b"vector", b"standard"))
-    return struct.pack("<i", 2125659606) + names + struct.pack("<iiQqqq", 2, 0, 3, 0, states, arcs)

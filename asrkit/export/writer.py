@@ -32,7 +32,7 @@ from asrkit.export.integers import OPSET
 from asrkit.export.layers import QUANTIZED, describe_layers, multiplies_two_bits, part_records
 from asrkit.export.lm import LmPlan, write_language_models
 from asrkit.export.onnx_file import write_onnx
-from asrkit.export.openfst import GRAPH_FST, write_openfst
+from asrkit.export.openfst import GRAPH_FST, write_graph
 from asrkit.export.readme import describe
 from asrkit.export.script import write_script
 from asrkit.extras import require
@@ -140,7 +140,7 @@ def write_files(plan: ExportPlan, directory: Path) -> Tensors:
     tokenizer.copy_to(directory / TOKENIZER)
     tokenizer.write_scores(directory / BPE_VOCAB)
     if plan.graph is not None:
-        write_openfst(directory / GRAPH_FST, plan.graph, options.graph_scale)
+        write_graph(directory / GRAPH_FST, plan.graph, options.graph_scale)
     if plan.lm is not None:
         tensors |= dict.fromkeys(write_language_models(plan.lm, plan.context.streaming, comment, directory))
     return tensors

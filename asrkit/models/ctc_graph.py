@@ -71,6 +71,16 @@ class CtcGraph:
     def num_states(self) -> int:
         return int(self.arcs[:, 1].max()) + 1
 
+    def prefixes(self) -> CtcGraph:
+        """The graph that accepts every beginning of what this one accepts, without a score for where it ends."""
+        inner, last = self.arcs[:, 2] != END, self.num_states - 1
+        states = torch.arange(last, dtype=torch.int32)
+        ends = torch.stack([states, torch.full_like(states, last), torch.full_like(states, END)], dim=1)
+        arcs = torch.cat([self.arcs[inner], ends])
+        scores = torch.cat([self.scores[inner], torch.zeros(last)])
+        order = arcs[:, 0].argsort(stable=True)
+        return CtcGraph(arcs[order], scores[order])
+
     def fsa(self, k2: ModuleType, scale: float, device: torch.device) -> Any:
         """As an acceptor of k2; the attribute ``lm`` and the scores are ``scale`` times those here."""
         scores = (scale * self.scores).to(torch.float32)

@@ -55,7 +55,7 @@ def evaluate(
 
     Each method has its directory, ``<out>/<manifest>-<digest>-<variant>-<context>-<method>``, by default in
     ``<run>/evaluation``; the digest is the manifest's, so that manifests of one name have results of their own. A search that uses
-    a language model and the like, or a graph, has the digest of all that in its name too. A streaming
+    a language model and the like, or a graph, has the digest of all that in its name too, and so has a calibration. A streaming
     context is decoded chunk by chunk, as on a device. An utterance with an empty reference is decoded too: every word
     recognized in it is an insertion.
 
@@ -80,7 +80,7 @@ def evaluate(
     names = [CTC_GRAPH] if domain.graph is not None else list(dict.fromkeys(methods))
     findings = _contradictions(names, beam, domain, choice, calibrate_on, temperature, formats)
     recognizer = _gather(findings, lambda: load_recognizer(run_path, device, variant, choice, names))
-    searches = _searches(findings, recognizer, names, beam, domain, calibrate_on is not None or temperature is not None)
+    searches = _searches(findings, recognizer, names, beam, domain)
     checked = _gather(findings, lambda: _cuts(manifest, recognizer, workers))
     dev = None if calibrate_on is None else _gather(findings, partial(_cuts, calibrate_on, recognizer, workers))
     findings += _cannot_share(workers, recognizer, domain)
@@ -91,8 +91,9 @@ def evaluate(
     warnings = [*warnings, *_fitted_here(manifest, digest, calibrate_on)]
     records, directories = {}, {}
     for name, search in searches.items():
-        records[name] = decoding_record(domain.fusion, search.fusion, manifest, digest, recognizer.weights_sha256)
+        records[name] = decoding_record(domain.fusion, search.fusion, manifest, digest)
         label = _name(manifest, digest, recognizer, search, name, beam, records[name][0])
+        label += _confidence_name(calibrate_on, temperature)
         directories[name] = make_directory((out or run_path / EVALUATION) / label)
     fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, workers)
     decoded = decode_cuts(recognizer, cuts, searches, max_duration, workers)
@@ -100,7 +101,7 @@ def evaluate(
     for name, search in searches.items():
         done = decoded[name]
         confidence = None
-        if search.n_best:
+        if search.confident:
             heat = fitted[name].temperature() if name in fitted else temperature or 1.0
             confidence = done.set_confidences(heat, calibrate_on)
         record, tuned_here = records[name]
@@ -163,14 +164,13 @@ def _searches(
     names: Sequence[str],
     beam: int,
     domain: Domain,
-    alternatives: bool,
 ) -> dict[str, Search]:
     """The search of each name; what is wrong with one is added to ``findings``."""
     made: dict[str, Search] = {}
     if recognizer is None:
         return made
     for name in names:
-        search = _gather(findings, partial(make_search, recognizer, name, beam, domain, alternatives))
+        search = _gather(findings, partial(make_search, recognizer, name, beam, domain))
         made |= {} if search is None else {name: search}
     return made
 
@@ -190,6 +190,13 @@ def _gather(findings: list[str], action: Callable[[], T]) -> T | None:
     except UserError as error:
         findings += error.lines
         return None
+
+
+def _confidence_name(calibrate_on: Path | None, temperature: float | None) -> str:
+    """What the name of a result's directory says of its confidences: the manifest's digest, or the temperature."""
+    if calibrate_on is not None:
+        return f"-calibrated-{digest_of(calibrate_on)[:8]}"
+    return "" if temperature is None else f"-temperature{temperature:g}"
 
 
 def _name(

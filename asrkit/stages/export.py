@@ -186,6 +186,8 @@ def _language_models(
     Raises:
         UserError: a language model cannot be read, is not of the run's tokens, or the client cannot take it.
     """
+    if request.method == "ctc-graph":
+        raise UserError("--decoding: was tuned for a graph; give its --graph and --graph-scale instead")
     if request.lm is None:
         raise UserError("--lodr, --decoding: are exported only beside a language model; give --lm too")
     if request.method != "beam":
@@ -193,6 +195,8 @@ def _language_models(
             f"--decoding: was tuned for --method {request.method}, and the client's language model is for the transducer; "
             "tune with --method beam"
         )
+    if findings := request.other_recognizer(sha256_of(run.path / WEIGHTS)):
+        raise UserError.of(findings)
     usual = FusionConfig()
     others = ("blank_penalty", "length_bonus", "temperature", *(["hotwords_score"] if request.hotwords else []))
     lost = {name: value for name in others if (value := getattr(request.settings, name)) != getattr(usual, name)}

@@ -8,6 +8,7 @@ from typing import Any
 from asrkit.data.text.tokenizer import Tokenizer, single_spaces
 from asrkit.decoding.graph_compiler import graph_of_pieces, graph_of_sentences, graph_of_words
 from asrkit.decoding.graph_search import k2_for_graphs
+from asrkit.decoding.phrases import read_lines
 from asrkit.disk import occupied, sha256_of
 from asrkit.errors import UserError
 from asrkit.export.directory import is_exported, open_exported
@@ -84,10 +85,7 @@ def _of_ngram(path: Path, tokenizer: Tokenizer) -> tuple[CtcGraph, dict[str, Any
 
 def _of_text(path: Path, tokenizer: Tokenizer) -> tuple[CtcGraph, dict[str, Any]]:
     k2 = k2_for_graphs()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read ({error}); give a UTF-8 text with one sentence per line") from error
+    lines = read_lines(path, "sentence")
     sentences = {single_spaces(line): number for number, line in enumerate(lines, start=1) if line.strip()}
     findings = [
         f"{path}:{number}: {reason}"

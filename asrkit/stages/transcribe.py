@@ -13,21 +13,19 @@ from asrkit.data.augment import pad
 from asrkit.data.features import fbank
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
-from asrkit.decoding.fusion import FusionRequest, load_fusion
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.live import file_blocks, pcm_blocks
 from asrkit.decoding.nbest import (
-    Agreement,
     Alternative,
     PieceTexts,
     alternatives,
     bad_temperature,
     cannot_list,
-    distinct,
     no_confidence,
+    word_confidence,
 )
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method, cannot_fuse
+from asrkit.decoding.search import CTC_GRAPH, Method
 from asrkit.decoding.streaming import Endpoint, Partial, StreamingRecognizer
 from asrkit.decoding.transcripts import Transcript
 from asrkit.decoding.windows import Piece, read_pieces
@@ -95,7 +93,7 @@ def transcribe(
     if temperature is not None and (line := no_confidence("--confidence-temperature", name)):
         findings.append(line)
     recognizer = _prepare(run_path, name, beam, variant, context, language, device, threads, warn, findings)
-    search = make_search(recognizer, name, beam, domain, nbest > 0 or temperature is not None)
+    search = make_search(recognizer, name, beam, domain, nbest > 0)
     decoded = (
         part
         for batch in _batches(_parts(paths))
@@ -119,7 +117,7 @@ def transcribe_stream(
     device: str = "auto",
     threads: int | None = None,
     warn: Callable[[str], None] = lambda line: None,
-    fusion: FusionRequest | None = None,
+    domain: Domain | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Path, Partial | UserError]]:
     """Yield what is recognized in each file in turn, as soon as it is known, or why the file cannot be read.
@@ -134,14 +132,15 @@ def transcribe_stream(
     Raises:
         UserError: the run directory cannot be used.
     """
-    choice = replace(context or ContextChoice(), streaming=True)
-    findings = [] if fusion is None or method in BEAMS else [cannot_fuse(method)]
-    recognizer = _prepare(run_path, method, beam, variant, choice, language, device, threads, warn, findings)
-    fused = None if fusion is None else load_fusion(fusion, recognizer.tokenizer, recognizer.device)
+    choice, domain = replace(context or ContextChoice(), streaming=True), domain or Domain()
+    name: str = method if domain.graph is None else CTC_GRAPH
+    findings = domain.findings([name])
+    recognizer = _prepare(run_path, name, beam, variant, choice, language, device, threads, warn, findings)
+    search = make_search(recognizer, name, beam, domain, stream=True)
     for path in paths:
         if stopped():
             return
-        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, beam, endpoint, fused)
+        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, search.run, endpoint, search.unfinished)
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
                 for partial in stream.accept(block):
@@ -218,14 +217,14 @@ def _decode(
         if part.piece is None:
             yield part
             continue
-        several = distinct(next(hypotheses), recognizer.tokenizer)
+        several, tokenizer = next(hypotheses), recognizer.tokenizer
         confidences = None
-        if search.n_best:
-            values = Agreement(several, recognizer.tokenizer).confidences(temperature).tolist()
+        if search.confident:
+            values = word_confidence(several, tokenizer).confidences(temperature).tolist()
             confidences = [round(value, 4) for value in values]
-        words = timed_words(several[0], recognizer.tokenizer, part.piece.start, confidences)
-        text = recognizer.tokenizer.decode(several[0].tokens)
-        texts = alternatives(several, recognizer.tokenizer, nbest)
+        words = timed_words(several[0], tokenizer, part.piece.start, confidences)
+        text = tokenizer.decode(several[0].tokens)
+        texts = alternatives(several, tokenizer, nbest)
         yield _Part(part.number, part.path, part.piece, text, words, texts=texts)
 
 

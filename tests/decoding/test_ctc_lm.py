@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.decoding.ctc import CtcFusion, ctc_beam_n_best, ctc_beam_search
 from asrkit.decoding.fusion import NgramScorer
 from asrkit.decoding.hypothesis import Hypothesis, rescored
-from asrkit.decoding.nbest import Agreement, calibrate, distinct
+from asrkit.decoding.nbest import Agreement, calibrate, distinct, word_confidence
 from asrkit.models.ngram.automaton import Ngram, automaton
 from asrkit.models.ngram.kneser_ney import estimate
 from asrkit.reporting.confidence import expected_calibration_error, summarize_confidence
@@ -124,6 +125,17 @@ def test_confidence_is_the_posterior_of_the_texts_with_the_word_in_its_place(tok
     assert agreement.confidences(1e-6).tolist() == pytest.approx([1.0, 1.0, 1.0])
     nothing = Agreement([Hypothesis([], [], 0.0)], tokenizer)
     assert nothing.words == [] and nothing.confidences().tolist() == []
+
+
+def test_a_word_is_as_sure_as_its_least_sure_token(tokenizer: Tokenizer) -> None:
+    text = spoken(tokenizer, "one two", 0.0)
+    begin = [tokenizer.id_to_piece(token).startswith("\u2581") for token in text.tokens].index(True, 1)
+    posteriors = [0.9] * len(text.tokens)
+    posteriors[1], posteriors[begin] = 0.6, 0.2
+    sure = word_confidence([replace(text, posteriors=posteriors)], tokenizer)
+    assert sure.words == ["one", "two"] and sure.confidences().tolist() == pytest.approx([0.6, 0.2])
+    cooler = sure.confidences(0.5).tolist()  # odds of 1.5 and 0.25, squared
+    assert cooler == pytest.approx([2.25 / 3.25, 0.0625 / 1.0625])
 
 
 def test_calibration_finds_the_temperature_that_made_the_errors(tokenizer: Tokenizer) -> None:

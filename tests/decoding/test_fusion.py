@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,6 +214,45 @@ def test_hotwords_count_only_where_they_are_whole(string: list[int]) -> None:
     phrases = {(1, 2, 1, 3): 1.0, (2, 1, 1): 2.0, (4,): 0.5}
     words = HotwordScorer(build_hotwords(phrases, 5))
     assert string_score(words, string, True) == pytest.approx(complete_phrases(string, phrases))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 4), max_size=8))
+def test_the_gains_of_all_tokens_are_those_of_each(string: list[int]) -> None:
+    words = build_hotwords({(1, 2, 1, 3): 1.0, (2, 1, 1): 2.0, (4,): 0.5}, 5)
+    state = torch.zeros(1, dtype=torch.int64)
+    for token in string:
+        state = words.step(state, torch.tensor([token]))[1]
+    states = torch.cat([state, torch.zeros(1, dtype=torch.int64)])
+    for token in range(1, 5):
+        gains, _ = words.step(states, torch.tensor([token, token]))
+        torch.testing.assert_close(words.all_gains(states)[:, token], gains)
+
+
+class Frames:
+    """A transducer whose frames are the logits."""
+
+    vocab_size, context_size, blank = 4, 2, 0
+
+    def predict(self, contexts: Tensor) -> Tensor:
+        return torch.zeros(len(contexts), 4)
+
+    def join(self, encoded: Tensor, predicted: Tensor) -> Tensor:
+        return encoded.clone()
+
+
+def test_early_hotwords_bring_into_the_beam_what_late_ones_do_not() -> None:
+    frames = torch.tensor([[[3.0, 2.5, 1.0, 2.0], [3.0, 2.5, 2.0, 1.0]]])
+    model: Any = Frames()
+    for use, tokens in (("early", [2]), ("late", [])):
+        how = from_dict(FusionConfig, {"hotwords_use": use}, "test")
+        fusion = Fusion(how, hotwords=HotwordScorer(build_hotwords({(2,): 4.0}, 4)))
+        (found,) = beam_search(model, frames[:, :1], torch.tensor([1]), 2, (), fusion)
+        assert found.tokens == tokens
+        plain = Fusion(how, hotwords=HotwordScorer(build_hotwords({(2,): 0.0}, 4)))
+        assert beam_search(model, frames, torch.tensor([2]), 2, (), plain) == beam_search(
+            model, frames, torch.tensor([2]), 2
+        )
 
 
 def test_a_broken_phrase_leaves_nothing_behind() -> None:

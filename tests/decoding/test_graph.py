@@ -7,10 +7,12 @@ import json
 import math
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -20,19 +22,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asrkit import extras
+from asrkit.data.features import fbank
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import EncoderOutput
+from asrkit.decoding.domain import Domain, make_search
 from asrkit.decoding.graph_compiler import graph_of_pieces, graph_of_sentences, graph_of_words
 from asrkit.decoding.graph_search import GraphOptions, GraphSearch, k2_for_graphs
 from asrkit.decoding.hypothesis import Hypothesis
 from asrkit.decoding.lattices import graph_lattice
+from asrkit.decoding.recognizer import load_recognizer
+from asrkit.decoding.streaming import Endpoint, StreamingRecognizer
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.models.ctc_graph import RECORD, TENSORS, CtcGraph, load_graph
 from asrkit.models.ngram.arpa import Arpa
 from asrkit.models.ngram.automaton import automaton, symbols_of_pieces
 from asrkit.models.ngram.kneser_ney import estimate
+from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, read_yaml, write_yaml
 from helpers.commands import asrkit
 from helpers.small_runs import TEXTS, noise, write_run
@@ -57,8 +64,6 @@ def tokenizer(run: Path) -> Tokenizer:
 
 
 def arpa_of(units: list[list[str]], order: int, vocabulary: list[str] | None = None) -> Arpa:
-    import numpy as np
-
     words = sorted({unit for row in units for unit in row} | {*(vocabulary or ())})
     rows = [np.array([words.index(unit) for unit in row], dtype=np.int64) for row in units]
     return estimate(rows, words, order)[0]
@@ -200,12 +205,58 @@ def test_posteriors_of_a_lattice_sum_to_one_at_every_frame(k2: ModuleType, seed:
     log_probs = encoded.ctc_log_probs.nan_to_num(0.0)
     fsa = graph_of_pieces(k2, lm, small).fsa(k2, 0.7, torch.device("cpu"))
     lattice = graph_lattice(k2, fsa, log_probs, encoded.lens, 1.0, GraphOptions())
-    posterior = lattice.scored(log_probs, 1.0).get_arc_post(use_double_scores=True, log_semiring=True).exp()
-    inside = lattice.labels >= 0
-    sums = torch.zeros(log_probs.shape[:2], dtype=torch.float64)
-    sums.index_put_((lattice.rows[inside], lattice.frames[inside]), posterior[inside], accumulate=True)
+    sums = lattice.posteriors(lattice.scored(log_probs, 1.0), log_probs.shape).sum(dim=2)
     for row, size in enumerate(encoded.lens.tolist()):
         torch.testing.assert_close(sums[row, :size], torch.ones(size, dtype=torch.float64), atol=1e-5, rtol=0)
+        assert not sums[row, size:].any()
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_token_is_as_sure_as_the_paths_that_have_it_at_its_time(k2: ModuleType, seed: int) -> None:
+    """The highest, over the frames from a token's begin to the next one's, of the share of all paths that have it there."""
+    texts, frames = [[2], [3], [2, 3], [2, 2], [3, 2, 3]], 6
+    encoded = frames_of([[2, 3, 2]], 4, seed, peak=1.0)
+    assert encoded.ctc_log_probs is not None
+    log_probs = encoded.ctc_log_probs[0].double()
+    at = torch.zeros(frames, 4, dtype=torch.float64)
+    for labels in itertools.product((0, 2, 3), repeat=frames):
+        if [token for token, _ in itertools.groupby(labels) if token] in texts:
+            likelihood = log_probs[torch.arange(frames), torch.tensor(labels)].sum().exp()
+            at[torch.arange(frames), torch.tensor(labels)] += likelihood
+    at /= at.sum(dim=1, keepdim=True)
+    ((best,),) = GraphSearch(graph_of_sentences(k2, texts, 4), WIDE)(encoded)
+    ends = [*best.frames[1:], frames]
+    spans = zip(best.tokens, best.frames, ends, strict=True)
+    expected = [float(at[begin:end, token].max()) for token, begin, end in spans]
+    assert best.posteriors == pytest.approx(expected, abs=1e-4) and best.tokens in texts
+
+
+def test_beginnings_of_what_a_graph_accepts(k2: ModuleType) -> None:
+    graph = graph_of_sentences(k2, [[2, 3], [2, 2, 3]], 4).prefixes()
+    assert graph.findings(4) == []
+    assert set(accepted(graph, 3, 4)) == {(), (2,), (2, 3), (2, 2)} and not graph.scores.any()
+
+
+@pytest.mark.parametrize("kind", ["text-graph", "pieces-graph"])
+def test_a_stream_over_a_graph_ends_in_the_text_of_the_whole(run: Path, graphs: Path, kind: str) -> None:
+    """However the sound is parted; its running texts begin sentences of the graph."""
+    recognizer = load_recognizer(run, "cpu", context=parse_context("chunk=4,left=0"))
+    search = make_search(recognizer, "ctc-graph", 1, Domain(graphs / kind, replace(WIDE, scale=0.5)), stream=True)
+    samples = torch.from_numpy(noise(np.random.default_rng(0), 32000))
+    features = fbank(samples)[None]
+    ((whole, *_),) = search.run(recognizer.model.encode(features, torch.tensor([features.shape[1]])))
+    assert whole.tokens
+    for size in (3000, 7777):
+        stream = StreamingRecognizer(
+            recognizer.model, recognizer.tokenizer, search.run, Endpoint(30, 30), search.unfinished
+        )
+        events = [event for block in samples.split(size) for event in stream.accept(block)]
+        events += stream.finish()
+        assert [event.final for event in events] == [False] * (len(events) - 1) + [True] and len(events) > 1
+        assert events[-1].text == recognizer.tokenizer.decode(whole.tokens)
+        if kind == "text-graph":
+            assert all(any(text.startswith(event.text) for text in TEXTS) for event in events)
 
 
 @settings(max_examples=8, deadline=None)
@@ -261,8 +312,6 @@ def graphs(k2: ModuleType, run: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import numpy as np
-
     folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     cuts = []
     for number, seconds in enumerate((2.0, 1.2, 3.0)):
@@ -286,7 +335,7 @@ def test_evaluate_and_transcribe_over_a_graph(run: Path, graphs: Path, manifest:
     common = ["evaluate", "--from", run, "--manifest", manifest, "--out", tmp_path, "--json"]
     (result,) = objects(asrkit(*common, "--graph", graphs / "text-graph"))
     assert result["method"] == "ctc-graph" and result["graph"]["path"] == str(graphs / "text-graph")
-    assert result["confidence"] is None and result["graph"]["paths"] == 0
+    assert result["confidence"]["temperature"] == 1 and result["graph"]["paths"] == 0
     wide = [
         "--graph",
         graphs / "pieces-graph",
@@ -301,11 +350,12 @@ def test_evaluate_and_transcribe_over_a_graph(run: Path, graphs: Path, manifest:
     ]
     (result,) = objects(asrkit(*common, *wide))
     assert any("fitted to these very cuts" in line for line in result["warnings"])
-    assert result["graph"]["paths"] == 100 and result["confidence"]["calibrated_on"] == str(manifest)
-    asrkit(*common, *wide[:4], "--search-beam", "10", "--output-beam", "4")  # has a directory of its own
+    assert result["graph"]["paths"] == 0 and result["confidence"]["calibrated_on"] == str(manifest)
+    for changed in (["--search-beam", "10", "--output-beam", "4"], ["--confidence-temperature", "2"]):
+        asrkit(*common, *wide[:4], *changed)  # has a directory of its own
     folders = list(tmp_path.glob("cuts-*-ctc-graph-pieces-graph-0.5-*"))
     (folder,) = (folder for folder in folders if (folder / "hypotheses.ctm").is_file())
-    assert len(folders) == 2
+    assert len(folders) == 3 and folder.name.rpartition("-calibrated-")[2] in folder.name.split("-")[1]
     rows = [json.loads(line) for line in (folder / "hypotheses.json").read_text().splitlines()]
     lines = (folder / "utterances.jsonl").read_text().splitlines()
     for row, line in zip(rows, map(json.loads, lines), strict=True):
@@ -316,6 +366,7 @@ def test_evaluate_and_transcribe_over_a_graph(run: Path, graphs: Path, manifest:
     words = ["transcribe", "--from", run, "--graph", graphs / "words-graph", audio, "--nbest", "3", "--format", "json"]
     (row,) = objects(asrkit(*words, "--lm", graphs / "pieces", "--lm-scale", "0.2"))
     alternatives = row["nbest"][0]["texts"]
+    assert all(0 <= word["confidence"] <= 1 for word in row["words"])
     assert 1 <= len(alternatives) <= 3 and alternatives[0]["text"] == row["text"]
     assert alternatives == sorted(alternatives, key=lambda entry: -entry["score"])
     spoken = {word for text in TEXTS for word in text.split()} | {"the"}
@@ -333,6 +384,39 @@ def test_evaluate_and_transcribe_over_a_graph(run: Path, graphs: Path, manifest:
         tmp_path / "srt",
     )
     assert [path.name for path in (tmp_path / "srt").iterdir()] == ["0.srt"]
+    words = ["transcribe", "--from", run, "--stream", "--fast", "--json", "--chunk", "4", "--left", "0", audio]
+    words += ["--pause", "30", "--search-beam", "1000", "--output-beam", "1000", "--graph", graphs / "text-graph"]
+    *running, last = objects(asrkit(*words))
+    assert last["final"] and last["text"] in TEXTS and running and not any(event["final"] for event in running)
+
+
+def test_tune_of_a_graph_writes_what_evaluate_uses(run: Path, graphs: Path, manifest: Path, tmp_path: Path) -> None:
+    """The dev errors of the best settings are those that evaluate counts; the graph is compared, unless another is given."""
+    out, graph = tmp_path / "decoding.yaml", tmp_path / "graph"
+    shutil.copytree(graphs / "pieces-graph", graph)
+    over = "graph-scale=0.2:2,max-active=50:10000,temperature=1:2,lm-scale=0:1"
+    words = ["tune", "--from", run, "--graph", graph, "--lm", graphs / "pieces", "--over", over, "--paths", "10"]
+    assert "settings were tried" in asrkit(*words, "--manifest", manifest, "--out", out)
+    tuned = read_yaml(out)
+    assert tuned["method"] == "ctc-graph" and tuned["graph_options"]["paths"] == 10
+    common = ["evaluate", "--from", run, "--manifest", manifest, "--out", tmp_path / "out", "--json", "--decoding", out]
+    (dev,) = objects(asrkit(*common))
+    assert dev["total"]["wer"] == pytest.approx(tuned["wer"]) and any("tuned on" in line for line in dev["warnings"])
+    assert dev["graph"]["scale"] == tuned["graph_options"]["scale"] and dev["graph"]["paths"] == 10
+    (other,) = objects(asrkit(*common, "--graph", graphs / "text-graph", "--graph-scale", "3"))
+    assert (other["graph"]["path"], other["graph"]["scale"]) == (str(graphs / "text-graph"), 3)
+    for line, options in (
+        ("--method: a graph has its own search", ["--method", "beam"]),
+        ("a graph takes none", ["--hotwords", out]),
+    ):
+        assert line in asrkit(*common, *options, code=1)
+    write_yaml(out, tuned | {"graph": {**tuned["graph"], "sha256": "0" * 64}})
+    said = asrkit(*common, code=1)
+    assert f"--graph {graph}: is not the one that the decoding was tuned with" in said and said.count("\n") == 1
+    said = asrkit("export", "--from", run, "--decoding", out, "--out", tmp_path / "onnx", code=1)
+    assert "was tuned for a graph; give its --graph" in said and said.count("\n") == 1
+    said = asrkit(*words[:5], "--over", "beam", "--manifest", manifest, "--out", out, code=1)
+    assert "--over beam: has no effect with --graph" in said and said.count("\n") == 1
 
 
 REFUSED: list[tuple[list[str], str]] = [
@@ -417,6 +501,7 @@ def test_a_graph_of_another_tokenizer_and_a_forged_one(
         (["--text", "missing.txt"], "cannot read"),
         (["--text", "bad.txt"], "bad.txt:2: the tokenizer has no 'Q'"),
         (["--text", "empty.txt"], "has no sentence"),
+        (["--text", "/dev/zero"], "is larger than 8 MiB"),
         ([], "has no denominator graph"),
     ],
 )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.latency import emission_ms
 from asrkit.decoding.live import file_blocks, pcm_blocks
 from asrkit.decoding.recognizer import load_recognizer
-from asrkit.decoding.search import METHODS, Method
-from asrkit.decoding.streaming import ChunkEncoder, Endpoint, Partial, StreamingRecognizer
+from asrkit.decoding.search import METHODS, Method, search_n_best
+from asrkit.decoding.streaming import ChunkEncoder, Endpoint, Partial, StreamingModel, StreamingRecognizer
 from asrkit.nn.context import Context
 from asrkit.reporting.live import CLEAR_LINE, show_final, show_partial
 from asrkit.run_dir import TOKENIZER
@@ -68,6 +69,13 @@ def blocks(samples: Tensor, sizes: list[int]) -> Iterator[Tensor]:
         yield samples[begin : begin + sizes[number % len(sizes)]]
         begin += sizes[number % len(sizes)]
         number += 1
+
+
+def recognizing(
+    model: StreamingModel, tokenizer: Tokenizer, method: Method = "greedy", endpoint: Endpoint | None = None
+) -> StreamingRecognizer:
+    run = partial(search_n_best, model, method=method, special_ids=tokenizer.special_ids)
+    return StreamingRecognizer(model, tokenizer, run, endpoint)
 
 
 def listen(stream: StreamingRecognizer, samples: Tensor, sizes: list[int] | None = None) -> list[Partial]:
@@ -149,7 +157,7 @@ def test_a_stream_ends_in_the_text_of_evaluate(
     recognizer = load_recognizer(points, variant=variant, context=choice)
     random, texts = np.random.default_rng(0), {}
     for cut in open_cuts(manifest):
-        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, method, endpoint=NEVER)
+        stream = recognizing(recognizer.model, recognizer.tokenizer, method, NEVER)
         heard = listen(stream, torch.from_numpy(cut.load_audio()[0]), random.integers(1, 9000, 5).tolist())
         assert [event.final for event in heard] == [False] * (len(heard) - 1) + [True] * bool(heard)
         assert [event.time for event in heard] == sorted(event.time for event in heard)
@@ -166,7 +174,7 @@ def test_blocks_and_the_future_change_nothing(points: Path) -> None:
     start, one, two = (torch.from_numpy(noise(random, length)) for length in (3 * RATE, RATE, RATE))
 
     def events(samples: Tensor, sizes: list[int]) -> list[Partial]:
-        return listen(StreamingRecognizer(recognizer.model, recognizer.tokenizer), samples, sizes)
+        return listen(recognizing(recognizer.model, recognizer.tokenizer), samples, sizes)
 
     first = events(torch.cat([start, one]), [1600])
     assert first == events(torch.cat([start, one]), [37, 5000, 1])
@@ -218,7 +226,7 @@ def test_a_pause_ends_an_utterance(points: Path, method: Method) -> None:
     random = np.random.default_rng(0)
     sound = [on * random.uniform(-0.5, 0.5, round(seconds * RATE)) for on, seconds in parts]
     samples = torch.from_numpy(np.concatenate(sound).astype(np.float32))
-    heard = listen(StreamingRecognizer(Loudness(letters), tokenizer, method), samples)
+    heard = listen(recognizing(Loudness(letters), tokenizer, method), samples)
     first, second = [event for event in heard if event.final]
     assert first.start < 2.0 and 4.5 + 1.0 < first.time < 4.5 + 1.0 + 0.4  # a second after the sound, to a chunk
     assert first.start < second.start < 6.5 and second.time == pytest.approx(6.8)
@@ -226,7 +234,7 @@ def test_a_pause_ends_an_utterance(points: Path, method: Method) -> None:
     assert 1.9 < first.words[0].start < 2.2 and 6.4 < second.words[0].start < 6.7
     for event in heard:  # a partial text belongs to its own utterance
         assert (event.start, event.final) in ((first.start, False), (second.start, False)) or event.final
-    sooner = listen(StreamingRecognizer(Loudness(letters), tokenizer, method, endpoint=Endpoint(pause=0.3)), samples)
+    sooner = listen(recognizing(Loudness(letters), tokenizer, method, Endpoint(pause=0.3)), samples)
     assert len([event for event in sooner if event.final]) == 3
 
 
@@ -236,12 +244,10 @@ def test_an_utterance_has_an_end_however_long_one_speaks(points: Path) -> None:
     samples = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, 10 * RATE).astype(np.float32))
     endpoint = Endpoint(longest=2.0)
     found = [
-        event
-        for event in listen(StreamingRecognizer(Loudness(letters), tokenizer, endpoint=endpoint), samples)
-        if event.final
+        event for event in listen(recognizing(Loudness(letters), tokenizer, endpoint=endpoint), samples) if event.final
     ]
     assert [round(event.start, 2) for event in found] == [0.0, 2.08, 4.16, 6.24, 8.32]  # whole chunks of 160 ms
-    whole = listen(StreamingRecognizer(Loudness(letters), tokenizer, endpoint=NEVER), samples)[-1]
+    whole = listen(recognizing(Loudness(letters), tokenizer, endpoint=NEVER), samples)[-1]
     assert "".join(event.text for event in found) == whole.text
 
 

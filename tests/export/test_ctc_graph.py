@@ -15,7 +15,7 @@ from asrkit.decoding.domain import Domain, make_search
 from asrkit.decoding.graph_search import GraphOptions
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.export.directory import open_exported
-from asrkit.export.openfst import GRAPH_FST, write_openfst
+from asrkit.export.openfst import GRAPH_FST, write_graph
 from asrkit.export.readme import tail_seconds
 from asrkit.models.ctc_graph import CtcGraph, load_graph
 from asrkit.run_dir import TOKENIZER
@@ -100,7 +100,7 @@ def test_sherpa_finds_our_tokens_over_a_graph(folder: Path, tmp_path: Path, stre
 def test_the_file_is_the_graph(tmp_path: Path) -> None:
     arcs = torch.tensor([[0, 1, 5], [0, 2, 0], [1, 2, 3], [1, 3, -1], [1, 3, -1], [2, 3, -1]], dtype=torch.int32)
     graph = CtcGraph(arcs, torch.tensor([-1.0, -0.5, -2.0, -4.0, -3.0, -0.25]))
-    write_openfst(tmp_path / "graph.fst", graph, 0.5)
+    write_graph(tmp_path / "graph.fst", graph, 0.5)
     fst = kaldifst.StdConstFst.read(str(tmp_path / "graph.fst"))
     assert fst.start == 0 and fst.num_states == 3
     found = [

@@ -136,7 +136,7 @@ def test_sherpa_decodes_with_hotwords_as_we_do(
         "modeling_unit": "bpe",
         "bpe_vocab": str(out / "bpe.vocab"),
     }
-    expected = by_asrkit(run, audio, streaming, fusion_of(run, hotwords=words, hotwords_score=0.9))
+    expected = by_asrkit(run, audio, streaming, fusion_of(run, hotwords=words, hotwords_score=0.9, hotwords_use="late"))
     assert [found.tokens for found in expected] != [found.tokens for found in by_asrkit(run, audio, streaming, None)]
     assert [tokens for tokens, _ in client(out, audio, "beam", **options)] == [found.tokens for found in expected]
 
@@ -178,12 +178,12 @@ def test_what_the_client_cannot_take_is_refused(run: Path, lm: Path, lodr: Path,
 
 def test_what_was_tuned_and_is_not_exported_is_named(run: Path, lm: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("cat\n")
-    how = from_dict(FusionConfig, {"lm_scale": 0.5, "blank_penalty": 1.5, "hotwords_score": 2.0}, "test")
+    how = from_dict(FusionConfig, {"lm_scale": 0.5, "blank_penalty": 1.5, "hotwords_score": 3.0}, "test")
     said: list[str] = []
     request = FusionRequest(how, lm=lm, hotwords=tmp_path / "words.txt")
     export(run, tmp_path / "onnx", fusion=request, warn=said.append)
     (line,) = (line for line in said if line.startswith("--decoding: "))
-    assert line.startswith("--decoding: hotwords, blank_penalty 1.5, hotwords_score 2: not in the directory")
+    assert line.startswith("--decoding: hotwords, blank_penalty 1.5, hotwords_score 3: not in the directory")
 
 
 def test_the_scale_that_the_client_takes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from asrkit.data.manifests import make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.decoding.fusion import FusionConfig, FusionRequest, load_fusion
 from asrkit.decoding.recognizer import load_recognizer
-from asrkit.decoding.search import decode
+from asrkit.decoding.search import decode, search_n_best
 from asrkit.decoding.streaming import Endpoint, StreamingRecognizer
 from asrkit.decoding.tuning import coordinate_search, parse_over
 from asrkit.errors import UserError
@@ -86,7 +87,8 @@ def test_streaming_with_a_language_model_is_whole_decoding(folder: Path, part: s
             recognizer.model, features, torch.tensor([features.shape[1]]), "beam", 4, None, special_ids, each
         )
         for size in (3000, 7777):
-            stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, "beam", 4, Endpoint(30, 30), each)
+            run = functools.partial(search_n_best, recognizer.model, special_ids=special_ids, fusion=each)
+            stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, run, Endpoint(30, 30))
             partials = [partial for block in samples.split(size) for partial in stream.accept(block)]
             final = [*partials, *stream.finish()][-1]
             assert final.final and final.text == recognizer.tokenizer.decode(whole.tokens)
@@ -127,13 +129,21 @@ def test_tune_writes_what_evaluate_uses(folder: Path, tmp_path: Path) -> None:
     assert test["decoding"]["settings"]["lm_scale"] == tuned["settings"]["lm_scale"]
     other = evaluated(folder, "--decoding", out, "--lm-scale", 0.25)
     assert other["decoding"]["settings"]["lm_scale"] == 0.25
-    assert not any("tuned with another model" in line for line in dev["warnings"])
-    out.write_text(yaml.safe_dump({**tuned, "recognizer": {"path": "other", "sha256": "0" * 64}}))
-    assert any("tuned with another model" in line for line in evaluated(folder, "--decoding", out)["warnings"])
-    tuned["lm"]["sha256"] = "0" * 64
-    out.write_text(yaml.safe_dump(tuned))
-    words = ["evaluate", "--from", folder / "run", "--manifest", folder / "test.jsonl.gz", "--decoding", out]
-    assert "is not the one that the decoding was tuned with" in asrkit(*words, code=1)
+    whose = "was tuned with the weights of other (digest 000000000000)"
+    cut = ["--manifest", folder / "test.jsonl.gz", "--out", tmp_path / "out"]
+    for changes, message in (
+        ({"recognizer": {"path": "other", "sha256": "0" * 64}}, whose),
+        ({"lm": {**tuned["lm"], "sha256": "0" * 64}}, "is not the one that the decoding was tuned with"),
+    ):
+        out.write_text(yaml.safe_dump({**tuned, **changes}))
+        for words in (
+            ["evaluate", *cut],
+            ["transcribe", folder / "0.wav"],
+            ["transcribe", "--stream", folder / "0.wav"],
+        ):
+            (line,) = asrkit(words[0], "--from", folder / "run", *words[1:], "--decoding", out, code=1).splitlines()
+            assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -189,7 +199,8 @@ def test_a_search_along_each_option_in_turn() -> None:
         ("lodr-scale", "without --lodr"),
         ("lm-scale=0.1:many", "write numbers with colons"),
         ("lm-scale=nan", "write numbers with colons"),
-        ("beam=2.5", "a beam must be a whole number"),
+        ("beam=2.5", "beam must be a whole number"),
+        ("max-active=800", "--over max-active: has no effect without --graph"),
     ],
 )
 def test_options_that_cannot_be_tuned_are_refused(over: str, message: str) -> None:

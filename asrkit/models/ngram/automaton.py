@@ -63,7 +63,7 @@ class Ngram:
 
     def step(self, states: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor]:
         """Log P of symbols (N,) after states (N,), and the states after them."""
-        return self._step(states, self.words[symbols])
+        return self._step(states, self.words.index_select(0, symbols))
 
     def advance(self, states: Tensor, symbols: Tensor) -> Tensor:
         """The states (N,) after symbols (N,)."""
@@ -96,11 +96,13 @@ class Ngram:
         return torch.stack(columns, dim=1)
 
     def _step(self, states: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = self.chains[states] * self.num_words + words.unsqueeze(1)  # (N, order)
-        arcs = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
-        level = (self.keys[arcs] == wanted).to(torch.uint8).argmax(dim=1, keepdim=True)  # the first: the longest match
+        wanted = words.unsqueeze(1).add(self.chains.index_select(0, states), alpha=self.num_words)  # (N, order)
+        arcs = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
+        there = self.keys.index_select(0, arcs.flatten()).view_as(arcs) == wanted
+        level = there.to(torch.uint8).argmax(dim=1, keepdim=True)  # the first: the longest match
         arc = arcs.gather(1, level).squeeze(1)
-        return self.weights[states].gather(1, level).squeeze(1) + self.log_probs[arc], self.targets[arc]
+        weight = self.weights.index_select(0, states).gather(1, level).squeeze(1)
+        return weight + self.log_probs.index_select(0, arc), self.targets.index_select(0, arc)
 
 
 def symbols_of_pieces(tokenizer: Tokenizer) -> list[str]:
