@@ -234,18 +234,19 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
 def rows() -> Iterator[str]:
     """The table in Markdown."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    yield "| source | claim | our setting | WER %, or as named | difference, points | decides | holds | note |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| source | claim | our setting | steps | WER %, or as named | difference, points | decides | holds | note |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for claim in claims():
         row = claim.result(results, claim.system, claim.baseline)
         scale, unit = SCALES[claim.metric], UNITS[claim.metric]
-        (verdict, limit), numbers = decided(claim, results), ("", "", "")
+        (verdict, limit), numbers = decided(claim, results), ("", "", "", "")
         if row is not None:
             low, high = row["interval_95"]
             rates = f"{scale * row['baseline']:.2f} → {scale * row['value']:.2f}{unit}"
             if untrained := claim.result(results, claim.untrained, claim.parent):
                 rates += f"; untrained {scale * untrained['baseline']:.2f} → {scale * untrained['value']:.2f}"
             numbers = (
+                str(row["steps"] or ""),
                 rates,
                 f"{scale * row['difference']:+.2f} [{scale * low:+.2f}, {scale * high:+.2f}]{unit}",
                 f"{scale * limit:+.2f}{unit}",
