@@ -128,10 +128,10 @@ def ray_cluster(address: str) -> Iterator[Callable[[], None]]:
         UserError: Ray is not installed, or no cluster answers.
     """
     ray = import_ray(local=False)
-    advice = "start one with `ray start --head`, or leave the address out to start Ray on this machine"
+    advice = "start one with `ray start --head`, or leave the address out to compute on this machine alone"
     if "://" in address:
         raise UserError(
-            f"{address}: Ray's clients cannot train; give HOST:PORT of a cluster that this machine is part of, or auto"
+            f"{address}: is an address for Ray's clients, which asrkit is none of; give HOST:PORT of a cluster that this machine is part of, or auto"
         )
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
