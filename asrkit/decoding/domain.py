@@ -83,7 +83,9 @@ class LoadedDomain:
         search: NBestSearch = GraphSearch(self.graph, options)
         use = replace(self.use, **{name: getattr(options, name) for name in GRAPH_OPTIONS})
         running = replace(options, paths=0)
-        unfinished = GraphSearch(self.graph.prefixes(), running, posteriors=False) if stream else None
+        unfinished: NBestSearch | None = (
+            GraphSearch(self.graph.prefixes(), running, posteriors=False) if stream else None
+        )
         if fusion is not None:
             search = partial(_with_log_probs, search, fusion, self.recognizer.model.blank)
             if ranks:
