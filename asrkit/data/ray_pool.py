@@ -35,9 +35,8 @@ def ray_workers(address: str, jobs: int | None) -> Iterator[RayWorkers]:
         have = here if address == LOCAL else int(ray.cluster_resources().get("CPU", 0))
         if (jobs or 1) > have:
             where = "this machine" if address == LOCAL else "the cluster"
-            raise UserError(
-                f"--jobs {jobs}: {where} has {have} processors; use --jobs {have} or fewer, or add machines"
-            )
+            advice = f"use --jobs {have} or fewer, or add machines" if have else "add machines"
+            raise UserError(f"--jobs {jobs or 1}: {where} has {have} processors; {advice}")
         workers = RayWorkers(ray, jobs or have, check_alive)
         workers.check_versions()
         yield workers

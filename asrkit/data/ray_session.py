@@ -98,7 +98,8 @@ def local_ray(cpus: int, gpus: int) -> Iterator[Callable[[], None]]:
 
 
 def _start(ray: Any, cpus: int, gpus: int, folder: Path) -> None:
-    """Start a Ray in ``folder``. It gives its processes 30 s, which they may need for the first time on a busy machine.
+    """Start a Ray in ``folder``. Its server gives up if its helpers take longer than 15 s (fixed in Ray 2.60), as they may on a busy
+    machine when they are read from the disk for the first time; so it is started once more.
 
     Raises:
         UserError: it does not start, ``STARTS`` times in a row.
