@@ -14,6 +14,7 @@ from asrkit.errors import UserError
 
 LOCAL = "local"  # instead of an address: a Ray on this machine alone
 PATIENCE = 1.0  # seconds between looks at Ray's own processes
+START = 300.0  # seconds that processes may take to start
 MAX_DEATHS = 3  # of processes in a row, for each process, without a result in between
 
 
@@ -34,9 +35,8 @@ def ray_workers(address: str, jobs: int | None) -> Iterator[RayWorkers]:
         have = here if address == LOCAL else int(ray.cluster_resources().get("CPU", 0))
         if (jobs or 1) > have:
             where = "this machine" if address == LOCAL else "the cluster"
-            raise UserError(
-                f"--jobs {jobs}: {where} has {have} processors; use --jobs {have} or fewer, or add machines"
-            )
+            advice = f"use --jobs {have} or fewer, or add machines" if have else "add machines"
+            raise UserError(f"--jobs {jobs or 1}: {where} has {have} processors; {advice}")
         workers = RayWorkers(ray, jobs or have, check_alive)
         workers.check_versions()
         yield workers
@@ -88,14 +88,21 @@ class RayWorkers:
         Raises:
             UserError: a process has another asrkit or torch, or does not start.
         """
+        answers = [actor.versions.remote() for actor in self.actors]
+        started, waiting = self.ray.wait(answers, num_returns=len(answers), timeout=START)
+        if waiting:  # Ray itself would wait for ever
+            raise UserError(
+                f"only {len(started)} of {len(answers)} processes of the Ray cluster started within {START:.0f} s, most likely because "
+                "other work has its processors; use a lower --jobs, or run it again when that work is done"
+            )
         try:
-            found = self.ray.get([actor.versions.remote() for actor in self.actors])
+            everywhere = self.ray.get(answers)
         except self.ray.exceptions.RayError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"a process of the Ray cluster does not start ({reason}); is asrkit installed on every machine, and is there memory enough?"
             ) from error
-        if findings := [line for there in found for line in other_versions("the Ray cluster", there)]:
+        if findings := [line for there in everywhere for line in other_versions("the Ray cluster", there)]:
             raise UserError.of(list(dict.fromkeys(findings)))
 
     def pool(self, function: Callable[[Any], Any], parts: Sequence[Any], describe: Callable[[Any], str]) -> RayPool:
@@ -136,6 +143,11 @@ class RayPool:
         """
         try:
             self._workers.ray.get([actor.use.remote(self._function) for actor in actors])
+        except self._workers.ray.exceptions.RayActorError as error:
+            raise UserError(
+                "a process of the Ray cluster died when it was sent its work, most likely because memory ran out; run it again with a "
+                "lower --jobs"
+            ) from error
         except self._workers.ray.exceptions.RayError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise UserError(

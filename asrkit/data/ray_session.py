@@ -28,6 +28,7 @@ from asrkit.extras import require
 
 MARK = "ASRKIT_RAY"  # in the environment of every process of a local Ray: its directory
 PREFIX = "asrkit-ray-"
+STARTS = 2  # times that a Ray may try to start
 SMALLEST_STORE, LARGEST_STORE = 80 << 20, 2 << 30  # bytes that processes share; Ray's own limit is 75 MiB
 
 
@@ -82,12 +83,7 @@ def local_ray(cpus: int, gpus: int) -> Iterator[Callable[[], None]]:
                 # A signal to the whole process group must not end the replicas before the state is saved. They inherit this.
                 mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
                 try:
-                    ray.init(
-                        address="local", num_cpus=cpus, num_gpus=gpus, object_store_memory=_store_bytes(),
-                        _temp_dir=str(folder), **_QUIET,
-                    )  # fmt: skip
-                except Exception as error:  # of no kind of its own where the machine is too busy
-                    raise UserError(f"Ray does not start here ({' '.join(str(error).split())[:300]})") from error
+                    _start(ray, cpus, gpus, folder)
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 servers = [pid for pid in _marked(folder) if _name(pid) in ("raylet", "gcs_server")]
@@ -101,6 +97,30 @@ def local_ray(cpus: int, gpus: int) -> Iterator[Callable[[], None]]:
                 _end_marked(folder)
 
 
+def _start(ray: Any, cpus: int, gpus: int, folder: Path) -> None:
+    """Start a Ray in ``folder``. Its server gives up if its helpers take longer than 15 s (fixed in Ray 2.60), as they may on a busy
+    machine when they are read from the disk for the first time; so it is started once more.
+
+    Raises:
+        UserError: it does not start, ``STARTS`` times in a row.
+    """
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                address="local", num_cpus=cpus, num_gpus=gpus, object_store_memory=_store_bytes(),
+                _temp_dir=str(folder), **_QUIET,
+            )  # fmt: skip
+            return
+        except Exception as error:  # of no kind of its own where the machine is too busy
+            if attempt == STARTS:
+                raise UserError(
+                    f"Ray does not start here ({' '.join(str(error).split())[:300]}); run the same command again when the machine has "
+                    "less to do"
+                ) from error
+            _shut_down(ray)
+            _end_marked(folder)
+
+
 @contextmanager
 def ray_cluster(address: str) -> Iterator[Callable[[], None]]:
     """A running cluster; yields a function that does nothing, as the cluster is not this run's to watch.
@@ -109,10 +129,10 @@ def ray_cluster(address: str) -> Iterator[Callable[[], None]]:
         UserError: Ray is not installed, or no cluster answers.
     """
     ray = import_ray(local=False)
-    advice = "start one with `ray start --head`, or leave the address out to start Ray on this machine"
+    advice = "start one with `ray start --head`, or leave the address out to compute on this machine alone"
     if "://" in address:
         raise UserError(
-            f"{address}: Ray's clients cannot train; give HOST:PORT of a cluster that this machine is part of, or auto"
+            f"{address}: is an address for Ray's clients, which asrkit is none of; give HOST:PORT of a cluster that this machine is part of, or auto"
         )
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():

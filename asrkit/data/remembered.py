@@ -47,10 +47,11 @@ def recall(kind: str, key: Sequence[str]) -> dict[str, np.ndarray] | None:
             return None
         with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
             known = dict(arrays)
-        os.utime(path)  # those that nobody uses are removed
-        return known
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
+    with suppress(OSError):  # where nothing can be written
+        os.utime(path)  # those that nobody uses are removed
+    return known
 
 
 def remember(kind: str, key: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:

@@ -22,8 +22,8 @@ def tokenizer_texts(table: CutTable, most: int | None) -> list[str]:
     known = frozenset("".join(texts))
     parts = [range(begin, min(begin + PART, len(table))) for begin in range(0, len(table), PART)]
     workers = every_core() if len(parts) >= MANY_PARTS else ALONE
-    for found in in_processes(partial(_with_new_characters, table, known), parts, workers):
-        for text in found:
+    for others in in_processes(partial(_with_new_characters, table, known), parts, workers):
+        for text in others:
             if not known.issuperset(text):
                 known |= set(text)
                 texts.append(text)
@@ -32,9 +32,9 @@ def tokenizer_texts(table: CutTable, most: int | None) -> list[str]:
 
 def _with_new_characters(table: CutTable, known: frozenset[str], rows: range) -> list[str]:
     """The texts of some rows that have a character which neither ``known`` nor the ones before have."""
-    found = []
+    texts = []
     for row in rows:
         if not known.issuperset(text := table.text_of(row)):
             known |= set(text)
-            found.append(text)
-    return found
+            texts.append(text)
+    return texts

@@ -83,9 +83,15 @@ class LoadedDomain:
         search: NBestSearch = GraphSearch(self.graph, options)
         use = replace(self.use, **{name: getattr(options, name) for name in GRAPH_OPTIONS})
         running = replace(options, paths=0)
-        unfinished = GraphSearch(self.graph.prefixes(), running, posteriors=False) if stream else None
+        unfinished: NBestSearch | None = (
+            GraphSearch(self.graph.prefixes(), running, posteriors=False) if stream else None
+        )
         if fusion is not None:
-            search = partial(_over_the_graph, search, fusion, self.recognizer.model.blank)
+            search = partial(_with_log_probs, search, fusion, self.recognizer.model.blank)
+            if ranks:
+                search = partial(_ranked, search, fusion)
+            if unfinished is not None:
+                unfinished = partial(_with_log_probs, unfinished, fusion, self.recognizer.model.blank)
         return Search(search, True, fusion, use, unfinished)
 
 
@@ -116,12 +122,15 @@ def make_search(
     return load_domain(recognizer, domain).search(method, beam, domain.graph_options, alternatives, stream)
 
 
-def _over_the_graph(search: NBestSearch, fusion: Fusion, blank: int, encoded: EncoderOutput) -> list[list[Hypothesis]]:
-    """The texts of a graph, ordered with the language models and the bonus for each token."""
+def _with_log_probs(search: NBestSearch, fusion: Fusion, blank: int, encoded: EncoderOutput) -> list[list[Hypothesis]]:
+    """The texts of a graph by the temperature and the blank penalty of ``fusion``."""
     if encoded.ctc_log_probs is not None:
         encoded = encoded._replace(ctc_log_probs=fusion.log_probs(encoded.ctc_log_probs, blank))
-    if not fusion.counts_at_end:
-        return search(encoded)
+    return search(encoded)
+
+
+def _ranked(search: NBestSearch, fusion: Fusion, encoded: EncoderOutput) -> list[list[Hypothesis]]:
+    """The texts of a graph, ordered with the language models and the bonus for each token."""
 
     def scores(tokens: Tensor, lens: Tensor) -> Tensor:
         return weighted_scores(fusion.language_models, tokens, lens) + fusion.settings.length_bonus * lens

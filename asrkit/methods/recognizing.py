@@ -20,6 +20,7 @@ from asrkit.methods.labeling import Progress
 
 Plans = dict[str, list[tuple[float, float]]]  # by cut id, the stretches (begin, end) with speech, in seconds
 Texts = dict[tuple[str, float], list[Transcription]]  # by cut id and begin, one for each recognizer
+Recognized = tuple[Plans, Texts]  # a batch: the stretches found on the way to it, and its texts
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def missing_parts(cuts: Sequence[Cut], done: Progress, max_duration: float) -> l
 
 
 class PieceRecognizer:
-    """Called with a part of the cuts: the stretches of those that had none, and the texts of those without.
+    """Called with a part of the cuts: the stretches of those that had none, and the texts of those without, by batches.
 
     Every process opens its own recognizers: a fork lacks the threads of its parent's, and a pickle has none.
 
@@ -84,16 +85,21 @@ class PieceRecognizer:
             self._opened[os.getpid()] = stack, opened
         return self._opened[os.getpid()][1]
 
-    def __call__(self, part: Sequence[Missing]) -> tuple[Plans, Texts]:
+    def __call__(self, part: Sequence[Missing]) -> list[Recognized]:
+        return list(self.batches(part))
+
+    def batches(self, part: Sequence[Missing]) -> Iterator[Recognized]:
+        """The same, each batch as soon as it is recognized: a part may be one recording of hours."""
         recognizers, (*_, language, longest, max_duration) = self._recognizers(), self._arguments
         plans: Plans = {}
-        texts: Texts = {}
         for pieces in batched(_pieces(part, longest, plans), max_duration):
             languages = [language_of(piece.cut) or language for piece in pieces]
             by_recognizer = [transcribe_pieces(recognizer, pieces, languages) for recognizer in recognizers]
             keys = [(piece.cut.id, piece.begin) for piece in pieces]
-            texts |= {key: list(each) for key, each in zip(keys, zip(*by_recognizer, strict=True), strict=True)}
-        return plans, texts
+            texts = {key: list(each) for key, each in zip(keys, zip(*by_recognizer, strict=True), strict=True)}
+            yield dict(plans), texts
+            plans.clear()
+        yield plans, {}  # of cuts in which nobody speaks
 
 
 def _pieces(part: Sequence[Missing], longest: float, plans: Plans) -> Iterator[Piece]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from asrkit.methods.labeling import (
     open_progress,
     thresholds,
 )
-from asrkit.methods.recognizing import PieceRecognizer, missing_parts
+from asrkit.methods.recognizing import PieceRecognizer, Recognized, missing_parts
 from asrkit.reporting.progress import progress
 from asrkit.reporting.wer import ErrorCounts, align, count
 
@@ -170,15 +170,18 @@ def _check(
 def _recognize(
     recognize: PieceRecognizer, cuts: Sequence[Cut], max_duration: float, done: Progress, workers: Workers
 ) -> None:
-    """Recognize what is not done yet, in parts that are on disk one by one."""
+    """Recognize what is not done yet. Batches are on disk one by one, and those of another process once it has done its part."""
     parts = missing_parts(cuts, done, max_duration)
     seconds = sum(one.cut.duration for part in parts for one in part)
     with progress("labeling", seconds, "s of audio") as advance:
-        results = in_processes(recognize, parts, workers, lambda part: named([one.cut for one in part]))
-        for part, (plans, texts) in zip(parts, results, strict=True):
-            for cut_id, planned in plans.items():
-                done.plan(cut_id, planned)
-            done.add(texts)
+        results: Iterable[Iterable[Recognized]] = map(recognize.batches, parts)
+        if workers.several:
+            results = in_processes(recognize, parts, workers, lambda part: named([one.cut for one in part]))
+        for part, batches in zip(parts, results, strict=True):
+            for plans, texts in batches:
+                for cut_id, planned in plans.items():
+                    done.plan(cut_id, planned)
+                done.add(texts)
             advance(sum(one.cut.duration for one in part))
 
 

@@ -1,4 +1,4 @@
-"""So many minutes of a manifest, as many of each part of it: utterances spread evenly over its length.
+"""Some minutes of a manifest: utterances that are spread evenly over it, so that each of its parts gives its share.
 
 python subset.py data/train.jsonl.gz --minutes 60 --out data/labeled/60.jsonl.gz
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lhotse import CutSet
-
-from asrkit.data.manifests import open_cuts
+from asrkit.data.manifests import open_cuts, write_cuts
 
 
 def main() -> None:
@@ -21,12 +19,10 @@ def main() -> None:
     arguments = parser.parse_args()
     cuts = list(open_cuts(arguments.manifest))
     share = min(1.0, 60 * arguments.minutes / sum(cut.duration for cut in cuts))
-    chosen = [cut for index, cut in enumerate(cuts) if int((index + 1) * share) > int(index * share)]
-    partial = arguments.out.with_name(f"new-{arguments.out.name}")  # lhotse goes by the end of the name
-    CutSet.from_cuts(chosen).to_file(partial)
-    partial.replace(arguments.out)
+    subset = [cut for index, cut in enumerate(cuts) if int((index + 1) * share) > int(index * share)]
+    write_cuts(arguments.out, subset)
     print(
-        f"{len(chosen)} of {len(cuts)} utterances, {sum(cut.duration for cut in chosen) / 60:.1f} min, in {arguments.out}"
+        f"{len(subset)} of {len(cuts)} utterances, {sum(cut.duration for cut in subset) / 60:.1f} min, in {arguments.out}"
     )
 
 

@@ -24,12 +24,19 @@ from helpers.tones import make_corpus
 
 class Quiet(SimpleHTTPRequestHandler):
     asked: list[str] = []  # noqa: RUF012 - of all requests
+    broken = ""  # part of the names of files that break off
 
     def log_message(self, *words: Any) -> None: ...
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
-        super().do_GET()
+        if self.broken and self.broken in self.path:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"0" * 600)
+        else:
+            super().do_GET()
 
 
 @pytest.fixture
@@ -57,10 +64,11 @@ def test_a_shar_directory_comes_from_a_server(served: tuple[str, Path], tmp_path
         fetch_shar(pattern, out)
     assert not list(out.glob("cuts.*")), "it is no Shar directory yet"
     (tmp_path / "away").rename(folder / "corpus" / "recording.000001.tar")
+    copied = {path.name for path in out.glob("recording.*")}
+    assert "recording.000000.tar" in copied
     Quiet.asked.clear()
-    said = asrkit("data", "fetch", pattern, "--out", out)
-    assert "6 cuts, 0.0 hours" in said
-    assert not {path for path in Quiet.asked if "recording.000000" in path or "recording.000002" in path}
+    assert "6 cuts, 0.0 hours" in asrkit("data", "fetch", pattern, "--out", out)
+    assert not {path for path in Quiet.asked if Path(path).name in copied}
     for name in ("recording.000000.tar", "recording.000002.tar"):
         assert (out / name).read_bytes() == (folder / "corpus" / name).read_bytes()
     there, here = open_cuts(folder / "corpus"), open_cuts(out)
@@ -70,6 +78,38 @@ def test_a_shar_directory_comes_from_a_server(served: tuple[str, Path], tmp_path
     Quiet.asked.clear()
     fetch_shar(pattern, out)
     assert not Quiet.asked
+
+
+def test_a_folder_has_shards_of_one_address(served: tuple[str, Path], tmp_path: Path) -> None:
+    """Files of the same name would be taken for those asked for."""
+    pytest.importorskip("smart_open")
+    address, folder = served
+    out = tmp_path / "copy"
+    fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", out)
+    assert len(fetch_shar(f"{address}/corpus/cuts.{{000000..000002}}.jsonl.gz", out)) == 6
+    Quiet.asked.clear()
+    with pytest.raises(UserError, match="has shards of another address than .*/other; choose another --out"):
+        fetch_shar(f"{address}/other/cuts.000000.jsonl.gz", out)
+    with pytest.raises(UserError, match="did not copy; choose another --out"):
+        fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", folder / "corpus")
+    assert not Quiet.asked
+
+
+@pytest.mark.parametrize("tar", [True, False])
+def test_what_is_not_what_it_says_is_not_kept(served: tuple[str, Path], tmp_path: Path, tar: bool) -> None:
+    """An answer that breaks off, and a page that asks for a password in place of the cuts; neither is a fault of the disk."""
+    pytest.importorskip("smart_open")
+    address, folder = served
+    name, reason = ("recording.000000.tar", "IncompleteRead") if tar else ("cuts.000000.jsonl.gz", "Not a gzipped file")
+    if not tar:
+        (folder / "corpus" / name).write_text("<html>Who are you?</html>")
+    Quiet.broken = "recording" if tar else ""
+    try:
+        with pytest.raises(UserError, match=rf"/corpus/{name}: cannot read it \(.*{reason}.*\); check the URL"):
+            fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", tmp_path / "copy")
+    finally:
+        Quiet.broken = ""
+    assert not (tmp_path / "copy" / name).exists()
 
 
 def test_a_manifest_fetches_nothing(served: tuple[str, Path], tmp_path: Path) -> None:
@@ -93,10 +133,12 @@ def test_what_is_no_shard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(shard_urls(f"{base}/cuts.{{008..010}}.jsonl")) == [
         f"{base}/cuts.{n}.jsonl" for n in ("008", "009", "010")
     ]
+    folder = "https://example.org/{0..1}"
+    assert list(shard_urls(f"{folder}/cuts.{{1..2}}.jsonl")) == [f"{folder}/cuts.1.jsonl", f"{folder}/cuts.2.jsonl"]
     for url in ("pipe:touch made", "cuts.000000.jsonl.gz", "file:///cuts.000000.jsonl.gz"):
         with pytest.raises(UserError, match="give a URL that begins with one of https://"):
             fetch_shar(url, tmp_path)
-    for url in (base, f"{base}/recording.000000.tar", f"{base}/cuts.{{a..b}}.jsonl.gz"):
+    for url in (base, f"{base}/recording.000000.tar", f"{base}/cuts.{{a..b}}.jsonl.gz", f"{base}/cuts.1.jsonl.gz\n"):
         with pytest.raises(UserError, match="does not end as the cuts of a Shar directory do"):
             fetch_shar(url, tmp_path)
     with pytest.raises(UserError, match="is no range of at most"):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from asrkit.data.corpora.synthesize import synthesize
 from asrkit.data.forks import may_fork
 from asrkit.data.manifests import open_cuts
 from asrkit.data.parallel import Workers, in_processes
+from asrkit.data.ray_pool import RayWorkers
 from asrkit.decoding.domain import Domain
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
@@ -256,6 +258,47 @@ def test_ray_gives_results_in_order_and_the_first_mistake(tmp_path: Path, ray_wo
     ):
         list(in_processes(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(2), ray_workers, lambda _: "part 0"))
     assert list(in_processes(abs, [-1, 2], ray_workers)) == [1, 2]
+
+
+class _NoErrors:
+    class RayError(Exception): ...
+
+    class RayActorError(RayError): ...
+
+
+class _Ray:
+    """As much of Ray as a process needs that never starts, or that dies as soon as it is sent anything."""
+
+    exceptions = _NoErrors
+
+    def __init__(self, starts: bool) -> None:
+        self.starts = starts
+        self.versions = self.use = SimpleNamespace(remote=lambda *_: "answer")
+
+    def remote(self, *_: Any) -> _Ray:
+        return self
+
+    def options(self, **_: Any) -> _Ray:
+        return self
+
+    def put(self, function: Any) -> str:
+        return "function"
+
+    def wait(self, answers: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        return (answers, []) if self.starts else (answers[:1], answers[1:])
+
+    def get(self, answers: list[str]) -> None:
+        raise _NoErrors.RayActorError
+
+
+def test_processes_of_a_cluster_that_do_not_start_are_not_waited_for() -> None:
+    with pytest.raises(UserError, match="only 1 of 3 processes of the Ray cluster started within 300 s.*lower --jobs"):
+        RayWorkers(_Ray(False), 3, lambda: None).check_versions()
+    workers = RayWorkers(_Ray(True), 3, lambda: None)
+    with pytest.raises(UserError, match="a process of the Ray cluster does not start"):
+        workers.check_versions()
+    with pytest.raises(UserError, match="died when it was sent its work, .* lower --jobs"):
+        workers.pool(abs, [1, 2], str)
 
 
 def test_a_cluster_that_is_not_there_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

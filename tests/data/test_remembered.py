@@ -245,7 +245,21 @@ def test_what_nobody_uses_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [know(name) for name in "bcd"] == [True, False, True]
 
 
+def test_what_cannot_be_marked_as_used_is_still_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that several machines read and one writes."""
+    monkeypatch.setenv("ASRKIT_CACHE", str(tmp_path))
+    remembered.remember("kind", ["a"], {"x": np.arange(3)})
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    known = remembered.recall("kind", ["a"])
+    assert known is not None and known["x"].tolist() == [0, 1, 2]
+
+
 def test_nothing_is_kept_of_a_manifest_that_nobody_has(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = set(manifests._OPENED)  # of tests whose cuts are still there
     table = open_cuts(manifest)
     part, unpack = table.without({"train-0"}), manifests._unpacked
     del table
@@ -254,7 +268,7 @@ def test_nothing_is_kept_of_a_manifest_that_nobody_has(manifest: Path, monkeypat
         assert len(open_cuts(manifest)) == len(part) + 1 == COUNT
     del part
     gc.collect()
-    assert not manifests._OPENED and unpack is manifests._unpacked
+    assert others.issuperset(manifests._OPENED) and unpack is manifests._unpacked
     assert len(open_cuts(manifest)) == COUNT
 
 

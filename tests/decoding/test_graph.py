@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asrkit import extras
+from asrkit.config import from_dict
 from asrkit.data.features import fbank
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import EncoderOutput
 from asrkit.decoding.domain import Domain, make_search
+from asrkit.decoding.fusion import FusionConfig, FusionRequest
 from asrkit.decoding.graph_compiler import graph_of_pieces, graph_of_sentences, graph_of_words
 from asrkit.decoding.graph_search import GraphOptions, GraphSearch, k2_for_graphs
 from asrkit.decoding.hypothesis import Hypothesis
@@ -257,6 +259,23 @@ def test_a_stream_over_a_graph_ends_in_the_text_of_the_whole(run: Path, graphs: 
         assert events[-1].text == recognizer.tokenizer.decode(whole.tokens)
         if kind == "text-graph":
             assert all(any(text.startswith(event.text) for text in TEXTS) for event in events)
+
+
+def test_a_running_text_is_searched_as_the_final_one_is(run: Path, graphs: Path) -> None:
+    """With the same temperature, which also says how much the graph counts."""
+    recognizer = load_recognizer(run, "cpu", context=parse_context("chunk=4,left=0"))
+    features = fbank(torch.from_numpy(noise(np.random.default_rng(0), 32000)))[None]
+    encoded = recognizer.model.encode(features, torch.tensor([features.shape[1]]))
+    assert encoded.ctc_log_probs is not None
+    cooled = encoded._replace(ctc_log_probs=(encoded.ctc_log_probs / 2).log_softmax(dim=2))
+    request = FusionRequest(from_dict(FusionConfig, {"temperature": 2.0}, "test"))
+    plain, warm = (
+        make_search(recognizer, "ctc-graph", 1, Domain(graphs / "pieces-graph", WIDE, fusion), stream=True)
+        for fusion in (None, request)
+    )
+    assert plain.unfinished is not None and warm.unfinished is not None
+    for one, other in ((plain.unfinished, warm.unfinished), (plain.run, warm.run)):
+        assert other(encoded) == one(cooled) != one(encoded)
 
 
 @settings(max_examples=8, deadline=None)

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from asrkit.data.manifests import is_labeled, make_cut, open_cuts, text_of, write_cuts
+from asrkit.data.parallel import ALONE
+from asrkit.decoding.external.interface import TextRecognizer, Transcription
 from asrkit.decoding.external.pauses import speech_pieces
 from asrkit.decoding.external.whisper import WhisperRecognizer
 from asrkit.frames import SAMPLE_RATE
+from asrkit.methods import recognizing
+from asrkit.methods.labeling import open_progress
+from asrkit.stages import label as label_stage
 from helpers.commands import asrkit
 from helpers.outside import SENTENCES, WHISPER, speech, whisper_model
 from helpers.small_runs import write_run
@@ -111,6 +116,33 @@ def test_recordings_get_texts(raw: Path, tmp_path: Path, monkeypatch: pytest.Mon
     asrkit(*command[:5], "--out", two, "--max-seconds", 6, "--max-duration", 6, "--device", "cpu", "--jobs", 2)
     assert two.read_bytes() == first
     assert (tmp_path / "two.texts.jsonl").read_bytes() == whole
+
+
+class _Interrupted:
+    """A recognizer that is stopped in its second batch."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def transcribe(self, waves: Sequence[Tensor], languages: Sequence[str]) -> list[Transcription]:
+        self.batches += 1
+        if self.batches == 2:
+            raise KeyboardInterrupt
+        return [Transcription("a", None, "en") for _ in waves]
+
+
+def test_the_first_batches_of_a_long_recording_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stretches = [(0.0, 2.0), (2.0, 4.0), (4.0, 6.0)]
+    monkeypatch.setattr(recognizing, "speech_pieces", lambda samples, longest: stretches)
+    cut, stopped = recording(tmp_path, "long", torch.zeros(6 * SAMPLE_RATE)), _Interrupted()
+    recognize = recognizing.PieceRecognizer(("any",), "cpu", 1, "en", 2.0, 2.0)
+    recognize.use([cast(TextRecognizer, stopped)])
+    with pytest.raises(KeyboardInterrupt), open_progress(tmp_path / "texts.jsonl", {}) as done:
+        label_stage._recognize(recognize, [cut], 2.0, done, ALONE)
+    with open_progress(tmp_path / "texts.jsonl", {}) as done:
+        assert done.planned == {"long": stretches} and list(done.texts) == [("long", 0.0)]
+        label_stage._recognize(recognize, [cut], 2.0, done, ALONE)
+    assert stopped.batches == 4 and len(done.texts) == 3
 
 
 @pytest.mark.slow

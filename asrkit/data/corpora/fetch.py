@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import re
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,15 @@ from lhotse.serialization import open_best
 from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import open_cuts
 from asrkit.data.parallel import in_processes
-from asrkit.data.shar import FIELDS
+from asrkit.data.shar import FIELDS, shards_of
 from asrkit.disk import atomic_write
 from asrkit.errors import UserError, clip
 from asrkit.extras import available, require
 
 SCHEMES = ("https", "http", "s3", "gs", "azure", "ais", "msc")  # nothing that runs a program, as lhotse's pipe: does
 MAX_SHARDS = 100_000
+CUTS = re.compile(r"cuts\.(?:\d+|\{(\d+)\.\.(\d+)\})\.jsonl(?:\.gz)?")
+ADDRESS = "address.sha256"  # of the folder that the shards came from; an address itself may have a password
 BLOCK = 1 << 20  # bytes
 
 
@@ -38,13 +40,14 @@ def fetch_shar(pattern: str, out: Path, fields: tuple[str, ...] = ("recording",)
         The cuts, checked as those of any manifest.
 
     Raises:
-        UserError: a URL that names no shard, or cannot be read; what came is no Shar directory.
+        UserError: a URL that names no shard, or cannot be read; ``out`` has shards of another address; what came is no Shar directory.
     """
     urls = list(shard_urls(pattern))
     for field in fields:
         if field not in FIELDS:
             raise UserError(f"--field {field}: choose from {', '.join(FIELDS)}")
-    tars = [_tar_of(url, field) for field in fields for url in urls]
+    _check_address(pattern.rpartition("/")[0], out)
+    tars = [_tar_of(url, field) for field in dict.fromkeys(fields) for url in urls]
     for files in (tars, urls):  # what is interrupted between them is no Shar directory yet
         for _ in in_processes(partial(_fetch, out=out), files, threads=True):
             pass
@@ -60,22 +63,35 @@ def shard_urls(pattern: str) -> Iterator[str]:
     scheme, colon, _ = pattern.partition("://")
     if not colon or scheme not in SCHEMES:
         raise UserError(f"{pattern}: give a URL that begins with one of {', '.join(f'{name}://' for name in SCHEMES)}")
-    if not re.search(r"/cuts\.(\d+|\{\d+\.\.\d+\})\.jsonl(\.gz)?$", pattern):
+    base, _, name = pattern.rpartition("/")
+    match = CUTS.fullmatch(name)
+    if match is None:
         raise UserError(
             f"{pattern}: does not end as the cuts of a Shar directory do; write .../cuts.000000.jsonl.gz, or for several shards "
             ".../cuts.{000000..000009}.jsonl.gz"
         )
-    several = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if several is None:
+    if match[1] is None:
         yield pattern
         return
-    first, last = map(int, several.groups())
+    first, last = int(match[1]), int(match[2])
     if not first <= last < first + MAX_SHARDS:
         raise UserError(
-            f"{pattern}: {several[0]} is no range of at most {MAX_SHARDS} shards; give the lower number first"
+            f"{pattern}: {{{match[1]}..{match[2]}}} is no range of at most {MAX_SHARDS} shards; give the lower number first"
         )
     for number in range(first, last + 1):
-        yield pattern[: several.start()] + f"{number:0{len(several[1])}d}" + pattern[several.end() :]
+        yield f"{base}/{name[: match.start(1) - 1]}{number:0{len(match[1])}d}{name[match.end(2) + 1 :]}"
+
+
+def _check_address(base: str, out: Path) -> None:
+    """Refuse a folder with shards of another address: files of the same name would be taken for those asked for."""
+    path, digest = out / ADDRESS, hashlib.sha256(base.encode()).hexdigest()
+    if not path.exists():
+        if out.is_dir() and shards_of(out):
+            raise UserError(f"{out}: has shards that `asrkit data fetch` did not copy; choose another --out")
+        with atomic_write(path) as temporary:
+            temporary.write_text(f"{digest}\n", encoding="ascii")
+    elif path.read_text(encoding="utf-8", errors="replace").strip() != digest:
+        raise UserError(f"{out}: has shards of another address than {base}; choose another --out")
 
 
 def _tar_of(url: str, field: str) -> str:
@@ -88,11 +104,17 @@ def _fetch(url: str, out: Path) -> None:
     path = out / (name if name.endswith((".gz", ".tar")) else f"{name}.gz")
     if path.exists():
         return
+    with atomic_write(path) as temporary, _opened(temporary, path.suffix) as copy:
+        for block in _blocks(url):
+            copy.write(block)
+
+
+def _blocks(url: str) -> Iterator[bytes]:
+    """What a URL has. Its errors are told apart from those of writing, as both may be an ``OSError``."""
     try:
-        with atomic_write(path) as temporary, open_best(url, "rb") as source, _opened(temporary, path.suffix) as copy:
-            shutil.copyfileobj(source, copy, BLOCK)
-    except UserError:
-        raise
+        with open_best(url, "rb") as source:
+            while block := source.read(BLOCK):
+                yield block
     except Exception as error:  # the libraries' errors are of many kinds; lhotse puts its own in their place
         if not available("remote"):
             require("remote", for_=url)

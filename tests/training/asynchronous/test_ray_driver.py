@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,6 +295,27 @@ def test_replicas_of_other_versions_are_refused() -> None:
         match=f"^replica 1 has asrkit 0.0.9, but this process has {here['asrkit']}; install the same everywhere$",
     ):
         running.check_replicas()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_does_not_start_is_started_once_more(tmp_path: Path, failures: int) -> None:
+    """A busy machine may need longer than Ray gives it."""
+    calls: list[str] = []
+
+    def init(**_: Any) -> None:
+        calls.append("init")
+        if calls.count("init") <= failures:
+            raise Exception("the node timed out")  # as Ray does
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown"))
+    if failures == 1:
+        ray_session._start(ray, 2, 0, tmp_path)
+    else:
+        with pytest.raises(
+            UserError, match="does not start here .the node timed out.; run the same command again when"
+        ):
+            ray_session._start(ray, 2, 0, tmp_path)
+    assert calls == ["init", "shutdown", "init"]
 
 
 def test_only_dead_owners_lose_their_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
