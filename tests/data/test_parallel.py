@@ -207,9 +207,9 @@ def test_synthetic_speech_is_the_same(tmp_path: Path) -> None:
     assert made[0] == made[1] and len(made[0][0]) > 5
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ray_workers() -> Iterator[Workers]:
-    """Two processes of a real Ray, for all tests, because it takes seconds to start."""
+    """Two processes of a real Ray, which ends with the test: while it runs, this process cannot fork."""
     if find_spec("ray") is None:  # to import it is up to asrkit
         pytest.skip("Ray is not installed")
     with Workers(2, "local") as workers:
