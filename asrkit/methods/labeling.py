@@ -78,6 +78,11 @@ class Label:
     detail: str = ""
 
 
+def dropped_row(cut_id: str, begin: float, end: float, *texts: str) -> str:
+    """The line of ``dropped.tsv`` about a part of a cut, from ``begin`` to ``end`` s: its reason and texts."""
+    return "\t".join([cut_id, f"{begin:.2f}", f"{end:.2f}", *(" ".join(text.split()) for text in texts)]) + "\n"
+
+
 def make_label(transcriptions: Sequence[Transcription], seconds: float, filters: Filters) -> Label:
     """The label of an utterance by the first recognizer; a second one is only asked whether it agrees."""
     first, *others = transcriptions

@@ -25,6 +25,7 @@ from asrkit.methods.labeling import (
     Label,
     Progress,
     Threshold,
+    dropped_row,
     make_label,
     open_progress,
     thresholds,
@@ -196,7 +197,7 @@ def _labeled(
         if made.reason:
             result.dropped[made.reason] += 1
             result.dropped_seconds += end - begin
-            rows.append(_row(cut.id, begin, end, made.reason, made.detail, texts[0].text))
+            rows.append(dropped_row(cut.id, begin, end, made.reason, made.detail, texts[0].text))
             continue
         result.labeled += 1
         result.labeled_seconds += end - begin
@@ -204,7 +205,7 @@ def _labeled(
     if not planned:
         result.dropped["no speech"] += 1
         result.dropped_seconds += cut.duration
-        rows.append(_row(cut.id, 0.0, cut.duration, "no speech", "by the voice activity detector", ""))
+        rows.append(dropped_row(cut.id, 0.0, cut.duration, "no speech", "by the voice activity detector", ""))
 
 
 def _is_whole(planned: Sequence[tuple[float, float]]) -> bool:
@@ -236,10 +237,6 @@ def _with_label(cut: Cut, made: Label, specs: Sequence[str], part: tuple[int, fl
         )
     ]
     return new
-
-
-def _row(cut_id: str, begin: float, end: float, *texts: str) -> str:
-    return "\t".join([cut_id, f"{begin:.2f}", f"{end:.2f}", *(" ".join(text.split()) for text in texts)]) + "\n"
 
 
 def _thresholds(cuts: Sequence[Cut], done: Progress) -> list[Threshold]:

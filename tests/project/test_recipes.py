@@ -24,6 +24,7 @@ from asrkit.stages.distill import DistillConfig
 from asrkit.stages.prune import PruneConfig
 from asrkit.stages.qat import QatConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig, train_backbone
+from asrkit.stages.train_lm import TrainLmConfig
 from helpers.tones import make_corpus
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -73,6 +74,7 @@ def test_every_variant_is_valid(path: Path) -> None:
         "compress": (PruneConfig, QatConfig),
         "pretrain": (PretrainConfig,),
         "student": (TrainBackboneConfig, DistillConfig),
+        "texts-lm": (TrainLmConfig,),
     }
     for settings in stages.get(path.stem, (TrainBackboneConfig,)):
         resolve(settings, path)
