@@ -1,7 +1,7 @@
 """Training steps on a GPU, on data that lies there: gradients against the CPU's, throughput, a profile, the loss alone.
 
 python benchmarks/gpu_steps.py throughput --out results.jsonl      # or gradients, profile, loss; see gpu.sh
-DEVICE=cpu python benchmarks/gpu_steps.py launches --out results.jsonl        # needs no GPU
+DEVICE=cpu PYTHONPATH=tests python benchmarks/gpu_steps.py launches --out results.jsonl        # needs no GPU
 """
 
 from __future__ import annotations
