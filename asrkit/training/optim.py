@@ -159,8 +159,8 @@ class ScaledAdam(torch.optim.Optimizer):
         if matrices:
             slopes = [(grads[i] * weights[i]).reshape(len(weights[i]), -1).sum(1) for i in matrices]
             growths = self._growths([stacks[i] for i in matrices], slopes, [biases[i] for i in matrices], group)
-            growths = torch._foreach_mul(growths, [rates[i] for i in matrices])
-            for i, growth in zip(matrices, growths, strict=True):
+            shares = torch._foreach_mul(growths, [rates[i] for i in matrices])
+            for i, growth in zip(matrices, shares, strict=True):
                 moves[i].addcmul_(_beside(growth, weights[i]), weights[i])
         torch._foreach_sub_(list(chain(*alike.values())), list(chain(*(move.unbind() for move in moves))))
 
