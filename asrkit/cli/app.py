@@ -12,13 +12,20 @@ from asrkit.cli import plugins
 
 
 class Command(TyperCommand):
-    """A command whose own options come before --help."""
+    """A command whose own options come before --help, and that says so where Ctrl-C ends it."""
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)
         if option is not None:
             option.rich_help_panel = "Help"  # type: ignore[attr-defined, unused-ignore]
         return option
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("stopped; run the same command again to finish", err=True)
+            raise typer.Exit(130) from None
 
 
 class App(typer.Typer):

@@ -24,7 +24,7 @@ GRID: dict[str, tuple[float, ...]] = {
 PART_OF = {"lm-scale": "lm", "lodr-scale": "lodr", "hotwords-score": "hotwords"}  # what an option is of no use without
 PART_OF |= dict.fromkeys(("graph-scale", "search-beam", "output-beam", "max-active"), "graph")
 WHOLE = ("beam", "max-active")
-USUAL = ("graph-scale", "lm-scale", "blank-penalty")  # what is tuned if nothing is said, of what there is
+USUAL = ("graph-scale", "lm-scale", "blank-penalty")  # tuned by default, those of them that have an effect
 ROUNDS = 2
 MAX_VALUES = 50
 
@@ -67,7 +67,7 @@ def parse_over(text: str, parts: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def usual_over(parts: Sequence[str]) -> str:
-    """What to vary if nothing is said, as ``parse_over`` takes it."""
+    """What to vary by default, in the form that ``parse_over`` reads."""
     return ",".join(name for name in USUAL if PART_OF.get(name, "") in ("", *parts))
 
 

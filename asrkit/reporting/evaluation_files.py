@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,27 @@ class Evaluation:
     utterances: list[Scored]
 
 
-def make_directory(directory: Path) -> Path:
-    """Create ``directory`` before the work, so that a path that cannot be written is reported at once; returns it.
+@contextmanager
+def directories_for(directories: Iterable[Path]) -> Iterator[None]:
+    """Create them before the work, so that a path that cannot be written is reported at once; work that fails leaves no empty ones.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: one cannot be written.
     """
+    made: list[Path] = []
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
-    return directory
+        for directory in directories:
+            made += [path for path in (directory, *directory.parents) if not path.exists()]
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{directory}: cannot write there ({error.strerror}); choose another --out") from error
+        yield
+    except BaseException:
+        for path in sorted(made, reverse=True):  # what is in a directory before the directory
+            with suppress(OSError):  # it has something in it
+                path.rmdir()
+        raise
 
 
 def write_evaluation(

@@ -23,7 +23,7 @@ from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
 from asrkit.decoding.transcripts import SUBTITLES, Format, render
 from asrkit.errors import UserError
-from asrkit.reporting.evaluation_files import Evaluation, make_directory, write_evaluation
+from asrkit.reporting.evaluation_files import Evaluation, directories_for, write_evaluation
 from asrkit.reporting.results import (
     EVALUATION,
     DecodingRecord,
@@ -94,9 +94,10 @@ def evaluate(
         records[name] = decoding_record(domain.fusion, search.fusion, manifest, digest)
         label = _name(manifest, digest, recognizer, search, name, beam, records[name][0])
         label += _confidence_name(calibrate_on, temperature)
-        directories[name] = make_directory((out or run_path / EVALUATION) / label)
-    fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, workers)
-    decoded = decode_cuts(recognizer, cuts, searches, max_duration, workers)
+        directories[name] = (out or run_path / EVALUATION) / label
+    with directories_for(directories.values()):
+        fitted = {} if dev is None else decode_cuts(recognizer, dev[0], searches, max_duration, workers)
+        decoded = decode_cuts(recognizer, cuts, searches, max_duration, workers)
     evaluations = []
     for name, search in searches.items():
         done = decoded[name]

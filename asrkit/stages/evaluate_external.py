@@ -19,7 +19,7 @@ from asrkit.decoding.external.opening import open_text_recognizer
 from asrkit.decoding.external.utterances import batched, read_whole, transcribe_pieces
 from asrkit.decoding.search import Method
 from asrkit.errors import UserError
-from asrkit.reporting.evaluation_files import Evaluation, make_directory, write_evaluation
+from asrkit.reporting.evaluation_files import Evaluation, directories_for, write_evaluation
 from asrkit.reporting.progress import progress
 from asrkit.reporting.results import EVALUATION, Result, manifest_name, summarize
 from asrkit.reporting.wer import Scored, by_language
@@ -53,8 +53,9 @@ def evaluate_external(
             opened[method] = stack.enter_context(open_text_recognizer(spec, **options))
             _check_languages(opened[method], list(cuts))
         for method, recognizer in opened.items():
-            directory = make_directory((out or Path(EVALUATION)) / _name(manifest, digest, recognizer))
-            hypotheses, uncertain, seconds = _decode(recognizer, list(cuts), max_duration)
+            directory = (out or Path(EVALUATION)) / _name(manifest, digest, recognizer)
+            with directories_for([directory]):
+                hypotheses, uncertain, seconds = _decode(recognizer, list(cuts), max_duration)
             utterances = [
                 Scored(cut.id, text_of(cut), hypotheses[cut.id], language_of(cut), speaker_of(cut)) for cut in cuts
             ]

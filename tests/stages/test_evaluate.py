@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -356,6 +357,17 @@ def test_a_place_that_cannot_be_written(run: Path, manifest: Path, tmp_path: Pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="choose another --out"):
         evaluate(run, manifest, out=tmp_path / "file")
+
+
+def test_a_stopped_evaluation_says_so_and_leaves_nothing(
+    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr("asrkit.stages.evaluate.decode_cuts", lambda *work: signal.raise_signal(signal.SIGINT))
+    done = finish("evaluate", "--from", run, "--manifest", manifest, "--out", there / "new" / "out")
+    assert done.code == 130 and done.err.splitlines()[-1] == "stopped; run the same command again to finish"
+    assert list(tmp_path.rglob("*")) == [there]
 
 
 def test_a_device_that_is_not_there(run: Path, manifest: Path) -> None:

@@ -110,7 +110,7 @@ def _fetch(url: str, out: Path) -> None:
 
 
 def _blocks(url: str) -> Iterator[bytes]:
-    """What a URL has. Its errors are told apart from those of writing, as both may be an ``OSError``."""
+    """The content of a URL. Errors of reading have a type of their own, because those of writing are an ``OSError`` too."""
     try:
         with open_best(url, "rb") as source:
             while block := source.read(BLOCK):
