@@ -18,9 +18,8 @@ from lhotse.utils import add_durations
 
 from asrkit.data.manifest_schema import without_nulls
 
-Row = tuple[
-    float, int, str, bool
-]  # of a cut: seconds, hash of its id, language of its first supervision, whether it is plain
+# Of a cut: seconds, hash of its id, language of its first supervision, whether it is plain.
+Row = tuple[float, int, str, bool]
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,8 @@ class RayPool:
         self._workers, self._parts, self._describe = workers, parts, describe
         self.size = min(len(workers.actors), len(parts))
         try:
-            self._function = workers.ray.put(
-                function
-            )  # stored once; its arrays are shared by all processes of a machine
+            # Stored once: the processes of a machine share its arrays.
+            self._function = workers.ray.put(function)
         except Exception as error:  # what has no pickle says so by many kinds of errors
             reason = " ".join(str(error).split())[:200]
             raise UserError(

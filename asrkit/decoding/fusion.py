@@ -34,9 +34,7 @@ from asrkit.models.ngram.automaton import Ngram, load_ngram, symbols_of_pieces
 from asrkit.models.registry import LM, NGRAM, load_lm, require, spec_of_kind
 from asrkit.run_dir import ARPA, TOKENIZER, open_run
 
-FIRST_TOKEN = (
-    0.5  # of a hotword's score for each token, what its first token gets where it counts early; our choice, see docs
-)
+FIRST_TOKEN = 0.5  # share of a hotword's score that its first token gets where it counts early (our choice)
 State = tuple[Tensor, ...]  # of N hypotheses, each tensor with them first
 
 

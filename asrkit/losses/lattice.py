@@ -70,10 +70,9 @@ def by_rows(
     first = columns * torch.arange(batch, device=px.device).view(-1, 1, 1)
     node = u * row + first + column
     back = (last_u - u) * row + first + batch * columns + end - column  # the same node, reversed
-    reached = torch.stack([node, back - row]).masked_fill_(
-        ~has_px, beyond
-    )  # a symbol arc's beginning and, reversed, its end
-    passed = torch.stack([node + 1, back]).masked_fill_(~has_py, beyond)  # the same of a blank arc, one column on
+    # Of a symbol arc its beginning and, reversed, its end; of a blank arc the same, one column on.
+    reached = torch.stack([node, back - row]).masked_fill_(~has_px, beyond)
+    passed = torch.stack([node + 1, back]).masked_fill_(~has_py, beyond)
     arcs = torch.stack([px, py]).double()
     symbol = arcs.new_full((beyond + 1,), -math.inf).scatter_(
         0, reached.flatten(), arcs[0].expand_as(reached).flatten()

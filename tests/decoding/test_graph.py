@@ -261,6 +261,16 @@ def test_a_stream_over_a_graph_ends_in_the_text_of_the_whole(run: Path, graphs: 
             assert all(any(text.startswith(event.text) for text in TEXTS) for event in events)
 
 
+def test_a_running_text_is_the_beginning_that_was_said(run: Path, graphs: Path, tokenizer: Tokenizer) -> None:
+    recognizer = load_recognizer(run, "cpu", context=parse_context("chunk=4,left=0"))
+    search = make_search(recognizer, "ctc-graph", 1, Domain(graphs / "text-graph", WIDE), stream=True)
+    said = tokenizer.encode(TEXTS[0])[:3]
+    frames = frames_of([said], tokenizer.vocab_size, peak=12.0)
+    assert search.unfinished is not None
+    ((beginning,),), ((whole, *_),) = search.unfinished(frames), search.run(frames)
+    assert beginning.tokens == said != whole.tokens
+
+
 def test_a_running_text_is_searched_as_the_final_one_is(run: Path, graphs: Path) -> None:
     """With the same temperature, which also says how much the graph counts."""
     recognizer = load_recognizer(run, "cpu", context=parse_context("chunk=4,left=0"))

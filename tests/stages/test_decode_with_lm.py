@@ -70,6 +70,20 @@ def test_evaluate_with_scale_0_is_evaluate_without(folder: Path, part: str, tmp_
     assert read_result(other.parent).search == "beam 4 lm 0.0"
 
 
+@pytest.mark.parametrize(("use", "first"), [("early", 0.75), ("late", 1.5)])
+def test_the_first_token_of_a_hotword_counts_half_where_it_counts_early(folder: Path, use: Any, first: float) -> None:
+    tokenizer = Tokenizer.load(folder / "run" / TOKENIZER)
+    (folder / "one.txt").write_text(TEXTS[0].split()[0])
+    request = FusionRequest(FusionConfig(hotwords_use=use), hotwords=folder / "one.txt")
+    hotwords = load_fusion(request, tokenizer, torch.device("cpu")).hotwords
+    assert hotwords is not None
+    state, gains = hotwords.start(1), []
+    for token in tokenizer.encode(TEXTS[0].split()[0]):
+        gain, state = hotwords.step(state, torch.tensor([token]))
+        gains.append(float(gain))
+    assert len(gains) > 1 and gains == [first] + [1.5] * (len(gains) - 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["lm", "lm3"])
 def test_streaming_with_a_language_model_is_whole_decoding(folder: Path, part: str) -> None:

@@ -94,9 +94,8 @@ def on_both(folder: Path, tmp_path: Path, *words: object) -> Counts:
 
 def same_run(expected: Path, found: Path) -> None:
     weights, others = load_file(expected / WEIGHTS), load_file(found / WEIGHTS)
-    torch.testing.assert_close(
-        others, weights, rtol=1e-3, atol=1e-5
-    )  # attention and the lattice take another way there
+    # Attention and the lattice take another way there.
+    torch.testing.assert_close(others, weights, rtol=1e-3, atol=1e-5)
     for row, same in zip(metrics(expected), metrics(found), strict=True):
         assert row.pop("timing") and same.pop("timing") and same == pytest.approx(row, rel=1e-4)
 
