@@ -212,7 +212,7 @@ def fetch(
     """
     from asrkit.data.corpora.fetch import fetch_shar
 
-    cuts = fetch_shar(url, out, tuple(field or ["recording"]))
+    cuts = fetch_shar(url, out, tuple(field or ["recording"]), lambda path: typer.echo(path, err=True))
     typer.echo(f"{out}: {len(cuts)} cuts, {cuts.durations.sum() / 3600:.1f} hours")
 
 

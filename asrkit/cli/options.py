@@ -41,7 +41,7 @@ Cluster = Annotated[
     typer.Option(
         "--ray-address",
         rich_help_panel="Speed",
-        help="Let the processes run on a Ray cluster, HOST:PORT or auto, or by a Ray on this machine: local.",
+        help="Run the processes on a Ray cluster (HOST:PORT or auto), or with Ray on this machine (local).",
     ),
 ]
 

@@ -132,7 +132,7 @@ def ray_cluster(address: str) -> Iterator[Callable[[], None]]:
     advice = "start one with `ray start --head`, or leave the address out to compute on this machine alone"
     if "://" in address:
         raise UserError(
-            f"{address}: is an address for Ray's clients, which asrkit is none of; give HOST:PORT of a cluster that this machine is part of, or auto"
+            f"{address}: is an address of Ray's client mode, which asrkit does not use; give HOST:PORT of a cluster that this machine is part of, or auto"
         )
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():

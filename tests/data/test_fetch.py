@@ -67,7 +67,8 @@ def test_a_shar_directory_comes_from_a_server(served: tuple[str, Path], tmp_path
     copied = {path.name for path in out.glob("recording.*")}
     assert "recording.000000.tar" in copied
     Quiet.asked.clear()
-    assert "6 cuts, 0.0 hours" in asrkit("data", "fetch", pattern, "--out", out)
+    said = asrkit("data", "fetch", pattern, "--out", out)
+    assert "6 cuts, 0.0 hours" in said and f"{out / 'recording.000002.tar'}\n{out / 'cuts.000000.jsonl.gz'}\n" in said
     assert not {path for path in Quiet.asked if Path(path).name in copied}
     for name in ("recording.000000.tar", "recording.000002.tar"):
         assert (out / name).read_bytes() == (folder / "corpus" / name).read_bytes()

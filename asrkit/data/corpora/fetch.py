@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, cast
@@ -27,7 +27,9 @@ ADDRESS = "address.sha256"  # of the folder that the shards came from; an addres
 BLOCK = 1 << 20  # bytes
 
 
-def fetch_shar(pattern: str, out: Path, fields: tuple[str, ...] = ("recording",)) -> CutTable:
+def fetch_shar(
+    pattern: str, out: Path, fields: tuple[str, ...] = ("recording",), there: Callable[[Path], None] = lambda path: None
+) -> CutTable:
     """Copy the shards of a Shar directory to ``out``, which is then one; files that are there are not fetched again.
 
     Every file is read by lhotse's ``open_best``, which takes what the URL needs: smart_open, or the client of AIStore.
@@ -35,6 +37,7 @@ def fetch_shar(pattern: str, out: Path, fields: tuple[str, ...] = ("recording",)
     Args:
         pattern: URL of the cuts of one shard, or of several: https://HOST/corpus/cuts.{000000..000009}.jsonl.gz.
         fields: recording, features or both: those whose tar files are fetched from beside the cuts.
+        there: called with each file, in order, once it is there.
 
     Returns:
         The cuts, checked as those of any manifest.
@@ -49,8 +52,8 @@ def fetch_shar(pattern: str, out: Path, fields: tuple[str, ...] = ("recording",)
     _check_address(pattern.rpartition("/")[0], out)
     tars = [_tar_of(url, field) for field in dict.fromkeys(fields) for url in urls]
     for files in (tars, urls):  # what is interrupted between them is no Shar directory yet
-        for _ in in_processes(partial(_fetch, out=out), files, threads=True):
-            pass
+        for path in in_processes(partial(_fetch, out=out), files, threads=True):
+            there(path)
     return open_cuts(out, need_text=False)
 
 
@@ -99,14 +102,14 @@ def _tar_of(url: str, field: str) -> str:
     return f"{base}/{field}.{name.split('.')[1]}.tar"
 
 
-def _fetch(url: str, out: Path) -> None:
+def _fetch(url: str, out: Path) -> Path:
     name = url.rpartition("/")[2]
     path = out / (name if name.endswith((".gz", ".tar")) else f"{name}.gz")
-    if path.exists():
-        return
-    with atomic_write(path) as temporary, _opened(temporary, path.suffix) as copy:
-        for block in _blocks(url):
-            copy.write(block)
+    if not path.exists():
+        with atomic_write(path) as temporary, _opened(temporary, path.suffix) as copy:
+            for block in _blocks(url):
+                copy.write(block)
+    return path
 
 
 def _blocks(url: str) -> Iterator[bytes]:
