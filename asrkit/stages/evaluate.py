@@ -17,7 +17,7 @@ from asrkit.data.manifests import digest_of
 from asrkit.data.parallel import ALONE, Workers
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, Search, make_search
-from asrkit.decoding.evaluation import decode_cuts, decoding_record, result_of
+from asrkit.decoding.evaluation import Decoded, decode_cuts, decoding_record, result_of
 from asrkit.decoding.nbest import bad_temperature, no_confidence
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.search import BEAMS, CTC_GRAPH, Method
@@ -103,8 +103,7 @@ def evaluate(
         done = decoded[name]
         confidence = None
         if search.confident:
-            heat = fitted[name].temperature() if name in fitted else temperature or 1.0
-            confidence = done.set_confidences(heat, calibrate_on)
+            confidence = done.set_confidences(_temperature(fitted.get(name), temperature), calibrate_on)
         record, tuned_here = records[name]
         about: dict[str, Any] = {"run": str(run_path), "manifest": str(manifest), "manifest_sha256": digest}
         about |= {"method": name, "beam": beam if name in BEAMS else None, "decoding": record, "confidence": confidence}
@@ -114,6 +113,13 @@ def evaluate(
         more = {f"hypotheses.{form}": render(transcripts, form) for form in formats}
         evaluations.append(write_evaluation(directories[name], result, done.scored, more))
     return evaluations
+
+
+def _temperature(dev: Decoded | None, chosen: float | None) -> float:
+    """Of the confidences: the one fitted to ``dev``, the ``chosen`` one, or 1, which leaves them as they are."""
+    if dev is not None:
+        return dev.temperature()
+    return 1.0 if chosen is None else chosen
 
 
 def _cannot_share(workers: Workers, recognizer: Recognizer | None, domain: Domain) -> list[str]:
