@@ -1,7 +1,8 @@
-"""Shar directories from a real web server, by lhotse and smart_open."""
+"""Shar directories from a real web server and a real object store, by lhotse and smart_open."""
 
 from __future__ import annotations
 
+import gzip
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -81,6 +82,43 @@ def test_a_shar_directory_comes_from_a_server(served: tuple[str, Path], tmp_path
     assert not Quiet.asked
 
 
+def test_a_shar_directory_comes_from_an_object_store(
+    served: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the S3 protocol, with the address and the keys where boto3 looks for them: in the environment."""
+    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    pytest.importorskip("smart_open.s3")
+    store = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    store.start()
+    try:
+        host, port = store.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="speech")
+        files = sorted((served[1] / "corpus").iterdir())
+        for path in files:
+            client.upload_file(str(path), "speech", f"corpus/{path.name}")
+        out = tmp_path / "copy"
+        said = asrkit("data", "fetch", "s3://speech/corpus/cuts.{000000..000002}.jsonl.gz", "--out", out)
+        assert "6 cuts, 0.0 hours" in said
+        for path in files:
+            copy, whole = (out / path.name).read_bytes(), path.read_bytes()
+            assert copy == whole if path.suffix == ".tar" else gzip.decompress(copy) == gzip.decompress(whole)
+        for number, (url, reason) in enumerate(
+            {"s3://speech/corpus/cuts.9.jsonl": "NoSuchKey", "s3://none/corpus/cuts.0.jsonl": "NoSuchBucket"}.items()
+        ):
+            with pytest.raises(UserError, match=rf"recording.\d.tar: cannot read it \(.*{reason}.*\); check the URL"):
+                fetch_shar(url, tmp_path / f"none-{number}")
+    finally:
+        store.stop()
+
+
 def test_a_folder_has_shards_of_one_address(served: tuple[str, Path], tmp_path: Path) -> None:
     """Files of the same name would be taken for those asked for."""
     pytest.importorskip("smart_open")
@@ -116,7 +154,6 @@ def test_what_is_not_what_it_says_is_not_kept(served: tuple[str, Path], tmp_path
 def test_a_manifest_fetches_nothing(served: tuple[str, Path], tmp_path: Path) -> None:
     """What was fetched comes from strangers: it is refused where it would ask the network."""
     pytest.importorskip("smart_open")
-    import gzip
     import json
 
     address, folder = served
