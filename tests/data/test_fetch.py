@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -149,6 +150,15 @@ def test_what_is_not_what_it_says_is_not_kept(served: tuple[str, Path], tmp_path
     finally:
         Quiet.broken = ""
     assert not (tmp_path / "copy" / name).exists()
+
+
+def test_a_server_that_says_nothing_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("smart_open")
+    monkeypatch.setattr("asrkit.data.corpora.fetch.TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait, none is accepted
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/cuts.000000.jsonl.gz"
+        with pytest.raises(UserError, match=r"recording.000000.tar: cannot read it \(.*timed out.*\); check the URL"):
+            fetch_shar(address, tmp_path / "copy")
 
 
 def test_a_manifest_fetches_nothing(served: tuple[str, Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from lhotse.serialization import open_best
+from lhotse.utils import SmartOpen
 
 from asrkit.data.cut_table import CutTable
 from asrkit.data.manifests import open_cuts
@@ -25,6 +26,7 @@ MAX_SHARDS = 100_000
 CUTS = re.compile(r"cuts\.(?:\d+|\{(\d+)\.\.(\d+)\})\.jsonl(?:\.gz)?")
 ADDRESS = "address.sha256"  # of the folder that the shards came from; an address itself may have a password
 BLOCK = 1 << 20  # bytes
+TIMEOUT = 60.0  # seconds that a web server may say nothing
 
 
 def fetch_shar(
@@ -50,6 +52,7 @@ def fetch_shar(
         if field not in FIELDS:
             raise UserError(f"--field {field}: choose from {', '.join(FIELDS)}")
     _check_address(pattern.rpartition("/")[0], out)
+    _set_timeout(pattern)
     tars = [_tar_of(url, field) for field in dict.fromkeys(fields) for url in urls]
     for files in (tars, urls):  # what is interrupted between them is no Shar directory yet
         for path in in_processes(partial(_fetch, out=out), files, threads=True):
@@ -95,6 +98,13 @@ def _check_address(base: str, out: Path) -> None:
             temporary.write_text(f"{digest}\n", encoding="ascii")
     elif path.read_text(encoding="utf-8", errors="replace").strip() != digest:
         raise UserError(f"{out}: has shards of another address than {base}; choose another --out")
+
+
+def _set_timeout(url: str) -> None:
+    """Let a web server that stops answering end the command. The clients of object stores have timeouts of their own."""
+    if available("remote"):
+        SmartOpen.transport_params = None  # lhotse warns of others than those it has
+        SmartOpen.setup({"timeout": TIMEOUT} if url.startswith("http") else None)
 
 
 def _tar_of(url: str, field: str) -> str:
