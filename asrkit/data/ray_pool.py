@@ -9,12 +9,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from asrkit.data.forks import attempt
-from asrkit.data.ray_session import import_ray, local_ray, other_versions, ray_cluster, versions
+from asrkit.data.ray_session import import_ray, local_ray, other_versions, ray_cluster, versions, wait_for_start
 from asrkit.errors import UserError
 
 LOCAL = "local"  # instead of an address: a Ray on this machine alone
 PATIENCE = 1.0  # seconds between looks at Ray's own processes
-START = 300.0  # seconds that processes may take to start
 MAX_DEATHS = 3  # of processes in a row, for each process, without a result in between
 
 
@@ -89,12 +88,7 @@ class RayWorkers:
             UserError: a process has another asrkit or torch, or does not start.
         """
         answers = [actor.versions.remote() for actor in self.actors]
-        started, waiting = self.ray.wait(answers, num_returns=len(answers), timeout=START)
-        if waiting:  # Ray itself would wait for ever
-            raise UserError(
-                f"only {len(started)} of {len(answers)} processes of the Ray cluster started within {START:.0f} s, most likely because "
-                "other work has its processors; use a lower --jobs, or run it again when that work is done"
-            )
+        wait_for_start(self.ray, answers, "--jobs")
         try:
             everywhere = self.ray.get(answers)
         except self.ray.exceptions.RayError as error:

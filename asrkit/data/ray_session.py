@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from asrkit.extras import require
 MARK = "ASRKIT_RAY"  # in the environment of every process of a local Ray: its directory
 PREFIX = "asrkit-ray-"
 STARTS = 2  # times that a Ray may try to start
+START = 300.0  # seconds that its processes may take to start
 SMALLEST_STORE, LARGEST_STORE = 80 << 20, 2 << 30  # bytes that processes share; Ray's own limit is 75 MiB
 
 
@@ -209,6 +210,23 @@ def _store_bytes() -> int:
 def _shut_down(ray: Any) -> None:
     with suppress(Exception):  # whatever of it is dead already
         ray.shutdown()
+
+
+def wait_for_start(ray: Any, answers: Sequence[Any], option: str) -> None:
+    """Wait until new processes have answered; Ray itself would wait for ever for those that nothing is left for.
+
+    Args:
+        answers: one of each process. option: which says how many they are.
+
+    Raises:
+        UserError: they do not.
+    """
+    started, waiting = ray.wait(answers, num_returns=len(answers), timeout=START)
+    if waiting:
+        raise UserError(
+            f"only {len(started)} of {len(answers)} processes of the Ray cluster started within {START:.0f} s, most likely because "
+            f"other work has its processors; use a lower {option}, or run it again when that work is done"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from asrkit.data.ray_session import import_ray, local_ray, other_versions, ray_cluster
+from asrkit.data.ray_session import import_ray, local_ray, other_versions, ray_cluster, wait_for_start
 from asrkit.errors import UserError
 from asrkit.training.asynchronous.config import AsyncConfig
 from asrkit.training.asynchronous.replica import Push, Replica, arrays
@@ -118,30 +118,28 @@ class RayRunning:
         """Refuse replicas that cannot run, or that would compute something else.
 
         Raises:
-            UserError: too few processors or GPUs, asrkit is not installed there, or another version of it or of torch.
+            UserError: too few processors or GPUs, or other work has them; asrkit is not installed there, or another version of it or of torch.
         """
         if self.settings.ray_address is not None:
             _check_resources(
                 self.settings, len(self.workers), self._ray.cluster_resources(), "the cluster", "or add machines"
             )
+        answers = [worker.actor.versions.remote() for worker in self.workers]
+        wait_for_start(self._ray, answers, "--workers")
         findings = [
             line
-            for number, there in enumerate(self._everywhere("versions"))
+            for number, there in enumerate(self._get(answers))
             for line in other_versions(f"replica {number}", there)
         ]
         if findings:
             raise UserError.of(findings)
 
-    def _everywhere(self, method: str, *arguments: Any) -> list[Any]:
-        """The results of a method in all replicas.
+    def _get(self, answers: Any) -> Any:
+        """What replicas answered.
 
         Raises:
             UserError: that of a replica, or it died.
         """
-        answers = [getattr(worker.actor, method).remote(*arguments) for worker in self.workers]
-        return self._get(answers)
-
-    def _get(self, answers: Any) -> Any:
         try:
             return self._ray.get(answers)
         except self._ray.exceptions.RayTaskError as error:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -79,7 +80,7 @@ def test_two_replicas_at_a_barrier_are_data_parallel_though_one_is_killed(
 
     def check(self: RayRunning) -> None:
         real(self)
-        pids.extend(self._everywhere("pid"))
+        pids.extend(self._get([worker.actor.pid.remote() for worker in self.workers]))
 
     monkeypatch.setattr(RayRunning, "check_replicas", check)
     kill_after(5, pids, monkeypatch)
@@ -284,11 +285,23 @@ def test_what_cannot_run_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_
         driver(driver="ray", workers=1)
 
 
+def test_replicas_that_find_no_processor_are_not_waited_for(
+    shared: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = ray_session.import_ray(local=True)
+    other = ray.remote(lambda: time.sleep(100)).remote()
+    monkeypatch.setattr(ray_session, "START", 2.0)
+    with pytest.raises(UserError, match="only [01] of 2 processes of the Ray cluster started .* use a lower --workers"):
+        train_with(driver(driver="ray", workers=2), folder, tmp_path / "run", "training.steps=2")
+    ray.cancel(other, force=True)
+
+
 def test_replicas_of_other_versions_are_refused() -> None:
     running = RayRunning.__new__(RayRunning)
     here = Replica.versions(None)  # type: ignore[arg-type]
     running.settings, running.workers = driver(driver="ray", workers=1).settings, []  # type: ignore[attr-defined]
-    running._everywhere = lambda method: [here, {**here, "asrkit": "0.0.9"}]  # type: ignore[method-assign, assignment, misc]
+    running._ray = SimpleNamespace(wait=lambda *_, **__: ([], []))
+    running._get = lambda answers: [here, {**here, "asrkit": "0.0.9"}]  # type: ignore[method-assign, misc]
     with pytest.raises(
         UserError,
         match=f"^replica 1 has asrkit 0.0.9, but this process has {here['asrkit']}; install the same everywhere$",
