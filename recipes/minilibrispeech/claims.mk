@@ -5,7 +5,8 @@
 #     adaptive      a half-trained student, trained on: half-alone, half-constant, half-adaptive, and half-piecewise, whose weights are the
 #                   means that half-adaptive had in those steps
 #     language      language models of the training texts as teachers: taught-none, taught-bpe, taught-phone, taught-senone, taught-all
-#     dual          full context and chunks in one training: streaming-plain, and streaming with in-place distillation
+#     dual          full context and chunks in one training: streaming-plain; streaming, with in-place distillation; streaming-delayed, with
+#                   that of a teacher which is two frames late, as a model in full context emits earlier
 #     modular       longer-attention: attention after `longer`. dropped: `longer` with attention that is dropped half the time;
 #                   dropped-attention: this attention trained further
 #     supernet      from `streaming`: super, one supernet, and a dedicated model for each of its members: dense and sparse
@@ -115,14 +116,18 @@ $(LANGUAGE:%=$(EXP)/%/done): $(EXP)/taught-%/done: | $(UNITS:%=$(EXP)/lm-%/done)
 	    --manifest $(ALIGNED)/train.jsonl.gz --dev $(ALIGNED)/dev.jsonl.gz --seed $(SEED) --config later.yaml --out $(@D) $(SET)
 
 # --- dual
-dual: $(call evaluated,streaming-plain streaming)
-	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(EXP)/streaming-plain $(EXP)/streaming --json $(EXP)/dual.json
+DUAL := streaming-plain streaming streaming-delayed
 
-$(EXP)/streaming-plain/done: | $(BACKBONE)/done
-	$(TRAIN) --from $(BACKBONE) $(TRAIN_DATA) --config streaming.yaml --out $(@D) $(SET) --set contexts.distillation_scale=0
+dual: $(call evaluated,$(DUAL))
+	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(DUAL:%=$(EXP)/%) --json $(EXP)/dual.json
 
-$(call evaluated,streaming-plain): CHUNKS := $(STREAM)
-$(call evaluated,streaming-plain): | $(ALIGNED)/test.jsonl.gz
+$(EXP)/streaming-plain/done: DISTILLATION := --set contexts.distillation_scale=0
+$(EXP)/streaming-delayed/done: DISTILLATION := --set contexts.distillation_delay=2
+$(EXP)/streaming-plain/done $(EXP)/streaming-delayed/done: | $(BACKBONE)/done
+	$(TRAIN) --from $(BACKBONE) $(TRAIN_DATA) --config streaming.yaml --out $(@D) $(SET) $(DISTILLATION)
+
+$(call evaluated,streaming-plain streaming-delayed): CHUNKS := $(STREAM)
+$(call evaluated,streaming-plain streaming-delayed): | $(ALIGNED)/test.jsonl.gz
 
 # --- modular
 MODULAR := dropped longer-attention dropped-attention
@@ -212,7 +217,7 @@ $(TUNED:%=$(EXP)/%/done): $(EXP)/tuned-%/done: | $(LABELED)/%.jsonl.gz $(SPOKEN)
 
 # --- claims
 CLAIMED := int8 int4a4 int2 int4-trained int4a4-trained int2-trained float-trained joint joint-alone joint-1of4
-claims: $(call evaluated,backbone longer attention conformer longer-slow $(SEQUENCE) $(ADAPTIVE) taught-none taught-senone taught-all streaming-plain streaming \
+claims: $(call evaluated,backbone longer attention conformer longer-slow $(SEQUENCE) $(ADAPTIVE) taught-none taught-senone taught-all $(DUAL) \
             $(MODULAR) dense sparse super $(OUTSIDE) $(FRESH) $(TUNED)) \
         $(foreach name,longer-slow $(LATTICES),$(EXP)/$(name)/evaluation/ngram.done) \
         $(foreach name,float $(CLAIMED),$(SMALLER)/$(name)/evaluation/done)
