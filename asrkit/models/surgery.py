@@ -15,6 +15,7 @@ from asrkit.models.pretrained import OBJECTIVE, PretrainedEncoder
 from asrkit.models.registry import build
 from asrkit.models.spec import ModelSpec, PredictorSpec, PretrainedEncoderSpec
 from asrkit.nn.compression_config import Compression
+from asrkit.nn.conformer import LayerNorm
 
 # Which tensors are meant: those whose names begin so, or those a function says yes to.
 Names = Sequence[str] | Callable[[str], bool]
@@ -43,6 +44,19 @@ def rebuild(spec: ModelSpec | PretrainedEncoderSpec, origin: Origin, *, new: Nam
     if unexpected or (missing := [name for name in missing if not _named(name, new)]):
         raise RuntimeError(f"the weights do not fit the rebuilt model: missing {missing}, left over {unexpected}")
     return model.eval()
+
+
+def with_norms_per_mode(origin: AsrModel) -> AsrModel:
+    """A model that computes the same, whose norms have a second gain and bias for streaming (arXiv 2010.06030, section 3), which begin as
+    copies of the first; a model that has them stays as it is."""
+    if origin.spec.encoder.norms == "per_mode":
+        return origin
+    encoder = replace(origin.spec.encoder, norms="per_mode")
+    model = rebuild(replace(origin.spec, encoder=encoder), origin, new=lambda name: ".streaming." in name)
+    for norm in (module for module in model.modules() if isinstance(module, LayerNorm)):
+        if norm.streaming is not None:
+            norm.streaming.load_state_dict({"weight": norm.weight, "bias": norm.bias})
+    return model
 
 
 def is_mask(name: str) -> bool:

@@ -23,7 +23,7 @@ from asrkit.errors import UserError
 from asrkit.models import SIZES, AsrModel, ModelSpec, load_model
 from asrkit.models.registry import ENCODER, build, load_encoder, spec_of
 from asrkit.models.spec import BACKBONE, Languages, PredictorSpec, PretrainedEncoderSpec, Size, VariantSpec
-from asrkit.models.surgery import rebuild, recognizer_of, recognizer_spec, with_variant
+from asrkit.models.surgery import rebuild, recognizer_of, recognizer_spec, with_norms_per_mode, with_variant
 from asrkit.nn.context import FULL
 from asrkit.nn.masks import SpanMasks
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run
@@ -72,7 +72,7 @@ class EncoderConfig:
     """Dropout in the encoder's blocks. Raise it for little data."""
     norms: Advanced[Literal["shared", "per_mode"]] = "shared"
     """shared uses the same gains and biases in every context; per_mode gives each norm a second pair for streaming
-    (arXiv 2010.06030)."""
+    (arXiv 2010.06030). With --from, per_mode starts the second pair as a copy, and shared keeps what the model has."""
     attention_dropout: AttentionDropoutConfig = field(default_factory=AttentionDropoutConfig)
     """How often attention is dropped while the backbone trains; by default there is no attention."""
     attention_dim: Positive | None = None
@@ -203,9 +203,11 @@ def config_entry(settings: StartConfig, parent: Parent | None) -> dict[str, Any]
             key: value for key, value in content["model"].items() if key not in field_types(EncoderConfig)
         }
         return start | content
-    attention = {key: value for key, value in content["model"].items() if key.startswith("attention_")}
+    added = ["norms"] * (settings.model.norms == "per_mode")
+    if settings.model.attention_dropout.probability < 1:
+        added += [key for key in content["model"] if key.startswith("attention_")]
     kept = {key: value for key, value in content.items() if key not in ("model", "tokenizer", "pretrained")}
-    return start | kept | ({} if settings.model.attention_dropout.probability == 1 else {"model": attention})
+    return start | kept | ({"model": {key: content["model"][key] for key in added}} if added else {})
 
 
 def check_start(
@@ -241,11 +243,12 @@ def check_start(
 
 
 def _check_model(settings: StartConfig, parent: Path, addable: bool) -> list[str]:
-    """Findings about settings of the model for a trained one, to which attention can be added; nothing else of its shape changes."""
+    """Findings about settings of the model for a trained one, to which attention can be added, and norms for streaming; nothing else of
+    its shape changes."""
     shape, usual = settings.model, BackboneConfig()
     attention = {"attention_dropout", "attention_dim", "attention_heads", "attention_position"}
     added = addable and shape.attention_dropout.probability < 1
-    fixed = set(field_types(BackboneConfig)) - (attention if added else set())
+    fixed = set(field_types(BackboneConfig)) - {"norms"} - (attention if added else set())
     findings = []
     if set_here := sorted(name for name in fixed if getattr(shape, name) != getattr(usual, name)):
         findings.append(
@@ -324,6 +327,8 @@ def first_model(settings: StartConfig, parent: Path | None, out: Path, batches: 
             model.encoder.masks = SpanMasks(vector, time, (masks.channel_probability, masks.channel_length))
         return model, spec.variant
     origin = load_model(run)
+    if settings.model.norms == "per_mode":
+        origin = with_norms_per_mode(origin)
     spec = with_variant(origin.spec, settings.variant, settings.contexts.train)
     if dropped_attention(settings, parent) is None:
         return rebuild(spec, origin), spec.variant

@@ -1,4 +1,4 @@
-"""What training starts from: a recognizer made of a pretrained encoder, attention added to a trained backbone."""
+"""What training starts from: a recognizer made of a pretrained encoder, attention or norms added to a trained backbone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from asrkit.config import from_dict
 from asrkit.models.digests import tensors_digest
 from asrkit.models.registry import load_encoder
 from asrkit.models.spec import PredictorSpec
-from asrkit.models.surgery import recognizer_of, recognizer_spec
+from asrkit.models.surgery import recognizer_of, recognizer_spec, with_norms_per_mode
 from asrkit.nn.context import FULL, Context
 from asrkit.nn.masks import SpanMasks
-from asrkit.run_dir import STATE, open_run, read_yaml
+from asrkit.run_dir import STATE, WEIGHTS, open_run, read_yaml
 from asrkit.stages.train_backbone import TrainBackboneConfig
 from asrkit.training.checkpoint import STATE_FILE
 from asrkit.training.start import check_start, dropped_attention, first_model
@@ -198,6 +198,48 @@ def test_a_backbone_is_trained_on_under_dropped_attention(corpus: Path, tmp_path
     assert "already has attention (joint)" in refused
     asrkit(*on, *quick("model.attention_dropout.probability=0"))
     assert model_of(tmp_path / "on").spec.variant == "joint"
+
+
+ATTENTION = {
+    "submodels": {"near": {"kind": "attention", "layers": [0], "dim": 8, "heads": 2}},
+    "variants": {
+        "backbone": {"contexts": ["full"]},
+        "near": {"submodels": ["near"], "contexts": ["full", "chunk=4,left=8"]},
+    },
+    "variant": "near",
+}
+
+
+def test_norms_of_a_trained_model_get_a_second_pair_for_streaming(corpus: Path, tmp_path: Path) -> None:
+    """It begins as a copy, so that the model computes the same, and is trained apart from then on."""
+    parent = write_run(tmp_path / "parent", ATTENTION)
+    with torch.no_grad():
+        weights = load_file(parent / WEIGHTS)
+        for name, weight in weights.items():
+            if "norm" in name.split(".")[-2]:
+                weight += torch.randn(weight.shape)
+        origin = model_of(parent)
+        origin.load_state_dict(weights)
+        model = with_norms_per_mode(origin)
+        assert with_norms_per_mode(model) is model and model.spec.encoder.norms == "per_mode"
+        features, lens = torch.randn(2, 67, 80), torch.tensor([67, 40])
+        for context in (FULL, Context(4, 8)):
+            outputs = [each.encoder(features, lens, ["near"], context)[0] for each in (origin, model)]
+            assert torch.equal(*outputs) and outputs[0].any()
+        norms = [name for name in model.state_dict() if ".streaming." in name]
+        assert any("submodels.near" in name for name in norms)
+    words = ["train-backbone", "--manifest", corpus / "train.jsonl.gz", "--max-duration", 10]
+    small = ["model.size=tiny", "model.num_layers=1", "model.dim=16", "model.feedforward_dim=16"]
+    asrkit(*words, "--out", tmp_path / "shared", *quick(*small, "tokenizer.vocab_size=18"))
+    both = quick('contexts.train=[full,"chunk=4,left=8"]', "contexts.sampling=joint", "model.norms=per_mode")
+    asrkit(*words, "--from", tmp_path / "shared", "--out", tmp_path / "run", *both)
+    trained = model_of(tmp_path / "run").state_dict()
+    norms = [name for name in trained if ".streaming." in name]
+    assert open_run(tmp_path / "run").config["model"] == {"norms": "per_mode"}
+    assert norms and all(not torch.equal(trained[name], trained[name.replace(".streaming.", ".")]) for name in norms)
+    asrkit(*words, "--from", tmp_path / "run", "--out", tmp_path / "on", *quick())
+    assert model_of(tmp_path / "on").spec.encoder.norms == "per_mode"
+    assert "model" not in open_run(tmp_path / "on").config
 
 
 @pytest.mark.parametrize(
