@@ -3,7 +3,8 @@
     python scripts/claims.py collect EXP     compare the evaluated runs below EXP that docs/results/claims.yaml names, and store what comes out
     make generated                           write the table anew
 
-A claim is decided by the 95 % interval of a difference over utterances (WER: paired bootstrap; means of words: the delta method):
+A claim is decided by the 95 % interval of a difference over utterances (WER: paired bootstrap; means of words: the delta method), or,
+where systems should be alike, by the 90 % interval of two one-sided tests, as `asrkit compare --margin` does it:
 
     lower by X       the system is lower than the baseline by more than X: yes, if the whole interval is; no, if none of it is
     higher by X      the system is higher by more than X
@@ -56,6 +57,7 @@ SCALES = {
     "latency": 1.0,
     "frames": 100.0,
 }  # what a stored number is multiplied by to be shown, and a rule's X divided by
+NARROWER = 0.84  # a 90 % interval against a 95 % one, with 200 utterances or more
 UNITS = {"WER": "", "latency": " ms", "frames": " % of frames"}
 
 
@@ -226,6 +228,9 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
         limit *= row["baseline"]
     if kind == "lower by":
         limit = 0 - limit  # and not -0
+    if kind == "within":
+        middle = (low + high) / 2
+        low, high = middle + NARROWER * (low - middle), middle + NARROWER * (high - middle)
     below, above = high < limit, low > limit
     holds, fails = (above, below) if kind in ("beyond", "higher by") else (below, above)
     return "yes" if holds else "no" if fails else "open", limit

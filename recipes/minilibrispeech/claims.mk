@@ -5,8 +5,9 @@
 #     adaptive      a half-trained student, trained on: half-alone, half-constant, half-adaptive, and half-piecewise, whose weights are the
 #                   means that half-adaptive had in those steps
 #     language      language models of the training texts as teachers: taught-none, taught-bpe, taught-phone, taught-senone, taught-all
-#     dual          full context and chunks in one training: streaming-plain; streaming, with in-place distillation; streaming-norms, with
-#                   norms of its own for each mode and a teacher that is two frames late, because in full context a model emits earlier
+#     dual          full context and chunks in one training: streaming-plain; streaming, with in-place distillation. norms-plain: as
+#                   streaming-plain, with norms for each mode; streaming-norms: with in-place distillation too, from a teacher that is two
+#                   frames late, because in full context a model emits earlier
 #     modular       longer-attention: attention after `longer`. dropped: `longer` with attention that is dropped half the time;
 #                   dropped-attention: this attention trained further
 #     supernet      from `streaming`: super, one supernet, and a dedicated model for each of its members: dense and sparse; super-both, the
@@ -118,18 +119,19 @@ $(LANGUAGE:%=$(EXP)/%/done): $(EXP)/taught-%/done: | $(UNITS:%=$(EXP)/lm-%/done)
 	    --manifest $(ALIGNED)/train.jsonl.gz --dev $(ALIGNED)/dev.jsonl.gz --seed $(SEED) --config later.yaml --out $(@D) $(SET)
 
 # --- dual
-DUAL := streaming-plain streaming streaming-norms
+DUAL := streaming-plain streaming norms-plain streaming-norms
 
 dual: $(call evaluated,$(DUAL))
 	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(DUAL:%=$(EXP)/%) --json $(EXP)/dual.json
 
 $(EXP)/streaming-plain/done: DISTILLATION := --set contexts.distillation_scale=0
+$(EXP)/norms-plain/done: DISTILLATION := --set contexts.distillation_scale=0 --set model.norms=per_mode
 $(EXP)/streaming-norms/done: DISTILLATION := --set contexts.distillation_delay=2 --set model.norms=per_mode
-$(EXP)/streaming-plain/done $(EXP)/streaming-norms/done: | $(BACKBONE)/done
+$(EXP)/streaming-plain/done $(EXP)/norms-plain/done $(EXP)/streaming-norms/done: | $(BACKBONE)/done
 	$(TRAIN) --from $(BACKBONE) $(TRAIN_DATA) --config streaming.yaml --out $(@D) $(SET) $(DISTILLATION)
 
-$(call evaluated,streaming-plain streaming-norms): CHUNKS := $(STREAM)
-$(call evaluated,streaming-plain streaming-norms): | $(ALIGNED)/test.jsonl.gz
+$(call evaluated,$(filter-out streaming,$(DUAL))): CHUNKS := $(STREAM)
+$(call evaluated,$(filter-out streaming,$(DUAL))): | $(ALIGNED)/test.jsonl.gz
 
 # --- modular
 MODULAR := dropped longer-attention dropped-attention
