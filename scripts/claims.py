@@ -7,6 +7,7 @@ A claim is decided by the 95 % interval of a difference over utterances (WER: pa
 where systems should be alike, by the 90 % interval of two one-sided tests, as `asrkit compare --margin` does it:
 
     lower by X       the system is lower than the baseline by more than X: yes, if the whole interval is; no, if none of it is
+    gains X          the system is lower at all: yes, if the whole interval is below 0; no, if none of it is lower by X, which would matter
     higher by X      the system is higher by more than X
     within X         the system is no more than X worse
     beyond X         the system is more than X worse (for arms that have to fail)
@@ -213,7 +214,7 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
     Raises:
         ValueError: the rule is none of the above.
     """
-    rule = re.fullmatch(r"(lower by|higher by|within|beyond|recovers) (\d+(?:\.\d+)?)(%?)", claim.rule)
+    rule = re.fullmatch(r"(lower by|gains|higher by|within|beyond|recovers) (\d+(?:\.\d+)?)(%?)", claim.rule)
     if rule is None:
         raise ValueError(f"{claim.rule}: is no rule")
     row = claim.result(results, claim.system, claim.baseline)
@@ -226,12 +227,12 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
         limit = (1 - limit) * untrained["difference"]
     elif rule[3]:
         limit *= row["baseline"]
-    if kind == "lower by":
+    if kind in ("lower by", "gains"):
         limit = 0 - limit  # and not -0
     if kind == "within":
         middle = (low + high) / 2
         low, high = middle + NARROWER * (low - middle), middle + NARROWER * (high - middle)
-    below, above = high < limit, low > limit
+    below, above = high < (0 if kind == "gains" else limit), low > limit
     holds, fails = (above, below) if kind in ("beyond", "higher by") else (below, above)
     return "yes" if holds else "no" if fails else "open", limit
 

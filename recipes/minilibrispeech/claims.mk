@@ -5,12 +5,12 @@
 #     adaptive      a half-trained student, trained on: half-alone, half-constant, half-adaptive, and half-piecewise, whose weights are the
 #                   means that half-adaptive had in those steps
 #     language      language models of the training texts as teachers: taught-none, taught-bpe, taught-phone, taught-senone, taught-all
-#     dual          full context and chunks in one training: streaming-plain; streaming, with in-place distillation. norms-plain: as
-#                   streaming-plain, with norms for each mode; streaming-norms: with in-place distillation too, from a teacher that is two
-#                   frames late, because in full context a model emits earlier
+#     dual          full context and chunks in one training: norms-plain, and streaming, with in-place distillation from a teacher that is two
+#                   frames late, because in full context a model emits earlier. With norms that both modes share: streaming-plain, and
+#                   streaming-early, whose teacher is not late
 #     modular       longer-attention: attention after `longer`. dropped: `longer` with attention that is dropped half the time;
 #                   dropped-attention: this attention trained further
-#     supernet      from `streaming`: super, one supernet, and a dedicated model for each of its members: dense and sparse; super-both, the
+#     supernet      from `streaming-early`: super, one supernet, and a dedicated model for each of its members: dense and sparse; super-both, the
 #                   supernet in as many steps as both of them together, which a member gets half of
 #     outside       Whisper's encoder as a teacher of the backbone: outside-alone, the texts alone; outside-whisper, the frames of Whisper beside
 #                   them. Speed is not perturbed in either, since the frames on disk are those of unperturbed audio. It needs
@@ -119,16 +119,16 @@ $(LANGUAGE:%=$(EXP)/%/done): $(EXP)/taught-%/done: | $(UNITS:%=$(EXP)/lm-%/done)
 	    --manifest $(ALIGNED)/train.jsonl.gz --dev $(ALIGNED)/dev.jsonl.gz --seed $(SEED) --config later.yaml --out $(@D) $(SET)
 
 # --- dual
-DUAL := streaming-plain streaming norms-plain streaming-norms
+DUAL := streaming-plain streaming-early norms-plain streaming
 
 dual: $(call evaluated,$(DUAL))
 	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(DUAL:%=$(EXP)/%) --json $(EXP)/dual.json
 
-$(EXP)/streaming-plain/done: DISTILLATION := --set contexts.distillation_scale=0
-$(EXP)/norms-plain/done: DISTILLATION := --set contexts.distillation_scale=0 --set model.norms=per_mode
-$(EXP)/streaming-norms/done: DISTILLATION := --set contexts.distillation_delay=2 --set model.norms=per_mode
-$(EXP)/streaming-plain/done $(EXP)/norms-plain/done $(EXP)/streaming-norms/done: | $(BACKBONE)/done
-	$(TRAIN) --from $(BACKBONE) $(TRAIN_DATA) --config streaming.yaml --out $(@D) $(SET) $(DISTILLATION)
+$(EXP)/streaming-plain/done: DUAL_ARM := --set model.norms=shared --set contexts.distillation_scale=0
+$(EXP)/streaming-early/done: DUAL_ARM := --set model.norms=shared --set contexts.distillation_delay=0
+$(EXP)/norms-plain/done: DUAL_ARM := --set contexts.distillation_scale=0
+$(EXP)/streaming-plain/done $(EXP)/streaming-early/done $(EXP)/norms-plain/done: | $(BACKBONE)/done
+	$(TRAIN) --from $(BACKBONE) $(TRAIN_DATA) --config streaming.yaml --out $(@D) $(SET) $(DUAL_ARM)
 
 $(call evaluated,$(filter-out streaming,$(DUAL))): CHUNKS := $(STREAM)
 $(call evaluated,$(filter-out streaming,$(DUAL))): | $(ALIGNED)/test.jsonl.gz
@@ -151,7 +151,7 @@ $(EXP)/dropped-attention/done: | $(EXP)/dropped/done
 $(call evaluated,dropped): VARIANT := --variant backbone
 
 # --- supernet
-SUPER_PARENT := $(EXP)/streaming
+SUPER_PARENT := $(EXP)/streaming-early
 
 SUPER := super super-both
 

@@ -50,6 +50,7 @@ def result(low: float, high: float, baseline: float = 0.5) -> dict[str, object]:
         ("within 7.3%", (0.0, 0.039), "yes"), ("within 7.3%", (0.0, 0.041), "open"),  # of a 90 % interval
         ("beyond 7.3%", (0.05, 0.09), "yes"), ("beyond 7.3%", (0.0, 0.02), "no"), ("beyond 7.3%", (0.0, 0.09), "open"),
         ("lower by 0", (-0.02, -0.01), "yes"), ("lower by 0", (-0.01, 0.01), "open"), ("lower by 0", (0.01, 0.02), "no"),
+        ("gains 1", (-0.02, -0.001), "yes"), ("gains 1", (-0.011, 0.001), "open"), ("gains 1", (-0.009, 0.02), "no"),
         ("recovers 50%", (0.0, 0.04), "yes"), ("recovers 50%", (0.0, 0.06), "open"), ("recovers 50%", (0.06, 0.09), "no"),
     ],
 )  # fmt: skip

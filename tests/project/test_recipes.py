@@ -113,7 +113,7 @@ UNEVALUATED = {
     "language": {"exp/backbone"},
     "dual": {"exp/backbone"},
     "modular": {"exp/backbone"},
-    "supernet": {"exp/backbone", "exp/streaming"},
+    "supernet": {"exp/backbone", "exp/streaming-early"},
     "outside": {"exp/backbone"},
     "pretraining": {"exp/backbone", "exp/pretrained"},
     "claims": {"exp/half", "exp/pretrained"},
