@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from asrkit.config import resolve
+from asrkit.config import from_dict, resolve
 from asrkit.data.manifests import open_cuts, speaker_of, text_of
+from asrkit.methods.distillation.config import WeightConfig
 from asrkit.methods.lm_distillation.config import DistillLmConfig
 from asrkit.methods.pretraining import PretrainConfig
 from asrkit.methods.sequence.config import SequenceTrainConfig
@@ -274,6 +276,16 @@ def test_training_from_nothing_also_hears_the_training_texts_in_short(recipe: Pa
     for target in ("exp/backbone/done", "exp/conformer/done", "exp/student/done"):
         trained = [line for line in make(recipe, "-n", target).stdout.splitlines() if " train-backbone " in line]
         assert trained and all("'data.also=[data/spoken/train.jsonl.gz]'" in line for line in trained[-1:])
+
+
+def test_logged_weights_become_a_schedule(tmp_path: Path) -> None:
+    """Of means that rise by chance, too, which no schedule may."""
+    logged = [(25, 1.5), (50, 1.6), (75, 1.2), (100, 1.25), (125, 1.0)]
+    lines = [{"step": step, "kd_weight": weight} for step, weight in logged]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, {"step": 125}]))
+    points = json.loads(script("minilibrispeech/weights.py", tmp_path).stdout)
+    assert points == [[0, 1.55], [25, 1.55], [50, 1.225], [75, 1.225], [100, 1.0]]
+    from_dict(WeightConfig, {"kind": "piecewise", "points": points}, "test")
 
 
 def test_fsdd_splits_from_the_public_layout(tmp_path: Path) -> None:
