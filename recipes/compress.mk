@@ -10,7 +10,7 @@
 #     sparse sparse-int4               2 of every 4 weights; then 4 bits each, trained again
 #     joint joint-few                  both in one fine-tuning, the mask computed once or 50 times (US20250078815A1); half as long as the two
 #     joint-alone                      joint without a teacher
-#     joint-1of4                       1 of every 4 weights: the arm that has to fail
+#     joint-1of4                       1 of every 4 weights: the negative control
 #     float-trained                    4 of every 4 weights: the same training without any pruning
 #     onnx                             sparse-int4, exported
 BITS_int8 := --bits 8

@@ -10,7 +10,7 @@ where systems should be alike, by the 90 % interval of two one-sided tests, as `
     gains X          the system is lower at all: yes, if the whole interval is below 0; no, if none of it is lower by X, which would matter
     higher by X      the system is higher by more than X
     within X         the system is no more than X worse
-    beyond X         the system is more than X worse (for arms that have to fail)
+    beyond X         the system is more than X worse (for negative controls)
     recovers SHARE   of what `untrained` loses against `parent`, the system loses at most 1 - SHARE against its baseline
 
 X is in points, or milliseconds of latency; with a percent sign it is relative to the baseline's.
@@ -240,7 +240,7 @@ def decided(claim: Claim, results: dict[str, Any]) -> tuple[str, float]:
 def rows() -> Iterator[str]:
     """The table in Markdown."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    yield "| source | claim | our setting | steps | WER %, or as named | difference, points | decides | holds | note |"
+    yield "| source | claim | our setting | steps | WER %, or as named | difference, points | threshold | holds | note |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for claim in claims():
         row = claim.result(results, claim.system, claim.baseline)

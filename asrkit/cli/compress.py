@@ -119,7 +119,7 @@ def quantize(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Turn a trained model's weights into integers, without training.
+    """Post-training quantization: turn a trained model's weights into integers, without training.
 
     Example:
 
@@ -161,7 +161,7 @@ def qat(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a model whose weights are integers, so that nothing is lost by converting it afterwards.
+    """Quantization-aware training: train a model whose weights are integers, exactly as they will run.
 
     Examples:
 

@@ -233,7 +233,7 @@ def check(
 
         asrkit data check data/prompts/train.jsonl.gz --test data/prompts/dev.jsonl.gz --test data/prompts/test.jsonl.gz
 
-    Exits with 1 if a cut is unusable, or if a recording is in both sets.
+    Exits with 1 if a cut is unusable, or if an id or a recording is in both sets.
     """
     from asrkit.data.parallel import Workers
     from asrkit.stages.data_check import check_manifests, describe

@@ -75,7 +75,7 @@ def distill(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a student with one or several teachers: for more languages, a smaller model, or both.
+    """Knowledge distillation: train a student with one or several teachers, for more languages, a smaller model, or both.
 
     Examples:
 
@@ -88,7 +88,7 @@ def distill(
         asrkit distill --from exp/student --teacher exp/large --manifest data/prompts/train.jsonl.gz \\
             --out exp/better
 
-        asrkit distill --teacher whisper:tiny.en --labels teacher --manifest data/raw.jsonl.gz --out exp/student
+        asrkit distill --teacher whisper:tiny.en --labels teacher --manifest data/raw/all.jsonl.gz --out exp/student
 
     Two teachers of one language teach the mean of their posteriors. The teachers' run directories do not change.
     """

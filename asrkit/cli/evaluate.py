@@ -45,7 +45,10 @@ Variant = Annotated[
 ModeOption = Annotated[Mode | None, decoding(help="full: look at the whole recording at once.")]
 Chunk = Annotated[
     int | None,
-    decoding(min=1, help="Stream in chunks of this many frames of 40 ms. [default: the first context trained]"),
+    decoding(
+        min=1,
+        help="Stream in chunks of this many frames of 40 ms. [default: the first context the variant was trained in, mostly full]",
+    ),
 ]
 Left = Annotated[
     int | None,
@@ -88,7 +91,7 @@ def evaluate(  # long: a parameter for each option
         Path,
         io(
             "--from",
-            help="Run directory of any stage, an exported directory, or a recognizer from outside: whisper:NAME_OR_PATH or sherpa-onnx:DIR.",
+            help="Run directory of any stage, an exported directory, or an external recognizer: whisper:NAME_OR_PATH or sherpa-onnx:DIR.",
             show_default=False,
         ),
     ],
@@ -96,7 +99,7 @@ def evaluate(  # long: a parameter for each option
     out: Annotated[
         Path | None,
         io(
-            help="Directory for the results. [default: evaluation/ in the run directory; for a recognizer from outside, here]"
+            help="Directory for the results. [default: evaluation/ in the run directory; for an external recognizer, here]"
         ),
     ] = None,
     method: Annotated[
@@ -204,11 +207,11 @@ def evaluate(  # long: a parameter for each option
 
 
 def _refuse(run: Path, given: dict[str, Any]) -> None:
-    """Refuse options that a recognizer from outside does not have."""
+    """Refuse options that an external recognizer does not have."""
     from asrkit.errors import UserError
 
     if unused := [option for option, value in given.items() if value is not None]:
-        raise UserError(f"{run}: a recognizer from outside does not take {', '.join(unused)}; leave them out")
+        raise UserError(f"{run}: an external recognizer does not take {', '.join(unused)}; leave them out")
 
 
 def tune(
@@ -295,7 +298,9 @@ def transcribe(  # long: a parameter for each option
     ] = False,
     pause: Annotated[
         float | None,
-        streams(min=0.1, help="With --stream: seconds without a word that end an utterance. [default: 1]"),
+        streams(
+            min=0.1, help="With --stream: seconds without a word that end an utterance (endpointing). [default: 1]"
+        ),
     ] = None,
     longest: Annotated[
         float | None, streams(min=1, help="With --stream: longest utterance in seconds. [default: 20]")

@@ -107,7 +107,7 @@ def info(
 def summary(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated run directories, in the order of the rows.")],
     baseline: Annotated[
-        Path | None, io(help="Run directory that each row is compared with; certain differences are marked.")
+        Path | None, io(help="Run directory that each row is compared with; significant differences are marked.")
     ] = None,
     out: Annotated[Path | None, io(help="Also write the rows to this JSON file.")] = None,
 ) -> None:
@@ -143,7 +143,9 @@ def compare(
     baseline: Annotated[str | None, tests(help="What the others are compared with. [default: the first]")] = None,
     by: Annotated[
         GroupName | None,
-        tests(help="What is drawn anew for the interval. [default: speaker where all are known, else utterance]"),
+        tests(
+            help="What is resampled for the interval. [default: speaker where all are known and there are at least two, else utterance]"
+        ),
     ] = None,
     seeds: Annotated[
         bool, tests("--seeds", help="Each system is trained with several seeds: write name=RUN,RUN.")
@@ -162,7 +164,7 @@ def compare(
 
         asrkit compare --seeds float=exp/float-1,exp/float-2 int4=exp/int4-1,exp/int4-2
 
-    A change is certain if its 95 % interval (paired bootstrap) leaves out 0 and its p-value (MAPSSWE, corrected for the number of
+    A change is significant if its 95 % interval (paired bootstrap) leaves out 0 and its p-value (MAPSSWE, corrected for the number of
     systems) is below 0.05. Systems that were not evaluated on the same references are refused.
     """
     from asrkit.errors import printable

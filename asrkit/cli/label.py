@@ -67,9 +67,9 @@ def label(
 
     Examples:
 
-        asrkit label --with whisper:tiny.en --manifest data/raw.jsonl.gz --out data/labeled.jsonl.gz
+        asrkit label --with whisper:tiny.en --manifest data/raw/all.jsonl.gz --out data/labeled.jsonl.gz
 
-        asrkit label --with whisper:tiny.en --with exp/backbone --manifest data/raw.jsonl.gz --out data/labeled.jsonl.gz
+        asrkit label --with whisper:tiny.en --with exp/backbone --manifest data/raw/all.jsonl.gz --out data/labeled.jsonl.gz
 
     Beside OUT, *.dropped.tsv lists what was left out and why. *.texts.jsonl keeps every text: a killed run resumes from it, and
     the same command with other filters recognizes nothing again. Models are never downloaded.

@@ -51,7 +51,7 @@ Manifests = Annotated[
     list[Path],
     io(
         "--manifest",
-        help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory. Several are the data of as many replicas, which never send them.",
+        help="Cuts to train on: .jsonl, .jsonl.gz or a Shar directory. If there are several, each is the data of one replica and never leaves it.",
     ),
 ]
 Driver = Annotated[

@@ -81,7 +81,7 @@ def sequence_train(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a model further on the errors that are counted, or on lattices of what it could have said.
+    """Train a model further by a criterion on whole sequences: expected word errors (MWER), or MMI, sMBR and MPE on lattices.
 
     Examples:
 

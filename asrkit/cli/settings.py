@@ -49,9 +49,7 @@ def config(
     format: Annotated[
         Format, output(help="table; yaml, a file for --config; json; or markdown, as in the documentation.")
     ] = Format.table,
-    everything: Annotated[
-        bool, output("--all", help="Also list advanced settings, which only repeat a paper's comparisons.")
-    ] = False,
+    everything: Annotated[bool, output("--all", help="Also list advanced settings, which few trainings need.")] = False,
 ) -> None:
     """List what can be set for a stage: every key with its values, default and meaning.
 

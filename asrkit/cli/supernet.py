@@ -108,7 +108,7 @@ def supernet_cut(
     sparsity: Annotated[
         str | None,
         members(
-            help="Sparsity of the member, such as 0.5, or one for each block, such as 0.5,0.5,0.7; 0 is the dense member."
+            help="Sparsity of the member, such as 0.5; or one for the layers outside of blocks, if they have masks, and one for each block, such as 0.5,0.5,0.7; 0 is the dense member."
         ),
     ] = None,
     budget: Annotated[
@@ -156,5 +156,5 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--sparsity {text}: write a share such as 0.5, or one for each block, such as 0.5,0.5,0.7"
+            f"--sparsity {text}: write a share such as 0.5, or one for each group of layers, such as 0.5,0.5,0.7"
         ) from None

@@ -59,7 +59,7 @@ def pretrain(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Pretrain an encoder on audio alone (wav2vec 2.0), to make a recognizer of it with fewer transcripts.
+    """Pretrain an encoder on audio alone (self-supervised, wav2vec 2.0), to make a recognizer of it with fewer transcripts.
 
     Examples:
 

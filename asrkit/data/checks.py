@@ -57,6 +57,7 @@ def find_bad_cuts(
     least: int = 1,
     workers: Workers = ALONE,
     first: int | None = None,
+    sound: bool = False,
 ) -> list[Finding]:
     """Every reason why a cut of ``cuts`` cannot be trained on, in their order. What was found in a large manifest is remembered.
 
@@ -68,6 +69,7 @@ def find_bad_cuts(
         least: encoder frames that a cut must have.
         workers: who reads and tokenizes; one process reads audio in a few more threads than there are cores.
         first: read the audio of at most so many cuts, spread evenly, unless that of all was read before.
+        sound: with ``read_audio``, read the recordings of cuts with stored features too, for whoever hears those.
     """
     table = cuts if isinstance(cuts, CutTable) else CutTable(cuts)
     found = [
@@ -79,7 +81,7 @@ def find_bad_cuts(
         found += _spelling(table, tokenizer, workers)
         found.sort(key=itemgetter(0))
     if read_audio:
-        found += _audio(table, workers, first)
+        found += _audio(table, workers, first, sound)
     return [finding for _, finding in found]
 
 
@@ -120,11 +122,12 @@ def _plainly_spelled(texts: Sequence[str], frames: np.ndarray, tokenizer: Tokeni
     return np.array(tokenizer.spelled(texts, tokens), bool) & (most <= frames)
 
 
-def _audio(table: CutTable, workers: Workers, first: int | None) -> Found:
-    """Cuts whose audio, or stored features, cannot be trained on."""
+def _audio(table: CutTable, workers: Workers, first: int | None, sound: bool) -> Found:
+    """Cuts whose audio, or unless it is the ``sound`` that counts, stored features, cannot be used."""
+    kind = "sound" if sound else "audio"
 
     def check(rows: np.ndarray) -> Found:
-        return [(row, finding) for row in rows.tolist() for finding in _check_audio(table[row])]
+        return [(row, finding) for row in rows.tolist() for finding in _check_audio(table[row], sound)]
 
     def find(rows: np.ndarray) -> Found:
         parts = _parts(rows, AUDIO_PART)
@@ -135,10 +138,10 @@ def _audio(table: CutTable, workers: Workers, first: int | None) -> Found:
     every = np.arange(len(table))
     key = [fingerprint(table, spread(len(table), MOST_FILES))] if len(table) >= WORTH and table.digest else []
     if first is None or len(table) <= first:
-        return _remembered(table, "audio", key, lambda: find(every))
-    if (known := _recall(table, "audio", key)) is not None:
+        return _remembered(table, kind, key, lambda: find(every))
+    if (known := _recall(table, kind, key)) is not None:
         return known
-    return _remembered(table, "audio", [*key, str(first)], lambda: find(spread(len(table), first)))
+    return _remembered(table, kind, [*key, str(first)], lambda: find(spread(len(table), first)))
 
 
 def _parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -214,10 +217,12 @@ def _check_spelling(table: CutTable, row: int, tokenizer: Tokenizer) -> Iterable
         )
 
 
-def _check_audio(cut: Cut) -> list[Finding]:
-    """What training would hear of this cut, by the code that training reads through."""
+def _check_audio(cut: Cut, sound: bool) -> list[Finding]:
+    """What training would hear of this cut, by the code that training reads through; or its ``sound``, whatever training reads."""
     try:
-        if not cut.has_features:
+        if sound and not cut.has_recording:
+            return [Finding(cut.id, "audio", "has stored features and no recording, which has to be heard here")]
+        if sound or not cut.has_features:
             check_sound(cut, read_samples(cut))
         elif bool((features := stored_features(cut)).max() - features.min() < 1e-3):
             return [Finding(cut.id, "silent", "the stored features are the same everywhere")]
@@ -336,7 +341,11 @@ def _audio_of(cut: Cut) -> tuple[str, float] | None:
 
 
 def decodable_cuts(
-    manifest: Path, languages: Sequence[str] = (), tokenizer: Tokenizer | None = None, workers: Workers = ALONE
+    manifest: Path,
+    languages: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    workers: Workers = ALONE,
+    sound: bool = False,
 ) -> tuple[CutTable, list[str]]:
     """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others; a cut with an empty text, or
     without a supervision, is decoded too, and every word recognized in it counts as an insertion; a text that the tokenizer
@@ -344,12 +353,13 @@ def decodable_cuts(
 
     Args:
         languages: those the model takes as an input, if it has one.
+        sound: see ``find_bad_cuts``.
 
     Raises:
         UserError: an unreadable manifest, or a line for each cut that cannot be decoded.
     """
     cuts = open_cuts(manifest, need_text=False)
-    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages, workers=workers)
+    findings = find_bad_cuts(cuts, None, read_audio=True, languages=languages, workers=workers, sound=sound)
     empty = [finding.cut_id for finding in findings if finding.kind == "text"]
     lines = {
         finding: f"{manifest}: cut {clip(finding.cut_id)}: {finding.kind}: {finding.detail}"

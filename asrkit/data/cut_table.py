@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 from lhotse import SupervisionSegment
-from lhotse.cut import Cut, MonoCut
+from lhotse.cut import Cut, MixedCut, MonoCut
 from lhotse.serialization import deserialize_item
 from lhotse.utils import add_durations
 
@@ -133,7 +133,7 @@ def row_of_json(data: Mapping[str, Any]) -> Row | None:
 def with_supervision(cut: Cut) -> Cut:
     """The cut, with one supervision without words if it has none."""
     if not cut.supervisions:
-        recording = cut.recording_id if cut.has_recording else cut.id
+        recording = cut.recording_id if cut.has_recording and not isinstance(cut, MixedCut) else cut.id
         cut.supervisions = [SupervisionSegment(cut.id, recording, 0, cut.duration, text="")]
     return cut
 

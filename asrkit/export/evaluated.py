@@ -1,5 +1,5 @@
 """What can be evaluated, as those who read evaluations see it: a trained run directory, an exported directory, or, by the directory of
-its evaluation, a recognizer from outside."""
+its evaluation, an external recognizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Evaluated:
     """A model on disk.
 
     seconds: what its last stage took; None of an export. size: (variant, method) -> bytes of what that needs to recognize: as `asrkit info`
-    counts them, of others those of their files. lineage: every stage from the first, an export included; [] of a recognizer from outside,
+    counts them, of others those of their files. lineage: every stage from the first, an export included; [] of an external recognizer,
     whose name is the stage. run, spec: None of others than run directories.
     """
 

@@ -378,11 +378,11 @@ def ranks(scores: Tensor, first: Tensor | None = None) -> Tensor:
     """The place of each block by its score, the best being 0, in the shape of ``scores``; equal ones keep their order.
 
     Args:
-        first: bool, blocks that come before all others whatever their scores.
+        first: uint8, blocks with more of it come before those with less, whatever their scores.
     """
     order = scores.flatten().sort(descending=True, stable=True).indices
     if first is not None:
-        order = order[first.flatten()[order].to(torch.uint8).sort(descending=True, stable=True).indices]
+        order = order[first.flatten()[order].sort(descending=True, stable=True).indices]
     places = torch.arange(len(order), device=order.device)
     return torch.empty_like(order).scatter_(0, order, places).view_as(scores)
 

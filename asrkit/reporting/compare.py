@@ -1,4 +1,4 @@
-"""Two systems on the same utterances: how much they differ, whether that is certain, and where it comes from."""
+"""Two systems on the same utterances: how much they differ, whether that is significant, and where it comes from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from asrkit.reporting.wer import NOTHING, Pairs, Scored
 
 Unit = Literal["speaker", "utterance", "language"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-LEVEL = 0.05  # of a p-value below which a difference is called certain
+LEVEL = 0.05  # of a p-value below which a difference is called significant
 LENGTHS = ("no words", "1-5 words", "6-10 words", "11-20 words", "21 words or more")
 LISTED = 10  # words and utterances most improved, and most worsened
 
@@ -75,10 +75,10 @@ class Equivalence:
 class Comparison:
     """A system against the baseline. Rates are fractions; differences are the system's less the baseline's.
 
-    by, groups: what was drawn anew for the interval, and how many of them there are.
+    by, groups: what was resampled for the interval, and how many of them there are.
     interval_95, p_bootstrap: by paired bootstrap. p_mapsswe, segments: None where there are several seeds.
     p_holm: ``p_value``, corrected for the number of systems compared.
-    certain: p_holm is below 0.05, and the interval leaves out 0.
+    significant: p_holm is below 0.05, and the interval leaves out 0.
     wins, losses, ties: utterances with fewer, more, as many errors.
     substitutions, insertions, deletions: change, over all reference words.
     """
@@ -99,7 +99,7 @@ class Comparison:
     p_mapsswe: float | None
     segments: Count | None
     p_holm: float
-    certain: bool
+    significant: bool
     equivalence: Equivalence | None
     wins: Count
     losses: Count
@@ -170,7 +170,7 @@ def compare(
     All of them have the same utterances in the same order.
 
     Args:
-        by: what is drawn anew for the interval; None is ``default_unit``.
+        by: what is resampled for the interval; None is ``default_unit``.
         margin: test for equivalence within this difference of rates.
 
     Raises:
@@ -182,10 +182,10 @@ def compare(
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons with their p-values corrected for their number, and what is certain by these."""
+    """The comparisons with their p-values corrected for their number, and what is significant by these."""
     corrected_p_values = holm([row.p_value for row in comparisons])
     return [
-        replace(row, p_holm=p, certain=p < LEVEL and not row.interval_95[0] <= 0 <= row.interval_95[1])
+        replace(row, p_holm=p, significant=p < LEVEL and not row.interval_95[0] <= 0 <= row.interval_95[1])
         for row, p in zip(comparisons, corrected_p_values, strict=True)
     ]
 
@@ -226,7 +226,7 @@ def _compare(baseline: System, system: System, by: Unit, margin: float | None) -
         p_mapsswe=None if segments is None else segments.p_value,
         segments=None if segments is None else segments.segments,
         p_holm=1.0,
-        certain=False,
+        significant=False,
         equivalence=None if margin is None else _equivalence(estimate, margin),
         wins=int((changes < 0).sum()),
         losses=int((changes > 0).sum()),

@@ -23,7 +23,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     first = comparisons[0]
     numbers = ["WER %", "change", "95 % interval", "p", "p Holm", "sub", "ins", "del", "better", "worse", "same"]
     table = plain_table(f"{first.words} words in {first.utterances} utterances", "system", numbers=numbers)
-    table.add_column("certain")
+    table.add_column("significant")
     table.add_row(_seeds(first.baseline, first.baseline_seeds), percent(first.baseline_wer))
     for row in comparisons:
         table.add_row(
@@ -35,12 +35,12 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
             probability(row.p_holm),
             *map(points, (row.substitutions, row.insertions, row.deletions)),
             *map(str, (row.wins, row.losses, row.ties)),
-            "yes" if row.certain else "no",
-            style="bold" if row.certain else None,
+            "yes" if row.significant else "no",
+            style="bold" if row.significant else None,
         )
     table.caption = (
-        f"change, sub, ins, del: points of WER from {first.baseline}, below 0 is better; the interval draws "
-        f"{first.groups} {WHOLE[first.by]} anew\nbetter, worse, same: utterances with fewer, more, as many errors"
+        f"change, sub, ins, del: points of WER from {first.baseline}, below 0 is better; the interval "
+        f"resamples {first.groups} {WHOLE[first.by]}\nbetter, worse, same: utterances with fewer, more, as many errors"
     )
     table.caption_justify = "left"
     return table
@@ -58,14 +58,14 @@ def explain(row: Comparison) -> Iterator[str]:
     spread = f"{_either_way(row.interval_95)} (95 % interval, other {WHOLE[row.by]} of this kind)"
     chance = f"equally good systems differ this much or more in {_per_cent(p)} of test sets (p {probability(p)})"
     heading = f"{row.system} makes {size:.2f} {better} errors in 100 words than {row.baseline}"
-    if row.certain:
-        yield f"{heading}, and that is no accident:"
+    if row.significant:
+        yield f"{heading}; the difference is significant:"
     elif row.difference == 0:
         yield f"{row.system} makes as many errors as {row.baseline}:"
     elif row.p_holm < LEVEL:
-        yield f"{heading}; that is no accident here, but may not hold for other {WHOLE[row.by]}:"
+        yield f"{heading}; that is significant here, but may not hold for other {WHOLE[row.by]}:"
     else:
-        yield f"{heading}, but that may be an accident:"
+        yield f"{heading}; the difference is not significant:"
     yield f"  the difference is {spread};"
     same = probability(row.p_holm) == probability(p)
     yield f"  {chance}" + (

@@ -99,7 +99,7 @@ class Result:
 
     ``latency_ms``: the context's algorithmic latency, None of one that waits for the end. ``beam``: None of other methods.
     ``decoding``: None of a search by the acoustic model alone. ``confidence``: None of a search without alternatives.
-    ``external``, ``model_bytes``: whether a recognizer from outside was evaluated, and the bytes of its files.
+    ``external``, ``model_bytes``: whether an external recognizer was evaluated, and the bytes of its files.
     """
 
     run: str
@@ -218,7 +218,7 @@ def read_evaluations(run: Path) -> dict[Path, Result]:
 
 
 def is_external_evaluation(path: Path) -> bool:
-    """Whether ``path`` is the directory of an evaluation of a recognizer from outside, which has no other directory.
+    """Whether ``path`` is the directory of an evaluation of an external recognizer, which has no other directory.
 
     Raises:
         UserError: its result is damaged, or of another version of asrkit.

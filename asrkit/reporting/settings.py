@@ -237,7 +237,7 @@ def _flow(value: Any) -> str:
 
 
 def _shown(setting: Setting) -> str:
-    return "on" if setting.group == "optional" and setting.default is not None else _flow(setting.default)
+    return "as below" if setting.group == "optional" and setting.default is not None else _flow(setting.default)
 
 
 def _escaped(cell: str) -> str:

@@ -1,6 +1,6 @@
 """Is a difference between two systems more than chance? The tests, on plain arrays.
 
-Errors are numbers of errors, words of reference words. A group is what is drawn anew: an utterance, or all that one
+Errors are numbers of errors, words of reference words. A group is what is resampled: an utterance, or all that one
 speaker says. Differences are the second system's rate less the first's: below 0, the second is better.
 """
 
@@ -181,7 +181,7 @@ def segment_errors(first: Spans, second: Spans) -> list[tuple[int, int]]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number (Holm, 1979): below 0.05, none of them is an accident of trying many."""
+    """P-values corrected for their number (Holm, 1979): below 0.05, none of them comes from trying many."""
     corrected, least, count = [0.0] * len(p_values), 0.0, len(p_values)
     for rank, index in enumerate(sorted(range(count), key=lambda index: p_values[index])):
         least = max(least, min(1.0, (count - rank) * p_values[index]))

@@ -239,14 +239,14 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
     if compared:
         table.caption = (
             "change: points of WER from the baseline on the same manifest by the same search, below 0 is better\n"
-            "*: certain, as `asrkit compare` says (its interval leaves out 0, and p, corrected for all rows, is below 0.05)"
+            "*: significant, as `asrkit compare` says (its interval leaves out 0, and p, corrected for all rows, is below 0.05)"
         )
         table.caption_justify = "left"
     return table
 
 
 def _change(comparison: dict[str, Any] | None) -> str:
-    """``-2.10 *``: points of WER, marked where it is certain; a dash where nothing was compared."""
+    """``-2.10 *``: points of WER, marked where it is significant; a dash where nothing was compared."""
     if comparison is None:
         return "-"
-    return f"{points(comparison['difference'])} {'*' if comparison['certain'] else ' '}"
+    return f"{points(comparison['difference'])} {'*' if comparison['significant'] else ' '}"

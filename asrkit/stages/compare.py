@@ -37,7 +37,7 @@ def compare_runs(
     Args:
         arguments: run directories, exported models or directories of evaluations; with ``seeds`` each is ``name=run,run``.
         baseline: one of the arguments (with ``seeds``, a name), or a further one; None is the first.
-        by: what is drawn anew for the interval; None is speakers where they are known, else utterances.
+        by: what is resampled for the interval; None is speakers where they are known, else utterances.
         margin: test for equivalence within this many points of WER.
         evaluation: parts of the name of the evaluation to take, where a run has several.
 

@@ -1,4 +1,4 @@
-"""evaluate of a recognizer from outside: the same table and files as for a run, to see what one would use instead."""
+"""evaluate of an external recognizer: the same table and files as for a run, to see what one would use instead."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluate_external(
     Raises:
         UserError: everything wrong with the manifest and the recognizer, before any decoding.
     """
-    cuts, warnings = decodable_cuts(manifest)
+    cuts, warnings = decodable_cuts(manifest, sound=True)
     digest, evaluations = digest_of(manifest), []
     with ExitStack() as stack:
         opened = {}  # before any decodes, so that a method the recognizer lacks is refused at once

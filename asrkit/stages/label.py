@@ -151,7 +151,7 @@ def _check(
         raise UserError(f"{manifest}: every cut has a text already; --replace-texts labels them again")
     findings = [
         f"{manifest}: cut {clip(finding.cut_id)}: {finding.kind}: {finding.detail}"
-        for finding in find_bad_cuts(cuts, read_audio=True, workers=workers)
+        for finding in find_bad_cuts(cuts, read_audio=True, workers=workers, sound=True)
         if finding.kind not in ("text", "silent")
     ]
     findings += [
@@ -201,15 +201,16 @@ def _labeled(
             continue
         result.labeled += 1
         result.labeled_seconds += end - begin
-        yield _with_label(cut, made, specs, None if _is_whole(planned) else (number, begin, end))
+        yield _with_label(cut, made, specs, None if _is_whole(cut, planned) else (number, begin, end))
     if not planned:
         result.dropped["no speech"] += 1
         result.dropped_seconds += cut.duration
         rows.append(dropped_row(cut.id, 0.0, cut.duration, "no speech", "by the voice activity detector", ""))
 
 
-def _is_whole(planned: Sequence[tuple[float, float]]) -> bool:
-    return len(planned) == 1 and planned[0][0] == 0.0
+def _is_whole(cut: Cut, planned: Sequence[tuple[float, float]]) -> bool:
+    """Whether the only stretch is all of the cut, to a hundredth of a second."""
+    return len(planned) == 1 and planned[0][0] == 0.0 and abs(planned[0][1] - cut.duration) < 0.01
 
 
 def _with_label(cut: Cut, made: Label, specs: Sequence[str], part: tuple[int, float, float] | None) -> Cut:
@@ -243,7 +244,7 @@ def _thresholds(cuts: Sequence[Cut], done: Progress) -> list[Threshold]:
     """How good the labels of whole cuts are against the texts that they had, without any other filter."""
     pairs: list[tuple[float, ErrorCounts]] = []
     for cut in cuts:
-        if text_of(cut).strip() and _is_whole(planned := done.planned[cut.id]):
+        if text_of(cut).strip() and _is_whole(cut, planned := done.planned[cut.id]):
             made = make_label(done.texts[cut.id, planned[0][0]], cut.duration, NO_FILTERS)
             confidence = made.confidence if made.confidence is not None and not made.reason else 0.0
             pairs.append((confidence, count(align(text_of(cut).split(), made.words.split()))))

@@ -32,7 +32,7 @@ from asrkit.methods.pretraining import (
 )
 from asrkit.methods.supernet.config import schedule_findings
 from asrkit.methods.supernet.masks import grow_and_decay
-from asrkit.methods.supernet.members import SPARSE, encoder_supernet_spec, idle
+from asrkit.methods.supernet.members import SPARSE, encoder_supernet_spec, idle, others_of_a_supernet
 from asrkit.models.pretrained import OBJECTIVE, PretrainedEncoder
 from asrkit.models.registry import ENCODER, build, load_encoder, require
 from asrkit.models.spec import ContrastiveSpec
@@ -108,10 +108,11 @@ def build_task(settings: PretrainConfig, parent: Path | None, out: Path, batches
     """The encoder of the run ``out`` and its loss; see ``TaskRecipe``."""
     if parent is None:
         model = new_encoder(settings, batches, with_statistics=saved_slices(out) is None)
-        variant, dropout = trained_variant(settings.model), settings.model.attention_dropout
+        variant, dropout, notes = trained_variant(settings.model), settings.model.attention_dropout, []
     else:
         model = further_encoder(settings, parent)
         variant, dropout = model.spec.variant, None
+        notes = others_of_a_supernet(model.spec, variant)
     hook, final = None, -1
     if (pruning := settings.supernet) is not None:
         spec = encoder_supernet_spec(model, pruning, variant)
@@ -123,7 +124,7 @@ def build_task(settings: PretrainConfig, parent: Path | None, out: Path, batches
     watch = CollapseWatch(settings.training.steps, model.spec.objective)
     return TrainTask(
         model, loss, batches, before_step=hook, not_before=final + 1, variant=variant, watch=watch,
-        facts={} if hook is None else {"masks_final_before_step": final},
+        facts={} if hook is None else {"masks_final_before_step": final}, notes=notes,
     )  # fmt: skip
 
 
@@ -182,11 +183,7 @@ def _check(settings: PretrainConfig, parent: Path | None) -> int:
             "quantizer.code_dim: every codebook has an equal share of it; make it a multiple of quantizer.groups"
         )
     if settings.supernet is not None:
-        findings += schedule_findings(settings.supernet, settings.training.steps)
-        if settings.supernet.growth.score == "adam" and settings.supernet.growth.schedule.start == 0:
-            findings.append(
-                "supernet.growth.score=adam needs what the optimizer learns first; set supernet.growth.start above 0"
-            )
+        findings += schedule_findings(settings.supernet, settings.training, group="supernet.")
         if parent is not None:
             encoder_supernet_spec(load_encoder(open_run(parent)), settings.supernet, settings.variant, str(parent))
     if settings.temperature.end > settings.temperature.start:

@@ -46,6 +46,8 @@ from asrkit.training.start import (
 )
 from asrkit.training.step import LossOutput, TrainTask
 
+SUBSAMPLING = "encoder.subsampling.*"  # the layers in front of the blocks
+
 
 def defaults(parent: Path) -> SupernetConfig:
     """The defaults of a run that starts from the run directory ``parent``: a recognizer, or a pretrained encoder."""
@@ -75,17 +77,18 @@ def supernet(
             would not be final in time, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
-    findings = [*contradictions(settings), *check_start(settings, parent, tokenizer, attention=False)]
+    findings = check_start(settings, parent, tokenizer, attention=False)
+    settings = completed(settings, parent, tokenizer)
+    findings += contradictions(settings, steps_of_new_parts(settings, parent))
     origin = open_parent(parent, settings)
     try:
         spec = supernet_spec(recognizer(origin, settings), settings, str(parent))
-        findings += without_moments(settings, parent, spec)
+        if settings.draws != (1, 1) and with_levels(spec):
+            findings.append("draws: every batch is split between the members of this supernet; leave draws out")
     except UserError as error:
         findings += error.lines
     if findings:
         raise UserError.of(findings)
-    if origin.is_encoder and tokenizer is None and settings.tokenizer is None:
-        settings = replace(settings, tokenizer=TokenizerConfig())
     entry, files = (
         config_entry(settings, origin),
         input_files(settings, manifest=manifest, dev=dev, tokenizer=tokenizer),
@@ -99,22 +102,26 @@ def supernet(
     return out
 
 
-def without_moments(settings: SupernetConfig, parent: Path, spec: ModelSpec) -> list[str]:
-    """Findings about layers of which the optimizer will know nothing by the time it is asked, for scores by Adam's moments."""
-    findings, alone = [], steps_of_new_parts(settings, parent)
-    if settings.growth.score != "adam":
-        return []
-    if (start := settings.growth.schedule.start) <= alone:
-        findings.append(
-            f"growth.score=adam needs what the optimizer learns in the steps before; set growth.start ({start}) above {alone}"
-        )
-    frozen = open_run(parent).kind == ENCODER and settings.pretrained.freeze_embed
-    if frozen and any(path.startswith("encoder.subsampling.") for path in spec.compression):
-        findings.append(
-            "growth.score=adam: the subsampling is not trained, so the optimizer learns nothing of it; set pretrained.freeze_embed=false, "
-            "or leave it dense by layers.exclude=[encoder.subsampling.*]"
-        )
-    return findings
+def completed(settings: SupernetConfig, parent: Path, tokenizer: Path | None) -> SupernetConfig:
+    """The settings with what a pretrained encoder needs beside: a tokenizer, unless one is given; and, unless the masks are its own, a
+    time for them to begin after the steps that do not train it, and none for a subsampling that is never trained."""
+    if open_run(parent).kind != ENCODER:
+        return settings
+    if tokenizer is None and settings.tokenizer is None:
+        settings = replace(settings, tokenizer=TokenizerConfig())
+    if settings.freeze_masks:
+        return settings
+    growth, layers = settings.growth, settings.layers
+    if growth.start is None:
+        growth = replace(growth, start=steps_of_new_parts(settings, parent) + growth.interval)
+    if settings.pretrained.freeze_embed and SUBSAMPLING not in layers.exclude:
+        layers = replace(layers, exclude=[*layers.exclude, SUBSAMPLING])
+    return replace(settings, growth=growth, layers=layers)
+
+
+def with_levels(spec: ModelSpec) -> bool:
+    """Whether there are members between the dense and the sparse one."""
+    return any(how.levels for how in spec.compression.values())
 
 
 def recognizer(parent: Parent, settings: SupernetConfig) -> AsrModel:
@@ -135,7 +142,7 @@ def build_task(settings: SupernetConfig, parent: Path, out: Path, batches: Train
     frozen, growth = settings.freeze_masks, settings.growth
     final = 0 if frozen else growth.final(settings.sparsity)
     contexts = {DENSE: parse_context(settings.dense), SPARSE: parse_context(settings.sparse)}
-    random = settings.members.random if any(how.levels for how in spec.compression.values()) else 0
+    random = settings.members.random if with_levels(spec) else 0
     kept = density(model) if frozen else 1.0
 
     def loss(model: AsrModel, batch: Batch, step: int) -> LossOutput:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from asrkit.config import to_dict
+from asrkit.config import from_dict, to_dict
 from asrkit.data.batch import Batch, evaluation_batches, with_symbols
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.manifests import text_of
@@ -31,7 +32,7 @@ from asrkit.methods.supernet.loss import at_levels
 from asrkit.methods.supernet.members import SPARSE
 from asrkit.models import AsrModel, load_model
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import RunDir, open_run
+from asrkit.run_dir import CONFIG, RunDir, open_run, read_yaml
 from asrkit.training.asr_loss import LossConfig, forward_losses
 from asrkit.training.dev_eval import even_subset
 from asrkit.training.run_writer import write_untrained_run
@@ -126,13 +127,7 @@ def _measure(model: AsrModel, run: RunDir, dev: Path, settings: SearchConfig) ->
     device = model.ctc_head.weight.device
     batches = [with_symbols(batch, tokenizer).to(device) for batch in evaluation_batches(cuts, settings.max_duration)]
     context = parse_context(model.spec.variants[SPARSE].contexts[0])
-    trained = next((entry["losses"] for entry in reversed(run.lineage) if "losses" in entry), None)
-    if trained is None:
-        raise UserError(f"{run.path}: its lineage says of no stage which losses it was trained with; restore a copy")
-    scales = {
-        f"{name}_scale": getattr(LossConfig(), f"{name}_scale") * (name in trained) for name in ("transducer", "ctc")
-    }
-    loss = LossConfig(warm_up_steps=0, **scales)
+    loss = trained_loss(run)
 
     def of(batch: Batch) -> torch.Tensor:
         return forward_losses(model, batch, 0, loss, SPARSE, context, None).losses.sum()
@@ -144,3 +139,18 @@ def _measure(model: AsrModel, run: RunDir, dev: Path, settings: SearchConfig) ->
         return float(total) / sum(batch.num_encoder_frames for batch in batches)
 
     return measure
+
+
+def trained_loss(run: RunDir) -> LossConfig:
+    """The loss that the run was trained with, after its warm-up; of a run whose own stage has none, the usual one of the losses that the
+    stages before had."""
+    content = read_yaml(run.path / CONFIG)
+    if "loss" in content:
+        return replace(from_dict(LossConfig, content["loss"], f"{run.path / CONFIG}: loss"), warm_up_steps=0)
+    trained = next((entry["losses"] for entry in reversed(run.lineage) if "losses" in entry), None)
+    if trained is None:
+        raise UserError(f"{run.path}: its lineage says of no stage which losses it was trained with; restore a copy")
+    scales = {
+        f"{name}_scale": getattr(LossConfig(), f"{name}_scale") * (name in trained) for name in ("transducer", "ctc")
+    }
+    return LossConfig(warm_up_steps=0, **scales)

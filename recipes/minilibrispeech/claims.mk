@@ -29,7 +29,7 @@ HALF_STEPS ?= 1000
 PRETRAIN_STEPS ?= 2000
 FRESH_STEPS ?= 2000
 BOTH_STEPS ?= 2000
-# Steps between two growths of the masks of `sparse` and `super`; the masks are final after six times as many.
+# Steps between two growths of the masks of `sparse` and `super`; the masks are final after five times as many.
 GROWTH ?= 50
 # Further manifests of audio to pretrain on, separated by commas; texts are not needed.
 EXTRA ?=

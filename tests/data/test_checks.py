@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ def cut(folder, name, samples=None, rate=RATE, text="a word", speaker="x", suffi
     return make_cut(name, path, **(facts | changes))
 
 
-def kinds(cuts, tokenizer=None, read_audio=False):
-    return [(f.cut_id, f.kind) for f in find_bad_cuts(cuts, tokenizer, read_audio)]
+def kinds(cuts, tokenizer=None, read_audio=False, sound=False):
+    return [(f.cut_id, f.kind) for f in find_bad_cuts(cuts, tokenizer, read_audio, sound=sound)]
 
 
 def test_audio_that_cannot_be_used(tmp_path):
@@ -150,6 +151,15 @@ def features_of(cut, folder, **changes):
     for name, value in changes.items():
         setattr(stored.features, name, value)
     return stored
+
+
+def test_recordings_are_checked_where_they_are_heard_in_place_of_features(tmp_path):
+    """By external recognizers."""
+    cuts = [features_of(cut(tmp_path, name, noise()), tmp_path) for name in ("whole", "gone", "bare")]
+    Path(cuts[1].recording.sources[0].source).unlink()
+    cuts[2].recording = None
+    assert kinds(cuts, read_audio=True) == []
+    assert kinds(cuts, read_audio=True, sound=True) == [("gone", "unreadable"), ("bare", "audio")]
 
 
 def test_stored_features_are_checked_as_training_reads_them(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,33 @@ def test_natural_voices(texts, tmp_path):
     assert "already complete" in asrkit(*command, "--voice", voice, "--lang", "en", "--out", tmp_path / "out")
     again = synthesize([(texts, "en")], tmp_path / "again", minutes=0.03, piper=[voice], device=0.5)
     assert again is not None and [drawn(cut) for cut in again.cuts] == [drawn(cut) for cut in cuts[: len(again.cuts)]]
+
+    # Either of a voice's files, changed, is another voice; files that do not fit each other are none.
+    own = tmp_path / "own.onnx"
+    own.symlink_to(voice)
+    facts = json.loads(Path(f"{voice}.json").read_text())
+    brief = [
+        "data",
+        "synthesize",
+        "--engine",
+        "piper",
+        "--text",
+        texts,
+        "--minutes",
+        0.02,
+        "--voice",
+        own,
+        "--lang",
+        "en",
+    ]
+    for change in ({}, {"num_symbols": facts["num_symbols"] + 1}):
+        Path(f"{own}.json").write_text(json.dumps(facts | change))
+        assert "already complete" not in asrkit(*brief, "--out", tmp_path / "other")
+    for change in ({"num_speakers": 5}, {"num_speakers": 0}, {"espeak": {"voice": "en-zz"}}):
+        Path(f"{own}.json").write_text(json.dumps(facts | change))
+        said = asrkit(*brief, "--out", tmp_path / "other", code=1)
+        assert "is not a voice for Piper" in said and said.count("\n") == 1
+    assert (tmp_path / "other" / "train.jsonl.gz").is_file()
 
     out = ["--out", tmp_path / "no"]
     assert "no voice is of this language, only en_US-joe-medium (en-us)" in asrkit(

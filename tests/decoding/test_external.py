@@ -1,4 +1,4 @@
-"""Recognizers from outside: real Whisper tiny.en and real exports in sherpa-onnx, where their packages are installed."""
+"""External recognizers: real Whisper tiny.en and real exports in sherpa-onnx, where their packages are installed."""
 
 from __future__ import annotations
 
@@ -161,6 +161,36 @@ def test_every_kind_is_what_its_constructor_takes(tmp_path: Path) -> None:
         inspect.signature(getattr(of, kind.constructor)).bind(**model.arguments("greedy", 4, 1))
 
 
+@pytest.mark.parametrize(
+    ("names", "model_type", "inputs", "constructor"),
+    [
+        ("encoder decoder", "EncDecMultiTaskModel", 2, "from_nemo_canary"),
+        ("encoder decoder", "whisper-tiny.en", 1, "from_whisper"),
+        ("encoder decoder", "paraformer", 2, "from_paraformer"),
+        ("model", "EncDecCTCModelBPE", 2, "from_nemo_ctc"),
+        ("model", "EncDecHybridRNNTCTCBPEModel", 5, "from_nemo_ctc"),
+        ("model", "sense_voice_ctc", 4, "from_sense_voice"),
+        ("model", "dolphin", 2, "from_dolphin_ctc"),
+        ("encoder decoder joiner", "EncDecRNNTBPEModel", 2, "from_transducer"),
+        ("preprocess encode uncached_decode cached_decode", "", 1, "from_moonshine"),
+    ],
+)
+def test_a_kind_is_found_from_the_files(
+    tmp_path: Path, names: str, model_type: str, inputs: int, constructor: str
+) -> None:
+    """Of graphs with the metadata that the models of others have."""
+    onnx = pytest.importorskip("onnx")
+    values = [onnx.helper.make_tensor_value_info(f"x{n}", onnx.TensorProto.FLOAT, [1]) for n in range(inputs)]
+    node = onnx.helper.make_node("Identity", ["x0"], ["y"])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values, [out]))
+    onnx.helper.set_model_props(model, {"model_type": model_type} if model_type else {})
+    for name in names.split():
+        onnx.save(model, str(tmp_path / f"{name}.onnx"))
+    (tmp_path / "tokens.txt").write_text("a 0\n")
+    assert sherpa.find_model(f"sherpa-onnx:{tmp_path}").kind.constructor == constructor
+
+
 def test_a_process_that_goes_on_decoding_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sherpa, "LAST_SECONDS", 0.1)
     recognizer = object.__new__(sherpa.SherpaRecognizer)
@@ -218,6 +248,12 @@ def test_whisper_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for file in ("model.bin", "config.json"):
         (tmp_path / file).symlink_to(path / file)
     assert "without tokenizer.json" in refused(f"whisper:{tmp_path}")
+    (other := tmp_path / "other").mkdir()
+    for one in path.iterdir():
+        if one.name != "preprocessor_config.json":
+            (other / one.name).symlink_to(one)
+    (other / "preprocessor_config.json").write_text('{"feature_size": 128}')
+    assert "the model takes 80 mel bins, but" in refused(f"whisper:{other}")
     (tmp_path / "model.bin").unlink()
     (tmp_path / "model.bin").write_bytes(b"nonsense")
     shutil.copy(path / "tokenizer.json", tmp_path)

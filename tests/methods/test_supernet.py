@@ -379,13 +379,14 @@ def test_masks_of_members_are_nested_and_no_sparser_than_the_sparsest(block: Any
         layer.how = layer.active = Compression(mask=layer.how.mask, levels=list(LEVELS))
         shape = (layer.out_features // block[0], layer.in_features // block[1])
         layer.register_buffer("reach", torch.full(shape, 3, dtype=torch.uint8))
-    growth = GrowthConfig(kind="cubic", times=3, start=0, interval=1, monotone=monotone)
-    for step in range(3):
+    growth = GrowthConfig(kind="cubic", times=4, start=0, interval=1, monotone=monotone)
+    gone: dict[tuple[str, int], Tensor] = {}
+    for step in range(4):
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter))
         grow_masks(model, torch.optim.SGD(model.parameters(), lr=0.1), step, growth)
         now = growth.sparsity_at(step, 0.75)
-        for _, layer, mask in masked_layers(model):
+        for path, layer, mask in masked_layers(model):
             number, scores = layer.reach.numel(), block_sums(layer.weight.detach().square(), mask.block)
             every = [*(layer.level_mask(level) for level in range(3)), layer.mask]
             for share, one in zip((*LEVELS, 0.75), every, strict=True):
@@ -394,6 +395,9 @@ def test_masks_of_members_are_nested_and_no_sparser_than_the_sparsest(block: Any
                 if not monotone:  # the best by their size
                     assert not stay.any() or stay.all() or bool(scores[stay].min() >= scores[~stay].max())
             assert not any((inner & ~outer).any() for outer, inner in pairwise(every))
+            for member, one in enumerate(every):  # what has gone from any of them stays away
+                assert not monotone or not (one & gone.get((path, member), torch.zeros_like(one))).any()
+                gone[path, member] = ~one
 
 
 def test_a_batch_is_split_between_the_members(monkeypatch: pytest.MonkeyPatch) -> None:

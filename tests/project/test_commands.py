@@ -47,7 +47,8 @@ def unlabeled(folder: Path) -> None:
         path = folder / "recordings" / f"spoken-{number}.wav"
         soundfile.write(path, speech(number).numpy(), RATE)
         cuts.append(make_cut(str(number), path, sampling_rate=RATE, num_samples=len(speech(number)), text=None))
-    write_cuts(folder / "data" / "raw.jsonl.gz", cuts)
+    (folder / "data" / "raw").mkdir(parents=True, exist_ok=True)
+    write_cuts(folder / "data" / "raw" / "all.jsonl.gz", cuts)
 
 
 @pytest.mark.slow
@@ -133,18 +134,18 @@ def commands(heading: str) -> list[list[str]]:
     """The asrkit lines of the first shell block under a heading."""
     block = re.search(rf"## {heading}\n.*?```sh\n(.*?)```", README, re.DOTALL)
     assert block is not None, heading
-    lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    lines = [shlex.split(line, comments=True) for line in block[1].replace("\\\n", " ").splitlines()]
     return [line for line in lines if line and line[0] == "asrkit"]
 
 
 def test_your_own_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
-    rows = ["path\ttext\tsplit"]
-    for number in range(14):
+    rows = ["path\ttext"]
+    for number in range(40):
         words = [str(word) for word in random.choice(list(WORDS), size=3)]
         soundfile.write(tmp_path / f"{number}.wav", say(words, random), RATE)
-        rows.append(f"{number}.wav\t{' '.join(words)}\t{['train', 'train', 'dev', 'test'][number % 4]}")
+        rows.append(f"{number}.wav\t{' '.join(words)}")
     (tmp_path / "transcripts.tsv").write_text("\n".join(rows) + "\n")
     soundfile.write(tmp_path / "a.wav", say(["alpha"], random), RATE)
     soundfile.write(tmp_path / "b.flac", say(["bravo", "carol"], random), RATE)
@@ -154,6 +155,13 @@ def test_your_own_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         if words[1] == "train-backbone":
             words += sets(*SHORT.split())
         printed = asrkit(*words[1:])
+    for words in commands("A recognizer for a device"):
+        if words[1] == "train-backbone":
+            words += sets(*SHORT.split())
+        if words[1] == "qat":
+            words += sets("training.steps=2", "training.tensorboard=false")
+        streamed = asrkit(*words[1:])
+    assert (tmp_path / "exp/device/README.md").is_file() and " final " in streamed
     (file,) = (tmp_path / "exp/mine/evaluation").glob("test-*-backbone-full-greedy/result.json")
     assert printed.startswith("a.wav: ") and "\nb.flac: " in printed
 

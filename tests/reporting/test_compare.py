@@ -49,7 +49,7 @@ def test_a_comparison_by_hand() -> None:
     estimate = paired_bootstrap(errors[:1], errors[1:], np.array([4, 3, 2, 7, 0]))
     assert row.interval_95 == estimate.interval() and row.p_bootstrap == estimate.p_value
     # cut-0: -1; cut-2, of two words, is one segment: 0; cut-3: +1; cut-4: -1. With any signs the sum is as far from 0.
-    assert row.segments == 4 and row.p_mapsswe == 1.0 and not row.certain
+    assert row.segments == 4 and row.p_mapsswe == 1.0 and not row.significant
     assert [(part.name, part.words, part.baseline_errors, part.errors) for part in row.languages] == [
         ("en", 9, 2, 1),
         ("fr", 7, 1, 1),
@@ -79,7 +79,7 @@ def test_exchanged_systems_and_equal_ones() -> None:
     assert [part.name for part in forward.improved_words] == [part.name for part in back.worsened_words]
     (same,) = compare(first, [first], margin=0.01)
     assert (same.difference, same.p_bootstrap, same.p_mapsswe, same.interval_95) == (0, 1, 1, (0, 0))
-    assert same.equivalence is not None and same.equivalence.shown and not same.certain
+    assert same.equivalence is not None and same.equivalence.shown and not same.significant
 
 
 def many(name: str, missed: int, count: int = 120) -> System:
@@ -95,13 +95,13 @@ def many(name: str, missed: int, count: int = 120) -> System:
     return System(name, (tuple(utterances),))
 
 
-def test_what_is_certain_is_corrected_for_the_number_of_systems() -> None:
+def test_significance_is_corrected_for_the_number_of_systems() -> None:
     baseline = many("a", 0)
     (alone,) = compare(baseline, [many("b", 6)])
-    assert alone.p_mapsswe == pytest.approx(2 / 2**6) and alone.certain
+    assert alone.p_mapsswe == pytest.approx(2 / 2**6) and alone.significant
     rows = compare(baseline, [many("b", 6), many("c", 0), many("d", 60)])
-    assert rows[0].p_holm == pytest.approx(2 * 2 / 2**6) and not rows[0].certain
-    assert not rows[1].certain and rows[2].certain and rows[2].p_mapsswe == 0.0
+    assert rows[0].p_holm == pytest.approx(2 * 2 / 2**6) and not rows[0].significant
+    assert not rows[1].significant and rows[2].significant and rows[2].p_mapsswe == 0.0
 
 
 def test_equivalence_wants_enough_words() -> None:
@@ -188,11 +188,11 @@ def test_the_tables_and_the_words() -> None:
     text = shown(rows)
     assert "b[x]" in text and "-10.00" in text and "yes" in text and "<0.001" in text and "120 utterances" in text
     sentences = "\n".join(explain(rows[0]))
-    assert "b[x] makes 10.00 fewer errors in 100 words than a, and that is no accident" in sentences
+    assert "b[x] makes 10.00 fewer errors in 100 words than a; the difference is significant" in sentences
     assert "in less than 0.1 % of test sets" in sentences
     rows = compare(system("a", BASELINE, speakers="ssttu"), [system("b", BETTER)], margin=0.01)
     sentences = "\n".join(explain(rows[0]))
-    assert "b makes 6.25 fewer errors in 100 words than a, but that may be an accident" in sentences
+    assert "b makes 6.25 fewer errors in 100 words than a; the difference is not significant" in sentences
     assert "They have not been shown to be the same within 1 point " in sentences
     assert "Only 3 speakers" in sentences
     assert "6-10 words" in shown(rows)

@@ -70,7 +70,7 @@ def test_runs_exports_and_evaluations(tmp_path: Path) -> None:
     exported = write_system(tmp_path / "onnx", {"test-backbone-full-greedy": 31}, EXPORT)
     evaluation = str(write_evaluation(tmp_path / "elsewhere", 0))
     rows = compare_runs([run, exported, evaluation], margin=2.0, out=tmp_path / "compare.json")
-    assert [(row.baseline, row.system, row.certain) for row in rows] == [
+    assert [(row.baseline, row.system, row.significant) for row in rows] == [
         (run, exported, False),
         (run, evaluation, True),
     ]
@@ -154,7 +154,7 @@ def test_seeds(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     first, second = (write_evaluation(tmp_path / name, missed) for name, missed in (("a", 40), ("b", 0)))
     text = asrkit("compare", first, second, "--by", "utterance", "--margin", 1, "--json", tmp_path / "out" / "c.json")
-    assert "makes 13.33 fewer errors in 100 words" in text and "no accident" in text
+    assert "makes 13.33 fewer errors in 100 words" in text and "is significant" in text
     assert "by length" in text and "by speaker" in text and (tmp_path / "out" / "c.json").is_file()
     assert "--baseline" in asrkit("compare", "--help")
     assert asrkit("compare", first, code=1).startswith("error: one system alone")
@@ -176,7 +176,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "test.jsonl.gz"
 
 
-def test_evaluate_stores_speakers_and_summary_marks_what_is_certain(tmp_path: Path, manifest: Path) -> None:
+def test_evaluate_stores_speakers_and_summary_marks_what_is_significant(tmp_path: Path, manifest: Path) -> None:
     one = write_run(tmp_path / "one")
     other = Path(shutil.copytree(one, tmp_path / "other"))
     for run in (one, other):
@@ -191,11 +191,13 @@ def test_evaluate_stores_speakers_and_summary_marks_what_is_certain(tmp_path: Pa
     assert [row["method"] for row in rows] == ["beam", "greedy"] * 2
     assert [row["comparison"] is None for row in rows] == [True, True, False, False]
     beam_row, greedy_row = (row["comparison"] for row in rows[2:])
-    assert (beam_row["difference"], beam_row["certain"]) == (0, False)
+    assert (beam_row["difference"], beam_row["significant"]) == (0, False)
     assert greedy_row["difference"] == pytest.approx(-1 / 3)
-    assert greedy_row["p_mapsswe"] == 2 / 2**4 and greedy_row["p_holm"] == 2 * 2 / 2**4 and not greedy_row["certain"]
+    assert (
+        greedy_row["p_mapsswe"] == 2 / 2**4 and greedy_row["p_holm"] == 2 * 2 / 2**4 and not greedy_row["significant"]
+    )
     assert "speakers" not in greedy_row and greedy_row["interval_95"]
-    greedy_row["certain"] = True
+    greedy_row["significant"] = True
     change = summary_table(rows).columns[7]
     assert change.header == "change" and list(change.cells) == ["-", "-", "+0.00  ", "-33.33 *"]
     assert "change" not in [column.header for column in summary_table(summarize_runs([one])).columns]

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -14,14 +15,16 @@ import soundfile
 import torch
 from torch import Tensor
 
+from asrkit.data.cut_table import with_supervision
 from asrkit.data.manifests import is_labeled, make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.parallel import ALONE
 from asrkit.decoding.external.interface import TextRecognizer, Transcription
+from asrkit.decoding.external.own import OwnRecognizer
 from asrkit.decoding.external.pauses import speech_pieces
 from asrkit.decoding.external.whisper import WhisperRecognizer
 from asrkit.frames import SAMPLE_RATE
 from asrkit.methods import recognizing
-from asrkit.methods.labeling import open_progress
+from asrkit.methods.labeling import Filters, open_progress
 from asrkit.stages import label as label_stage
 from helpers.commands import asrkit
 from helpers.outside import SENTENCES, WHISPER, speech, whisper_model
@@ -143,6 +146,42 @@ def test_the_first_batches_of_a_long_recording_are_kept(tmp_path: Path, monkeypa
         assert done.planned == {"long": stretches} and list(done.texts) == [("long", 0.0)]
         label_stage._recognize(recognize, [cut], 2.0, done, ALONE)
     assert stopped.batches == 4 and len(done.texts) == 3
+
+
+class _Fixed:
+    """A recognizer that always hears the same."""
+
+    def transcribe(self, waves: Sequence[Tensor], languages: Sequence[str]) -> list[Transcription]:
+        return [Transcription("please hold", None, "en") for _ in waves]
+
+
+@pytest.mark.parametrize(("stretch", "name"), [((0.0, 5.0), "long-0000"), ((0.0, 12.0), "long")])
+def test_the_only_stretch_of_a_long_recording_is_cut_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stretch: tuple[float, float], name: str
+) -> None:
+    """Also where it begins with the recording."""
+    monkeypatch.setattr(recognizing, "speech_pieces", lambda samples, longest: [stretch])
+    cut = recording(tmp_path, "long", torch.zeros(12 * SAMPLE_RATE))
+    recognize = recognizing.PieceRecognizer(("any",), "cpu", 1, "en", 6.0, 20.0)
+    recognize.use([cast(TextRecognizer, _Fixed())])
+    with open_progress(tmp_path / "texts.jsonl", {}) as done:
+        label_stage._recognize(recognize, [with_supervision(cut)], 20.0, done, ALONE)
+        (made,) = label_stage._labeled(cut, done, ["any"], Filters(), label_stage.Labeled(), [])
+    assert (made.id, made.duration, text_of(made)) == (name, stretch[1], "please hold")
+
+
+def test_a_padded_cut_without_a_supervision(tmp_path: Path) -> None:
+    cut = recording(tmp_path, "short", torch.zeros(SAMPLE_RATE))
+    write_cuts(tmp_path / "padded.jsonl.gz", [cut.pad(duration=3.0)])
+    (padded,) = open_cuts(tmp_path / "padded.jsonl.gz", need_text=False)
+    assert text_of(padded) == "" and padded.duration == 3.0
+
+
+def test_an_export_for_one_language_takes_no_other() -> None:
+    recognizer = OwnRecognizer.__new__(OwnRecognizer)
+    recognizer.name, recognizer._recognizer = "exp/onnx", cast(Any, SimpleNamespace(languages=[], language="fr"))
+    assert recognizer.check_language("en") == "exp/onnx was exported for fr, not for en"
+    assert recognizer.check_language("fr") is None and recognizer.check_language("") is None
 
 
 @pytest.mark.slow

@@ -70,6 +70,25 @@ def test_a_run_holds_an_encoder_and_what_it_was_pretrained_with(pretrained: Path
 
 
 @pytest.mark.slow
+def test_it_learns_to_tell_what_is_hidden(corpus: Path, tmp_path: Path) -> None:
+    """From noise on, also of audio that it has not heard; and more and more of its codebooks is used."""
+    asrkit("pretrain", *data(corpus), "--out", tmp_path / "pre", *quick(
+        "training.steps=60", "training.evaluate_every=60", "training.optimizer.learning_rate=5e-3", "loss.diversity_scale=1",
+    ))  # fmt: skip
+    rows = metrics(tmp_path / "pre")
+    learned = {
+        name: [float(row[name]) for row in rows if "loss" in row] for name in ("accuracy", "contrastive", "perplexity")
+    }
+    first, last = (
+        {name: sum(values[part]) / 10 for name, values in learned.items()} for part in (slice(10), slice(-10, None))
+    )
+    assert last["accuracy"] > first["accuracy"] + 0.1 and last["contrastive"] < first["contrastive"] - 0.3
+    assert last["perplexity"] > first["perplexity"] + 2
+    (measured,) = [row for row in rows if "dev_accuracy" in row]
+    assert measured["dev_accuracy"] > 3 / 21  # three times as often as by chance
+
+
+@pytest.mark.slow
 def test_from_audio_to_a_recognizer(corpus: Path, pretrained: Path, tmp_path: Path) -> None:
     """Its encoder is pretrained, then tuned, then recognizes; the kind of run that a command needs is named in one line."""
     for words in (["evaluate", "--manifest", corpus / "dev.jsonl.gz"], ["export", "--out", tmp_path / "onnx"]):

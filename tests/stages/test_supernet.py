@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from asrkit.config import to_dict
 from asrkit.decoding.acoustic import TorchAcousticModel
 from asrkit.decoding.exported import ExportedAcousticModel
 from asrkit.export.directory import open_exported
@@ -20,8 +21,10 @@ from asrkit.models.registry import load_encoder
 from asrkit.models.surgery import in_variant, is_mask
 from asrkit.nn.compression import find_mask
 from asrkit.nn.context import parse_context
-from asrkit.run_dir import LINEAGE, STATE, WEIGHTS, digests_of, open_run, read_yaml, write_yaml
+from asrkit.run_dir import CONFIG, LINEAGE, STATE, WEIGHTS, digests_of, open_run, read_yaml, write_yaml
 from asrkit.stages.info import describe_run
+from asrkit.stages.supernet_cut import trained_loss
+from asrkit.training.asr_loss import LossConfig
 from asrkit.training.checkpoint import STATE_FILE, save_weights
 from helpers.commands import QUICK, TWO, asrkit, killed, launched, quick, sets
 from helpers.run_dirs import metrics, model_of, weights_equal
@@ -235,6 +238,9 @@ def test_other_stages_on_a_supernet(corpus: Path, supernet: Path, tmp_path: Path
         (["--variant", "none"], "there are backbone, joint, other"),
         (["--set", "growth.interval=4"], "would be reached at step 8, but training.steps is 4"),
         (["--set", "growth.score=adam", "--set", "growth.start=0"], "set growth.start (0) above 0"),
+        (["--set", "growth.score=adam", "--set", "training.optimizer.name=sgd"], "needs the second moments of adamw"),
+        (["--lasso", "1", "--set", "lasso.start=2"], "lasso: would begin at step 2 and end at step 2"),
+        (["--set", "dense_steps=4"], "the sparse member would never be trained"),
         (["--set", "contexts.train=[full]"], "use --dense and --sparse"),
         (["--set", "layers.only=[encoder,joiner]"], "joiner stays dense"),
         (["--set", "distillation.scale=1", "--set", "loss.transducer_scale=0"], "compares transducers"),
@@ -282,10 +288,11 @@ PRETRAINED = {
 
 @pytest.mark.slow
 def test_a_supernet_of_a_pretrained_encoder(corpus: Path, tmp_path: Path) -> None:
-    """It gets a tokenizer and heads, which are trained alone at first: no decay and no mask touches the encoder in these steps."""
+    """It gets a tokenizer and heads, which are trained alone at first: no decay and no mask touches the encoder in these steps, and the
+    subsampling, which is never trained, has no mask."""
     encoder = write_encoder(tmp_path / "pre", PRETRAINED)
     words = ["supernet", "--from", encoder, *MEMBERS, "--lasso", 1, *data(corpus)]
-    settings = quick(*GROWTH, "tokenizer.vocab_size=18", "training.steps=8", "pretrained.frozen_steps=4", "growth.start=5",
+    settings = quick(*GROWTH, "tokenizer.vocab_size=18", "training.steps=8", "pretrained.frozen_steps=4",
                      "training.average_decay=0", "training.save_every=1")  # fmt: skip
     killed("step 4/", *words, "--out", tmp_path / "super", *settings)
     state = load_file(tmp_path / "super" / STATE / STATE_FILE)
@@ -299,10 +306,13 @@ def test_a_supernet_of_a_pretrained_encoder(corpus: Path, tmp_path: Path) -> Non
     after = model.state_dict()
     assert torch.equal(after["encoder.subsampling.out.weight"], before["encoder.subsampling.out.weight"])
     assert not torch.equal(after["encoder.blocks.0.conv.out.weight"], before["encoder.blocks.0.conv.out.weight"])
+    assert not any(path.startswith("encoder.subsampling.") for path in compressed_layers(model))
+    assert read_yaml(tmp_path / "super" / CONFIG)["growth"]["start"] == 5
     assert [entry["stage"] for entry in open_run(tmp_path / "super").lineage] == ["pretrain", "supernet"]
     for wrong, complaint in (
         (["growth.score=adam", "pretrained.freeze_embed=false", "growth.start=4"], "set growth.start (4) above 4"),
-        (["growth.score=adam"], "the subsampling is not trained"),
+        (["growth.start=3"], "the encoder is trained from step 4 on"),
+        (["growth.start=4", "lasso.end=4"], "lasso: would begin at step 4 and end at step 4"),
         (["model.dim=16"], "already has its shape"),
     ):
         said = asrkit(*words, "--out", tmp_path / "no", *settings, *sets(*wrong), code=1)
@@ -386,6 +396,8 @@ def test_masks_are_found_while_an_encoder_is_pretrained(corpus: Path, tmp_path: 
            *quick("tokenizer.vocab_size=18"))  # fmt: skip
     found, kept = (open_run(tmp_path / name).weights() for name in ("pre", "super"))
     assert masks_digest(found) == masks_digest(kept)
+    alone = ["pretrain", "--from", tmp_path / "pre", *data(corpus), *sets(*brief, "training.steps=1")]
+    assert "variant dense alone is trained: sparse shares its weights" in asrkit(*alone, "--out", tmp_path / "alone")
     # From an encoder that was pretrained densely; one with masks is refused, and so is a schedule that is too long.
     asrkit("pretrain", *data(corpus), *sets(*brief, *small), "--out", tmp_path / "dense")
     asrkit(*words, "--from", tmp_path / "dense", "--out", tmp_path / "further")
@@ -393,7 +405,10 @@ def test_masks_are_found_while_an_encoder_is_pretrained(corpus: Path, tmp_path: 
     for wrong, complaint in (
         ([*words, "--from", tmp_path / "pre"], "is a supernet already"),
         ([*words, *sets("supernet.growth.interval=9")], "would be reached at step 18"),
-        ([*words, *sets("supernet.growth.score=adam", "supernet.growth.start=0")], "set supernet.growth.start above 0"),
+        (
+            [*words, *sets("supernet.growth.score=adam", "supernet.growth.start=0")],
+            "set supernet.growth.start (0) above 0",
+        ),
         (["pretrain", "--sparsity", 0.5, *data(corpus)], "give both, or neither"),
     ):
         said = asrkit(*wrong, "--out", tmp_path / "no", code=1)
@@ -450,6 +465,9 @@ def test_any_member_is_cut_out_as_a_run(corpus: Path, many: Path, supernet: Path
     asrkit("evaluate", "--from", run, "--manifest", corpus / "dev.jsonl.gz")
     asrkit("export", "--from", run, "--streaming", "--out", tmp_path / "onnx")
     asrkit("qat", "--from", run, "--bits", 4, *data(corpus), "--out", tmp_path / "int4", *quick("training.steps=1"))
+    said = asrkit("supernet", "--from", many, "--freeze-masks", "--sparse", STREAMING, *data(corpus), "--out", tmp_path / "no",
+                  *quick("draws=[1,2]"), code=1)  # fmt: skip
+    assert "leave draws out" in said
     # Two members: either of them.
     asrkit("supernet-cut", "--from", supernet, "--sparsity", 0, "--out", tmp_path / "dense")
     assert not compressed_layers(model_of(tmp_path / "dense"))
@@ -479,6 +497,10 @@ def test_a_member_within_a_budget_is_searched(corpus: Path, many: Path, tmp_path
     assert weights_equal(tmp_path / "small", tmp_path / "again")
     said = asrkit(*words, "--budget", "20%", "--out", tmp_path / "no", code=1)
     assert "the sparsest member needs" in said and not (tmp_path / "no").exists()
+    trained = read_yaml(many / CONFIG)["loss"]
+    assert (
+        to_dict(trained_loss(open_run(many))) == trained | {"warm_up_steps": 0} != to_dict(LossConfig(warm_up_steps=0))
+    )
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,12 @@ class Piper:
             noise_scale=draw.noise_scale,
             noise_w_scale=draw.noise_w_scale,
         )
-        pieces = [chunk.audio_int16_array for chunk in voice.synthesize(text, how)]
+        try:
+            pieces = [chunk.audio_int16_array for chunk in voice.synthesize(text, how)]
+        except Exception as error:  # of onnxruntime and espeak-ng, where the two files of a voice do not fit each other
+            raise UserError(
+                f"Piper fails at '{clip(text)}' with {draw.voice} ({clip(error)}); fetch both its files again"
+            ) from error
         if not pieces:
             raise UserError(
                 f"Piper makes no sound for '{text}' with {draw.voice}; remove the line or use another voice"
@@ -101,10 +106,15 @@ class Piper:
         return np.concatenate(pieces), int(voice.config.sample_rate)
 
 
-def _load(file: Path) -> Any:
-    from piper import PiperVoice
+def voice_files(voices: Sequence[Path]) -> list[Path]:
+    """The two files of each voice."""
+    return [path for file in voices for path in (file, Path(f"{file}.json"))]
 
-    config = Path(f"{file}.json")
+
+def _load(file: Path) -> Any:
+    from piper import PiperVoice, SynthesisConfig
+
+    _, config = voice_files([file])
     for path in (file, config):
         if not path.is_file():
             raise UserError(f"--voice {file}: no file {path}; a voice is NAME.onnx with NAME.onnx.json beside it")
@@ -112,7 +122,12 @@ def _load(file: Path) -> Any:
         if config.stat().st_size > MAX_CONFIG:
             raise ValueError(f"{config.name} is larger than {MAX_CONFIG >> 20} MiB")
         json.loads(config.read_text(encoding="utf-8"))["espeak"]["voice"]
-        return PiperVoice.load(file)
+        voice = PiperVoice.load(file)
+        if min(voice.config.sample_rate, voice.config.num_speakers) < 1:
+            raise ValueError(f"sample_rate {voice.config.sample_rate}, num_speakers {voice.config.num_speakers}")
+        last = SynthesisConfig(speaker_id=voice.config.num_speakers - 1 if voice.config.num_speakers > 1 else None)
+        list(voice.synthesize("a", last))  # the two files may not fit each other
+        return voice
     except Exception as error:  # of json, of onnxruntime, and whatever a stranger's values lead to
         raise UserError(
             f"--voice {file}: is not a voice for Piper ({clip(error)}); fetch both its files again"

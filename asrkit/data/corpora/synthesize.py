@@ -20,7 +20,7 @@ from lhotse.augmentation.resample import Resample
 from lhotse.cut import Cut
 
 from asrkit.data.corpora.channel import through_a_device
-from asrkit.data.corpora.piper import Piper, PiperDraw
+from asrkit.data.corpora.piper import Piper, PiperDraw, voice_files
 from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
@@ -104,7 +104,7 @@ def synthesize(
         "voices": list(voices),
         "band": band,
         "chains": chains,
-        **({} if piper is None else {"piper": [sha256_of(path) for path in piper if path.is_file()]}),
+        **({} if piper is None else {"piper": [sha256_of(path) for path in voice_files(piper) if path.is_file()]}),
         **({} if device == 0 else {"device": device}),
     }
     record = out / RECORD

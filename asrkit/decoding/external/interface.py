@@ -1,4 +1,4 @@
-"""Recognizers from outside behind one interface: samples in, texts with confidences out."""
+"""External recognizers behind one interface: samples in, texts with confidences out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TextRecognizer(Protocol):
 
 
 def is_external(spec: str) -> bool:
-    """Whether ``spec`` names a recognizer from outside, and not a directory that asrkit wrote."""
+    """Whether ``spec`` names an external recognizer, and not a directory that asrkit wrote."""
     return spec.startswith((WHISPER, SHERPA))
 
 

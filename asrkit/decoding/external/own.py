@@ -45,7 +45,9 @@ class OwnRecognizer:
 
     def check_language(self, language: str) -> str | None:
         """See ``TextRecognizer``."""
-        known = self._recognizer.languages
+        known, only = self._recognizer.languages, self._recognizer.language
+        if only is not None and language not in ("", only):
+            return f"{self.name} was exported for {only}, not for {language}"
         if known and language not in known:
             return f"{self.name} takes the language as an input, one of {', '.join(known)}, not {language or 'none'}"
         return None

@@ -52,11 +52,11 @@ MOONSHINE = Kind(
         "cached_decoder": "cached_decode",
     },
 )
-# Encoder and decoder, by the beginning of the encoder's ``model_type``.
+# Encoder and decoder, by the beginning of the encoder's ``model_type``; EncDecMultiTaskModel is Canary.
 PAIRS = {
     "whisper": Kind("from_whisper", {"encoder": "encode", "decoder": "decode"}),
     "paraformer": Kind("from_paraformer", {"encoder": "encode", "decoder": "decode"}, online=True),
-    "canary": Kind("from_nemo_canary", {"encoder": "encode", "decoder": "decode"}),
+    "EncDecMultiTaskModel": Kind("from_nemo_canary", {"encoder": "encode", "decoder": "decode"}),
 }
 # One model, by the beginning of its ``model_type``: whole utterances, and streams.
 SINGLES = {

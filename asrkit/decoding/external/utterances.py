@@ -1,4 +1,4 @@
-"""Utterances of a manifest in batches for a recognizer from outside, each in pieces that the recognizer takes."""
+"""Utterances of a manifest in batches for an external recognizer, each in pieces that the recognizer takes."""
 
 from __future__ import annotations
 

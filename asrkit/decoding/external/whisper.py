@@ -108,6 +108,11 @@ class WhisperRecognizer:
             )
         except Exception as error:  # CTranslate2 and tokenizers raise their own kinds
             raise UserError(f"{spec}: {path} cannot be loaded ({clip(error)}); convert the model again") from error
+        takes, made = self.model.model.n_mels, len(self.model.feature_extractor.mel_filters)
+        if takes != made:
+            raise UserError(
+                f"{spec}: the model takes {takes} mel bins, but by preprocessor_config.json, or without one, it would get {made}; fetch {path} again"
+            )
         self._pipeline = BatchedInferencePipeline(self.model)
         self.search: str = method
         self.name, self.beam = spec, beam if method == "beam" else None

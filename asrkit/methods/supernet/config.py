@@ -21,6 +21,8 @@ from asrkit.training.contexts import ContextsConfig
 from asrkit.training.session import FineTuneConfig
 from asrkit.training.start import StartConfig
 
+WITH_MOMENTS = ("adamw", "scaled_adam")  # optimizers that know how large a weight's gradients have been
+
 
 @config
 class GrowthConfig:
@@ -30,11 +32,12 @@ class GrowthConfig:
     """geometric: `share` of what is left goes each time until the sparsity is reached (arXiv 2207.11906). cubic: `times` times,
     the sparsity growing as 1 - (1 - i / times)^3 of its target (arXiv 2110.08352)."""
     start: Annotated[int, Field(ge=0)] | None = None
-    """Step of the first time; before it both members have all weights. null: after one `interval`, as in the paper."""
+    """Step at which the masks grow for the first time; before it both members have all weights. null: after one `interval`, as in the paper, of steps
+    in which the encoder is trained."""
     interval: Positive = 200
-    """Steps between two times. The paper has 6,000 and 10,000 for 60,000 and 960 hours of speech."""
+    """Steps from one growth of the masks to the next. The paper has 6,000 and 10,000 for 60,000 and 960 hours of speech."""
     share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share of what is left that goes each time, with geometric. The last time takes what is missing to the sparsity (our choice)."""
+    """Share of the remaining blocks that goes each time, with geometric. The last time takes what is missing to the sparsity (our choice)."""
     times: Positive = 8
     """How often the masks grow, with cubic."""
     monotone: bool = True
@@ -76,6 +79,10 @@ class LassoConfig:
     """First step without it again; null: once the masks are final, as in the paper."""
     times_learning_rate: Advanced[bool] = True
     """Multiply the decay by the learning rate, as AdamW's weight decay is. The paper leaves this open."""
+
+    def steps(self, final: int, begin: int) -> range:
+        """The steps with the decay: none once the masks are ``final``, unless `end` says so, and none before step ``begin``."""
+        return range(max(begin, self.start), final if self.end is None else self.end)
 
 
 @config
@@ -121,7 +128,7 @@ class SelfPruningConfig:
     lasso: LassoConfig = field(default_factory=LassoConfig)
     """A decay that makes whole blocks small beforehand."""
     layers: LayerChoice = field(default_factory=LayerChoice)
-    """Which linear layers have masks; never the joiner."""
+    """Which linear layers have masks; never the joiner, and never a subsampling that `pretrained.freeze_embed` keeps as it is."""
 
 
 @config
@@ -158,8 +165,9 @@ class SupernetConfig(SelfPruningConfig, StartConfig):
         return self
 
 
-def contradictions(settings: SupernetConfig) -> list[str]:
-    """Findings about settings that contradict each other or the length of the training."""
+def contradictions(settings: SupernetConfig, begin: int) -> list[str]:
+    """Findings about settings that contradict each other or the length of the training, of which the first ``begin`` steps do not
+    train the encoder."""
     findings = []
     if settings.freeze_masks:
         plain = SupernetConfig()
@@ -168,9 +176,7 @@ def contradictions(settings: SupernetConfig) -> list[str]:
         if asked:
             findings.append(f"freeze_masks keeps the parent's masks as they are; leave out {', '.join(asked)}")
     else:
-        findings += schedule_findings(settings, settings.training.steps)
-    if settings.members.sparsities and settings.draws != (1, 1):
-        findings.append("draws: with members.sparsities every batch is split between the members; leave draws out")
+        findings += schedule_findings(settings, settings.training, begin)
     if settings.contexts != ContextsConfig():
         findings.append("contexts: the members have one context each; use --dense and --sparse instead")
     if settings.distillation.scale > 0 and settings.loss.transducer_scale == 0:
@@ -180,14 +186,49 @@ def contradictions(settings: SupernetConfig) -> list[str]:
     return findings
 
 
-def schedule_findings(settings: SelfPruningConfig, steps: int) -> list[str]:
-    """Findings about masks that would not be final within ``steps``, and about layers that never have one."""
-    findings, final = [], settings.growth.final(settings.sparsity)
-    if final >= steps:
+def schedule_findings(
+    settings: SelfPruningConfig, training: TrainingConfig, begin: int = 0, group: str = ""
+) -> list[str]:
+    """Findings about masks and decay that do not fit into the training, and about layers that never have a mask.
+
+    Args:
+        begin: first step that trains the encoder.
+        group: the name of the group that the settings stand in, with a dot.
+    """
+    findings, growth, lasso = [], settings.growth, settings.lasso
+    final, start = growth.final(settings.sparsity), growth.schedule.start
+    if final >= training.steps:
         findings.append(
-            f"a sparsity of {settings.sparsity} would be reached at step {final}, but training.steps is {steps}; train longer, "
-            "or lower growth.interval, or what else lengthens the schedule (growth.start, growth.times, a small growth.share)"
+            f"a sparsity of {settings.sparsity} would be reached at step {final}, but training.steps is {training.steps}; train longer, "
+            f"or lower {group}growth.interval, or what else lengthens the schedule ({group}growth.start, {group}growth.times, a small "
+            f"{group}growth.share)"
+        )
+    if start < begin:
+        findings.append(
+            f"{group}growth.start: is {start}, but the encoder is trained from step {begin} on; leave it out, or set it to {begin} or more"
+        )
+    if growth.score == "adam":
+        if start <= begin:
+            findings.append(
+                f"{group}growth.score=adam needs what the optimizer learns in the steps before; set {group}growth.start ({start}) above {begin}"
+            )
+        if training.optimizer.name not in WITH_MOMENTS:
+            findings.append(
+                f"{group}growth.score=adam needs the second moments of {' or '.join(WITH_MOMENTS)}, which {training.optimizer.name} has not; "
+                "set another training.optimizer.name, or another score"
+            )
+    if lasso.scale > 0 and not (decayed := lasso.steps(final, begin)):
+        findings.append(
+            f"{group}lasso: would begin at step {decayed.start} and end at step {decayed.stop}, so there would be none; lower "
+            f"{group}lasso.start, or raise {group}lasso.end"
+        )
+    if settings.dense_steps >= training.steps:
+        findings.append(
+            f"{group}dense_steps is {settings.dense_steps}, but training.steps is {training.steps}, so the sparse member would never be "
+            "trained; train longer, or lower it"
         )
     if others := [part for part in settings.layers.only if part in ("joiner", "ctc_head")]:
-        findings.append(f"layers.only: {', '.join(others)} stays dense in a supernet; choose from encoder, submodels")
+        findings.append(
+            f"{group}layers.only: {', '.join(others)} stays dense in a supernet; choose from encoder, submodels"
+        )
     return findings

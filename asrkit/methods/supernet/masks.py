@@ -54,8 +54,12 @@ def grow_masks(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, gr
             continue
         moment = optimizer.state.get(layer.weight, {}).get("exp_avg_sq")
         scores = block_scores(layer, mask.block, growth.score, moment)
-        # A block that has gone stays behind all others, zeros included.
-        place = ranks(scores, blocks_of(layer.mask, mask.block) if growth.monotone else None)
+        before = None
+        if growth.monotone:  # a block that has gone, from a member or from all, stays behind all others, zeros included
+            before = blocks_of(layer.mask, mask.block).to(torch.uint8)
+            if how.levels:
+                before += layer.reach
+        place = ranks(scores, before)
         layer.mask.copy_(spread_blocks(stays(place, sparsity), mask.block))
         if how.levels:
             layer.reach.copy_(torch.stack([stays(place, min(level, sparsity)) for level in how.levels]).sum(0))
@@ -103,10 +107,10 @@ def grow_and_decay(
     """What is called before each step of a supernet's training: group lasso in its time, from step ``begin`` on at the earliest,
     and the masks that are due."""
     lasso, growth = settings.lasso, settings.growth
-    end = growth.final(settings.sparsity) if lasso.end is None else lasso.end
+    decayed = lasso.steps(growth.final(settings.sparsity), begin)
 
     def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Any) -> None:
-        if lasso.scale > 0 and max(begin, lasso.start) <= step < end:
+        if lasso.scale > 0 and step in decayed:
             lasso_decay(model, lasso.scale, optimizer.param_groups[0]["lr"] if lasso.times_learning_rate else 1.0)
         grow_masks(model, optimizer, step, growth)
 

@@ -100,13 +100,13 @@ def _refuse(spec: ModelSpec | PretrainedEncoderSpec, where: str, advice: str | N
         )
 
 
-def others_of_a_supernet(spec: ModelSpec, trained: str) -> list[str]:
+def others_of_a_supernet(spec: ModelSpec | PretrainedEncoderSpec, trained: str) -> list[str]:
     """A line on the variants that share the weights of the ``trained`` one with other masks, and change with it; [] if there are none."""
     masks = spec.variants[trained].masks
     others = [name for name, one in spec.variants.items() if one.masks != masks] if spec.compression else []
     if not others:
         return []
     return [
-        f"variant {trained} alone is trained: {', '.join(others)} shares its weights, not its masks, and changes with it; evaluate it again, or "
-        "train both with `asrkit supernet --freeze-masks`"
+        f"variant {trained} alone is trained: {', '.join(others)} shares its weights, not its masks, and changes with it; to train "
+        "both, use `asrkit supernet --freeze-masks`"
     ]

@@ -61,7 +61,7 @@ def render(page: Page) -> str:
         explain=explain,
         confusion_tables=confusion_tables,
         group_tables=group_tables,
-        certain=_certain,
+        significant=_significance,
     )
 
 
@@ -73,8 +73,8 @@ def _number(value: float | int | None) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _certain(change: Comparison | None) -> str:
+def _significance(change: Comparison | None) -> str:
     """What a change's color says, in a word."""
-    if change is None or not change.certain:
+    if change is None or not change.significant:
         return "maybe"
     return "better" if change.difference < 0 else "worse"
