@@ -209,7 +209,6 @@ def _labeled(
 
 
 def _is_whole(cut: Cut, planned: Sequence[tuple[float, float]]) -> bool:
-    """Whether the only stretch is all of the cut, to a hundredth of a second."""
     return len(planned) == 1 and planned[0][0] == 0.0 and abs(planned[0][1] - cut.duration) < 0.01
 
 
