@@ -17,7 +17,7 @@ from lhotse.cut import Cut, MonoCut
 
 from asrkit.data.cut_audio import TOLERANCE, CutError, check_sound, fingerprint, read_samples, stored_features
 from asrkit.data.cut_table import CutTable, spread
-from asrkit.data.manifests import language_of, open_cuts, text_of
+from asrkit.data.manifests import is_synthetic, language_of, open_cuts, text_of
 from asrkit.data.parallel import ALONE, Workers, every_core, in_processes
 from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.text.normalization import sentence_key
@@ -349,7 +349,7 @@ def decodable_cuts(
 ) -> tuple[CutTable, list[str]]:
     """The manifest's cuts, and warnings: a silent cut is decoded, its words count as any others; a cut with an empty text, or
     without a supervision, is decoded too, and every word recognized in it counts as an insertion; a text that the tokenizer
-    cannot spell is scored, and no model with this tokenizer can get it right.
+    cannot spell is scored, and no model with this tokenizer can get it right; synthetic speech is no test (100 cuts are looked at).
 
     Args:
         languages: those the model takes as an input, if it has one.
@@ -374,6 +374,11 @@ def decodable_cuts(
         warnings.append(
             f"{manifest}: {len(empty)} cut(s) have an empty reference, the first is {clip(empty[0])}; every word recognized in "
             "them is an insertion"
+        )
+    looked_at = [cuts[row] for row in spread(len(cuts), 100).tolist()]
+    if spoken := [cut.id for cut in looked_at if is_synthetic(cut)]:
+        warnings.append(
+            f"{manifest}: holds synthetic speech, such as cut {clip(spoken[0])}; errors on it say little about recorded speech"
         )
     if tokenizer is not None:
         texts = [cuts.text_of(row) for row in range(len(cuts))]

@@ -37,6 +37,7 @@ from asrkit.errors import UserError, clip
 MAX_FINDINGS = 20  # a file of another format is wrong on every line: the first few say it all
 MAX_LINE = 64 << 20  # bytes
 BLOCK = 16 << 20  # bytes
+SYNTHETIC = "synthetic"  # what a synthetic cut's supervision says of its voice
 PART, MANY_PARTS = 2000, 25  # lines that are checked at a time; from so many parts on by all cores
 
 
@@ -369,6 +370,11 @@ def speaker_of(cut: Cut) -> str:
 def is_labeled(cut: Cut) -> bool:
     """Whether the text of a cut is a recognizer's, and not given."""
     return any("labeled_by" in (supervision.custom or {}) for supervision in cut.supervisions)
+
+
+def is_synthetic(cut: Cut) -> bool:
+    """Whether `asrkit data synthesize` made the cut."""
+    return any(SYNTHETIC in (supervision.custom or {}) for supervision in cut.supervisions)
 
 
 def digest_of(path: Path, sound: bool = True) -> str:

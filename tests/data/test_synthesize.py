@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asrkit.data.checks import find_bad_cuts
+from asrkit.data.checks import decodable_cuts, find_bad_cuts
 from asrkit.data.corpora.channel import through_a_device
 from asrkit.data.corpora.synthesize import VARIANTS, all_voices, chain_sentences, synthesize
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
@@ -54,6 +54,8 @@ def test_speech_of_the_texts(texts, tmp_path):
     assert {cut.sampling_rate for cut in cuts} == {16000}
     assert len({cut.supervisions[0].speaker for cut in cuts}) > 5
     assert find_bad_cuts(cuts, None, True) == []
+    (warning,) = decodable_cuts(tmp_path / "out" / "train.jsonl.gz")[1]  # it is no test set
+    assert f"holds synthetic speech, such as cut {cuts[0].id}" in warning
     assert synthesize([(texts, "en")], tmp_path / "out", minutes=0.5, exclude=[test]) is None
     again = synthesize([(texts, "en")], tmp_path / "again", minutes=0.5, exclude=[test])
     # Not the samples: the phase espeak-ng starts with is where it stopped before. A new process gives those too.

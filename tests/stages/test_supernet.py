@@ -311,7 +311,7 @@ def test_a_supernet_of_a_pretrained_encoder(corpus: Path, tmp_path: Path) -> Non
     assert [entry["stage"] for entry in open_run(tmp_path / "super").lineage] == ["pretrain", "supernet"]
     for wrong, complaint in (
         (["growth.score=adam", "pretrained.freeze_embed=false", "growth.start=4"], "set growth.start (4) above 4"),
-        (["growth.start=3"], "the encoder is trained from step 4 on"),
+        (["growth.start=3", "lasso.end=7"], "the encoder is trained from step 4 on"),
         (["growth.start=4", "lasso.end=4"], "lasso: would begin at step 4 and end at step 4"),
         (["model.dim=16"], "already has its shape"),
     ):

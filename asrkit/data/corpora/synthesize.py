@@ -24,7 +24,7 @@ from asrkit.data.corpora.piper import Piper, PiperDraw, voice_files
 from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
-from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
+from asrkit.data.manifests import SYNTHETIC, make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.parallel import ALONE, Workers, in_processes
 from asrkit.data.text.normalization import TextError, normalize, sentence_key
 from asrkit.disk import sha256_of
@@ -253,7 +253,7 @@ def _store(
     wave = resample(wave, rate)
     if band == "telephone":
         wave = _steep(TELEPHONE_RATE, SAMPLE_RATE)(_steep(SAMPLE_RATE, TELEPHONE_RATE)(wave))
-    custom: dict[str, Any] = {"synthetic": asdict(draw)}
+    custom: dict[str, Any] = {SYNTHETIC: asdict(draw)}
     if device > 0 and random.uniform() < device:
         changed, custom["device"] = through_a_device(wave.numpy(), random)
         wave = torch.from_numpy(changed)
