@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_LINE = 4000  # characters of a line: enough for every message, and somebody else's text floods no terminal
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # also halves of characters, which no file takes
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
+)  # also halves of characters, which no file takes
 
 
 def clip(value: Any, limit: int = 200) -> str:

@@ -164,6 +164,8 @@ def import_(
         raise UserError("--split hash: divides by the texts, and --text none has none; use --split-by, or leave it out")
     if (test or dev) and not split_by:
         raise UserError("--test, --dev: list values of a column; name it with --split-by")
+    if split_by and split != "auto":
+        raise UserError(f"--split {split} and --split-by: are two ways to split; give one of them")
     conditions = {}
     for condition in where or []:
         name, equals, values = condition.partition("=")

@@ -90,6 +90,8 @@ def domain_options(
     if path is not None and method:
         origin = "--graph" if choice.graph is not None else f"--decoding {tuned}, tuned for a graph,"
         raise UserError(f"{origin} and --method: a graph has its own search; drop --method")
+    if path is not None and beam is not None:
+        raise UserError("--beam: has no effect with a graph, whose beams are --search-beam and --output-beam; drop it")
     request = fusion_request(fusion, base.fusion, choice.graph)
     settings = from_dict(GraphOptions, {**to_dict(base.graph_options), **choice.settings}, "--graph")
     return beam or (4 if decoding is None else decoding.beam), Domain(path, settings, request)

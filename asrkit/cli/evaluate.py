@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -15,6 +16,7 @@ import typer
 from asrkit.cli.domain import GraphChoice, domain_options
 from asrkit.cli.fusion import FusionOptions, Tuned
 from asrkit.cli.options import Cluster, Jobs, expanded, io, output
+from asrkit.errors import UserError, printable
 
 # The methods of asrkit.decoding.search, which would import torch here.
 Method = StrEnum("Method", {"greedy": "greedy", "beam": "beam", "ctc": "ctc", "ctc_beam": "ctc-beam"})
@@ -158,6 +160,7 @@ def evaluate(  # long: a parameter for each option
     width, domain = domain_options(tuned, beam, fusion, graph, bool(method))
     usual = "greedy" if domain.fusion is None else domain.fusion.method
     names: list[Any] = [name.value for name in method or ()] or [usual]
+    _check_beam(beam, names)
     shared: dict[str, Any] = {
         "methods": METHODS if "all" in names else names,
         "beam": width,
@@ -208,7 +211,6 @@ def evaluate(  # long: a parameter for each option
 
 def _refuse(run: Path, given: dict[str, Any]) -> None:
     """Refuse options that an external recognizer does not have."""
-    from asrkit.errors import UserError
 
     if unused := [option for option, value in given.items() if value is not None]:
         raise UserError(f"{run}: an external recognizer does not take {', '.join(unused)}; leave them out")
@@ -356,6 +358,8 @@ def transcribe(  # long: a parameter for each option
     """
     width, domain = domain_options(tuned, beam, fusion, graph, method is not None)
     usual = domain.fusion.method if domain.fusion is not None else "beam" if nbest else "greedy"
+    if as_json and form not in (AnyFormat.txt, AnyFormat.json):
+        raise UserError(f"--json and --format {form.value}: give one of them")
     form = AnyFormat.json if as_json else form
     shared: dict[str, Any] = {
         "method": usual if method is None else method.value,
@@ -367,18 +371,24 @@ def transcribe(  # long: a parameter for each option
         "threads": choice.threads,
         "warn": lambda line: typer.echo(f"warning: {line}", err=True),
     }
+    _check_beam(beam, [shared["method"]])
     _check_output(stream, audio, form.value, out, timestamps, nbest)
     _check_stream_options(stream, audio, timestamps, fast, pause, longest, nbest, confidence_temperature)
     if stream:
-        _stream(run, audio, not fast, pause, longest, as_json, shared | {"domain": domain})
+        _stream(run, audio, not fast, pause, longest, form is AnyFormat.json, shared | {"domain": domain})
         return
     shared |= {"domain": domain, "nbest": nbest, "temperature": confidence_temperature}
     _transcribe(run, audio, form.value, out, timestamps, shared)
 
 
+def _check_beam(beam: int | None, methods: Sequence[str]) -> None:
+    """Refuse a beam that no search has."""
+    if beam is not None and not {"beam", "ctc-beam", "all"} & {*methods}:
+        raise UserError(f"--beam: has no effect with --method {methods[0]}; add --method beam, or drop it")
+
+
 def _check_output(stream: bool, audio: list[Path], form: str, out: Path | None, timestamps: bool, nbest: int) -> None:
     """Refuse outputs that contradict each other."""
-    from asrkit.errors import UserError
 
     findings = []
     if stream and (form not in ("txt", "json") or out is not None):
@@ -415,14 +425,14 @@ def _transcribe(
         if timestamps and done.error is None:
             typer.echo(f"{done.path}:")
             for word in done.words:
-                typer.echo(f"{word.start:10.2f}  {word.text}")
+                typer.echo(printable(f"{word.start:10.2f}  {word.text}"))
         elif out is not None and done.error is None:
             typer.echo(f"{done.path}: {write_transcript(out, done, form)}")
         elif not timestamps and out is None and (done.error is None or form == "json"):
-            typer.echo(render([done], form), nl=False)
+            typer.echo(printable(render([done], form)), nl=False)
         for piece in done.nbest if form == "txt" else ():
             for choice in piece.texts:
-                typer.echo(f"{piece.start:10.2f}  {choice.score:10.3f}  {choice.text}")
+                typer.echo(printable(f"{piece.start:10.2f}  {choice.score:10.3f}  {choice.text}"))
     if failed:
         raise typer.Exit(1)
 
@@ -438,7 +448,6 @@ def _check_stream_options(
     confidence_temperature: float | None,
 ) -> None:
     """Refuse options without effect."""
-    from asrkit.errors import UserError
 
     findings = []
     if stream and timestamps:
@@ -470,7 +479,6 @@ def _stream(
     """Print the text as it comes; exit code 1 where a file cannot be read, 130 after Ctrl-C."""
     from asrkit.decoding.live import until_interrupted
     from asrkit.decoding.streaming import Endpoint
-    from asrkit.errors import UserError
     from asrkit.reporting.live import show_final, show_partial
     from asrkit.stages.transcribe import transcribe_stream
 

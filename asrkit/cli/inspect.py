@@ -53,7 +53,7 @@ def doctor(
 
 
 def info(
-    run: Annotated[Path, typer.Argument(help="Run directory of any stage, or an exported directory.")],
+    run: Annotated[Path, typer.Argument(help="Run directory of any stage.")],
     watch: Annotated[
         bool, output("--watch", help="Follow a training on one screen, or a line for each step that is logged.")
     ] = False,

@@ -146,6 +146,10 @@ def train_lm(
     settings = resolve(
         TrainLmConfig, config, overrides or (), defaults, options=given({**options, "ngram.order": order})
     )
+    if network is not None and settings.ngram is not None:
+        raise UserError(
+            f"--kind {network.value}: --config or --set has settings of an n-gram (ngram); leave them or --kind out"
+        )
     train_or_stop(
         out,
         lambda: run(

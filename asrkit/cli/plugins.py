@@ -19,9 +19,10 @@ from typing import Any, get_type_hints
 
 import typer
 
-from asrkit.errors import UserError
+from asrkit.errors import UserError, clip
 
 GROUP = "asrkit.stages"
+SHORT = {"seed": "seed", "max_duration": "data.max_duration"}  # options of every stage that has such a setting
 
 
 def names(built_in: Collection[str]) -> list[str]:
@@ -43,7 +44,7 @@ def load(name: str) -> tuple[Callable[..., Any], str, type]:
     Raises:
         UserError: it does not import, or something is missing.
     """
-    from asrkit.config import is_config
+    from asrkit.config import hint_of, is_config
     from asrkit.reporting.settings import undocumented
 
     entries = list(entry_points(group=GROUP, name=name))
@@ -65,9 +66,19 @@ def load(name: str) -> tuple[Callable[..., Any], str, type]:
         hints = get_type_hints(stage, include_extras=True)
     except Exception as error:
         raise UserError(f"{where}: its types cannot be read ({error}); import what they name at the top") from error
-    settings = [key for key in inspect.signature(stage).parameters if is_config(hints.get(key))]
+    given = inspect.signature(stage).parameters
+    if bare := [key for key in given if key not in hints]:
+        raise UserError(f"{where}: has no type for {', '.join(bare)}; annotate every parameter")
+    if "out" not in given:
+        raise UserError(f"{where}: must have a parameter out, the run directory to write")
+    settings = [key for key in given if is_config(hints.get(key))]
     if len(settings) != 1:
         raise UserError(f"{where}: must have one parameter of a settings class (`@config` of asrkit.config)")
+    added = {"config", "overrides"} | {
+        name for name, field in SHORT.items() if hint_of(hints[settings[0]], field) is not Any
+    }
+    if taken := sorted(added & {*given}):
+        raise UserError(f"{where}: {', '.join(taken)}: asrkit adds an option of this name; rename the parameter")
     if missing := undocumented(hints[settings[0]]):
         raise UserError(f"{where}: settings without a docstring under the field: {', '.join(missing)}")
     return stage, settings[0], hints[settings[0]]
@@ -80,8 +91,8 @@ def command(name: str, app: type[typer.Typer]) -> Any:
     single = app(add_completion=False, rich_markup_mode="markdown")
     try:
         single.command(name)(_function(*load(name)))
-    except UserError as error:
-        message = str(error)
+    except Exception as error:  # a package of somebody else's breaks its own command only
+        message = str(error) if isinstance(error, UserError) else f"{name}: cannot be a command ({clip(error)})"
 
         def unusable() -> None:
             raise UserError(message)
@@ -97,8 +108,8 @@ def _function(stage: Callable[..., Any], key: str, cls: type) -> Callable[..., N
     from asrkit.config import hint_of, resolve
 
     hints = get_type_hints(stage, include_extras=True)
-    short = {"seed": ("seed", Seed), "max_duration": ("data.max_duration", MaxDuration)}
-    short = {name: (setting, hint) for name, (setting, hint) in short.items() if hint_of(cls, setting) is not Any}
+    typed = {"seed": Seed, "max_duration": MaxDuration}
+    short = {name: (field, typed[name]) for name, field in SHORT.items() if hint_of(cls, field) is not Any}
     added = {**{name: hint for name, (_, hint) in short.items()}, "config": Config, "overrides": Overrides}
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [

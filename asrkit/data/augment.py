@@ -7,11 +7,11 @@ so a resumed run perturbs exactly as the uninterrupted one. Shapes: B batch, T f
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from asrkit.config import Share, config
@@ -67,6 +67,12 @@ class AugmentConfig:
     """Least and most signal-to-noise ratio of the noise mixed in, in dB."""
     spec_augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
     """SpecAugment; null is off."""
+
+    @model_validator(mode="after")
+    def _least_noise_first(self) -> Any:
+        if self.noise_snr_db[0] > self.noise_snr_db[1]:
+            raise ValueError(f"noise_snr_db: {list(self.noise_snr_db)} has the most first; write the least first")
+        return self
 
 
 def perturb_time(

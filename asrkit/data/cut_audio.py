@@ -22,7 +22,7 @@ from torch import Tensor
 
 from asrkit.config import digest
 from asrkit.data.cut_table import CutTable, spread
-from asrkit.data.features import NUM_MEL_BINS, fbank, resample
+from asrkit.data.features import NUM_MEL_BINS, can_resample, fbank, resample
 from asrkit.data.manifest_schema import check_source
 from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.shar import loaded
@@ -62,10 +62,16 @@ def read_samples(cut: Cut) -> Tensor:
     """The audio of a cut at its own rate: (num_samples,) float32, the mean of the channels it chooses.
 
     Raises:
-        CutError: ``unreadable``, ``rate`` (the file's is not the manifest's), ``truncated``, ``values`` (not finite).
+        CutError: ``unreadable``, ``rate`` (the file's is not the manifest's, or is odd), ``truncated``, ``values`` (not finite).
     """
     if not cut.has_recording:
         raise CutError(cut.id, "unreadable", "it has no recording")
+    if not can_resample(cut.sampling_rate):
+        raise CutError(
+            cut.id,
+            "rate",
+            f"{cut.sampling_rate} samples a second take too much memory to resample; convert it to 16 kHz",
+        )
     try:
         whole = loaded(cut, "recording")
         for recording in _recordings(whole):

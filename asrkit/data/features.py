@@ -18,6 +18,7 @@ NUM_MEL_BINS = 80
 AFTER = (
     WINDOW_SAMPLES + SHIFT_SAMPLES
 ) // 2  # 280 samples that a frame sees from its own first one on; 120 lie before it
+MOST_FILTERS = 50_000_000  # of a resampler: 22,255 Hz needs 14 million
 LOG_EPS = math.log(1e-10)  # batches are padded with it: -23.03, below everything that sound gives
 SILENCE = math.log(2.0**-23)  # -15.94, what digital silence gives: lhotse and kaldi-native-fbank floor energies there
 
@@ -73,6 +74,11 @@ class OnlineFbank:
         self._samples = self._samples[(end - 1 - self._first) * SHIFT_SAMPLES :]
         self._done, self._first = end, end - 1
         return frames
+
+
+def can_resample(rate: int) -> bool:
+    """Whether the filters from ``rate`` to 16 kHz take no more than some hundred megabytes: 44,101 Hz would take gigabytes."""
+    return rate > 0 and rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 <= MOST_FILTERS
 
 
 def resample(samples: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:

@@ -69,7 +69,7 @@ class AudioConfig:
     @property
     def longest(self) -> float:
         """How many times longer a perturbed cut can be; joins count with their average length."""
-        return (1 + self.augment.speed) * (1 + self.augment.tempo) * (1 + self.augment.join)
+        return (1 + self.augment.join) / ((1 - self.augment.speed) * (1 - self.augment.tempo))
 
 
 @config

@@ -23,6 +23,7 @@ from asrkit.decoding.phrases import read_lines
 from asrkit.errors import UserError, clip
 
 MAX_PHRASES = 100_000
+MOST_EDGES = 3_000_000  # of the automaton, of which every one takes a few hundred bytes while it is built
 MAX_FINDINGS = 20  # unusable lines that an error names
 
 
@@ -89,9 +90,11 @@ def build_hotwords(phrases: Mapping[tuple[int, ...], float], vocab_size: int, fi
                 nodes.append(_Node(added))
             child = nodes[nodes[state].next[token]]
             child.token_score = max(added, child.token_score)  # of phrases that begin alike
-            child.score = nodes[state].score + child.token_score
             state = nodes[state].next[token]
         nodes[state].ends = True
+    for node in nodes:  # once all of them are known, parents first
+        for child in map(nodes.__getitem__, node.next.values()):
+            child.score = node.score + child.token_score
     order = _fail_links(nodes)
     elsewhere: dict[int, dict[int, int]] = {
         0: {}
@@ -103,6 +106,10 @@ def build_hotwords(phrases: Mapping[tuple[int, ...], float], vocab_size: int, fi
             direct = nodes[state].next.get(token) == target
             gain = nodes[target].token_score if direct else nodes[target].score - nodes[state].score
             rows.append((state * vocab_size + token, *_settled(nodes, target, gain)))
+        if len(rows) > MOST_EDGES:
+            raise UserError(
+                f"{len(phrases)} hotwords make a search table of more than {MOST_EDGES:,} entries; give fewer phrases"
+            )
     rows.sort()
     rows.append((torch.iinfo(torch.int64).max, 0.0, 0))
     root = {token: _settled(nodes, target, nodes[target].token_score) for token, target in nodes[0].next.items()}

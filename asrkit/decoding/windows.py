@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from asrkit.data.features import resample
+from asrkit.data.features import can_resample, resample
 from asrkit.errors import UserError
 from asrkit.frames import SAMPLE_RATE
 
@@ -56,6 +56,10 @@ def mono_blocks(path: Path, seconds: float) -> Iterator[tuple[np.ndarray, int]]:
     try:
         with soundfile.SoundFile(str(path)) as file:
             rate = file.samplerate
+            if not can_resample(rate):
+                raise UserError(
+                    f"{path}: has {rate} samples a second, which takes too much memory to resample; convert it to 16 kHz"
+                )
             for block in file.blocks(blocksize=max(1, round(seconds * rate)), dtype="float32", always_2d=True):
                 if not np.isfinite(block).all():
                     raise UserError(f"{path}: holds samples that are not numbers, after {done / rate:.0f} s")

@@ -29,7 +29,7 @@ OPERATORS = """
     aten::rsub aten::scaled_dot_product_attention aten::select aten::sigmoid aten::silu aten::sin aten::size aten::slice aten::softmax
     aten::split aten::squeeze aten::sub aten::sum aten::tanh aten::to aten::transpose aten::type_as aten::unsqueeze aten::view
     aten::where aten::zeros
-    prim::CallMethod prim::Constant prim::GetAttr prim::ListConstruct prim::ListUnpack prim::NumToTensor prim::TupleConstruct
+    prim::Constant prim::GetAttr prim::ListConstruct prim::ListUnpack prim::NumToTensor prim::TupleConstruct
     prim::TupleUnpack
     """  # a text reads better here than a list of 70 lines
 

@@ -171,7 +171,7 @@ def prune_ranges(
     prune_range, raised to least_range, with which every utterance gets there, and at most U + 1.
 
     Args:
-        least_range: of ``range_needed``; None computes it, which waits for the device.
+        least_range: of ``range_needed``; None computes it, which waits for the device in the regular topology.
 
     Raises: UserError when prune_range is below 2, with which no symbol could be emitted.
     """
@@ -179,7 +179,9 @@ def prune_ranges(
         raise UserError(f"prune_range {prune_range} keeps no symbol arc; give 2 or more (5 is usual)")
     num_symbols, num_frames = px_grad.shape[1:]
     if least_range is None:
-        least_range = range_needed(encoder_out_lens.tolist(), symbol_lens.tolist(), topology)
+        least_range = (
+            2 if topology == "modified" else range_needed(encoder_out_lens.tolist(), symbol_lens.tolist(), topology)
+        )
     width = min(max(prune_range, least_range), num_symbols + 1)
     longest_step = width - 1 if topology == "regular" else 1
     if _use_k2(backend, num_frames, num_symbols):

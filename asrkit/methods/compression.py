@@ -10,6 +10,7 @@ from typing import TypeVar
 from asrkit.config import config
 from asrkit.data.train_batches import TrainBatches
 from asrkit.disk import sha256_of
+from asrkit.errors import UserError
 from asrkit.methods.distillation.config import DistillationConfig, WeightConfig
 from asrkit.methods.distillation.loss import Distillation, build_loss
 from asrkit.models import AsrModel, ModelSpec, load_model
@@ -30,7 +31,8 @@ class CompressConfig(FineTuneConfig):
     variant: str | None = None
     """Variant to train; null trains the parent's default."""
     from_scratch: bool = False
-    """Start from new weights instead of the parent's; its shape, feature statistics and tokenizer are kept."""
+    """Start from new weights instead of the parent's; its shape, feature statistics and tokenizer are kept. The option
+    --from-scratch also changes the defaults of `loss` and `training` to those of train-backbone; this setting alone does not."""
     teacher: DistillationConfig = field(
         default_factory=lambda: DistillationConfig(
             scale=1.0,
@@ -59,6 +61,10 @@ def open_teacher(teacher: Path | None, settings: CompressConfig, student: RunDir
         UserError: it cannot teach this student.
     """
     if teacher is None:
+        if settings.teacher != type(settings)().teacher:
+            raise UserError(
+                "teacher: says how a teacher teaches; give one with --teacher, or leave out --set teacher.*"
+            )
         return None
     distillation = Distillation.of_one(teacher, settings.teacher, student.tokenizer_path)
     distillation.check(settings)
@@ -132,6 +138,7 @@ def fine_tune_compressed(
         files=weights,
         check_cuts=None if distillation is None else distillation.check_cuts,
         prepare=prepare,
+        other_losses=distillation is not None,
         dev=dev,
         device=device,
         command=command,

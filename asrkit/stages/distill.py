@@ -33,7 +33,7 @@ from asrkit.methods.distillation.teachers import (
     shared_tokenizer,
 )
 from asrkit.run_dir import WEIGHTS
-from asrkit.training.asr_loss import check_contexts
+from asrkit.training.asr_loss import check_losses
 from asrkit.training.datasets import Datasets, read_datasets
 from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import input_files, open_training, run_recipe
@@ -112,7 +112,7 @@ def distill(
         UserError: unusable teachers, student, manifests, languages, tokenizers or output directory, found before training.
         Interrupted: stopped by a signal, state saved.
     """
-    check_contexts(settings.contexts, settings.loss)
+    check_losses(settings.contexts, settings.loss, others=True)
     _check(teachers, settings, parent, tokenizer, cache, whisper)
     teaching = None if whisper is None else WhisperTeacher.find(whisper)
     opened = open_teachers(teachers)
@@ -145,7 +145,8 @@ def distill(
         _report(run, opened, datasets)
         build = partial(build_task, settings, teachers, parent, cache, out, whisper)
         prepare = partial(fill_caches, settings.data.max_duration, teachers, cache, out, whisper)
-        run_recipe(run, build, manifest, settings, datasets.dev, prepare)
+        stored = cache is not None or teaching is not None
+        run_recipe(run, build, manifest, settings, datasets.dev, prepare, every_cut=stored)
     return out
 
 

@@ -73,6 +73,7 @@ def distill_lm(
         entry={"lms": {name: {"path": str(p), "weights_sha256": sha256_of(p / WEIGHTS)} for name, p in lms.items()}},
         files={f"lm {name}": path / WEIGHTS for name, path in lms.items()},
         prepare=partial(_check_alignments, settings, teachers, unit),
+        other_losses=True,
         dev=dev,
         device=device,
         command=command,

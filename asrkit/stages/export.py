@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lhotse.cut import Cut
@@ -207,6 +208,12 @@ def _language_models(
         warn(
             f"--decoding: {listed}: not in the directory, as the client takes it as an argument, or has no such setting"
         )
+    use: Literal["fusion", "rescore"] = "fusion" if options.streaming else "rescore"
+    if request.tuned_with is not None and request.settings.lm_use != use:
+        warn(
+            f"--decoding: lm_scale {request.settings.lm_scale:g} was tuned for {request.settings.lm_use}, and the client uses the language model for "
+            f"{use}; tune {'without' if options.streaming else 'with'} --lm-rescore"
+        )
     fusion = load_fusion(request, Tokenizer.load(run.tokenizer_path), torch.device("cpu"))
     lm, lodr = (getattr(part, "model", None) for part in (fusion.lm, fusion.lodr))
     if findings := cannot_take(lm, lodr, options.streaming):
@@ -217,7 +224,7 @@ def _language_models(
         lm_scale=request.settings.lm_scale,
         lodr_scale=request.settings.lodr_scale,
         beam=options.lm["beam"],
-        uses_lm="fusion" if options.streaming else "rescore",
+        uses_lm=use,
     )
     return LmPlan(lm, lodr, record)
 

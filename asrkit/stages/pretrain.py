@@ -41,7 +41,7 @@ from asrkit.run_dir import WEIGHTS, open_run
 from asrkit.training.checkpoint import saved_slices
 from asrkit.training.datasets import check_training_cuts, read_datasets, usable_cuts
 from asrkit.training.session import TaskRecipe, input_files, open_training, slices_of, train_recipe
-from asrkit.training.start import EncoderConfig, encoder_spec, trained_variant
+from asrkit.training.start import EncoderConfig, encoder_spec, idle_attention, trained_variant
 from asrkit.training.step import TrainTask
 
 
@@ -176,7 +176,9 @@ def _check(settings: PretrainConfig, parent: Path | None) -> int:
             findings.append("model: a pretrained encoder already has its shape; leave out --set model.*, or --from")
         if settings.quantizer != QuantizerConfig():
             findings.append("quantizer: goes on from the parent's; leave out --set quantizer.*, or --from")
-    elif settings.variant is not None:
+    else:
+        findings += idle_attention(settings.model)
+    if parent is None and settings.variant is not None:
         findings.append("variant: works with --from only, because a new encoder has no variants to choose from")
     if settings.quantizer.code_dim % settings.quantizer.groups:
         findings.append(

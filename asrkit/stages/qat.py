@@ -90,6 +90,10 @@ def qat(
                 "--budget and --sparsity: the budget counts whole layers; prune first, then run qat --budget on that"
             )
         check_schedule(settings.schedule, settings.mask, settings.training.steps)
+    elif settings.schedule != MaskSchedule():
+        raise UserError(
+            "schedule: says when a mask is computed; give the mask with --sparsity, or leave out --shots and --set schedule.*"
+        )
     source = open_run(parent)
     _spec(
         settings, _masked(settings, source), settings.quantization

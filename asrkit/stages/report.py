@@ -96,7 +96,10 @@ def _gather(runs: Sequence[Path], patterns: Sequence[str]) -> _Gathered:
 def _read(path: Path, name: str, patterns: Sequence[str], gathered: _Gathered) -> Model:
     """One model; that of another kind than a recognizer, such as a pretrained encoder, has stages and curves only."""
     if (path / RESULT).is_file():
-        return Model(name, path, None, [], {}, None, evaluations={path: read_result(path)})
+        result = read_result(path)
+        known = result.model_bytes
+        size = None if known is None else lambda variant, method: known
+        return Model(name, path, None, [], {}, size, evaluations={path: result})
     run = None if is_exported(path) else open_run(path)
     if run is not None and run.kind != ASR:
         kind_of(run)  # refuses one that this version does not know

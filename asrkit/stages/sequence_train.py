@@ -78,6 +78,8 @@ def sequence_train(
         partial(build_task, settings, parent, out),
         prepare=partial(prepare, settings, parent) if settings.lattices or settings.cache else None,
         driver=driver,
+        other_losses=True,
+        every_cut=settings.cache,
         dev=dev,
         device=device,
         command=command,
@@ -123,7 +125,7 @@ def prepare(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batches
     Raises:
         UserError: a graph that is too large, or cuts without a path through it.
     """
-    if settings.lattices and not (run.path / DIGEST).is_file():
+    if settings.lattices:
         from_main(run.world, partial(make_graph, settings, parent, run, batches))
     if settings.cache and not (run.path / COMPLETE).is_file():
         model, context = _start(settings, parent, run.world.device)
@@ -133,7 +135,9 @@ def prepare(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batches
 
 
 def make_graph(settings: SequenceTrainConfig, parent: Path, run: RunWriter, batches: TrainBatches) -> None:
-    """Write the denominator graph of the training texts, after the utterances of the first batches have found a path through it."""
+    """Write the denominator graph of the training texts, after the utterances of the first batches have found a path through it; once."""
+    if (run.path / DIGEST).is_file():
+        return
     tokenizer, how = batches.tokenizer, settings.lattice.denominator
     texts = [tokenizer.encode(text_of(batches.table[number])) for number in range(len(batches.table))]
     emitted = sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.special_ids))

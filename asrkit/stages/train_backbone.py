@@ -15,7 +15,7 @@ from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
 from asrkit.methods.distillation.loss import build_loss
 from asrkit.methods.supernet.members import others_of_a_supernet
-from asrkit.training.asr_loss import check_contexts
+from asrkit.training.asr_loss import check_losses
 from asrkit.training.datasets import read_datasets
 from asrkit.training.session import input_files, open_training, run_recipe
 from asrkit.training.start import (
@@ -68,7 +68,7 @@ def train_backbone(
         UserError: unusable manifests, tokenizer, parent, output directory or sizes, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
-    check_contexts(settings.contexts, settings.loss)
+    check_losses(settings.contexts, settings.loss)
     if findings := check_start(settings, parent, tokenizer):
         raise UserError.of(findings)
     origin = None if parent is None else open_parent(parent, settings)

@@ -55,7 +55,7 @@ class TrainLmConfig:
     language: str = ""
     """Language whose pronunciations the phones of a text are, such as en."""
     seed: Seed = 1
-    """Seed of everything random: start, held-out sentences, batches, dropout."""
+    """Seed of everything random: start, batches, dropout."""
     bad_lines: Literal["refuse", "skip"] = "refuse"
     """What to do with lines that cannot be used: refuse to start, or skip and list them."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05

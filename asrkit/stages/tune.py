@@ -13,7 +13,7 @@ from asrkit.config import from_dict, to_dict
 from asrkit.data.batch import Batch, evaluation_batches
 from asrkit.data.checks import decodable_cuts
 from asrkit.data.cut_table import CutTable
-from asrkit.data.manifests import digest_of
+from asrkit.data.manifests import digest_of, text_of
 from asrkit.decoding.acoustic import EncoderOutput
 from asrkit.decoding.choice import ContextChoice
 from asrkit.decoding.domain import Domain, LoadedDomain, Search, load_domain
@@ -82,6 +82,8 @@ def tune(
     loaded = load_domain(recognizer, domain)
     languages = recognizer.languages if recognizer.language is None else [recognizer.language]
     cuts, warnings = decodable_cuts(manifest, languages, recognizer.tokenizer)
+    if not any(text_of(cut).split() for cut in cuts):
+        raise UserError(f"{manifest}: has no reference word to count errors by; give other dev cuts")
     for line in [*recognizer.warnings, *warnings]:
         note(f"warning: {line}")
     encoded = _encoded(recognizer, cuts, max_duration)

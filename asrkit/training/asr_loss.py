@@ -60,12 +60,19 @@ class LossConfig:
     same numbers."""
 
 
-def check_contexts(contexts: ContextsConfig, loss: LossConfig) -> None:
+def check_losses(contexts: ContextsConfig, loss: LossConfig, others: bool = False) -> None:
     """Refuse settings that contradict each other.
 
+    Args:
+        others: the stage has a loss of its own, such as a teacher's.
+
     Raises:
-        UserError: in-place distillation without a transducer.
+        UserError: in-place distillation without a transducer, or nothing to train by.
     """
+    if loss.transducer_scale == 0 and loss.ctc_scale == 0 and not others:
+        raise UserError(
+            "loss.transducer_scale and loss.ctc_scale are both 0, so there is nothing to learn; set one of them above 0"
+        )
     if contexts.distillation_scale > 0 and loss.transducer_scale == 0:
         raise UserError(
             "contexts.distillation_scale compares transducers, but loss.transducer_scale is 0; set contexts.distillation_scale=0, or "
@@ -124,7 +131,7 @@ def asr_loss(
     metrics = dict(full.metrics)
     metrics |= {f"streaming_{name}": metric for name, metric in streaming.metrics.items() if name != "left_out"}
     if contexts.distillation_scale > 0:
-        assert full.joiner_in is not None  # check_contexts
+        assert full.joiner_in is not None  # check_losses
         how = (contexts.distillation_classes, contexts.distillation_delay)
         divergence = in_place_divergence(model, batch, streaming, full.joiner_in, full.encoder_out_lens, *how)
         losses = losses + contexts.distillation_scale * divergence

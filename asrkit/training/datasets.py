@@ -154,18 +154,24 @@ class _Found:
 
 
 def check_training_cuts(
-    manifest: Path, data: AudioConfig, tokenizer: Tokenizer | None, policy: str, run: Leaves, least: int = 1
+    manifest: Path,
+    data: AudioConfig,
+    tokenizer: Tokenizer | None,
+    policy: str,
+    run: Leaves,
+    least: int = 1,
+    every: bool = False,
 ) -> None:
     """Leave out, or refuse, the cuts that cannot be trained on: their texts are tokenized, and their audio is read, but for what is
-    checked as it is trained on (``data.check_first``).
+    checked as it is trained on (``data.check_first``); of ``every`` cut, where all are read before the training.
 
     Raises:
         UserError: bad cuts under ``refuse``, or none left.
     """
-    words = data.needs_text
+    words, first = data.needs_text, None if every else data.check_first
     for path in (manifest, *data.also):
         cuts = _open(path, words, run.world)
-        usable_cuts(cuts, tokenizer, policy, run, True, need_text=words, least=least, first=data.check_first)
+        usable_cuts(cuts, tokenizer, policy, run, True, need_text=words, least=least, first=first)
     if data.noise is not None:
         cuts = _open(data.noise, False, run.world)
         usable_cuts(cuts, None, policy, run, True, need_text=False, first=data.check_first)
@@ -194,7 +200,8 @@ def open_tables(manifest: Path, data: AudioConfig, out: Path) -> tuple[CutTable,
 
 def bucket_plan(durations: np.ndarray, data: AudioConfig, slices: int, seed: int) -> BucketPlan:
     """Which cuts make a batch, such that it fits even with the slowest perturbation."""
-    return BucketPlan(durations, data.max_duration * slices / data.longest, data.num_buckets, slices, seed)
+    heard = durations + 2 * data.augment.silence
+    return BucketPlan(heard, data.max_duration * slices / data.longest, data.num_buckets, slices, seed)
 
 
 def usable_cuts(

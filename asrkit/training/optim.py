@@ -26,7 +26,7 @@ class OptimizerConfig:
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; null takes the optimizer's own default: 2e-3 for adamw, 5e-2 for scaled_adam, 1e-1 for sgd, 1e-2 for
     adagrad."""
-    betas: Advanced[tuple[float, float]] = (0.9, 0.98)
+    betas: Advanced[tuple[Probability, Probability]] = (0.9, 0.98)
     """Decay rates of Adam's running means of the gradient and of its square."""
     momentum: Advanced[Probability] = 0.0
     """Momentum of sgd."""

@@ -29,7 +29,7 @@ from asrkit.models.digests import submodels_left_behind
 from asrkit.models.registry import spec_of
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import TOKENIZER, WEIGHTS, RunDir, open_run
-from asrkit.training.asr_loss import LossConfig, check_contexts
+from asrkit.training.asr_loss import LossConfig, check_losses
 from asrkit.training.checkpoint import saved_slices
 from asrkit.training.config import TrainingConfig
 from asrkit.training.contexts import ContextsConfig
@@ -283,6 +283,7 @@ def run_recipe(
     prepare: Callable[[RunWriter, TrainBatches], None] | None = None,
     driver: Driver = SERIAL,
     check_own: Callable[[Path], Report] | None = None,
+    every_cut: bool = False,
 ) -> None:
     """Train the task that ``build`` makes to its last step, in a claimed run directory.
 
@@ -292,6 +293,7 @@ def run_recipe(
         prepare: writes the files that ``build`` reads; is called before it, in all processes.
         driver: what trains; by default this process.
         check_own: finds what cannot be trained on in a replica's own manifest; it can be pickled.
+        every_cut: ``prepare`` reads the audio of all cuts, so all of it is checked first.
 
     Raises:
         UserError: cuts that cannot be trained on, and errors of the training itself.
@@ -302,7 +304,7 @@ def run_recipe(
     if dev is not None:  # now, not when it is first measured: its audio may be gone
         dev = usable_cuts(dev, None, settings.bad_cuts, run, read_audio=True, need_text=False)
     if len(manifests) == 1:
-        check_training_cuts(manifests[0], settings.data, tokenizer, settings.bad_cuts, run)
+        check_training_cuts(manifests[0], settings.data, tokenizer, settings.bad_cuts, run, every=every_cut)
 
     def complete(task: TrainTask) -> TrainTask:
         model = task.model
@@ -412,6 +414,8 @@ def fine_tune(
     check_cuts: Callable[[Iterable[Cut]], list[str]] | None = None,
     prepare: Callable[[RunWriter, TrainBatches], None] | None = None,
     driver: Driver = SERIAL,
+    other_losses: bool = False,
+    every_cut: bool = False,
     dev: Path | None = None,
     device: str = "auto",
     command: str = "",
@@ -424,13 +428,14 @@ def fine_tune(
         entry: the stage's arguments other than ``settings``, for config.yaml.
         files: files other than the manifests that the run depends on, such as a teacher's weights, by option.
         check_cuts: returns findings about cuts that the stage cannot use; [] if there are none.
-        prepare, driver: see ``run_recipe``.
+        prepare, driver, every_cut: see ``run_recipe``.
+        other_losses: see ``check_losses``.
 
     Raises:
         UserError: unusable manifests or output directory, found before any training.
         Interrupted: stopped by a signal, state saved.
     """
-    check_contexts(settings.contexts, settings.loss)
+    check_losses(settings.contexts, settings.loss, other_losses)
     manifests = [manifest] if isinstance(manifest, Path) else list(manifest)
     shared = manifests[0] if len(manifests) == 1 else None
     content = {
@@ -453,5 +458,5 @@ def fine_tune(
             dev_cuts = read_dev(dev, data, policy, run, languages)
             left_out = None if run.fresh else run.left_out
             check_own = partial(check_own_cuts, data, run.path / TOKENIZER, policy, languages, check_cuts, left_out)
-        run_recipe(run, build, manifests, settings, dev_cuts, prepare, driver, check_own)
+        run_recipe(run, build, manifests, settings, dev_cuts, prepare, driver, check_own, every_cut)
     return out

@@ -235,11 +235,29 @@ def check_start(
             "pretrained: says how a recognizer is made of a pretrained encoder; give one with --from, or leave out "
             "--set pretrained.*"
         )
+    if parent is None:
+        findings += idle_attention(settings.model)
     if parent is None and settings.variant is not None:
         findings.append(
             f"--variant {settings.variant}: works with --from only, because a new model has no variants to choose from; leave it out"
         )
     return findings
+
+
+def idle_attention(model: EncoderConfig) -> list[str]:
+    """A finding about the shape of attention that a new model would not have."""
+    usual = EncoderConfig()
+    names = [
+        name
+        for name in ("attention_dim", "attention_heads", "attention_position")
+        if getattr(model, name) != getattr(usual, name)
+    ]
+    if not names or model.attention_dropout.probability < 1:
+        return []
+    return [
+        f"{', '.join(f'model.{name}' for name in names)}: without attention in training there is none to shape; set "
+        "model.attention_dropout.probability below 1, or leave it out"
+    ]
 
 
 def _check_model(settings: StartConfig, parent: Path, addable: bool) -> list[str]:

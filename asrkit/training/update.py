@@ -93,7 +93,13 @@ class Updater:
             self._scaler.load_state_dict(self.progress.scaler)
         self.arithmetic = Arithmetic(world.device, dtype, None if self._scaler is None else self._scaler.scale)
         self.log = RunLog(run, settings, self.step, task.batches.plan.steps_per_epoch, world.is_main)
-        self._metrics = {name: Metric(total, divisor) for name, (total, divisor) in self.progress.metrics.items()}
+        share = (
+            1.0 if world.is_main else 0.0
+        )  # the state has the sums of all processes, which the main one goes on with
+        self._metrics = {
+            name: Metric(share * total, None if divisor is None else share * divisor)
+            for name, (total, divisor) in self.progress.metrics.items()
+        }
         self._rate = 0.0
         self._began = time.monotonic() - self.progress.seconds
 
@@ -197,11 +203,11 @@ class Updater:
             self._publish(self.average, self.step, self.progress.last_dev)
 
     def save(self) -> None:
-        """Write everything that resuming needs."""
+        """Write everything that resuming needs; every process calls it."""
         progress = self.progress
         progress.seconds = time.monotonic() - self._began
         progress.scaler = self._scaler.state_dict() if self._scaler is not None else {}
-        progress.metrics = metric_sums(self._metrics)
+        progress.metrics = sum_over_processes(self.world, metric_sums(self._metrics))
         if self.world.is_main:
             save_state(self.run, progress, self.model, self.average, self.optimizer, self.older)
 

@@ -151,6 +151,9 @@ def test_a_stage_needs_little(package: Any, monkeypatch: Any) -> None:
         (('    "What it is."\n', ""), "settings without a docstring under the field: x"),
         ((", settings: Mine", ""), "must have one parameter of a settings class"),
         (("settings: Mine)", "settings: Unknown)"), "its types cannot be read"),
+        (("settings: Mine)", "settings: Mine, extra=1)"), "has no type for extra; annotate every parameter"),
+        (("settings: Mine)", "settings: Mine, config: int = 1)"), "config: asrkit adds an option of this name"),
+        (("out: Out", "into: Out"), "must have a parameter out"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(

@@ -135,6 +135,12 @@ def test_command(tmp_path):
     assert asrkit(*command, "--no-audio").splitlines()[-1] == "every cut can be used"
 
 
+def test_a_manifest_against_itself_is_an_error(tmp_path):
+    write_cuts(tmp_path / "all.jsonl.gz", [cut(tmp_path, "one", noise())])
+    path = tmp_path / "all.jsonl.gz"
+    assert "1 of 1 cuts" in asrkit("data", "check", path, "--test", path, "--no-audio", code=1)
+
+
 def test_a_recording_on_both_sides_is_an_error(tmp_path):
     one = cut(tmp_path, "one", noise())
     write_cuts(tmp_path / "train.jsonl.gz", [one])

@@ -133,6 +133,10 @@ def test_a_folder_has_shards_of_one_address(served: tuple[str, Path], tmp_path: 
     with pytest.raises(UserError, match="did not copy; choose another --out"):
         fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", folder / "corpus")
     assert not Quiet.asked
+    # An address from which nothing came is none.
+    with pytest.raises(UserError):
+        fetch_shar(f"{address}/mistyped/cuts.000000.jsonl.gz", tmp_path / "new")
+    assert fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", tmp_path / "new")
 
 
 @pytest.mark.parametrize("tar", [True, False])

@@ -325,3 +325,33 @@ def test_scales_that_cannot_be_numbers_are_refused(content: dict[str, float], ke
     with pytest.raises(UserError) as caught:
         from_dict(FusionConfig, content, "decoding.yaml")
     assert len(caught.value.lines) == 1 and f"decoding.yaml: {key}: " in caught.value.lines[0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.dictionaries(
+        st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
+        st.sampled_from([0.5, 1.0, 3.0]),
+        min_size=1,
+        max_size=6,
+    ),
+    st.lists(st.integers(1, 6), min_size=1, max_size=12),
+    st.integers(0, 10**6),
+)
+def test_what_incomplete_hotwords_added_is_taken_back_whatever_their_order(
+    phrases: dict[tuple[int, ...], float], tokens: list[int], seed: int
+) -> None:
+    """Also where phrases that begin alike have different scores."""
+    names = list(phrases)
+    np.random.default_rng(seed).shuffle(names)
+    other = {name: phrases[name] for name in names}
+    sums = []
+    for table in (phrases, other):
+        words, states, total = build_hotwords(table, 8), torch.zeros(1, dtype=torch.int64), 0.0
+        for token in [*tokens, 7]:  # 7 is in no phrase
+            gain, states = words.step(states, torch.tensor([token]))
+            total += float(gain)
+        assert int(states) == 0
+        sums.append(total)
+    assert sums[0] == pytest.approx(sums[1])
+    assert sums[0] >= -1e-5

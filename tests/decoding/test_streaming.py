@@ -293,6 +293,14 @@ def test_a_terminal_shows_the_end_of_a_long_text(monkeypatch: pytest.MonkeyPatch
     assert file.getvalue() == "    1.25  partial  ein zwei drei 日本\n    2.50  final    ein zwei drei 日本\n"
 
 
+def test_a_text_moves_no_terminal() -> None:
+    """A stranger's tokenizer may have such a piece."""
+    file = io.StringIO()
+    for show in (show_partial, show_final):
+        show(file, 1.0, "\x1b]0;owned\x07")
+    assert "\x1b" not in file.getvalue() and file.getvalue().count("owned") == 2
+
+
 def test_the_command_streams_files(points: Path, manifest: Path, tmp_path: Path) -> None:
     paths = [Path(cut.recording.sources[0].source) for cut in open_cuts(manifest)][2:4]
     words = ("transcribe", "--from", points, "--stream", "--fast", *paths, "--pause", 9, tmp_path / "missing.wav")

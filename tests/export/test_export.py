@@ -643,8 +643,28 @@ def test_a_script_that_does_more_than_compute_is_refused(run: Path, tmp_path: Pa
         def __setstate__(self, state: bool) -> None:
             self.training = state
 
+    @torch.jit.interface
+    class OfOne(torch.nn.Module):
+        def forward(self, a: torch.Tensor) -> torch.Tensor:  # type: ignore[empty-body]
+            pass
+
+    class Hidden(torch.nn.Module):
+        def forward(self, a: torch.Tensor) -> torch.Tensor:
+            torch.save(a, "written")
+            return a
+
+    class Calls(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Hidden()
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.inner.forward(a) + b
+
+    Calls.__annotations__ = {"inner": OfOne}
     for module, says in (
         (Saves(), r"joiner.pt: has the operators .*aten::save"),
+        (Calls(), r"joiner.pt: has the operators .*prim::CallMethod"),  # its body is not in the graph
         (RunsAtOnce(), "joiner.pt: runs code while"),
     ):
         torch.jit.script(module).save(str(tmp_path / "script" / "joiner.pt"))

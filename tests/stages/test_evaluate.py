@@ -18,6 +18,7 @@ from lhotse.supervision import AlignmentItem
 from rich.console import Console
 
 from asrkit.data.batch import evaluation_batches
+from asrkit.data.features import can_resample
 from asrkit.data.manifests import digest_of, make_cut, open_cuts, write_cuts
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.decoding.acoustic import TorchAcousticModel
@@ -41,7 +42,7 @@ from asrkit.stages.evaluate import Evaluation, evaluate
 from asrkit.stages.info import describe_run
 from asrkit.stages.summary import summarize_runs
 from asrkit.stages.transcribe import transcribe
-from helpers.commands import finish
+from helpers.commands import asrkit, finish
 from helpers.small_runs import SUBMODELS, TEXTS, noise, write_run
 
 
@@ -269,6 +270,20 @@ def test_transcribe_survives_files_it_cannot_read(run: Path, tmp_path: Path) -> 
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 1 and [Path(row["path"]).name for row in rows] == names
     assert ["error" in row for row in rows] == [True, False, True, True, True, False, True]
+
+
+def test_a_rate_that_takes_gigabytes_to_resample_is_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "odd.wav", np.zeros(8820), 44101)
+    with pytest.raises(UserError, match="has 44101 samples a second, .*; convert it to 16 kHz"):
+        list(read_pieces(tmp_path / "odd.wav"))
+    for rate in (8000, 11025, 22050, 22255, 44100, 48000, 96000):
+        assert can_resample(rate)
+
+
+def test_a_beam_without_a_search_that_has_one_is_refused(tmp_path: Path) -> None:
+    for words in (["evaluate", "--manifest", tmp_path / "none.jsonl.gz"], ["transcribe", tmp_path / "none.wav"]):
+        said = asrkit(words[0], "--from", tmp_path / "run", *words[1:], "--beam", 8, code=1)
+        assert "--beam: has no effect with --method greedy; add --method beam" in said
 
 
 def test_a_long_file_is_parted_at_its_pauses(tmp_path: Path) -> None:

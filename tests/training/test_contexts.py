@@ -14,7 +14,7 @@ from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec
 from asrkit.stages.train_backbone import TrainBackboneConfig
-from asrkit.training.asr_loss import LossConfig, asr_loss, check_contexts
+from asrkit.training.asr_loss import LossConfig, asr_loss, check_losses
 from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, draw_gates
 from asrkit.training.start import BackboneConfig, model_spec
 
@@ -169,7 +169,14 @@ def test_contradictions_are_refused(overrides: list[str], complaint: str) -> Non
 def test_distillation_without_a_transducer_is_refused() -> None:
     contexts = ContextsConfig(train=["full", STREAMING], sampling="joint", distillation_scale=1.0)
     with pytest.raises(UserError, match="transducer_scale is 0"):
-        check_contexts(contexts, LossConfig(transducer_scale=0))
+        check_losses(contexts, LossConfig(transducer_scale=0))
+
+
+def test_nothing_to_learn_is_refused() -> None:
+    nothing = LossConfig(transducer_scale=0, ctc_scale=0)
+    with pytest.raises(UserError, match="there is nothing to learn"):
+        check_losses(ContextsConfig(), nothing)
+    check_losses(ContextsConfig(), nothing, others=True)
 
 
 def test_the_spec_of_each_way_to_train() -> None:

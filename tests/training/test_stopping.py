@@ -23,7 +23,7 @@ from asrkit.training.loop import train
 from asrkit.training.step import LossOutput, TrainTask
 from asrkit.training.stopping import Interrupted, Stopped, watched_signals
 from helpers.commands import ONE, QUICK, TWO, asrkit_process, launched, sets
-from helpers.run_dirs import weights_equal
+from helpers.run_dirs import metrics, weights_equal
 from helpers.tones import make_corpus
 
 SHAPE = [
@@ -87,14 +87,19 @@ def test_a_signal_to_the_process_group_saves_the_state(
 
 @pytest.mark.slow
 def test_a_signal_to_the_group_of_torchrun_saves_the_state(corpus: Path, tmp_path: Path) -> None:
-    command = words(corpus, tmp_path / "run", *RARELY)
-    with begun(TWO, command, "step 3/") as process:
+    """And what all processes have measured since the last line."""
+    seldom = [*RARELY, "training.log_every=4"]
+    command = words(corpus, tmp_path / "run", *seldom)
+    with begun(TWO, command, "step 4/") as process:
         os.killpg(process.pid, signal.SIGTERM)
         said = process.stderr.read() if process.stderr else ""
     assert "the state is saved" in said, said
-    launched(TWO, *words(corpus, tmp_path / "whole", *RARELY))
+    launched(TWO, *words(corpus, tmp_path / "whole", *seldom))
     assert "resuming after step" in launched(TWO, *command)
     assert weights_equal(tmp_path / "whole", tmp_path / "run")
+    whole, stopped = ([row for row in metrics(tmp_path / name) if "loss" in row] for name in ("whole", "run"))
+    for name in ("step", "loss", "ctc", "audio_seconds"):
+        assert [row[name] for row in stopped] == pytest.approx([row[name] for row in whole])
 
 
 @pytest.mark.slow

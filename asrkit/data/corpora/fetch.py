@@ -97,7 +97,10 @@ def _check_address(base: str, out: Path) -> None:
         with atomic_write(path) as temporary:
             temporary.write_text(f"{digest}\n", encoding="ascii")
     elif path.read_text(encoding="utf-8", errors="replace").strip() != digest:
-        raise UserError(f"{out}: has shards of another address than {base}; choose another --out")
+        if shards_of(out):
+            raise UserError(f"{out}: has shards of another address than {base}; choose another --out")
+        path.unlink()  # nothing came from there, as of a mistyped one
+        _check_address(base, out)
 
 
 def _set_timeout(url: str) -> None:

@@ -24,10 +24,9 @@ from asrkit.data.corpora.piper import Piper, PiperDraw, voice_files
 from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
-from asrkit.data.manifests import SYNTHETIC, make_cut, open_cuts, text_of, write_cuts
+from asrkit.data.manifests import SYNTHETIC, digest_of, make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.parallel import ALONE, Workers, in_processes
 from asrkit.data.text.normalization import TextError, normalize, sentence_key
-from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.frames import SAMPLE_RATE
 
@@ -97,14 +96,14 @@ def synthesize(
         UserError: espeak-ng is missing, an unknown voice, no usable text.
     """
     wanted = {
-        "sources": [[sha256_of(path), language] for path, language in sources if path.is_file()],
-        "exclude": [sha256_of(path) for path in exclude if path.is_file()],
+        "sources": [[_digest(path), language] for path, language in sources],
+        "exclude": [_digest(path) for path in exclude],
         "minutes": minutes,
         "seed": seed,
         "voices": list(voices),
         "band": band,
         "chains": chains,
-        **({} if piper is None else {"piper": [sha256_of(path) for path in voice_files(piper) if path.is_file()]}),
+        **({} if piper is None else {"piper": [_digest(path) for path in voice_files(piper)]}),
         **({} if device == 0 else {"device": device}),
     }
     record = out / RECORD
@@ -133,6 +132,11 @@ def synthesize(
     write_cuts(out / "train.jsonl.gz", result.cuts)
     write_record(record, wanted)
     return result
+
+
+def _digest(path: Path) -> str | None:
+    """A file's or a Shar directory's; None of one that is not there, which nothing on record has."""
+    return digest_of(path, sound=False) if path.exists() else None
 
 
 def _speak(

@@ -52,6 +52,7 @@ class SequenceLoss:
     start: Mapping[str, Tensor] | None = None
     cache: SearchCache | None = None
     _fsas: dict[torch.device, Any] = field(default_factory=dict, repr=False)  # the denominator on each device
+    _starts: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)  # and ``start``
 
     def __call__(self, model: AsrModel, batch: Batch, step: int) -> LossOutput:
         settings, context, weight = self.settings, drawn(self.contexts), self.settings.smoothing_weight
@@ -70,7 +71,12 @@ class SequenceLoss:
             losses, metrics = self._sampled_criterion(model, batch, own)
         age = step % settings.search_every if self.cache is None else step
         metrics["lattice_age"] = Metric(float(age), 1.0)
-        regularizer = None if self.start is None else settings.l2 / 2 * squared_distance(model, self.start)
+        regularizer = None
+        if self.start is not None:
+            device = own.losses.device
+            if device not in self._starts:
+                self._starts[device] = {name: weight.to(device) for name, weight in self.start.items()}
+            regularizer = settings.l2 / 2 * squared_distance(model, self._starts[device])
         frames = float(batch.num_encoder_frames)
         return LossOutput(losses + weight * own.losses, frames, {**own.metrics, **metrics}, regularizer)
 
@@ -182,10 +188,6 @@ def _distinct(tokens: Tensor) -> Tensor:
 
 
 def squared_distance(model: AsrModel, start: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the squared differences of the trained weights from those of ``start``."""
-    parts = [
-        (weight - start[name].to(weight.device)).square().sum()
-        for name, weight in model.named_parameters()
-        if name in start
-    ]
+    """The sum of the squared differences of the trained weights from those of ``start``, on the same device."""
+    parts = [(weight - start[name]).square().sum() for name, weight in model.named_parameters() if name in start]
     return torch.stack(parts).sum()

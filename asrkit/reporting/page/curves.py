@@ -76,7 +76,7 @@ def mean_staleness(curves: Mapping[str, Points]) -> Points:
     counts: dict[int, float] = {}
     for key, points in curves.items():
         age = key.removeprefix(STALENESS)
-        if key.startswith(STALENESS) and age.isdecimal():
+        if key.startswith(STALENESS) and age.isdecimal() and len(age) < 10:
             for step, count in points:
                 ages[step] = ages.get(step, 0.0) + int(age) * count
                 counts[step] = counts.get(step, 0.0) + count

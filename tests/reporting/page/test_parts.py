@@ -20,7 +20,7 @@ from asrkit.reporting.wer import Scored, align, count
 pytest.importorskip("jinja2")
 
 from asrkit.reporting.page.chain import changed_settings, stage_trees
-from asrkit.reporting.page.curves import mean_staleness
+from asrkit.reporting.page.curves import STALENESS, mean_staleness
 from asrkit.reporting.page.errors import emitted, encode
 from asrkit.reporting.page.figures import panel, svg
 from asrkit.reporting.page.sounds import embed, file_of, said_words, to_embed
@@ -90,6 +90,7 @@ def test_the_mean_age_of_gradients() -> None:
         "timing.staleness.0": [(10, 3.0), (20, 1.0)], "timing.staleness.2": [(10, 1.0)], "timing.staleness.x": [(10, 9.0)],
         "loss": [(10, 1.0)],
     }  # fmt: skip
+    curves |= {f"{STALENESS}{'9' * 400}": [(10, 1.0)]}  # a stranger's
     assert mean_staleness(curves) == [(10, 0.5), (20, 0.0)] and mean_staleness({"loss": [(1, 1.0)]}) == []
 
 
