@@ -15,13 +15,18 @@ _CONTROL = re.compile(
 def clip(value: Any, limit: int = 200) -> str:
     """A value of somebody else's file as it goes into a message: one line of at most ``limit`` characters."""
     text = str(value)
-    text = " ".join(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text[: 4 * limit]).split())
+    text = " ".join(visible(text[: 4 * limit]).split())
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def visible(text: str) -> str:
+    """Text of somebody else's file without what moves a terminal, whole."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def printable(lines: str) -> str:
     """Text of somebody else's file as a terminal may show it: no control characters, no endless lines."""
-    return "\n".join(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", line[:MAX_LINE]) for line in lines.split("\n"))
+    return "\n".join(visible(line[:MAX_LINE]) for line in lines.split("\n"))
 
 
 class UserError(Exception):

@@ -16,7 +16,7 @@ import typer
 from asrkit.cli.domain import GraphChoice, domain_options
 from asrkit.cli.fusion import FusionOptions, Tuned
 from asrkit.cli.options import Cluster, Jobs, expanded, io, output
-from asrkit.errors import UserError, printable
+from asrkit.errors import UserError, visible
 
 # The methods of asrkit.decoding.search, which would import torch here.
 Method = StrEnum("Method", {"greedy": "greedy", "beam": "beam", "ctc": "ctc", "ctc_beam": "ctc-beam"})
@@ -211,7 +211,6 @@ def evaluate(  # long: a parameter for each option
 
 def _refuse(run: Path, given: dict[str, Any]) -> None:
     """Refuse options that an external recognizer does not have."""
-
     if unused := [option for option, value in given.items() if value is not None]:
         raise UserError(f"{run}: an external recognizer does not take {', '.join(unused)}; leave them out")
 
@@ -389,7 +388,6 @@ def _check_beam(beam: int | None, methods: Sequence[str]) -> None:
 
 def _check_output(stream: bool, audio: list[Path], form: str, out: Path | None, timestamps: bool, nbest: int) -> None:
     """Refuse outputs that contradict each other."""
-
     findings = []
     if stream and (form not in ("txt", "json") or out is not None):
         findings.append("--stream: prints text or JSON lines; drop --format and --out")
@@ -425,14 +423,14 @@ def _transcribe(
         if timestamps and done.error is None:
             typer.echo(f"{done.path}:")
             for word in done.words:
-                typer.echo(printable(f"{word.start:10.2f}  {word.text}"))
+                typer.echo(visible(f"{word.start:10.2f}  {word.text}"))
         elif out is not None and done.error is None:
             typer.echo(f"{done.path}: {write_transcript(out, done, form)}")
         elif not timestamps and out is None and (done.error is None or form == "json"):
-            typer.echo(printable(render([done], form)), nl=False)
+            typer.echo(visible(render([done], form)), nl=False)
         for piece in done.nbest if form == "txt" else ():
             for choice in piece.texts:
-                typer.echo(printable(f"{piece.start:10.2f}  {choice.score:10.3f}  {choice.text}"))
+                typer.echo(visible(f"{piece.start:10.2f}  {choice.score:10.3f}  {choice.text}"))
     if failed:
         raise typer.Exit(1)
 
@@ -448,7 +446,6 @@ def _check_stream_options(
     confidence_temperature: float | None,
 ) -> None:
     """Refuse options without effect."""
-
     findings = []
     if stream and timestamps:
         findings.append("--stream and --timestamps do not go together; --stream --json prints the times of words")

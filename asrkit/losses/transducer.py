@@ -179,9 +179,9 @@ def prune_ranges(
         raise UserError(f"prune_range {prune_range} keeps no symbol arc; give 2 or more (5 is usual)")
     num_symbols, num_frames = px_grad.shape[1:]
     if least_range is None:
-        least_range = (
-            2 if topology == "modified" else range_needed(encoder_out_lens.tolist(), symbol_lens.tolist(), topology)
-        )
+        read = topology == "regular"  # the other does not look at them
+        frames_of, symbols_of = (lens.tolist() if read else [] for lens in (encoder_out_lens, symbol_lens))
+        least_range = range_needed(frames_of, symbols_of, topology)
     width = min(max(prune_range, least_range), num_symbols + 1)
     longest_step = width - 1 if topology == "regular" else 1
     if _use_k2(backend, num_frames, num_symbols):

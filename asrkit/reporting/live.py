@@ -7,14 +7,14 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
-from asrkit.errors import printable
+from asrkit.errors import visible
 
 CLEAR_LINE = "\r\x1b[K"
 
 
 def show_partial(out: TextIO, time: float, text: str) -> None:
     """The text so far, which may change; ``time`` is in seconds. A terminal shows as much of its end as fits."""
-    text = printable(text)
+    text = visible(text)
     if out.isatty():
         out.write(CLEAR_LINE + _ending(text, shutil.get_terminal_size().columns - 1))
     else:
@@ -24,7 +24,7 @@ def show_partial(out: TextIO, time: float, text: str) -> None:
 
 def show_final(out: TextIO, time: float, text: str) -> None:
     """A text that stays."""
-    text = printable(text)
+    text = visible(text)
     out.write(f"{CLEAR_LINE if out.isatty() else ''}{time:8.2f}  {'' if out.isatty() else 'final    '}{text}\n")
     out.flush()
 

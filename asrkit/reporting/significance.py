@@ -181,7 +181,7 @@ def segment_errors(first: Spans, second: Spans) -> list[tuple[int, int]]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number (Holm, 1979): below 0.05, none of them comes from trying many."""
+    """P-values corrected for their number (Holm, 1979): below 0.05, having tried many does not explain any of them."""
     corrected, least, count = [0.0] * len(p_values), 0.0, len(p_values)
     for rank, index in enumerate(sorted(range(count), key=lambda index: p_values[index])):
         least = max(least, min(1.0, (count - rank) * p_values[index]))

@@ -28,6 +28,7 @@ from asrkit.models.registry import ENCODER, load_encoder
 from asrkit.models.surgery import is_mask, rebuild, recognizer_of
 from asrkit.nn.context import parse_context
 from asrkit.run_dir import open_run
+from asrkit.training.asr_loss import check_losses
 from asrkit.training.datasets import read_datasets
 from asrkit.training.dev_eval import dev_measure
 from asrkit.training.session import input_files, open_training, run_recipe
@@ -77,6 +78,7 @@ def supernet(
             would not be final in time, manifests, out.
         Interrupted: stopped by a signal, state saved.
     """
+    check_losses(settings.contexts, settings.loss)
     findings = check_start(settings, parent, tokenizer, attention=False)
     settings = completed(settings, parent, tokenizer)
     findings += contradictions(settings, steps_of_new_parts(settings, parent))

@@ -1,6 +1,6 @@
-# The best that an hour on 2 cores makes of the demo's data: `make -C recipes/prompts hour`, after `make -C recipes/minilibrispeech`. The
-# backbone of that recipe, which took the first half of the hour, has heard 28 readers of English. It is trained further on the prompts,
-# on the synthetic speech and on those readers, and its beam search gets a 5-gram of the demo's texts, weighed on dev.
+# The demo's test with about an hour of 2 cores: `make -C recipes/prompts hour`, after `make -C recipes/minilibrispeech`, whose backbone
+# has heard other readers of English. It is trained further on the prompts, on the synthetic speech and on those readers, and its beam
+# search gets a 5-gram of the demo's texts, weighed on dev. Not measured yet; the rate and the steps are first guesses.
 PARENT ?= ../minilibrispeech/exp/backbone
 READ ?= ../minilibrispeech/data/train.jsonl.gz
 HOUR := $(EXP)/hour

@@ -301,6 +301,13 @@ def test_a_text_moves_no_terminal() -> None:
     assert "\x1b" not in file.getvalue() and file.getvalue().count("owned") == 2
 
 
+def test_a_long_text_is_printed_whole() -> None:
+    """An hour is a line of more characters than an error may have."""
+    file = io.StringIO()
+    show_final(file, 1.0, "word " * 2000)
+    assert file.getvalue().count("word") == 2000
+
+
 def test_the_command_streams_files(points: Path, manifest: Path, tmp_path: Path) -> None:
     paths = [Path(cut.recording.sources[0].source) for cut in open_cuts(manifest)][2:4]
     words = ("transcribe", "--from", points, "--stream", "--fast", *paths, "--pause", 9, tmp_path / "missing.wav")

@@ -179,10 +179,6 @@ def contradictions(settings: SupernetConfig, begin: int) -> list[str]:
         findings += schedule_findings(settings, settings.training, begin)
     if settings.contexts != ContextsConfig():
         findings.append("contexts: the members have one context each; use --dense and --sparse instead")
-    if settings.loss.transducer_scale == 0 and settings.loss.ctc_scale == 0:
-        findings.append(
-            "loss.transducer_scale and loss.ctc_scale are both 0, so there is nothing to learn; set one of them above 0"
-        )
     if settings.distillation.scale > 0 and settings.loss.transducer_scale == 0:
         findings.append(
             "distillation.scale compares transducers, but loss.transducer_scale is 0; set one of them otherwise"
