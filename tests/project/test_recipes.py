@@ -23,6 +23,7 @@ from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.methods.supernet.config import SupernetConfig
 from asrkit.stages.add_submodel import AddSubModelConfig
 from asrkit.stages.distill import DistillConfig
+from asrkit.stages.pretrain import pretrain
 from asrkit.stages.prune import PruneConfig
 from asrkit.stages.qat import QatConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig, train_backbone
@@ -100,9 +101,10 @@ TARGETS = {
         "supernet": 6,
         "outside": 3,
         "pretraining": 8,
+        "pretrained-supernet": 10,
         "compress": 20,
         "compare": 5,
-        "claims": 47,
+        "claims": 53,
     },
 }
 # Models that a target needs and does not evaluate: the demo has, or it compares others.
@@ -118,6 +120,7 @@ UNEVALUATED = {
     "supernet": {"exp/backbone", "exp/streaming-early"},
     "outside": {"exp/backbone"},
     "pretraining": {"exp/backbone", "exp/pretrained"},
+    "pretrained-supernet": {"exp/backbone", "exp/pretrained", "exp/tuned-all", "exp/fresh-all"},
     "claims": {"exp/half", "exp/pretrained"},
 }
 
@@ -383,6 +386,15 @@ def test_every_variant_trains(path: Path, generated: Path, tmp_path: Path) -> No
     small = ["training.steps=2", "training.tensorboard=false", "data.max_duration=8", "data.num_workers=0"]
     shallow = ["model.num_layers=2"] if path.stem in ("medium", "large") else []
     settings = resolve(TrainBackboneConfig, path, [*small, *shallow, "training.precision=float32"])
-    train_backbone(generated, tmp_path / "run", settings, device="cpu")
+    parent = None
+    if path.stem == "tuned":
+        parent = tmp_path / "pretrained"
+        pretrain(
+            generated,
+            parent,
+            resolve(PretrainConfig, path.with_stem("pretrain"), [*small, "training.precision=float32"]),
+            device="cpu",
+        )
+    train_backbone(generated, tmp_path / "run", settings, parent=parent, device="cpu")
     assert (tmp_path / "run" / "done").is_file()
     assert (tmp_path / "run" / "model.safetensors").stat().st_size > 0
