@@ -136,8 +136,15 @@ def _check(
         if name == SUPERVISED:
             findings.append(f"--lm {name}: this name belongs to the head on the labels; choose another")
     for name, head in settings.heads.items():
-        if name not in teachers and name != SUPERVISED:
+        if name == SUPERVISED:
+            if head.weight is not None:
+                findings.append(f"heads.{name}.weight: is for heads of language models; set supervised_scale instead")
+        elif name not in teachers:
             findings.append(f"heads.{name}: there is no --lm of that name; choose from {', '.join(teachers)}")
+        elif settings.mode == "lst":
+            findings.append(
+                f"heads.{name}: --mode lst has no head for the language model; set heads.{SUPERVISED} instead"
+            )
         if head.layer is not None and head.layer >= len(origin.encoder.blocks):
             findings.append(
                 f"heads.{name}.layer={head.layer}: is out of range; the encoder has layers 0 to {len(origin.encoder.blocks) - 1}"

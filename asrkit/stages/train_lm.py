@@ -193,6 +193,8 @@ def _check_options(
     pronounced = unit in ("phone", "senone")
     if pronounced and texts and not language:
         findings.append(f"{texts[0]}: say in which language it is pronounced, as in --language en")
+    if language and not (pronounced and texts):
+        findings.append("--language: works with the phones or senones of a text only; leave it out")
     if findings:
         raise UserError.of(findings)
     if pronounced and texts:

@@ -256,6 +256,13 @@ def test_names_of_files_are_unique_however_a_file_system_folds_them(ids):
     assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) for name in names)
 
 
+def test_a_folder_takes_no_other_root(tmp_path):
+    wav(tmp_path / "folder" / "a.wav")
+    (tmp_path / "folder" / "a.txt").write_text("a word")
+    with pytest.raises(UserError, match="--root .*: works with a TSV only"):
+        import_recordings(tmp_path / "folder", tmp_path / "out", root=tmp_path)
+
+
 def test_a_folder_import_names_what_it_cannot_read(tmp_path):
     folder = tmp_path / "folder"
     for name in ("good", "no-text", "not-utf8"):

@@ -108,6 +108,8 @@ def import_recordings(
         raise UserError(
             f"{source}: no such file or folder; give a TSV with the columns path and text, or a folder of audio"
         )
+    if source.is_dir() and root is not None:
+        raise UserError(f"--root {root}: works with a TSV only; {source} is a folder, which is searched itself")
     with_texts = style != "none"
     rows = _folder_rows(source, with_texts) if source.is_dir() else _tsv_rows(source, root, with_texts)
     for column in [*(where or {}), *(() if splitting.by in ("auto", "none", "hash") else (_column(splitting),))]:
