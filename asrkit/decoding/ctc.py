@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ctc_loss, pad
+from torch.nn.functional import pad
 
 from asrkit.decoding.fusion import TokenScorer
 from asrkit.decoding.hypothesis import (
@@ -175,25 +175,3 @@ def _ctc_beams(
         scores = scores + fused + fusion.end(states)
     scores, order = scores.sort(dim=1, descending=True)
     return traced(parents, emitted, order), scores
-
-
-def ctc_log_probs_of(log_probs: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
-    """The log-probability of each hypothesis by CTC, (B, N) differentiable; -inf where it has no path.
-
-    Args:
-        log_probs: (B, T', V); lens: (B,). tokens: (B, N, U); token_lens: (B, N).
-    """
-    count = tokens.shape[1]
-    symbols, symbol_lens = tokens.flatten(0, 1), token_lens.flatten()
-    lens = lens.repeat_interleave(count)
-    within = torch.arange(1, symbols.shape[1], device=symbols.device) < symbol_lens.unsqueeze(1)
-    repeats = ((symbols[:, 1:] == symbols[:, :-1]) & within).sum(1)
-    losses = ctc_loss(
-        log_probs.repeat_interleave(count, dim=0).transpose(0, 1),
-        symbols,
-        lens,
-        symbol_lens,
-        reduction="none",
-        zero_infinity=True,
-    )
-    return torch.where(lens >= symbol_lens + repeats, -losses, -torch.inf).view(token_lens.shape)

@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 
 from asrkit.config import NonNegative, Positive, config
 from asrkit.decoding.acoustic import EncoderOutput
-from asrkit.decoding.ctc import ctc_log_probs_of
 from asrkit.decoding.hypothesis import Hypothesis, without_blanks
 from asrkit.decoding.lattices import Lattice, graph_lattice
 from asrkit.errors import UserError
 from asrkit.extras import require
+from asrkit.losses.ctc import ctc_log_probs_of
 from asrkit.models.ctc_graph import CtcGraph
 
 SCORED_AT_ONCE = 64  # texts whose frames are in memory together
@@ -96,7 +96,7 @@ class GraphSearch:
         best = best._replace(graph=best.graph.masked_fill(~totals.isfinite(), -torch.inf))
         posteriors: list[list[float]] = [[]] * len(lens)
         if self.posteriors:
-            posteriors = token_posteriors(lattice.posteriors(scored, log_probs.shape), best)
+            posteriors = token_posteriors(lattice, scored, best)
         if self.options.paths == 0:
             return _hypotheses(best, totals, posteriors)
         texts = n_best_texts(self.k2, lattice, scored, best, self.options.paths)
@@ -136,8 +136,8 @@ def best_paths(k2: ModuleType, lattice: Lattice, scored: Any, num_frames: int) -
     return _paths_of(lattice, rows, lattice.rows[arcs], arcs, num_frames)
 
 
-def token_posteriors(of_frames: Tensor, paths: Paths) -> list[list[float]]:
-    """The posterior probability of each token of each path, by those of all tokens in frames (B, T, V): the highest in the frames
+def token_posteriors(lattice: Lattice, scored: Any, paths: Paths) -> list[list[float]]:
+    """The posterior probability of each token of one path for each utterance, by what ``lattice.scored`` returned: the highest in the frames
     from where the token begins to where the next one does.
 
     Source: Wessel et al. 2001, C_max (equation 9): the sum over all hypotheses of the same word at a time, and of a word's times
@@ -148,7 +148,7 @@ def token_posteriors(of_frames: Tensor, paths: Paths) -> list[list[float]]:
     frames = torch.arange(num_frames, device=device)
     begins = torch.where(emits, frames, 0).cummax(dim=1).values  # of the token in each frame; 0 before the first
     token = paths.emitted.gather(1, begins)
-    values = of_frames[paths.rows.unsqueeze(1), frames, token].masked_fill(token == 0, 0.0)
+    values = lattice.posteriors(scored, token).masked_fill(token == 0, 0.0)
     number = emits.cumsum(dim=1)  # 0 before the first
     highest = np.zeros((count, num_frames + 1))
     np.maximum.at(highest, (np.arange(count)[:, None], number.cpu().numpy()), values.cpu().numpy())

@@ -50,13 +50,13 @@ class Lattice:
         fsas.scores = scores if bonus is None else scores + bonus
         return fsas
 
-    def posteriors(self, scored: Any, shape: torch.Size) -> Tensor:
-        """The probability that a path of the lattices has a token in a frame, (B, T, V) = ``shape``, by what ``scored`` returned:
-        a frame's add up to 1, and to 0 beyond the end of an utterance or where it has no path."""
+    def posteriors(self, scored: Any, tokens: Tensor) -> Tensor:
+        """The probability that a path of the lattices has the token of ``tokens`` (B, T) in a frame, (B, T) float64, by what ``scored``
+        returned: a frame's add up to 1 over all tokens, and to 0 beyond the end of an utterance or where it has no path."""
         of_arcs = scored.get_arc_post(use_double_scores=True, log_semiring=True).exp()
-        inside = self.labels >= 0
-        at = (self.rows[inside], self.frames[inside], self.labels[inside])
-        return of_arcs.new_zeros(shape).index_put_(at, of_arcs[inside], accumulate=True)
+        these = (self.labels >= 0) & (self.labels == tokens[self.rows, self.frames])
+        found = of_arcs.new_zeros(tokens.shape)
+        return found.index_put_((self.rows[these], self.frames[these]), of_arcs[these], accumulate=True)
 
 
 def graph_lattice(k2: ModuleType, graph: Any, outputs: Tensor, lens: Tensor, kappa: float, how: Beams) -> Lattice:

@@ -64,7 +64,7 @@ def sequence_train(
         Interrupted: stopped by a signal, state saved.
     """
     source = open_run(parent)
-    check_sequence(settings, source)
+    check_sequence(settings, source, len(manifests))
     if settings.lattices:
         k2_for_lattices()
     with_variant(load_model(source).spec, settings.variant, settings.contexts.train)  # refuses an unknown variant

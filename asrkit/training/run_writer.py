@@ -77,6 +77,7 @@ class RunWriter:
     lineage: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)  # the stage's additions to its entry in the lineage
+    recorded: dict[str, Any] = field(default_factory=dict)  # that entry as an earlier start of this run left it
     _began: float = field(default_factory=time.monotonic)
     _console: PlainConsole = field(default_factory=lambda: PlainConsole(stderr=True))
 
@@ -125,6 +126,7 @@ class RunWriter:
         if not self.fresh and (path / LINEAGE).is_file():
             before = check_lineage(read_yaml(path / LINEAGE), path / LINEAGE)[-1]
             self._began -= before.get("seconds") or 0.0  # the time the run took before it stopped
+            self.recorded = before
         if not self.fresh and (path / LEFT_OUT).is_file():
             self.left_out = read_sealed(path / LEFT_OUT)
         if self.finished:
@@ -147,6 +149,21 @@ class RunWriter:
         if self.world.is_main and self.fresh and self.left_out:
             write_sealed(self.path / LEFT_OUT, self.left_out)
         broadcast_object(self.world, None)  # the others read it only once it is there
+
+    def state(self, facts: dict[str, Any]) -> None:
+        """Add ``facts`` to the run's entry in the lineage.
+
+        Raises:
+            UserError: the run was stopped, and what a digest among them is of has been replaced since.
+        """
+        for name, value in facts.items():
+            if name.endswith("_sha256") and self.recorded.get(name, value) != value:
+                what = name.removesuffix("_sha256").replace("_", " ")
+                raise UserError(
+                    f"{self.path}: the {what} is not the one it was trained with before it was stopped; restore that, or remove "
+                    f"{self.path} and train again"
+                )
+        self.facts = facts
 
     def describe(self, spec: Spec, data: str) -> None:
         """Write model.yaml and print a summary of model and ``data``; from now on the directory is kept."""

@@ -356,7 +356,7 @@ def train_recipe(
         for note in task.notes:
             run.note(f"{run.path}: {note}")
         task = complete(task)
-        run.facts = {**task.facts, **facts}
+        run.state({**task.facts, **facts})
         utterances, seconds = map(sum, zip(*amount, strict=True))
         run.describe(task.model.spec, f"{utterances} utterances, {seconds / 60:.1f} min")  # type: ignore[arg-type]
         running.train(task)

@@ -207,7 +207,9 @@ def test_posteriors_of_a_lattice_sum_to_one_at_every_frame(k2: ModuleType, seed:
     log_probs = encoded.ctc_log_probs.nan_to_num(0.0)
     fsa = graph_of_pieces(k2, lm, small).fsa(k2, 0.7, torch.device("cpu"))
     lattice = graph_lattice(k2, fsa, log_probs, encoded.lens, 1.0, GraphOptions())
-    sums = lattice.posteriors(lattice.scored(log_probs, 1.0), log_probs.shape).sum(dim=2)
+    scored, shape = lattice.scored(log_probs, 1.0), log_probs.shape
+    sums = sum(lattice.posteriors(scored, torch.full(shape[:2], token)) for token in range(shape[2]))
+    assert isinstance(sums, torch.Tensor)
     for row, size in enumerate(encoded.lens.tolist()):
         torch.testing.assert_close(sums[row, :size], torch.ones(size, dtype=torch.float64), atol=1e-5, rtol=0)
         assert not sums[row, size:].any()

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from asrkit.config import from_dict
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
-from asrkit.decoding.ctc import ctc_log_probs_of
 from asrkit.decoding.lattices import Lattice, graph_lattice
 from asrkit.errors import UserError
+from asrkit.losses.ctc import ctc_log_probs_of
 from asrkit.losses.sequence import expected_errors, sampled_errors
 from asrkit.methods.sequence.config import LATTICE, Criterion, DenominatorConfig, LatticeConfig
 from asrkit.methods.sequence.denominator import (
@@ -330,9 +330,13 @@ def test_a_graph_that_is_too_large_says_what_would_fit(tmp_path: Path) -> None:
     refused(r"set lattice.denominator.interpolation=0 \(", max_arcs=1_000)
     refused("raise lattice.denominator.max_arcs, or train with criterion mwer", max_arcs=10)
     one = graph()
+    (tmp_path / "tokenizer.model").write_text("of this run")
     save_denominator(tmp_path, one, {"order": 2})
     again, digest = load_denominator(tmp_path)
     assert torch.equal(one.arcs, again.arcs) and torch.equal(one.scores, again.scores) and len(digest) == 64
+    (tmp_path / "tokenizer.model").write_text("of another")
+    with pytest.raises(UserError, match="belongs to another tokenizer"):
+        load_denominator(tmp_path)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-4] + b"xxxx")
     with pytest.raises(UserError, match="missing or damaged"):
         load_denominator(tmp_path)
@@ -393,12 +397,15 @@ def accuracy_of(criterion: str, path: Sequence[int], aligned: Sequence[int], bla
     if criterion == "mpe":
         mine, theirs = region_of(path), region_of(aligned)
         words, truth = collapsed(path), collapsed(aligned)
-        shares = [
-            2.0 / theirs.count(z)
-            for q, z in zip(mine, theirs, strict=True)
-            if q >= 0 and z >= 0 and words[q] == truth[z]
-        ]
-        return sum(shares) - len(words)
+        earned = 0.0
+        for z, token in enumerate(truth):
+            frames = [t for t, region in enumerate(theirs) if region == z]
+            if token in truth[max(0, z - 2) : z]:  # has to begin anew
+                begins = {mine.index(q) for q in range(len(words)) if words[q] == token}
+                earned += 2.0 * bool(begins & set(frames[:2]))
+            else:
+                earned += 2.0 / len(frames) * sum(mine[t] >= 0 and words[mine[t]] == token for t in frames)
+        return earned - len(words)
     return sum((blank if t == 0 else 1.0) for t, a in zip(path, aligned, strict=True) if t == a)
 
 
@@ -479,6 +486,33 @@ def test_the_toy_of_smbr(k2: ModuleType) -> None:
     torch.testing.assert_close(derivative, torch.tensor([0.0, 0.2350037, -0.2350037]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("text", "missing", "frame"), [((1, 1), [1, 0, 0, 0], 2), ((1, 2, 1), [1, 0, 0, 0, 0, 0], 4), ((1, 1), [1, 1, 1, 1], 2)], ids=str
+)  # fmt: skip
+def test_a_token_held_on_does_not_earn_what_a_repeated_one_is_worth(
+    k2: ModuleType, text: tuple[int, ...], missing: list[int], frame: int
+) -> None:
+    """Saying all of the reference is worth its length; leaving out its repeated token costs one, and the derivative says to put it back."""
+    right = [token for word in text for token in (word, 0)]
+
+    def expected(path: list[int], other: list[int]) -> Outer:
+        """Of outputs of which nearly all paths are ``path`` or, as a tenth of them, ``other``."""
+        outputs = torch.full((1, len(path), 3), 1e-4)
+        for t, (likely, less) in enumerate(zip(path, other, strict=True)):
+            outputs[0, t, less] = 0.05
+            outputs[0, t, likely] = 0.95
+        outputs = (outputs / outputs.sum(2, keepdim=True)).log()
+        lens, settings = torch.tensor([len(path)]), from_dict(LatticeConfig, {"denominator": WIDE}, "test")
+        lattice = graph_lattice(k2, graph().fsa(k2, outputs.device), outputs, lens, 1.0, settings.denominator)
+        symbols = torch.tensor([text])
+        return outer("mpe", k2, lattice, outputs, lens, symbols, torch.tensor([len(text)]), settings, torch.zeros(1))
+
+    full, lacking = expected(right, right), expected(missing, right)
+    assert float(full.objective) == pytest.approx(len(text), abs=0.1)
+    assert float(lacking.objective) < len(text) - 0.5
+    assert float(lacking.derivative[0, frame, text[-1]]) > 0 or missing[frame] == text[-1]
+
+
 def test_an_older_lattice_differs_by_its_paths_alone(k2: ModuleType) -> None:
     """Found with other outputs, but wide enough to hold every path, it has the same objective and derivative."""
     outputs, lens = outputs_of(LENS, 7)
@@ -501,7 +535,7 @@ def test_frames_without_the_reference_are_rejected(k2: ModuleType) -> None:
         assert int(kept.rejected) == 0 and int(found.rejected) > 0
         rejected = (found.derivative == 0).all(dim=2) & (kept.derivative != 0).any(dim=2)
         if criterion in ("mmi", "bmmi"):
-            assert bool(rejected.any())
+            assert bool(rejected.any()) and not bool((found.derivative != 0).all(dim=2).any())
         torch.testing.assert_close(found.derivative[~rejected], kept.derivative[~rejected])
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from asrkit.config import resolve
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.data.text.tokenizer import train_tokenizer
+from asrkit.errors import UserError
 from asrkit.methods.pretraining import PretrainConfig, masked_batches
 from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.run_dir import TOKENIZER
@@ -26,6 +27,7 @@ from asrkit.stages import add_submodel, distill, pretrain, prune, qat, sequence_
 from asrkit.training.dev_eval import even_subset
 from asrkit.training.distributed import World
 from asrkit.training.loop import OwnNumbers
+from asrkit.training.run_writer import RunWriter
 from asrkit.training.session import TaskRecipe
 from asrkit.training.step import Arithmetic, compute_gradients
 from helpers.commands import TWO, asrkit, launched, quick
@@ -181,3 +183,13 @@ def test_a_subset_has_the_number_asked_for(count: int, most: int) -> None:
     if count > most:
         gaps = [after - before for before, after in pairwise(subset)]  # type: ignore[operator]
         assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_what_a_stopped_run_recorded_under_a_digest_cannot_be_replaced(tmp_path: Path) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    run = RunWriter(tmp_path, "stage", "0" * 64, fresh=False, finished=False, world=world)
+    run.recorded = {"denominator_sha256": "a" * 64, "notes": 1}
+    run.state({"denominator_sha256": "a" * 64, "notes": 2, "masks_sha256": "c" * 64})
+    assert run.facts["notes"] == 2
+    with pytest.raises(UserError, match="the denominator is not the one it was trained with before it was stopped"):
+        run.state({"denominator_sha256": "b" * 64})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -142,13 +142,16 @@ class SequenceTrainConfig(FineTuneConfig):
         return self.smoothing if self.smoothing is not None else 1.0 if self.lattices else 0.01
 
 
-def check_sequence(settings: SequenceTrainConfig, parent: RunDir) -> None:
+def check_sequence(settings: SequenceTrainConfig, parent: RunDir, manifests: int = 1) -> None:
     """Refuse settings that contradict each other, or a parent whose head has not been trained.
+
+    Args:
+        manifests: how many there are; several are the data of as many replicas.
 
     Raises:
         UserError: all findings.
     """
-    findings, how, data = [], settings.hypotheses, settings.data
+    findings, how, data = _without_effect(settings), settings.hypotheses, settings.data
     if settings.criterion == "mwer" and how.beam < 2:
         findings.append(
             "hypotheses.beam=1 leaves one hypothesis, whose risk has no gradient; raise it to 2 or more (4 is usual)"
@@ -174,6 +177,10 @@ def check_sequence(settings: SequenceTrainConfig, parent: RunDir) -> None:
             f"{settings.criterion}: the denominator graph has the tokens of the texts as they are; set data.bpe_dropout=0 and "
             "data.augment.join=0"
         )
+    if settings.search_every > 1 and (late := _late(settings.asynchronous, manifests)):
+        findings.append(
+            f"search_every={settings.search_every}: renews the searching weights at the steps of one process, but {late}; leave it at 1"
+        )
     if settings.cache:
         findings += [f"--cache: {line}" for line in _cannot_be_cached(settings)]
     if settings.contexts.sampling == "joint":
@@ -187,6 +194,47 @@ def check_sequence(settings: SequenceTrainConfig, parent: RunDir) -> None:
         )
     if findings:
         raise UserError.of(findings)
+
+
+# The settings under `hypotheses` and `lattice` that a criterion reads.
+_READ: dict[Criterion, tuple[str, ...]] = {
+    "mwer": ("hypotheses.beam", "hypotheses.unit", "hypotheses.add_reference", "hypotheses.scale"),
+    "sampled-mbr": ("hypotheses.paths", "hypotheses.unit"),
+    "mmi": ("lattice.kappa", "lattice.numerator", "lattice.reject_frames", "lattice.denominator"),
+    "bmmi": tuple(f"lattice.{each.name}" for each in fields(LatticeConfig)),
+    "smbr": ("lattice.kappa", "lattice.blank", "lattice.reject_frames", "lattice.denominator"),
+    "mpe": ("lattice.kappa", "lattice.reject_frames", "lattice.denominator"),
+}
+
+
+def _without_effect(settings: SequenceTrainConfig) -> list[str]:
+    """Settings that differ from their defaults and that the criterion does not read, as findings."""
+    findings, read = [], _READ[settings.criterion]
+    for group, values in (("hypotheses", settings.hypotheses), ("lattice", settings.lattice)):
+        plain = type(values)()
+        changed = [each.name for each in fields(values) if getattr(values, each.name) != getattr(plain, each.name)]
+        findings += [
+            f"{group}.{name}: {settings.criterion} does not use it; leave it out"
+            for name in changed
+            if f"{group}.{name}" not in read
+        ]
+    if settings.smoothing and settings.loss.transducer_scale == settings.loss.ctc_scale == 0:
+        findings.append(
+            "smoothing: the recognizer's own losses have weight 0; set loss.transducer_scale or loss.ctc_scale"
+        )
+    return findings
+
+
+def _late(how: AsyncConfig, manifests: int) -> str:
+    """What makes gradients come from older weights than those of the step; empty if nothing does."""
+    if how.driver == "simulated":
+        return (
+            "asynchronous.staleness and fetch_every make its weights older"
+            if how.staleness or how.fetch_every > 1
+            else ""
+        )
+    several = (how.workers or manifests) > 1 or how.ray_address is not None
+    return "replicas have steps of their own" if how.driver == "ray" or (how.driver == "auto" and several) else ""
 
 
 def _cannot_be_cached(settings: SequenceTrainConfig) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from torch import Tensor
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.methods.sequence.config import DenominatorConfig
-from asrkit.run_dir import read_yaml, write_yaml
+from asrkit.run_dir import TOKENIZER, read_yaml, write_yaml
 from asrkit.training.checkpoint import save_tensors
 
 BLANK, END, BEGIN = 0, -1, -2
@@ -37,8 +38,7 @@ History = tuple[int, ...]
 class Denominator:
     """The graph as an acceptor of frames; state 0 is the first, the last one final.
 
-    arcs: (A, 3) int32: from, to, label; sorted by where they come from, then by label. The label is the token of a frame, 0 for
-        blank, -1 at the end.
+    arcs: (A, 3) int32: from, to, label; sorted. The label is the token of a frame, 0 for blank, -1 at the end.
     scores: (A,) float32, the n-gram's scaled log-probabilities where an arc begins a token or ends the sentence, else 0.
     current: (A,) int32, the last token after the arc, 0 before the first.
     begins: (A,) int32, 1 where the arc begins a token.
@@ -64,17 +64,32 @@ class Denominator:
         """The n-gram's scaled log-probability of a sentence; -inf for one that has no path."""
         state, total = 0, 0.0
         for label in (*tokens, END):
-            state, score = self._after_blank.get((state, label), (0, -math.inf))
-            state, _ = self._after_blank.get((state, BLANK), (state, 0.0))
+            state, score = self._follow(state, label, (0, -math.inf))
+            state, _ = self._follow(state, BLANK, (state, 0.0))
             total += score
         return total
 
+    def _follow(self, state: int, label: int, otherwise: tuple[int, float]) -> tuple[int, float]:
+        """Where the arc with ``label`` leads, and its score."""
+        keys, order = self._sorted
+        key = _key(state, label)
+        place = int(np.searchsorted(keys, key))
+        if place == len(keys) or keys[place] != key:
+            return otherwise
+        arc = int(order[place])
+        return int(self.arcs[arc, 1]), float(self.scores[arc])
+
     @cached_property
-    def _after_blank(self) -> dict[tuple[int, int], tuple[int, float]]:
-        return {
-            (source, label): (target, score)
-            for (source, target, label), score in zip(self.arcs.tolist(), self.scores.tolist(), strict=True)
-        }
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """The arcs' states and labels as numbers (A,) in order, and which arcs they are; a graph may have millions."""
+        sources, _, labels = self.arcs.numpy().astype(np.int64).T
+        keys = _key(sources, labels)
+        order = keys.argsort()
+        return keys[order], order
+
+
+def _key(source: Any, label: Any) -> Any:
+    return (source << 32) + (label - END)
 
 
 def count_n_grams(sentences: Iterable[Sequence[int]], order: int) -> dict[History, Counter[int]]:
@@ -181,24 +196,28 @@ def _with_ctc(
 
 
 def save_denominator(run: Path, graph: Denominator, facts: dict[str, Any]) -> None:
-    """Write the graph to a run directory, and beside it ``facts`` and the digest it is known by."""
+    """Write the graph to a run directory, and beside it ``facts`` and the digests of it and of the run's tokenizer."""
     tensors = {name: getattr(graph, name) for name in ("arcs", "scores", "current", "begins")}
     save_tensors(run / FILE, tensors)
-    write_yaml(
-        run / DIGEST, {**facts, "states": graph.num_states, "arcs": len(graph.arcs), "sha256": sha256_of(run / FILE)}
-    )
+    sizes = {"states": graph.num_states, "arcs": len(graph.arcs)}
+    digests = {"sha256": sha256_of(run / FILE), "tokenizer_sha256": sha256_of(run / TOKENIZER)}
+    write_yaml(run / DIGEST, {**facts, **sizes, **digests})
 
 
 def load_denominator(run: Path) -> tuple[Denominator, str]:
     """The graph of a run directory and its digest.
 
     Raises:
-        UserError: it is missing or not the one that was written.
+        UserError: it is missing or not the one that was written, or of another tokenizer than the run.
     """
     if (run / FILE).is_file() and (run / DIGEST).is_file():
         digest = sha256_of(run / FILE)
         facts = read_yaml(run / DIGEST)
         if isinstance(facts, dict) and digest == facts.get("sha256"):
+            if facts.get("tokenizer_sha256") != sha256_of(run / TOKENIZER):
+                raise UserError(
+                    f"{run / FILE}: belongs to another tokenizer than that of the run; remove {run} and train again"
+                )
             try:
                 return Denominator(**load_file(run / FILE)), digest
             except (SafetensorError, TypeError):

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from asrkit.decoding.alignment import ctc_align
 from asrkit.decoding.lattices import Lattice, dense_frames, lattice_of
@@ -99,11 +100,12 @@ def outer(
                 beam = how.denominator.output_beam
                 numerator = numerator_lattice(k2, symbols, symbol_lens, leaf, lens, how.kappa, beam)
                 top = numerator.scored(leaf, how.kappa).get_tot_scores(use_double_scores=True, log_semiring=True)
-                counts = counts & top.isfinite()
+                counts = counts & top.isfinite() & reference_scores.isfinite()
                 (reference,) = torch.autograd.grad(top[top.isfinite()].sum(), leaf)
                 reference = reference / how.kappa
             else:
                 top = how.kappa * (one_hot * outputs).sum(dim=(1, 2)).double()
+                counts = counts & reference_scores.isfinite()
             objective = top + reference_scores - total
             derivative = mmi_derivative(reference, occupied / how.kappa, how.kappa)
         else:
@@ -116,7 +118,7 @@ def outer(
             by_arc = posterior * accuracy
             objective = torch.zeros_like(total).index_add(0, lattice.rows, by_arc)
             (derivative,) = torch.autograd.grad(objective.sum(), leaf)
-    kept = overlap(reference, occupied) if how.reject_frames else valid
+    kept = overlap(one_hot, occupied) if how.reject_frames else valid
     keep = (kept & valid & counts.unsqueeze(1)).unsqueeze(2)
     return Outer(
         torch.where(counts, objective.detach(), 0.0).to(outputs.dtype),
@@ -144,6 +146,10 @@ def token_accuracy(lattice: Lattice, path: Tensor, lens: Tensor, symbols: Tensor
     token costs 1. A right path has as many as the reference has tokens; an inserted or left out token costs 1 or more. Their
     -1 + e for a different token is left out, because a sum over arcs would then make omissions free (our choice).
 
+    An arc does not know where its token began, so a token that is held on could earn what a later equal one in the reference is worth. So a token
+    of the reference that equals one of the two before it is worth 2 to a token that begins in its first two frames, where a token cannot begin
+    twice, and nothing to others (our choice). From further away it does not pay: whoever holds on leaves out what is between.
+
     Args:
         path: (B, T) the index in ``symbols`` (B, U) of what each frame emits in the alignment, -1 for blank.
     """
@@ -153,5 +159,13 @@ def token_accuracy(lattice: Lattice, path: Tensor, lens: Tensor, symbols: Tensor
     sizes.scatter_add_(1, current + 1, torch.ones_like(current, dtype=sizes.dtype))
     expected = symbols.gather(1, current.clamp(min=0)).masked_fill(current < 0, -1)
     share = 2.0 / sizes.gather(1, current + 1).clamp(min=1)
-    same = (expected[lattice.rows, lattice.frames] == lattice.fsas.current) & (lattice.labels >= 0)
-    return same * share[lattice.rows, lattice.frames] - lattice.fsas.begins
+    again = torch.zeros_like(symbols, dtype=torch.bool)
+    for distance in (1, 2):
+        again[:, distance:] |= symbols[:, distance:] == symbols[:, :-distance]
+    again = again.gather(1, current.clamp(min=0)) & (current >= 0)
+    first = F.pad(current[:, 1:] != current[:, :-1], (1, 0), value=True)
+    early = first | F.pad(first[:, :-1], (1, 0))
+    rows, frames, begins = lattice.rows, lattice.frames, lattice.fsas.begins
+    same = (expected[rows, frames] == lattice.fsas.current) & (lattice.labels >= 0)
+    begun = 2.0 * (early[rows, frames] & (begins == 1))
+    return same * torch.where(again[rows, frames], begun, share[rows, frames]) - begins

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from asrkit.data.batch import Batch
 from asrkit.data.text.tokenizer import Tokenizer
-from asrkit.decoding.ctc import ctc_log_probs_of
 from asrkit.decoding.lattices import graph_lattice
+from asrkit.losses.ctc import ctc_log_probs_of
 from asrkit.losses.sequence import expected_errors, outer_gradient_loss, sampled_errors
 from asrkit.methods.sequence.config import SequenceTrainConfig
 from asrkit.methods.sequence.denominator import Denominator
@@ -110,7 +110,7 @@ class SequenceLoss:
             log_probs = ctc_log_probs_of(model.ctc_log_probs(own.encoder_out), lens, n_best.tokens, n_best.lens)
         else:
             log_probs = transducer_log_probs(model, own.encoder_out, lens, n_best.tokens, n_best.lens, settings.loss)
-        valid = (n_best.scores > -torch.inf) & (log_probs != -torch.inf)  # NaN must reach the loss
+        valid = (n_best.scores > -torch.inf) & (log_probs != -torch.inf)
         errors, total = self._errors(n_best.tokens, n_best.lens, batch)
         risk = expected_errors(settings.hypotheses.scale * log_probs, errors, valid)
         metrics = {
@@ -119,7 +119,8 @@ class SequenceLoss:
             "oracle_errors": Metric(_least(errors[:, :first], valid[:, :first]).sum(), total),
             "hypotheses": Metric(valid.sum(), float(len(valid))),
         }
-        return risk.loss, metrics
+        # A score that is NaN counts as a hypothesis that is not there; the loss has to say so.
+        return torch.where(log_probs.isnan().any(dim=1), torch.nan, risk.loss), metrics
 
     def _sampled_criterion(self, model: AsrModel, batch: Batch, own: ForwardPass) -> Part:
         paths, lens = self.settings.hypotheses.paths, own.encoder_out_lens
@@ -160,8 +161,10 @@ class SequenceLoss:
             if outputs.device not in self._fsas:
                 self._fsas[outputs.device] = graph.fsa(k2, outputs.device)
             lattice = graph_lattice(k2, self._fsas[outputs.device], searched, lens, how.kappa, how.denominator)
-        texts = zip(batch.symbols.tolist(), batch.symbol_lens.tolist(), strict=True)
-        priors = outputs.new_tensor([graph.log_prob(ids[:length]) for ids, length in texts])
+        priors = outputs.new_zeros(len(lens))
+        if how.denominator.lm_scale > 0:
+            texts = zip(batch.symbols.tolist(), batch.symbol_lens.tolist(), strict=True)
+            priors = outputs.new_tensor([graph.log_prob(ids[:length]) for ids, length in texts])
         result = outer(criterion, k2, lattice, outputs, lens, batch.symbols, batch.symbol_lens, how, priors)
         frames, utterances = float(batch.num_encoder_frames), float(len(batch.cut_ids))
         names = {"smbr": ("accuracy", frames), "mpe": ("token_accuracy", utterances)}

@@ -32,7 +32,10 @@ from asrkit.run_dir import read_yaml, write_yaml
 from asrkit.training.checkpoint import open_sealed, save_sealed
 from asrkit.training.distributed import World, broadcast_object, gather_lists
 
-FOLDER, COMPLETE = "searched", "searched.yaml"  # in the run directory; the second is there once the first is whole
+FOLDER, COMPLETE = (
+    "searched",
+    "searched/searched.yaml",
+)  # in the run directory; the second is there once the first is whole
 SHARD = 500  # cuts per file
 
 
@@ -45,7 +48,7 @@ class SearchCache:
 
     def __init__(self, run: Path) -> None:
         if not (run / COMPLETE).is_file():
-            raise UserError(f"{run / FOLDER}: missing; remove {run} and train again")
+            raise UserError(f"{run / FOLDER}: missing; run the command again, which searches again")
         self._files: dict[str, Any] = {}
         for path in sorted((run / FOLDER).glob("*.safetensors")):
             opened = open_sealed(path)
@@ -53,7 +56,7 @@ class SearchCache:
         cuts, about = {key.partition(" ")[2] for key in self._files}, read_yaml(run / COMPLETE)
         if not isinstance(about, dict) or about.get("cuts") != len(cuts):
             raise UserError(
-                f"{run / FOLDER}: holds {len(cuts)} utterances, not all of them; remove {run} and train again"
+                f"{run / FOLDER}: holds {len(cuts)} utterances, not all of them; delete it and run the command again"
             )
 
     def _get(self, kind: str, cut_ids: Sequence[str]) -> list[Tensor]:
@@ -136,10 +139,12 @@ def no_path(cut_ids: Sequence[str]) -> UserError:
 
 
 def _unique(table: CutTable) -> dict[str, Any]:
+    """The cuts by their ids."""
     cuts: dict[str, Any] = {}
     for number in range(len(table)):
         cut = table[number]
-        if digest(cuts.setdefault(cut.id, cut).to_dict()) != digest(cut.to_dict()):
+        known = cuts.setdefault(cut.id, cut)
+        if known is not cut and digest(known.to_dict()) != digest(cut.to_dict()):
             raise UserError(f"cut {cut.id}: two different cuts have this id; --cache needs unique ids, so rename one")
     return cuts
 
