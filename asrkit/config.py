@@ -110,7 +110,9 @@ def resolve(
         _put(values, key, value)
         origins |= {key: ""}
     try:
-        settings = _validated(cls, values, lambda key: _origin(origins, key), "; `asrkit config` lists every key")
+        settings = _validated(
+            cls, values, lambda key: _origin(origins, key), "; `asrkit config STAGE --all` lists every key"
+        )
     except UserError as error:
         raise UserError.of([*findings, *error.lines]) from None
     if findings:
@@ -252,7 +254,7 @@ def _validated(cls: type[T], values: Mapping[str, Any], origin: Callable[[str], 
 def _explain(cls: type, item: Any, origin: Callable[[str], str], help: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = nearest(key, _keys(cls, key))
+        near = nearest(key, _keys(cls, key)) or _ending_in(key, _keys(cls, key))
         return f"{origin(key)}{key}: unknown key" + (f"; did you mean {near}?" if near else help)
     message = item["msg"].removeprefix("Value error, ")
     value = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"  # a group says nothing at a glance
@@ -262,6 +264,11 @@ def _explain(cls: type, item: Any, origin: Callable[[str], str], help: str) -> s
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most like ``word``; None if none is like it."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
+def _ending_in(word: str, known: Iterable[str]) -> str | None:
+    """The known keys whose last part is ``word``; None if there is none."""
+    return " or ".join(key for key in known if key.rpartition(".")[2] == word) or None
 
 
 def _keys(cls: Any, near: str) -> Iterator[str]:

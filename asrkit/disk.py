@@ -118,6 +118,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work that it is to hold; creates nothing.
+
+    Raises:
+        UserError: it is a directory, a part of the path is a file, or the folder cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; give a file")
+    if special(path):
+        raise UserError(f"{path}: is a device or a pipe, not a file; choose another location")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"{path}: {folder} is a file, not a folder; choose another location")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: cannot write (Permission denied); fix that or choose another location")
+
+
 def occupied(out: Path) -> list[str]:
     """Why ``out`` cannot become a new directory, for a stage to report among its other findings; [] if it can."""
     if out.is_dir() and any(out.iterdir()):

@@ -133,6 +133,18 @@ class RunDir:
     stored_names: dict[str, str] = field(repr=False)
 
     @property
+    def unfinished(self) -> list[str]:
+        """A warning where the training was stopped before its last step; [] otherwise."""
+        training = self.config.get("training")
+        steps = training.get("steps") if isinstance(training, dict) else None
+        step = self.lineage[-1].get("step")
+        if (self.path / DONE).is_file() or not isinstance(steps, int) or not isinstance(step, int) or step >= steps:
+            return []
+        return [
+            f"{self.path}: its training was stopped at step {step} of {steps}; run the same command again to finish it"
+        ]
+
+    @property
     def tokenizer_path(self) -> Path:
         return self.path / TOKENIZER
 
@@ -242,7 +254,10 @@ def open_run(path: Path) -> RunDir:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run directory; give the --out of a training stage")
+        others = (
+            "; external recognizers work with evaluate, label and distill --teacher only" if ":" in str(path) else ""
+        )
+        raise UserError(f"{path}: no such run directory; give the --out of a training stage{others}")
     weights = [] if (path / ARPA).is_file() else [WEIGHTS]
     missing = [name for name in (CONFIG, MODEL, *weights, LINEAGE) if not (path / name).is_file()]
     if missing and (path / EXPORT).is_file():

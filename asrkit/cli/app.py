@@ -23,7 +23,10 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # pybind11 makes a RuntimeError of a Ctrl-C that comes while a module of C++ is imported.
+            if isinstance(error, RuntimeError) and not str(error).startswith("KeyboardInterrupt"):
+                raise
             typer.echo("stopped; run the same command again to finish", err=True)
             raise typer.Exit(130) from None
 

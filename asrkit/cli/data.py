@@ -132,7 +132,9 @@ def import_(
             help="words: lower case, numbers spelled out, no punctuation; raw: as written; none: recordings without texts, to pretrain on.",
         ),
     ] = "words",
-    split: Annotated[str, splits(help="How to split: auto, column, hash (of the text) or none.")] = "auto",
+    split: Annotated[
+        str, splits(help="How to split: auto, column, hash (of the text: each text is in one set only) or none.")
+    ] = "auto",
     split_by: Annotated[
         str | None, splits(help="Column to split by: --test and --dev list its values, the rest is train.")
     ] = None,
@@ -166,6 +168,8 @@ def import_(
         raise UserError("--test, --dev: list values of a column; name it with --split-by")
     if split_by and split != "auto":
         raise UserError(f"--split {split} and --split-by: are two ways to split; give one of them")
+    if (jobs is not None or ray_address is not None) and not convert:
+        raise UserError("--jobs, --ray-address: work with --convert only; leave them out")
     conditions = {}
     for condition in where or []:
         name, equals, values = condition.partition("=")
@@ -187,6 +191,11 @@ def import_(
     _print_splits(made.cuts, out)
     if made.skipped:
         typer.echo(f"skipped {len(made.skipped)} bad rows ({out / 'skipped.txt'})")
+    if split == "hash" and (empty := [name for name in ("train", "dev", "test") if name not in made.cuts]):
+        typer.echo(
+            f"no text fell into {' or '.join(empty)}: a text is in one set only, and there are few; split by speaker instead, as in "
+            "--split-by speaker --test anne --dev bob, or by a column split"
+        )
 
 
 def fetch(

@@ -281,7 +281,9 @@ def transcribe(  # long: a parameter for each option
     run: Run,
     audio: Annotated[
         list[Path],
-        typer.Argument(help="Audio files of any format, rate, channels and length; with --stream also - (raw PCM)."),
+        typer.Argument(
+            help="Audio files of any format that libsndfile reads (not .m4a), rate and length; with --stream also - (raw PCM)."
+        ),
     ],
     method: Annotated[
         Method | None,

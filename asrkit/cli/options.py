@@ -89,7 +89,7 @@ Overrides = Annotated[
     settings(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one setting, as in training.steps=2000. Repeatable. `asrkit config` lists every key.",
+        help="Change one setting, as in training.steps=2000. Repeatable. `asrkit config STAGE --all` lists every key.",
         show_default=False,
     ),
 ]

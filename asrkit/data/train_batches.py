@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from lhotse.cut import Cut
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from asrkit.config import config
@@ -60,6 +60,14 @@ class AudioConfig:
     read by `asrkit data check`, whose result is remembered, or checked as it is trained on."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training data are varied."""
+
+    @model_validator(mode="after")
+    def _noise_is_mixed(self) -> AudioConfig:
+        if self.noise is not None and self.augment.noise_probability == 0:
+            raise ValueError(
+                "noise: is mixed into no cut; set data.augment.noise_probability, such as 0.5, or leave it out"
+            )
+        return self
 
     @property
     def needs_text(self) -> bool:

@@ -22,7 +22,7 @@ from asrkit.frames import SAMPLE_RATE
 
 BLOCK_SECONDS = 0.1
 PCM_SCALE = 32768.0
-HEADERS = (b"RIFF", b"fLaC", b"OggS")
+HEADERS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")  # the last four: MP3
 
 
 def file_blocks(path: Path, paced: bool, stopped: Callable[[], bool] = lambda: False) -> Iterator[Tensor]:
@@ -72,7 +72,7 @@ def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> 
             continue
         received = os.read(descriptor, 1 << 16)
         head += received[: 4 - len(head)]
-        if head in HEADERS:
+        if head.startswith(HEADERS):
             raise UserError(
                 f"-: begins with {head.decode()}, so it is a file with a header, not raw samples; give the file's name, or pipe it "
                 "through ffmpeg -i - -f s16le -ar 16000 -ac 1 -"

@@ -82,7 +82,7 @@ def load_recognizer(
     attends = any(model.spec.submodels[part].kind == "attention" for part in model.submodels_of(name))
     if not isinstance(context, Context):
         context = (context or ContextChoice()).among(trained, attends, f"{path}: variant {name}")
-    warnings = []
+    warnings = [*run.unfinished]
     if not was_trained(context, trained, attends):
         warnings.append(
             f"{path}: variant {name} was never trained in context {context}, only in {listed(trained)} "

@@ -151,8 +151,8 @@ def quantized_spec(model: AsrModel, settings: QuantizationConfig, active: Sequen
     chosen = choose_layers(model, settings.layers, active)
     if done := [path for path in chosen if path in spec.compression and spec.compression[path].weights is not None]:
         raise UserError(
-            f"{len(done)} of the layers are quantized already, such as {done[0]}; choose others (layers.only), or start from the "
-            "run that was quantized, whose weights are float"
+            f"{len(done)} of the layers are quantized already, such as {done[0]}; choose others (layers.only), start from the run "
+            "that was quantized, whose weights are float, or leave out what quantizes again, such as export --quantize"
         )
     for pattern in settings.bits:
         if not any(fnmatchcase(path, pattern) for path in chosen):

@@ -130,10 +130,17 @@ def _size_row(table: Table, part: str, bits: str, kept: str, rows: Sequence[dict
 def _stages(description: dict[str, Any]) -> Table:
     table = plain_table("stages", "stage", "created", "metrics", numbers=("step", "seconds"))
     for entry in description["stages"]:
-        metrics = ", ".join(f"{name} {_number(value)}" for name, value in (entry.get("metrics") or {}).items())
+        metrics = ", ".join(_metric(name, value) for name, value in (entry.get("metrics") or {}).items())
         texts = (entry.get("stage"), entry.get("created"), metrics, entry.get("step"), entry.get("seconds"))
         table.add_row(*("-" if text in (None, "") else str(text) for text in texts))
     return table
+
+
+def _metric(name: str, value: Any) -> str:
+    """Error rates are fractions in files, percents on the screen, as in the tables."""
+    if name.endswith(("wer", "cer")) and isinstance(value, int | float):
+        return f"{name} {100 * value:.2f} %"
+    return f"{name} {_number(value)}"
 
 
 def _variants(description: dict[str, Any]) -> Table:

@@ -127,7 +127,7 @@ def _lines(report: Report) -> Iterator[str]:
         if len(findings) > SHOWN:
             yield f"{name}: {len(findings) - SHOWN} more findings; --json FILE lists all"
     bad = sum(len({finding.cut_id for finding in findings}) for findings in report.findings.values())
-    yield f"{bad} unusable cuts" if bad else "every cut can be used"
+    yield f"{bad} unusable cuts" if bad else "every cut can be read"
 
 
 def _duration(seconds: float) -> str:

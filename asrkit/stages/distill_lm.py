@@ -164,6 +164,8 @@ def _check(
                 "leave out --supervised, or use --mode mtl"
             )
         unit_of_labels = first.inventory.unit
+    if settings.supervised_scale != DistillLmConfig().supervised_scale and unit_of_labels is None:
+        findings.append("supervised_scale: there is no supervised head; add one with --supervised UNIT")
     if SUPERVISED in settings.heads and unit_of_labels is None:
         findings.append(f"heads.{SUPERVISED}: there is no supervised head; add one with --supervised UNIT")
     if findings:

@@ -97,6 +97,8 @@ def export(
         None if fusion is None else {**to_dict(fusion), "beam": beam},
     )
     run = open_run(run_path)
+    for line in run.unfinished:
+        warn(line)
     weights_sha256 = sha256_of(run.path / WEIGHTS)
     findings = options.refusals(out, pack)
     if pack is not None and not findings and (done := finished_without_pack(out, asdict(options), weights_sha256)):

@@ -12,7 +12,7 @@ from typing import Any
 from lhotse.cut import Cut
 
 from asrkit.data.manifests import digest_of, open_cuts
-from asrkit.disk import atomic_write
+from asrkit.disk import atomic_write, check_writable
 from asrkit.errors import UserError
 from asrkit.export.directory import is_exported
 from asrkit.export.evaluated import Evaluated, open_evaluated
@@ -58,6 +58,7 @@ def report(
         UserError: everything that cannot be read, before anything is drawn; nothing is written then.
     """
     require("report", for_="report")
+    check_writable(out)
     if not runs and not data:
         raise UserError("nothing to report: name run directories, or a manifest with --data")
     gathered = _gather(runs, evaluation)

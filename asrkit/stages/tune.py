@@ -23,6 +23,7 @@ from asrkit.decoding.graph_search import GraphOptions
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
 from asrkit.decoding.tuned import PARTS, Source, Trial, TunedDecoding, write_tuned
 from asrkit.decoding.tuning import Settings, coordinate_search, parse_over, usual_over
+from asrkit.disk import check_writable
 from asrkit.errors import UserError
 from asrkit.reporting.progress import progress
 from asrkit.reporting.wer import ErrorCounts, Scored, total_words
@@ -123,8 +124,11 @@ def tune(
 
 def _values(over: str | None, domain: Domain, method: FusedMethod, out: Path) -> dict[str, tuple[float, ...]]:
     """What to try of each option; refuses values that cannot be, and an ``out`` that cannot be written."""
-    findings = [f"{out}: is a directory; choose another --out"] if out.is_dir() else []
-    findings += domain.findings([method])
+    findings = domain.findings([method])
+    try:
+        check_writable(out)
+    except UserError as error:
+        findings += error.lines
     request = domain.fusion or FusionRequest()
     parts = [name for name in PARTS if getattr(request, name) is not None]
     parts += [] if domain.graph is None else ["graph"]

@@ -143,10 +143,12 @@ def _existing(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
     if changed := changes(begun, content):
         if not any((path / name).exists() for name in (f"{STATE}/{STATE_FILE}", WEIGHTS, LINEAGE, DONE)):
             return None
-        raise UserError.of(
-            [f"{path}: was started with different {line}" for line in changed]
-            + [f"{path}: use the same settings and inputs to resume, or choose another --out"]
-        )
+        if "from" in content and Path(content["from"]).resolve() == path.resolve():
+            raise UserError(f"{path}: is the run that training starts from (--from); choose another --out")
+        advice = "use the same settings and inputs to resume, or choose another --out"
+        if (path / DONE).is_file():
+            advice = f"to train it further, give --from {path} and another --out; to train anew, another --out"
+        raise UserError.of([f"{path}: was started with different {line}" for line in changed] + [f"{path}: {advice}"])
     if (path / DONE).is_file() or (path / WEIGHTS).is_file():
         try:
             open_run(path)

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from asrkit.config import Advanced, Probability, config
@@ -45,6 +45,21 @@ class OptimizerConfig:
     """How the learning rate falls from its peak to the last step: cosine, linear, or constant (not at all)."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02
     """Learning rate of the last step as a share of the peak, for cosine and linear."""
+
+    @model_validator(mode="after")
+    def _are_read(self) -> OptimizerConfig:
+        """Refuse values that the optimizer would not read."""
+        fields = type(self).__dataclass_fields__
+        unread = {
+            "weight_decay": self.name != "adamw" and self.weight_decay > 0 and "works with optimizer.name=adamw only",
+            "momentum": self.name != "sgd" and "works with optimizer.name=sgd only",
+            "betas": self.name not in ("adamw", "scaled_adam") and "works with adamw and scaled_adam only",
+            "warm_up_steps": self.warm_up_share is not None and "warm_up_share is set; set that, or warm_up_share=null",
+        }
+        for name, why in unread.items():
+            if why and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name}: {why}")
+        return self
 
     @property
     def peak_learning_rate(self) -> float:

@@ -175,6 +175,8 @@ def open_training(
         join_world(device) as world,
         RunWriter.open(out, stage, dict(entry), dict(files), command, world, parent=parent) as run,
     ):
+        for line in [] if parent is None or run.finished else open_run(parent).unfinished:
+            run.note(f"{out}: warning: {line}")
         yield run
 
 

@@ -56,8 +56,8 @@ class TokenizerConfig:
 class EncoderConfig:
     """Shape of a new encoder: a Conformer without attention (arXiv 2005.08100), unless its attention is asked for."""
 
-    size: Size = "small"
-    """Preset shape: tiny, small, medium or large. Any other field that is set replaces the preset's value."""
+    size: Size | None = None
+    """Preset shape: tiny, small, medium or large; null is small. Any other field that is set replaces the preset's value."""
     dim: Positive | None = None
     """Width of the encoder's blocks; null takes the preset's."""
     num_layers: Positive | None = None
@@ -228,6 +228,10 @@ def check_start(
         if settings.tokenizer is not None:
             findings.append("tokenizer: a trained model already has one; leave out --set tokenizer.* or --from")
         findings += _check_model(settings, parent, attention)
+    if (parent is None or encoder) and tokenizer is not None and settings.tokenizer is not None:
+        findings.append(
+            f"--tokenizer {tokenizer}: is trained already; leave out --set tokenizer.*, or --tokenizer to train one"
+        )
     if encoder:
         findings += _check_encoder_start(settings)
     elif settings.pretrained != FromEncoderConfig():
@@ -406,7 +410,7 @@ def check_languages_present(settings: StartConfig, parent: Parent | None, cuts: 
 def model_spec(settings: BackboneConfig, vocab_size: int, contexts: ContextsConfig | None = None) -> ModelSpec:
     """The full spec of a preset with the overrides of ``settings``, to be trained in ``contexts``."""
     encoder = encoder_spec(settings, (contexts or ContextsConfig()).train)
-    return with_transducer(encoder, settings, vocab_size, SIZES[settings.size])
+    return with_transducer(encoder, settings, vocab_size, SIZES[settings.size or "small"])
 
 
 def encoder_spec(settings: EncoderConfig, contexts: Sequence[str] | None = None) -> PretrainedEncoderSpec:
@@ -415,7 +419,7 @@ def encoder_spec(settings: EncoderConfig, contexts: Sequence[str] | None = None)
     Raises:
         UserError: sizes that do not fit together.
     """
-    preset: dict[str, Any] = SIZES[settings.size]["encoder"]  # type: ignore[assignment]
+    preset: dict[str, Any] = SIZES[settings.size or "small"]["encoder"]  # type: ignore[assignment]
     shape = {
         key: getattr(settings, key) or preset[key] for key in ("dim", "num_layers", "feedforward_dim", "kernel_size")
     }

@@ -132,7 +132,7 @@ def test_command(tmp_path):
     assert [f["cut_id"] for f in report["findings"]] == ["gone"]
     assert report["manifests"][str(tmp_path / "train.jsonl.gz")]["cuts"] == 2
     assert report["overlaps"][0]["speakers"] == ["x"]
-    assert asrkit(*command, "--no-audio").splitlines()[-1] == "every cut can be used"
+    assert asrkit(*command, "--no-audio").splitlines()[-1] == "every cut can be read"
 
 
 def test_a_manifest_against_itself_is_an_error(tmp_path):

@@ -184,7 +184,7 @@ def test_broken_tables(content, said, tmp_path):
 def test_options_that_do_not_fit(corpus, tmp_path):
     for options, said in (
         (["--where", "room=1"], "no column 'room'"),
-        (["--where", "speaker=nobody"], "leaves none of 6"),
+        (["--where", "speaker=nobody"], "no row has nobody in the column speaker; there are a, b, c"),
         (["--split", "column"], "no column 'split'"),
         (["--test", "a"], "--split-by"),
         (["--where", "speaker"], "column=value"),
@@ -254,6 +254,36 @@ def test_names_of_files_are_unique_however_a_file_system_folds_them(ids):
     again = [file_name(name.removesuffix(".flac"), ".flac") for name in names]  # what looks like a name is an id too
     assert len({name.casefold() for name in {*names, *again}}) == len({*ids, *(n.removesuffix(".flac") for n in names)})
     assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) for name in names)
+
+
+def test_what_would_mislead_is_refused(tmp_path):
+    """Sets of another import that stay, values that no row has, a recording given as a TSV."""
+    for name, speaker in zip("abcd", ("ann", "ann", "bob", "eve"), strict=True):
+        wav(tmp_path / f"{name}.wav")
+        with open(tmp_path / "t.tsv", "a") as file:
+            file.write("path\ttext\tspeaker\n" * (name == "a") + f"{name}.wav\tword {name}\t{speaker}\n")
+    source, out = tmp_path / "t.tsv", tmp_path / "out"
+    typo = Splitting("speaker", frozenset({"anne"}), frozenset({"bob", "robb"}))
+    with pytest.raises(UserError) as refused:
+        import_recordings(source, out, splitting=typo)
+    assert list(refused.value.lines) == [
+        "--test: no row has anne in the column speaker; there are ann, bob, eve",
+        "--dev: no row has robb in the column speaker; there are ann, bob, eve",
+    ]
+    with pytest.raises(UserError, match="--where speaker: no row has zoe"):
+        import_recordings(source, out, where={"speaker": frozenset({"ann", "zoe"})})
+    import_recordings(source, out, splitting=Splitting("speaker", frozenset({"ann"}), frozenset({"bob"})))
+    with pytest.raises(UserError, match=r"out: holds dev.jsonl.gz of another import"):
+        import_recordings(source, out, splitting=Splitting("speaker", frozenset({"ann"})))
+    with pytest.raises(UserError, match="is a recording; give the folder it is in"):
+        import_recordings(tmp_path / "a.wav", out)
+
+
+def test_converted_recordings_in_the_folder_are_not_imported_again(tmp_path):
+    wav(tmp_path / "a.wav")
+    for _ in range(2):
+        made = import_recordings(tmp_path, tmp_path / "data", style="none", convert=True)
+        assert [cut.id for cuts in made.cuts.values() for cut in cuts] == ["a"]
 
 
 def test_a_folder_takes_no_other_root(tmp_path):

@@ -425,6 +425,7 @@ def test_pieces_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
         (["--lm", "phone={lm-phone}", "--set", "heads.other.layer=0"], "no --lm of that name"),
         (["--lm", "phone={lm-phone}", "--set", "heads.supervised.layer=0"], "--supervised"),
         (["--lm", "phone={lm-phone}", "--supervised", "phone", "--set", "heads.supervised.weight=1"], "set supervised_scale instead"),
+        (["--lm", "phone={lm-phone}", "--set", "supervised_scale=3"], "add one with --supervised UNIT"),
         (["--lm", "phone={lm-phone}", "--mode", "lst", "--set", "heads.phone.layer=0"], "set heads.supervised instead"),
         (["--lm", "x={other}"], "does not know"),
         (["--lm", "x={other}", "--supervised", "phone"], "error: --lm x: does not know"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from asrkit import disk
+from asrkit.decoding.recognizer import load_recognizer
 from asrkit.disk import atomic_directory, atomic_write, sha256_of
 from asrkit.errors import UserError
 from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENS, WEIGHTS, open_run, read_yaml, write_yaml
@@ -177,6 +178,26 @@ def test_a_finished_run_that_is_damaged_is_not_finished(name: str, damage: str, 
         open_run(run)
     with pytest.raises(UserError):
         claimed(run, content({}))
+
+
+def test_a_run_that_was_stopped_says_so_where_it_is_used(tmp_path: Path) -> None:
+    """So does the refusal of other settings say how to go on: from a finished run, with --from; never into the run itself."""
+    run, parts = write_run(tmp_path / "run"), {"training": {"steps": 4000}}
+    write_yaml(run / CONFIG, content({}, **parts))
+    entry = read_yaml(run / LINEAGE)[0] | {"step": 17, "config_file_sha256": sha256_of(run / CONFIG)}
+    write_yaml(run / LINEAGE, [entry])
+    said = "its training was stopped at step 17 of 4000; run the same command again to finish it"
+    assert open_run(run).unfinished == [f"{run}: {said}"] == load_recognizer(run).warnings
+    other = content({}, training={"steps": 8000})
+    with pytest.raises(UserError, match="use the same settings and inputs to resume"):
+        claimed(run, other)
+    (run / DONE).touch()
+    assert open_run(run).unfinished == []
+    with pytest.raises(UserError, match=r"to train it further, give --from \S+ and another --out"):
+        claimed(run, other)
+    with pytest.raises(UserError, match="is the run that training starts from") as refused:
+        claimed(run, content({}, training={"steps": 9}) | {"from": str(tmp_path / "." / "run")})
+    assert len(refused.value.lines) == 1
 
 
 @pytest.fixture

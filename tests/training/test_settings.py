@@ -7,6 +7,7 @@ import torch
 
 from asrkit.config import resolve
 from asrkit.data.batch import Batch
+from asrkit.errors import UserError
 from asrkit.models import AsrModel
 from asrkit.stages.train_backbone import TrainBackboneConfig
 from asrkit.training.asr_loss import LossConfig, asr_loss
@@ -33,3 +34,21 @@ def test_the_simple_loss_counts_as_its_scale_says() -> None:
     ]
     grown = losses[1].losses.sum() - losses[0].losses.sum()
     assert float(grown) == pytest.approx(0.5 * float(losses[0].metrics["simple"].total), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (["training.optimizer.weight_decay=0.3"], "weight_decay: works with optimizer.name=adamw only"),
+        (["training.optimizer.momentum=0.9"], "momentum: works with optimizer.name=sgd only"),
+        (["training.optimizer.name=sgd", "training.optimizer.betas=[0.9,0.9]"], "betas: works with adamw and scaled_adam only"),
+        (["training.optimizer.warm_up_share=0.1", "training.optimizer.warm_up_steps=50"], "warm_up_steps: warm_up_share is set"),
+        (["data.noise=noise.jsonl.gz"], "noise: is mixed into no cut; set data.augment.noise_probability"),
+        (["steps=4"], "steps: unknown key; did you mean training.steps?"),
+        (["zzz=4"], "`asrkit config STAGE --all` lists every key"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_nothing_would_read_is_refused(settings: list[str], complaint: str) -> None:
+    with pytest.raises(UserError) as refused:
+        resolve(TrainBackboneConfig, None, settings)
+    assert complaint in "\n".join(refused.value.lines)

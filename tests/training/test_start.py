@@ -246,6 +246,7 @@ def test_norms_of_a_trained_model_get_a_second_pair_for_streaming(corpus: Path, 
     ("model", "variant", "said"),
     [
         ({"dim": 16}, None, "model.dim: a trained model already has its shape"),
+        ({"size": "small"}, None, "model.size: a trained model already has its shape"),
         ({"attention_dim": 8}, None, "model.attention_dim: a trained model already has its shape"),
         ({"dim": 16, "attention_dropout": {"probability": 0.5}}, None, "leave out model.dim, or --from"),
         ({"attention_dropout": {"probability": 0.5}}, "backbone", "--variant backbone: model.attention_dropout trains"),

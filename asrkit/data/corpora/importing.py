@@ -30,6 +30,7 @@ OTHER_AUDIO = (
     *(".ac3", ".dts", ".spx", ".shn", ".tta", ".mpc"),
 )
 MAX_FINDINGS = 50
+SPLITS = ("train", "dev", "test")
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,13 @@ def import_recordings(
     if source.is_dir() and root is not None:
         raise UserError(f"--root {root}: works with a TSV only; {source} is a folder, which is searched itself")
     with_texts = style != "none"
-    rows = _folder_rows(source, with_texts) if source.is_dir() else _tsv_rows(source, root, with_texts)
+    converted = out / "audio"  # a folder may hold what an earlier import of it has made
+    rows = _folder_rows(source, with_texts, converted) if source.is_dir() else _tsv_rows(source, root, with_texts)
     for column in [*(where or {}), *(() if splitting.by in ("auto", "none", "hash") else (_column(splitting),))]:
         if rows and column not in rows[0].fields:
             raise UserError(f"{source}: no column '{column}'; it has {', '.join(rows[0].fields)}")
+    if findings := _unknown_values(rows, where or {}, splitting):
+        raise UserError.of(findings)
     selected = [row for row in rows if all(row.get(name) in values for name, values in (where or {}).items())]
     if not selected:
         raise UserError(
@@ -124,14 +128,36 @@ def import_recordings(
     result.not_selected = len(rows) - len(selected)
     if result.skipped and (refuse or not result.cuts):
         raise UserError.of(_too_many(result.skipped, source, len(selected), refuse))
+    left = [name for name in SPLITS if name not in result.cuts and (out / f"{name}.jsonl.gz").is_file()]
+    if left:
+        raise UserError(
+            f"{out}: holds {', '.join(f'{name}.jsonl.gz' for name in left)} of another import, which this one does not make; remove "
+            f"{'it' if len(left) == 1 else 'them'}, or choose another --out"
+        )
     if convert:
         _convert(result, out, workers)
     for split, cuts in result.cuts.items():
         write_cuts(out / f"{split}.jsonl.gz", cuts)
+    (out / "skipped.txt").unlink(missing_ok=True)  # of an earlier import
     if result.skipped:
         with atomic_write(out / "skipped.txt") as temporary:
             temporary.write_text("\n".join(result.skipped) + "\n", encoding="utf-8")
     return result
+
+
+def _unknown_values(rows: list[Row], where: Mapping[str, frozenset[str]], splitting: Splitting) -> list[str]:
+    """Findings about values to select or split by that no row has."""
+    asked = [(f"--where {name}", name, values) for name, values in where.items()]
+    asked += [("--test", splitting.by, splitting.test), ("--dev", splitting.by, splitting.dev)]
+    findings = []
+    for option, name, values in asked:
+        there = {row.get(name) for row in rows} if values else set()
+        if missing := sorted(values - there):
+            known = ", ".join(map(clip, sorted(there)[:10])) + (", ..." if len(there) > 10 else "")
+            findings.append(
+                f"{option}: no row has {', '.join(map(clip, missing))} in the column {name}; there are {known}"
+            )
+    return findings
 
 
 def _read_rows(rows: list[Row], language: str | None, style: str, splitting: Splitting) -> Imported:
@@ -231,6 +257,10 @@ def _tsv_rows(source: Path, root: Path | None, with_texts: bool) -> list[Row]:
     try:
         lines = source.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
+        if source.suffix.lower() in (*AUDIO, *OTHER_AUDIO):
+            raise UserError(
+                f"{source}: is a recording; give the folder it is in, or a TSV that names recordings"
+            ) from None
         raise UserError(f"{source}: cannot read ({error}); it must be a UTF-8 text file") from error
     header = [name.strip() for name in lines[0].rstrip("\r").split("\t")]
     if missing := [name for name in ("path", "text") if name not in header and (with_texts or name != "text")]:
@@ -256,12 +286,12 @@ def _tsv_rows(source: Path, root: Path | None, with_texts: bool) -> list[Row]:
     return rows
 
 
-def _folder_rows(source: Path, with_texts: bool) -> list[Row]:
+def _folder_rows(source: Path, with_texts: bool, leave_out: Path) -> list[Row]:
     """Audio files, each with a .txt of the same name where there are texts; the id is the path within the folder, / as -.
 
     What cannot be imported is a row too, so that it is named: audio that libsndfile does not read, a text without audio.
     """
-    files = sorted(path for path in source.rglob("*") if path.is_file())
+    files = sorted(path for path in source.rglob("*") if path.is_file() and leave_out not in path.parents)
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"} if with_texts else {}
     recordings = [path for path in files if path.suffix.lower() in (*AUDIO, *OTHER_AUDIO)]
     rows = []
@@ -302,8 +332,9 @@ def _read(row: Row, language: str | None, style: str, splitting: Splitting) -> t
         if style != "none":
             text = as_written(written) if style == "raw" else normalize(written, language or "")
     except TextError as error:
+        known = "" if language else "say in which language it is with --lang, "
         raise ValueError(
-            f"text: {error}; write it as it is spoken, or keep texts as they are with --text raw"
+            f"text: {error}; {known}write it as it is spoken, or keep texts as they are with --text raw"
         ) from error
     split = splitting.split_of(row, text or "")
     if not re.fullmatch(r"[\w.-]+", split):
