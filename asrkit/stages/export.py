@@ -69,8 +69,7 @@ def export(
         quantize: a key of QUANTIZED, for a model whose weights are float.
         dequantize: integer weights become the float32 numbers they stand for, masks zeros in dense weights.
         report: cuts to measure the WER on: of the files, of the float model, and of each part quantized alone.
-        pack: also write the directory as this .tar. It appears after the directory; where only the directory is there, as after
-            a kill between the two, the same call completes it.
+        pack: also write the directory as this .tar, which appears after it; after a kill between the two the same call completes it.
         license: of the model, for its card; an SPDX name.
         graph: the directory of a decoding graph, which the client searches CTC over; graph_scale: its weight.
         fusion: language models for the client's beam search, of ``beam`` hypotheses.
@@ -106,8 +105,7 @@ def export(
             pack_directory(out, packed, pack, out.absolute().name)
         return done
     plan, cuts = _plan(run, weights_sha256, options, [*occupied(out), *findings], warn, fusion)
-    # The directory appears first and its tar last, as finished_without_pack expects.
-    with nullcontext() if pack is None else atomic_write(pack) as packed:
+    with nullcontext() if pack is None else atomic_write(pack) as packed:  # comes last: see finished_without_pack
         if packed is not None:
             packed.touch()  # a path that cannot be written is reported before the work
         with atomic_directory(out) as directory:
