@@ -344,7 +344,7 @@ def test_info_counts_every_parameter(
     assert description["evaluations"][0]["current"]
     code, out, _ = finish("info", copy)
     assert code == 0
-    for text in ("train-backbone", "wer 0.5", "backbone", "joiner", "kaldi-fbank", "greedy", "backbone"):
+    for text in ("train-backbone", "wer 50.00 %", "backbone", "joiner", "kaldi-fbank", "greedy", "backbone"):
         assert text in out
     code, out, _ = finish("info", copy, "--json")
     assert code == 0 and json.loads(out) == json.loads(json.dumps(description))
