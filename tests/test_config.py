@@ -29,7 +29,11 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
 
 
 def test_resolved_settings_round_trip() -> None:
-    settings = resolve(TrainBackboneConfig, None, ["model.subsampling_channels=[4, 16]", "data.noise=noise.jsonl.gz"])
+    settings = resolve(
+        TrainBackboneConfig,
+        None,
+        ["model.subsampling_channels=[4, 16]", "data.noise=noise.jsonl.gz", "data.augment.noise_probability=0.5"],
+    )
     plain = to_dict(settings)
     assert from_dict(TrainBackboneConfig, plain, "again") == settings
     assert digest(plain) == digest(to_dict(from_dict(TrainBackboneConfig, plain, "again")))
@@ -135,7 +139,10 @@ def test_numbers_and_booleans_are_read_by_the_fields_type() -> None:
     settings = resolve(TrainBackboneConfig, None, ["training.steps=1e3", "training.optimizer.learning_rate=1e-3"])
     assert (settings.training.steps, settings.training.optimizer.learning_rate) == (1000, 1e-3)
     assert resolve(TrainBackboneConfig, None, ["training.tensorboard=no"]).training.tensorboard is False
-    assert str(resolve(TrainBackboneConfig, None, ["data.noise=123"]).data.noise) == "123"
+    assert (
+        str(resolve(TrainBackboneConfig, None, ["data.noise=123", "data.augment.noise_probability=0.5"]).data.noise)
+        == "123"
+    )
 
 
 def test_an_error_names_what_set_the_value(tmp_path: Path) -> None:

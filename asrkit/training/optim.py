@@ -54,7 +54,6 @@ class OptimizerConfig:
             "weight_decay": self.name != "adamw" and self.weight_decay > 0 and "works with optimizer.name=adamw only",
             "momentum": self.name != "sgd" and "works with optimizer.name=sgd only",
             "betas": self.name not in ("adamw", "scaled_adam") and "works with adamw and scaled_adam only",
-            "warm_up_steps": self.warm_up_share is not None and "warm_up_share is set; set that, or warm_up_share=null",
         }
         for name, why in unread.items():
             if why and getattr(self, name) != fields[name].default:

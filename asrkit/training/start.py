@@ -228,10 +228,6 @@ def check_start(
         if settings.tokenizer is not None:
             findings.append("tokenizer: a trained model already has one; leave out --set tokenizer.* or --from")
         findings += _check_model(settings, parent, attention)
-    if (parent is None or encoder) and tokenizer is not None and settings.tokenizer is not None:
-        findings.append(
-            f"--tokenizer {tokenizer}: is trained already; leave out --set tokenizer.*, or --tokenizer to train one"
-        )
     if encoder:
         findings += _check_encoder_start(settings)
     elif settings.pretrained != FromEncoderConfig():

@@ -220,7 +220,17 @@ def test_noise_that_cannot_be_read_is_named_before_training(tmp_path: Path) -> N
     make_corpus(tmp_path, 4)
     noise = make_corpus(tmp_path, 2, 3, "noise")
     (tmp_path / "noise" / "1.wav").write_bytes(b"RIFF")
-    refused = lines_of(finish(*command(tmp_path, tmp_path / "run", "training.steps=2", f"data.noise={noise}")))
+    refused = lines_of(
+        finish(
+            *command(
+                tmp_path,
+                tmp_path / "run",
+                "training.steps=2",
+                f"data.noise={noise}",
+                "data.augment.noise_probability=0.5",
+            )
+        )
+    )
     assert "noise-1" in refused and "1 unusable cut" in refused and not (tmp_path / "run").exists()
 
 
