@@ -164,7 +164,7 @@ def test_a_group_that_is_off_is_turned_on_by_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["nonsense.max_duration=1", "heads.phone.wieght=1"])
 def test_the_nearest_key_is_in_the_same_group(override: str) -> None:
-    with pytest.raises(UserError, match=r"heads.phone.weight\?|unknown key; `asrkit config`"):
+    with pytest.raises(UserError, match=r"heads.phone.weight\?|unknown key; `asrkit config STAGE --all`"):
         resolve(DistillLmConfig, None, [override])
 
 
