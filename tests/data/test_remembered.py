@@ -331,7 +331,7 @@ def test_a_row_of_json_is_that_of_the_cut(
             except (KeyError, IndexError, TypeError):
                 target = {}
         if isinstance(target, dict):
-            target[path[-1]] = value
+            target[path[-1]] = deepcopy(value)  # the values drawn are shared; one in itself is no JSON
     data = without_nulls(data)
     if check_cut(data):
         return
