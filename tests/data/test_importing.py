@@ -279,10 +279,11 @@ def test_what_would_mislead_is_refused(tmp_path):
         import_recordings(tmp_path / "a.wav", out)
 
 
-def test_converted_recordings_in_the_folder_are_not_imported_again(tmp_path):
+def test_converted_recordings_in_the_folder_are_not_imported_again(tmp_path, monkeypatch):
     wav(tmp_path / "a.wav")
-    for _ in range(2):
-        made = import_recordings(tmp_path, tmp_path / "data", style="none", convert=True)
+    monkeypatch.chdir(tmp_path)
+    for out in (tmp_path / "data", Path("data")):
+        made = import_recordings(tmp_path, out, style="none", convert=True)
         assert [cut.id for cuts in made.cuts.values() for cut in cuts] == ["a"]
 
 

@@ -112,7 +112,7 @@ def import_recordings(
     if source.is_dir() and root is not None:
         raise UserError(f"--root {root}: works with a TSV only; {source} is a folder, which is searched itself")
     with_texts = style != "none"
-    converted = out / "audio"  # a folder may hold what an earlier import of it has made
+    converted = (out / "audio").resolve()  # a folder may hold what an earlier import of it has made
     rows = _folder_rows(source, with_texts, converted) if source.is_dir() else _tsv_rows(source, root, with_texts)
     for column in [*(where or {}), *(() if splitting.by in ("auto", "none", "hash") else (_column(splitting),))]:
         if rows and column not in rows[0].fields:
@@ -291,7 +291,7 @@ def _folder_rows(source: Path, with_texts: bool, leave_out: Path) -> list[Row]:
 
     What cannot be imported is a row too, so that it is named: audio that libsndfile does not read, a text without audio.
     """
-    files = sorted(path for path in source.rglob("*") if path.is_file() and leave_out not in path.parents)
+    files = sorted(path for path in source.rglob("*") if path.is_file() and leave_out not in path.resolve().parents)
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"} if with_texts else {}
     recordings = [path for path in files if path.suffix.lower() in (*AUDIO, *OTHER_AUDIO)]
     rows = []
