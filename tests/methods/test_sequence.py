@@ -529,14 +529,17 @@ def test_frames_without_the_reference_are_rejected(k2: ModuleType) -> None:
     outputs = torch.full((3, 5, 3), -9.0)
     outputs[:, :, 2] = -0.001
     narrow = {"search_beam": 100.0, "output_beam": 0.5, "max_active": 10_000}
+    counts = set()  # the same frames, whatever the criterion
     for criterion in LATTICE:
         kept = lattice_and_outer(k2, criterion, outputs, torch.tensor(LENS), denominator=narrow)[1]
         found = lattice_and_outer(k2, criterion, outputs, torch.tensor(LENS), denominator=narrow, reject_frames=True)[1]
         assert int(kept.rejected) == 0 and int(found.rejected) > 0
+        counts.add(int(found.rejected))
         rejected = (found.derivative == 0).all(dim=2) & (kept.derivative != 0).any(dim=2)
         if criterion in ("mmi", "bmmi"):
             assert bool(rejected.any()) and not bool((found.derivative != 0).all(dim=2).any())
         torch.testing.assert_close(found.derivative[~rejected], kept.derivative[~rejected])
+    assert len(counts) == 1
 
 
 def test_an_utterance_without_a_path_does_not_count(k2: ModuleType) -> None:
