@@ -31,7 +31,7 @@ from asrkit.run_dir import EXPORT, TOKENIZER, TOKENS, check_lineage, read_yaml, 
 
 ENCODER, DECODER, JOINER, CTC = "encoder", "decoder", "joiner", "ctc"
 FILES = (ENCODER, DECODER, JOINER, CTC)  # without their suffix
-README, REPORT, BPE_VOCAB = "README.md", "report.json", "bpe.vocab"
+README, ATTRIBUTES, REPORT, BPE_VOCAB = "README.md", ".gitattributes", "report.json", "bpe.vocab"
 Format = Literal["onnx", "torchscript"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torchscript": ".pt"}
 
@@ -217,7 +217,9 @@ def finished_without_pack(out: Path, options: dict[str, Any], weights_sha256: st
 
 
 def pack_directory(path: Path, packed: Path, pack: Path, name: str) -> None:
-    """Put an exported directory into an uncompressed tar file, in a folder ``name``; the same files give the same bytes.
+    """Put the files of an export into an uncompressed tar file, in a folder ``name``; the same files give the same bytes.
+
+    What else lies in the directory, such as evaluations with their texts, stays out of it.
 
     Args:
         packed: where to write it, which will be ``pack``.
@@ -235,7 +237,9 @@ def pack_directory(path: Path, packed: Path, pack: Path, name: str) -> None:
     try:
         with tarfile.open(packed, "w") as archive:
             archive.add(path, name, recursive=False, filter=plain)
-            for file in sorted(path.iterdir()):
-                archive.add(file, f"{name}/{file.name}", filter=plain)
+            for file in sorted({EXPORT, README, ATTRIBUTES, *open_exported(path).files}):
+                if file in (README, ATTRIBUTES) and not (path / file).is_file():
+                    continue  # people may remove them
+                archive.add(path / file, f"{name}/{file}", recursive=False, filter=plain)
     except OSError as error:
         raise UserError(f"{pack}: cannot write ({error.strerror or error}); choose another --pack") from error

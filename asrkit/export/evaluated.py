@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from asrkit.disk import sha256_of
+from asrkit.errors import UserError
 from asrkit.export.directory import CTC, DECODER, ENCODER, JOINER, SUFFIXES, is_exported, open_exported
 from asrkit.models.registry import spec_of
 from asrkit.models.sizes import stored_sizes
@@ -52,6 +53,10 @@ def _trained(path: Path) -> Evaluated:
     spec, entry = spec_of(run), run.lineage[-1]
 
     def size(variant: str, method: str) -> int:
+        if variant not in spec.variants:
+            raise UserError(
+                f"{path}: has an evaluation of variant {variant}, but no such variant; delete the evaluation"
+            )
         unused = {f"submodel {name}" for name in set(spec.submodels) - set(spec.variants[variant].submodels)}
         unused |= {"predictor", "joiner"} if method.startswith("ctc") else {"ctc_head"}
         return sum(part["bytes"] for name, part in stored_sizes(run, spec, variant).items() if name not in unused)

@@ -17,7 +17,7 @@ from torch import Tensor
 from asrkit.errors import UserError
 from asrkit.export.directory import DECODER, ENCODER, FILES, JOINER, SUFFIXES, Format
 from asrkit.export.graphs import zipformer2_states
-from asrkit.export.safety import check_onnx, check_operators, check_script
+from asrkit.export.safety import check_onnx, check_operators, checked_script
 from asrkit.extras import require
 from asrkit.run_dir import EXPORT
 
@@ -119,10 +119,9 @@ class _ScriptFile:
     """The same of a TorchScript file."""
 
     def __init__(self, path: Path) -> None:
-        check_script(path)
-        self._path = path
+        self._path, archive = path, checked_script(path)
         try:
-            self._script: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+            self._script: Any = torch.jit.load(archive, map_location="cpu")  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise UserError(
                 f"{path}: torch {torch.__version__} cannot load it; export again with this torch"

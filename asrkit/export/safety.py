@@ -6,8 +6,10 @@ ONNX can name files outside the directory to read tensors from, and operators of
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from asrkit.errors import UserError
 from asrkit.export.integers import MICROSOFT
 from asrkit.extras import require
 
+MOST_CODE = 1 << 26  # bytes; torch compresses code, not tensors
 DOMAINS = ("", "ai.onnx", MICROSOFT)
 # What the exported graphs are made of, in torch 1.13 and 2.13.
 OPERATORS = """
@@ -67,21 +70,35 @@ def _messages(message: Any) -> Iterator[Any]:
                 yield from _messages(item)
 
 
-def check_script(path: Path) -> None:
-    """Refuse a TorchScript file that would run code while it is loaded.
+def checked_script(path: Path) -> io.BytesIO:
+    """A TorchScript file that runs no code while it is loaded, as the archive to load.
+
+    It is written anew from the entries that were looked at. torch reads archives by other rules than Python, so of the file itself it
+    might load what nobody looked at: names are alike to it that differ by case, and of two entries of one name it may take either.
 
     Raises:
         UserError: it is no TorchScript archive, or has such code.
     """
+    cannot = f"{path}: torch {torch.__version__} cannot load it; it is no TorchScript archive: export again"
+    copy = io.BytesIO()
     try:
-        with zipfile.ZipFile(path) as archive:
-            sources = [archive.read(name) for name in archive.namelist() if "/code/" in name and name.endswith(".py")]
-    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: torch {torch.__version__} cannot load it; it is no TorchScript archive: export again"
-        ) from error
-    if any(re.search(rb"__[sg]etstate__", source) for source in sources):
-        raise UserError(f"{path}: runs code while it is loaded, which no export of asrkit does")
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
+            entries = archive.infolist()
+            if len({entry.filename.casefold() for entry in entries}) < len(entries):
+                raise UserError(f"{path}: has two entries of one name, which no export of asrkit has")
+            if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+                raise UserError(f"{path}: is packed in a way that torch does not read; export again")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size + MOST_CODE:
+                raise UserError(f"{path}: holds more than its size, which no export of asrkit does")
+            for entry in entries:
+                content = archive.read(entry)
+                if re.search(rb"__[sg]etstate__", content):
+                    raise UserError(f"{path}: runs code while it is loaded, which no export of asrkit does")
+                checked.writestr(entry.filename, content)
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(cannot) from error
+    copy.seek(0)
+    return copy
 
 
 def check_operators(path: Path, script: Any) -> None:

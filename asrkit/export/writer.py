@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from asrkit import __version__
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.export.directory import (
+    ATTRIBUTES,
     BPE_VOCAB,
     README,
     REPORT,
@@ -78,6 +80,8 @@ class ExportOptions:
             findings.append("--chunk and --left are for streaming; give --streaming too")
         if self.graph is not None and self.format == "torchscript":
             findings.append("--graph: works with ONNX files only; drop --format")
+        if not isfinite(self.graph_scale):
+            findings.append(f"--graph-scale {self.graph_scale}: must be a number of 0 or more")
         if self.graph is None and self.graph_scale != 1.0:
             findings.append("--graph-scale: has no effect without --graph; add it")
         if self.dequantize and self.format == "torchscript":
@@ -189,7 +193,7 @@ def write_card(directory: Path, exported: Exported, measured: Mapping[str, Any] 
         exported.files[REPORT] = record_of(directory / REPORT)
         save_exported(directory, exported)
     (directory / README).write_text(describe(exported, measured), encoding="utf-8")
-    (directory / ".gitattributes").write_text(f"*{SUFFIXES[exported.format]} filter=lfs diff=lfs merge=lfs -text\n")
+    (directory / ATTRIBUTES).write_text(f"*{SUFFIXES[exported.format]} filter=lfs diff=lfs merge=lfs -text\n")
 
 
 def _versions() -> dict[str, str]:

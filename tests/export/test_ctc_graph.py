@@ -119,6 +119,7 @@ def test_a_graph_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> N
     for words, complaint in (
         (["--graph", folder / "lm"], "holds no decoding graph"),
         (["--graph-scale", "2"], "no effect without --graph"),
+        (["--graph", folder / "graph", "--graph-scale", "inf"], "--graph-scale inf: must be a number of 0 or more"),
         (["--graph", folder / "graph", "--format", "torchscript"], "drop --format"),
     ):
         said = asrkit("export", "--from", folder / "run", *words, "--out", tmp_path / "out", code=1)

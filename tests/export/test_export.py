@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -559,6 +560,7 @@ def test_what_an_export_is_not(offline: Path, streaming: Path, audio: list[Path]
         (offline, {"variant": "backbone"}, "has variant all only, not backbone"),
         (offline, {"context": Context(4, 9)}, "was exported in context full, not chunk=4,left=9"),
         (streaming, {"context": ContextChoice(full=True)}, "was exported in context chunk=4,left=9, not full"),
+        (streaming, {"context": ContextChoice(chunk=16)}, "was exported in context chunk=4,left=9, not chunk=16"),
         (offline, {"device": "cuda"}, "run on the CPU"),
     ):
         with pytest.raises(UserError, match=says):
@@ -671,6 +673,27 @@ def test_a_script_that_does_more_than_compute_is_refused(run: Path, tmp_path: Pa
         forge(tmp_path / "script", "joiner.pt")
         with pytest.raises(UserError, match=says):
             load_recognizer(tmp_path / "script")
+    # The last of them as archives that torch reads in the same way, and others do not.
+    with zipfile.ZipFile(tmp_path / "script" / "joiner.pt") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    for renamed, kept, says in (
+        (lambda name: name.replace("/code/", "/Code/"), False, "runs code while"),
+        (lambda name: name.replace(".py", ".PY"), False, "runs code while"),
+        (lambda name: name.replace("/code/", "/Code/"), True, "two entries of one name"),
+    ):
+        with zipfile.ZipFile(tmp_path / "script" / "joiner.pt", "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(renamed(name), content)
+                if kept and renamed(name) != name:
+                    archive.writestr(name, b"")
+        forge(tmp_path / "script", "joiner.pt")
+        with pytest.raises(UserError, match=f"joiner.pt: .*{says}"):
+            load_recognizer(tmp_path / "script")
+    with zipfile.ZipFile(tmp_path / "script" / "joiner.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("joiner/data/0", bytes(1 << 27))
+    forge(tmp_path / "script", "joiner.pt")
+    with pytest.raises(UserError, match="joiner.pt: holds more than its size"):
+        load_recognizer(tmp_path / "script")
 
 
 def test_files_that_do_not_fit_export_yaml_are_refused_in_one_line(
@@ -857,10 +880,13 @@ def test_a_kill_between_the_directory_and_its_pack(run: Path, tmp_path: Path, mo
     with pytest.raises(UserError, match="exists and is not empty"):
         export(run, out, variant="backbone", pack=pack)
     monkeypatch.setattr(writer, "write_onnx", lambda *_: pytest.fail("the directory was complete"))
+    files = {file.name for file in out.iterdir()}
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "utterances.jsonl").write_text("what nobody wants to publish")
     assert export(run, out, variant="wide", pack=pack) == open_exported(out)
     assert (out / "export.yaml").read_bytes() == before
     with tarfile.open(pack) as archive:
-        assert set(archive.getnames()) == {"onnx", *(f"onnx/{file.name}" for file in out.iterdir())}
+        assert set(archive.getnames()) == {"onnx", *(f"onnx/{file}" for file in files)}
     with pytest.raises(UserError, match="exists; choose another --pack"):
         export(run, out, variant="wide", pack=pack)
 
