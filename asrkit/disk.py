@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -116,6 +116,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_not_read(out: Path, inputs: Iterable[Path | None], option: str = "--out") -> None:
+    """Refuse to write a file over one that the same command reads.
+
+    Raises:
+        UserError: ``out`` is one of the ``inputs``, by whatever name.
+    """
+    for path in inputs:
+        if path is not None and path.exists() and out.exists() and out.samefile(path):
+            raise UserError(
+                f"{option} {out}: is a file that this command reads, and would be replaced; choose another name"
+            )
 
 
 def check_writable(path: Path) -> None:

@@ -170,12 +170,12 @@ def import_(
         raise UserError(f"--split {split} and --split-by: are two ways to split; give one of them")
     if (jobs is not None or ray_address is not None) and not convert:
         raise UserError("--jobs, --ray-address: work with --convert only; leave them out")
-    conditions = {}
+    conditions: dict[str, frozenset[str]] = {}
     for condition in where or []:
         name, equals, values = condition.partition("=")
         if not equals:
             raise UserError(f"--where {condition}: write column=value")
-        conditions[name] = _list(values)
+        conditions[name] = conditions.get(name, frozenset()) | _list(values)
     made = import_recordings(
         source,
         out,

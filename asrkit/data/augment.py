@@ -11,12 +11,19 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from asrkit.config import Share, config
 from asrkit.data.features import LOG_EPS, resample
 from asrkit.frames import SAMPLE_RATE, SHIFT_SAMPLES
+
+
+def _in_steps(speed: float) -> float:
+    if abs(100 * speed - round(100 * speed)) > 1e-6:
+        raise ValueError("must be a multiple of 0.01, as speeds are drawn in steps of that")
+    return speed
+
 
 Fraction = Annotated[float, Field(ge=0.0, le=0.5)]
 
@@ -45,8 +52,8 @@ class AugmentConfig:
     factor warps the mel axis below 4.8 kHz (Jaitly & Hinton 2013). Used together they also vary the pitch alone.
     """
 
-    speed: Fraction = 0.1
-    """Largest change of speed, pitch included: 0.1 draws a factor from 0.9 to 1.1 for each utterance; 0 is off."""
+    speed: Annotated[Fraction, AfterValidator(_in_steps)] = 0.1
+    """Largest change of speed, pitch included, in steps of 0.01: 0.1 draws a factor from 0.9 to 1.1 for each utterance; 0 is off."""
     tempo: Fraction = 0.0
     """Largest change of tempo, pitch kept: 0.1 draws a factor from 0.9 to 1.1; 0 is off."""
     vocal_tract: Fraction = 0.0

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from lhotse.cut import Cut, MonoCut
+from lhotse import Recording
+from lhotse.cut import Cut, MixedCut, MonoCut
 
 from asrkit.data.cut_audio import TOLERANCE, CutError, check_sound, fingerprint, read_samples, stored_features
 from asrkit.data.cut_table import CutTable, spread
 from asrkit.data.manifests import is_synthetic, language_of, open_cuts, text_of
 from asrkit.data.parallel import ALONE, Workers, every_core, in_processes
 from asrkit.data.remembered import WORTH, recall, remember
+from asrkit.data.shar import PLACES
 from asrkit.data.text.normalization import sentence_key
 from asrkit.data.text.tokenizer import Tokenizer
 from asrkit.disk import sha256_of
@@ -31,6 +35,7 @@ HISTOGRAM_EDGES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 PART, MANY_PARTS = 2000, 25  # texts that are tokenized at a time; from so many parts on by all cores
 AUDIO_PART = 100  # cuts that are read at a time
 MOST_FILES = 20_000  # that are looked at to know whether audio has changed
+SAME_AUDIO = 0.01  # seconds by which neighboring cuts of a recording may overlap
 T = TypeVar("T")
 
 
@@ -296,7 +301,7 @@ def survey(cuts: Sequence[Cut], tokenizer: Tokenizer | None = None) -> Survey:
         median=float(np.median(durations)),
         longest=float(durations.max()),
         histogram=dict(zip(names, counts.tolist(), strict=True)),
-        sampling_rates=_most_common(cut.sampling_rate for cut in cuts),
+        sampling_rates=_most_common(cut.sampling_rate for cut in cuts if cut.has_recording or cut.has_features),
         channels=_most_common(_channels(cut) for cut in cuts),
         languages=_most_common(language_of(cut) or "-" for cut in cuts),
         speakers=len(_speakers(cuts)),
@@ -311,11 +316,11 @@ def survey(cuts: Sequence[Cut], tokenizer: Tokenizer | None = None) -> Survey:
 def find_overlap(train: Sequence[Cut], held_out: Sequence[Cut]) -> Overlap:
     """Ids, audio files, sentences and speakers of ``held_out`` that ``train`` has too."""
     ids = {cut.id for cut in train}
-    audio = {path for cut in train if (path := _audio_of(cut))}
+    audio = _merged(stretch for cut in train for stretch in _stretches(cut))
     texts = {sentence_key(text_of(cut)) for cut in train}
     return Overlap(
         same_id=[cut.id for cut in held_out if cut.id in ids],
-        same_audio=[cut.id for cut in held_out if _audio_of(cut) in audio],
+        same_audio=[cut.id for cut in held_out if any(_heard(stretch, audio) for stretch in _stretches(cut))],
         same_text=[cut.id for cut in held_out if sentence_key(text_of(cut)) in texts],
         speakers=sorted(_speakers(train) & _speakers(held_out)),
     )
@@ -333,11 +338,59 @@ def _speakers(cuts: Iterable[Cut]) -> set[str]:
     return {supervision.speaker for cut in cuts for supervision in cut.supervisions if supervision.speaker}
 
 
-def _audio_of(cut: Cut) -> tuple[str, float] | None:
-    """The stretch of audio a cut stands for: its file and where it starts."""
-    if not isinstance(cut, MonoCut) or not cut.has_recording or cut.recording.sources[0].type != "file":
-        return None
-    return str(cut.recording.sources[0].source), cut.start
+def _stretches(cut: Cut) -> Iterator[tuple[str, float, float]]:
+    """The stretches of audio that a cut's words are in: the file, by whatever name, where it begins and where it ends."""
+    if isinstance(cut, MixedCut):
+        for track in cut.tracks:
+            if getattr(track.cut, "supervisions", None):  # the others are noise, which several cuts may share
+                yield from _stretches(track.cut)
+    elif getattr(cut, "recording", None) is not None:
+        place = ((cut.custom or {}).get(PLACES) or {}).get("recording")
+        files = [source.source for source in cut.recording.sources if source.type == "file"]
+        factor = _factor(cut.recording)
+        for name in [f"{_real(place[0])}:{place[1]}"] if place else map(_real, files):
+            yield name, factor * cut.start, factor * cut.end
+
+
+def _real(path: str) -> str:
+    """A file's own name; folders are looked up once."""
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(_real_folder(folder), name)
+
+
+@cache
+def _real_folder(path: str) -> str:
+    return os.path.realpath(path)
+
+
+def _factor(recording: Recording) -> float:
+    """Seconds of the file in a second of a recording that lhotse plays faster or slower."""
+    factor = 1.0
+    for transform in recording.transforms or []:
+        content = transform if isinstance(transform, dict) else transform.to_dict()
+        if content["name"] in ("Speed", "Tempo"):
+            factor *= float(content["kwargs"]["factor"])
+    return factor
+
+
+def _merged(stretches: Iterable[tuple[str, float, float]]) -> dict[str, list[tuple[float, float]]]:
+    """By file, what is covered by the stretches, in order and apart from each other."""
+    covered: dict[str, list[tuple[float, float]]] = {}
+    for name, begin, end in sorted(stretches):
+        parts = covered.setdefault(name, [])
+        if parts and begin <= parts[-1][1]:
+            parts[-1] = parts[-1][0], max(end, parts[-1][1])
+        else:
+            parts.append((begin, end))
+    return covered
+
+
+def _heard(stretch: tuple[str, float, float], covered: Mapping[str, list[tuple[float, float]]]) -> bool:
+    """Whether a stretch overlaps with what is covered, by more than the rounding of neighbors."""
+    name, begin, end = stretch
+    parts = covered.get(name, [])
+    last = bisect_left(parts, (end - SAME_AUDIO,)) - 1
+    return last >= 0 and parts[last][1] > begin + SAME_AUDIO
 
 
 def decodable_cuts(

@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -23,7 +24,7 @@ from torch import Tensor
 from asrkit.config import digest
 from asrkit.data.cut_table import CutTable, spread
 from asrkit.data.features import NUM_MEL_BINS, can_resample, fbank, resample
-from asrkit.data.manifest_schema import check_source
+from asrkit.data.manifest_schema import check_source, recordings_in
 from asrkit.data.remembered import WORTH, recall, remember
 from asrkit.data.shar import loaded
 from asrkit.errors import UserError, clip
@@ -74,9 +75,10 @@ def read_samples(cut: Cut) -> Tensor:
         )
     try:
         whole = loaded(cut, "recording")
-        for recording in _recordings(whole):
-            for source in recording.sources:
-                check_source(source.type, source.source)
+        for kind, source in _sources(whole):
+            check_source(kind, source)
+            if kind == "file" and not Path(source).is_file():  # nor is a pipe or a device, which might never end
+                raise CutError(cut.id, "unreadable", f"no file {clip(source)}; import again where the audio is")
         samples = _read_plain(whole) if _is_plain(whole) else whole.load_audio()
     except CutError:
         raise
@@ -125,6 +127,21 @@ def _recordings(cut: Cut) -> Iterator[Recording]:
         yield cut.recording
 
 
+def _sources(cut: Cut) -> Iterator[tuple[str, Any]]:
+    """Type and source of all that is read of a cut, of the recordings within its transforms too."""
+    for recording in _recordings(cut):
+        yield from ((source.type, source.source) for source in recording.sources)
+    for nested in recordings_in(_transforms(cut)):
+        yield from ((source["type"], source["source"]) for source in nested["sources"])
+
+
+def _transforms(cut: Cut) -> list[Any]:
+    """The transforms of a cut and of its recordings, as JSON."""
+    every = [transform for recording in _recordings(cut) for transform in recording.transforms or []]
+    every += getattr(cut, "transforms", None) or []
+    return [transform if isinstance(transform, dict) else transform.to_dict() for transform in every]
+
+
 def _is_plain(cut: Cut) -> bool:
     """Whether the cut is a stretch of one file, or of bytes in memory, as it is; lhotse does the rest."""
     return (
@@ -142,8 +159,6 @@ def _read_plain(cut: MonoCut | MultiCut) -> np.ndarray:
         name, file = "its bytes", io.BytesIO(source.source)
     else:
         name, file = clip(source.source), source.source
-        if not Path(source.source).is_file():  # nor is a pipe or a device, which might never end
-            raise CutError(cut.id, "unreadable", f"no file {name}; import again where the audio is")
     wanted = cut.channel if isinstance(cut.channel, list) else [cut.channel]
     if missing := [channel for channel in wanted if channel not in source.channels]:
         raise CutError(cut.id, "unreadable", f"channel {missing[0]} is not among those of its recording")

@@ -133,4 +133,8 @@ def load_samples(path: Path) -> Tensor:
         raise UserError(f"{path}: cannot read audio ({error})") from error
     if len(samples) == 0:
         raise UserError(f"{path}: the audio is empty")
+    if not can_resample(rate):
+        raise UserError(
+            f"{path}: {rate} samples a second take too much memory to resample; convert it with another program"
+        )
     return resample(torch.from_numpy(samples.mean(axis=1)), rate)

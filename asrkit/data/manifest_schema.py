@@ -107,7 +107,7 @@ class _Source(_Strict):
 
 def _check_transforms(transforms: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A transform may hold a recording of its own, such as the impulse response of a room."""
-    for nested in _recordings_in(transforms):
+    for nested in recordings_in(transforms):
         if findings := check_member("recording", nested):
             raise ValueError("; ".join(findings))
     return transforms
@@ -227,16 +227,17 @@ _CUT: TypeAdapter[Any] = TypeAdapter(Annotated[_Cut | _MixedCut, Field(discrimin
 _MEMBERS: dict[str, TypeAdapter[Any]] = {"recording": TypeAdapter(_Recording), "features": TypeAdapter(_Features)}
 
 
-def _recordings_in(value: Any) -> Iterator[Any]:
+def recordings_in(value: Any) -> Iterator[Any]:
+    """The recordings anywhere in a JSON value, such as a transform."""
     if isinstance(value, Mapping):
         if "sources" in value:
             yield value
         else:
             for part in value.values():
-                yield from _recordings_in(part)
+                yield from recordings_in(part)
     elif isinstance(value, list):
         for part in value:
-            yield from _recordings_in(part)
+            yield from recordings_in(part)
 
 
 def check_cut(data: Mapping[str, Any]) -> list[str]:

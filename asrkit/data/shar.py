@@ -47,6 +47,8 @@ def members_of(shard: Path) -> dict[str, dict[Field, tuple[Any, list[Any]]]]:
     by_cut: dict[str, dict[Field, tuple[Any, list[Any]]]] = {}
     for field in FIELDS:
         path = tar_of(shard, field)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file; write the Shar directory again")
         if path.exists():
             for name, data, manifest in _members(path, field):
                 location = [str(path), data.offset_data, data.size, Path(data.name).suffix]
@@ -130,6 +132,8 @@ def loaded(cut: Cut, field: Field) -> Cut:
         return cut
     whole = deepcopy(cut)
     path, offset, size, suffix = locations[field]
+    if not Path(path).is_file() or Path(path).stat().st_size < offset + size:
+        raise ValueError(f"{clip(path)} does not hold its {field}; make the directory again")
     with open(path, "rb") as file:
         file.seek(offset)
         fill_shar_placeholder(getattr(whole, field), file.read(size), f"{cut.id}{suffix}")

@@ -14,9 +14,9 @@ from typing import Annotated, Any, BinaryIO
 from pydantic import Field, model_validator
 
 from asrkit.config import config, differences, from_dict, to_dict
-from asrkit.data.text.normalization import TextError, normalize
+from asrkit.data.text.normalization import TextError, normalize, sentence_key
 from asrkit.decoding.external.interface import Transcription
-from asrkit.disk import cannot_write
+from asrkit.disk import atomic_write, cannot_write
 from asrkit.errors import UserError
 from asrkit.reporting.wer import ErrorCounts, align, count
 
@@ -54,6 +54,22 @@ class Threshold:
     confidence: float
     share: float
     errors: ErrorCounts
+
+
+def write_dropped(path: Path, rows: Sequence[str]) -> None:
+    """The file that lists what was left out."""
+    with atomic_write(path) as temporary:
+        temporary.write_text("id\tbegin\tend\treason\tdetail\ttext\n" + "".join(rows), encoding="utf-8")
+
+
+def errors_of(label: Label, given: str, language: str) -> ErrorCounts:
+    """The errors of a label against the text that its cut had, whose case and punctuation do not count. A number that cannot be
+    spelled is a word."""
+    try:
+        given = normalize(given, language)
+    except TextError:
+        given = sentence_key(given)
+    return count(align(given.split(), label.words.split()))
 
 
 def thresholds(labels: Sequence[tuple[float, ErrorCounts]]) -> list[Threshold]:

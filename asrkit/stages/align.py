@@ -36,6 +36,7 @@ from asrkit.decoding.cut_alignment import (
     with_alignment,
 )
 from asrkit.devices import choose_device
+from asrkit.disk import check_not_read
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, load_model
 from asrkit.nn.context import parse_context
@@ -107,6 +108,7 @@ def align(
     run = open_run(parent)
     model = load_model(run)
     _check_options(out, settings, tokenizer, senones)
+    check_not_read(out, [manifest])
     tree = None if senones is None else load_tree(senones)
     model_tokenizer = Tokenizer(run.tokenizer_path)
     bpe_tokenizer = None if tokenizer is None else Tokenizer(tokenizer)

@@ -16,7 +16,7 @@ from asrkit.data.manifests import digest_of, language_of, open_cuts, text_of, wr
 from asrkit.data.parallel import ALONE, Workers, in_processes
 from asrkit.decoding.external.interface import TextRecognizer
 from asrkit.decoding.external.opening import open_text_recognizer
-from asrkit.disk import atomic_write
+from asrkit.disk import check_not_read
 from asrkit.errors import UserError, clip
 from asrkit.extras import require
 from asrkit.methods.labeling import (
@@ -26,13 +26,14 @@ from asrkit.methods.labeling import (
     Progress,
     Threshold,
     dropped_row,
+    errors_of,
     make_label,
     open_progress,
     thresholds,
+    write_dropped,
 )
 from asrkit.methods.recognizing import PieceRecognizer, Recognized, missing_parts
 from asrkit.reporting.progress import progress
-from asrkit.reporting.wer import ErrorCounts, align, count
 
 
 @dataclass
@@ -82,6 +83,7 @@ def label(
     """
     if not out.name.endswith(".jsonl.gz"):
         raise UserError(f"--out {out}: the manifest's name must end in .jsonl.gz")
+    check_not_read(out, [manifest])
     if len(specs) > 2:
         raise UserError(f"--with: {len(specs)} recognizers; give one, or a second that must agree")
     threads = _threads(threads, workers)
@@ -117,9 +119,7 @@ def label(
         else:
             written.append(cut)
             result.given += 1
-    listed = out.with_name(f"{stem}.dropped.tsv")
-    with atomic_write(listed) as temporary:
-        temporary.write_text("id\tbegin\tend\treason\tdetail\ttext\n" + "".join(rows), encoding="utf-8")
+    write_dropped(listed := out.with_name(f"{stem}.dropped.tsv"), rows)
     if not written:
         reasons = ", ".join(f"{number} {reason}" for reason, number in result.dropped.most_common())
         raise UserError(f"{manifest}: no utterance is left ({reasons}); {listed} lists them; loosen the filters")
@@ -241,10 +241,10 @@ def _with_label(cut: Cut, made: Label, specs: Sequence[str], part: tuple[int, fl
 
 def _thresholds(cuts: Sequence[Cut], done: Progress) -> list[Threshold]:
     """How good the labels of whole cuts are against the texts that they had, without any other filter."""
-    pairs: list[tuple[float, ErrorCounts]] = []
+    pairs = []
     for cut in cuts:
         if text_of(cut).strip() and _is_whole(cut, planned := done.planned[cut.id]):
             made = make_label(done.texts[cut.id, planned[0][0]], cut.duration, NO_FILTERS)
             confidence = made.confidence if made.confidence is not None and not made.reason else 0.0
-            pairs.append((confidence, count(align(text_of(cut).split(), made.words.split()))))
+            pairs.append((confidence, errors_of(made, text_of(cut), language_of(cut) or made.language)))
     return thresholds(pairs)

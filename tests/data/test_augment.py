@@ -33,6 +33,8 @@ def test_no_perturbed_cut_is_longer_than_batches_are_planned_for(
 def test_the_slowest_speed_is_planned_for() -> None:
     """Half as fast is twice as long."""
     assert AudioConfig(augment=AugmentConfig(speed=0.5)).longest == 2
+    with pytest.raises(ValueError, match="multiple of 0.01"):
+        AugmentConfig(speed=0.005)
     with pytest.raises(ValueError, match="write the least first"):
         AugmentConfig(noise_snr_db=(30.0, 10.0))
 

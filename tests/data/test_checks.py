@@ -150,6 +150,38 @@ def test_a_recording_on_both_sides_is_an_error(tmp_path):
     assert "recordings in both: 1 of 1 cuts: renamed" in printed
 
 
+def test_a_cut_without_sound_is_named(tmp_path):
+    """A manifest of texts alone can train a language model, and nothing else."""
+    silent = cut(tmp_path, "silent")
+    silent.recording = None
+    write_cuts(tmp_path / "all.jsonl.gz", [cut(tmp_path, "good", noise()), silent])
+    assert "cut silent: unreadable: it has no recording" in asrkit("data", "check", tmp_path / "all.jsonl.gz", code=1)
+
+
+def test_stretches_of_one_recording_are_told_from_each_other(tmp_path):
+    """What overlaps, by whatever name and in whatever cut, is on both sides; neighbors are not."""
+    one = cut(tmp_path, "one", noise())
+    (tmp_path / "link.wav").symlink_to(tmp_path / "one.wav")
+    again = cut(tmp_path, "link").with_id("again").truncate(offset=0.25, duration=0.25)
+    mixed = cut(tmp_path, "other", noise()).mix(one.truncate(duration=0.1), snr=10)
+    first, second = one.truncate(duration=0.5), one.truncate(offset=0.5, duration=0.5)
+    faster = one.perturb_speed(2.0)  # half a second of it is all of the recording
+    babble = [cut(tmp_path, name, noise()).mix(one.drop_supervisions(), snr=10) for name in ("x", "y")]
+    for train, held_out, there in (
+        ([one], again, True),
+        ([first, second], again, True),
+        ([first], second, False),
+        ([second], first, False),
+        ([second], again, False),
+        ([first], mixed, True),
+        ([second], mixed, False),
+        ([second], faster.truncate(duration=0.2), False),
+        ([second], faster.truncate(offset=0.3, duration=0.1), True),
+        ([babble[0]], babble[1], False),  # noise that both were mixed with
+    ):
+        assert bool(find_overlap(train, [held_out]).same_audio) == there
+
+
 def features_of(cut, folder, **changes):
     """The cut with stored features, computed by lhotse, and other facts about them if wanted."""
     fbank = Fbank(FbankConfig(num_filters=80, sampling_rate=RATE))

@@ -156,6 +156,21 @@ def test_what_is_not_what_it_says_is_not_kept(served: tuple[str, Path], tmp_path
     assert not (tmp_path / "copy" / name).exists()
 
 
+def test_a_page_in_place_of_a_tar_file_is_not_kept(served: tuple[str, Path], tmp_path: Path) -> None:
+    """Once the server has the file, the same command copies it."""
+    pytest.importorskip("smart_open")
+    address, folder = served
+    tar = folder / "corpus" / "recording.000000.tar"
+    content = tar.read_bytes()
+    tar.write_text("<html>Who are you?</html>")
+    try:
+        with pytest.raises(UserError, match=r"recording.000000.tar: what came is no tar file .*check the URL"):
+            fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", tmp_path / "copy")
+    finally:
+        tar.write_bytes(content)
+    assert fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", tmp_path / "copy")
+
+
 def test_a_server_that_says_nothing_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("smart_open")
     monkeypatch.setattr("asrkit.data.corpora.fetch.TIMEOUT", 0.5)

@@ -123,6 +123,10 @@ def bad_rows(tmp_path):
     wav(tmp_path / "good.wav")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     (tmp_path / "noise.wav").write_bytes(b"not audio at all")
+    endless = bytearray(wav(tmp_path / "endless.flac").read_bytes())
+    endless[21] &= 0xF0  # the number of samples is 36 bits; 0 where an encoder did not know it
+    endless[22:26] = bytes(4)
+    (tmp_path / "endless.flac").write_bytes(endless)
     return tsv(
         tmp_path / "a.tsv",
         ("path", "text", "id", "lang"),
@@ -134,6 +138,10 @@ def bad_rows(tmp_path):
         ("good.wav", "in 1984", "u", "en"),
         ("good.wav", "press 1", "t", ""),
         ("good.wav", "fine", "x", "en"),
+        ("good.wav", "fine", "a\x07b", "en"),
+        ("x" * 300, "fine", "q", "en"),
+        ("", "fine", "r", "en"),
+        ("endless.flac", "fine", "s", "en"),
     )
 
 
@@ -148,6 +156,10 @@ def test_bad_rows_are_all_reported_and_nothing_is_written(bad_rows, tmp_path):
         7: "several readings",
         8: "language is not given",
         9: "id x is also at",
+        10: "id: must have 1 to 1000 characters",
+        11: "no file",
+        12: "path: is empty",
+        13: "does not say how long it is",
     }.items():
         assert any(line.startswith(f"{bad_rows}:{number}: ") and said in line for line in error.value.lines), number
     assert "--bad skip" in error.value.lines[-1]
@@ -156,9 +168,22 @@ def test_bad_rows_are_all_reported_and_nothing_is_written(bad_rows, tmp_path):
 
 def test_bad_rows_can_be_skipped_and_are_listed(bad_rows, tmp_path):
     printed = asrkit("data", "import", bad_rows, "--out", tmp_path / "out", "--bad", "skip")
-    assert "skipped 7 bad rows" in printed
+    assert "skipped 11 bad rows" in printed
     assert [cut.id for cut in read(tmp_path / "out", "all")] == ["x"]
-    assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 7
+    assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 11
+
+
+def test_a_selection_is_of_all_values_that_are_named(corpus, tmp_path):
+    words = ["data", "import", corpus, "--out", tmp_path / "out"]
+    asrkit(*words, "--where", "speaker=a", "--where", "speaker=b")
+    assert [cut.supervisions[0].speaker for cut in read(tmp_path / "out", "all")] == list("aabb")
+    assert "b cannot be in both" in asrkit(*words, "--split-by", "speaker", "--test", "a,b", "--dev", "b", code=1)
+
+
+def test_a_rate_that_takes_too_much_memory_is_not_converted(tmp_path):
+    wav(tmp_path / "a.wav", rate=44101)
+    with pytest.raises(UserError, match="44101 samples a second take too much memory to resample"):
+        import_recordings(tmp_path, tmp_path / "out", style="none", convert=True)
 
 
 def test_raw_text(bad_rows, tmp_path):

@@ -110,7 +110,9 @@ def test_shar_directory_of_features(tmp_path):
     with open(tmp_path / "shar" / "features.000001.tar", "r+b") as file:
         last = list(open_cuts(tmp_path / "shar"))[-1]
         file.truncate(700)
-    with pytest.raises(UserError, match="cut cut-2: unreadable: its stored features: EOF"):
+    with pytest.raises(
+        UserError, match="cut cut-2: unreadable: its stored features: .*features.000001.tar does not hold its features"
+    ):
         cut_features(last)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from asrkit.data.checks import decodable_cuts, find_bad_cuts
 from asrkit.data.corpora.channel import through_a_device
-from asrkit.data.corpora.synthesize import VARIANTS, all_voices, chain_sentences, synthesize
+from asrkit.data.corpora.synthesize import VARIANTS, all_voices, chain_sentences, read_texts, synthesize
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.errors import UserError
 from helpers.commands import asrkit
@@ -57,6 +57,10 @@ def test_speech_of_the_texts(texts, tmp_path):
     (warning,) = decodable_cuts(tmp_path / "out" / "train.jsonl.gz")[1]  # it is no test set
     assert f"holds synthetic speech, such as cut {cuts[0].id}" in warning
     assert synthesize([(texts, "en")], tmp_path / "out", minutes=0.5, exclude=[test]) is None
+    (tmp_path / "out" / "train.jsonl.gz").unlink()
+    assert synthesize([(texts, "en")], tmp_path / "out", minutes=0.5, exclude=[test]) is not None
+    with pytest.raises(UserError, match="is a file that this command reads"):
+        synthesize([(tmp_path / "out" / "train.jsonl.gz", "en")], tmp_path / "out", minutes=0.5)
     again = synthesize([(texts, "en")], tmp_path / "again", minutes=0.5, exclude=[test])
     # Not the samples: the phase espeak-ng starts with is where it stopped before. A new process gives those too.
     assert again is not None
@@ -92,6 +96,18 @@ def test_new_sentences_keep_word_pairs_and_avoid_the_held_out(texts, tmp_path):
         "hang up to go home",
     }
     assert not said & {"please go home", "press one to go home"}
+
+
+def test_a_manifest_is_read_in_its_language_by_whatever_tag(tmp_path):
+    cuts = [
+        make_cut(
+            f"c{n}", tmp_path / "x.wav", sampling_rate=16000, num_samples=16000, text=f"word {n}", language=tag or None
+        )
+        for n, tag in enumerate(("en-US", "eng", "", "fr"))
+    ]
+    write_cuts(tmp_path / "all.jsonl.gz", cuts)
+    assert read_texts(tmp_path / "all.jsonl.gz", "en") == (["word zero", "word one", "word two"], 0)
+    assert read_texts(tmp_path / "all.jsonl.gz", "en-GB")[0] == ["word zero", "word one", "word two"]
 
 
 def test_chains_are_made_of_the_texts_word_pairs():

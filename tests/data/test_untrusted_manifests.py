@@ -15,6 +15,7 @@ import pytest
 import soundfile
 from lhotse import AudioSource, CutSet, Recording
 from lhotse.cut import MonoCut
+from lhotse.serialization import deserialize_item
 
 from asrkit.data.checks import find_bad_cuts
 from asrkit.data.cut_audio import CutError, read_samples
@@ -123,7 +124,12 @@ def test_a_sphere_file_is_read_without_a_shell(tmp_path: Path, monkeypatch: pyte
 def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.wav")
     waiting = make_cut("a", tmp_path / "pipe.wav", sampling_rate=16000, num_samples=16000, text="x")
-    assert [finding.kind for finding in find_bad_cuts([waiting], read_audio=True)] == ["unreadable"]
+    soundfile.write(tmp_path / "b.wav", np.full(16000, 0.1), 16000)
+    other = make_cut("b", tmp_path / "b.wav", sampling_rate=16000, num_samples=16000, text="x")
+    reverberated = deserialize_item(cut(tmp_path, recording__transforms=rir("file", str(tmp_path / "pipe.wav"))))
+    noughts = deserialize_item(cut(tmp_path, custom={"shar_places": {"recording": ["/dev/zero", 0, 1 << 29, ".flac"]}}))
+    for one in (waiting, other.mix(waiting, snr=5), reverberated, noughts):
+        assert [finding.kind for finding in find_bad_cuts([one], read_audio=True)] == ["unreadable"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from asrkit.decoding.external.interface import Transcription
 from asrkit.errors import UserError
-from asrkit.methods.labeling import Filters, make_label, most_repeated, open_progress, thresholds
+from asrkit.methods.labeling import Filters, Label, errors_of, make_label, most_repeated, open_progress, thresholds
 from asrkit.reporting.wer import ErrorCounts
 
 
@@ -75,6 +75,12 @@ def test_thresholds() -> None:
         (0.6, 0.6, pytest.approx(1 / 6)),
     ]
     assert thresholds([]) == []
+
+
+def test_a_label_is_held_against_the_words_of_the_text() -> None:
+    label = Label("hello world", "en", 0.9, None)
+    assert errors_of(label, "Hello, World.", "en") == ErrorCounts(2)
+    assert errors_of(label, "Hello, World 1984.", "en").errors == 1  # a number that cannot be spelled is a word
 
 
 INPUTS: dict[str, Any] = {"manifest": "a", "recognizers": [["b", "beam", 5]]}

@@ -222,6 +222,11 @@ def test_mistakes(raw: Path, tmp_path: Path) -> None:
     assert "must end in .jsonl.gz" in asrkit(
         "label", "--with", WHISPER, "--manifest", raw, "--out", tmp_path / "x.json", code=1
     )
+    before = raw.read_bytes()
+    assert "is a file that this command reads" in asrkit(
+        "label", "--with", WHISPER, "--manifest", raw, "--out", raw, code=1
+    )
+    assert raw.read_bytes() == before
     assert "3 recognizers" in asrkit(*words, "--with", WHISPER, "--with", "a", "--with", "b", code=1)
     assert "knows English only, not fr" in asrkit(*words, "--with", WHISPER, "--language", "fr", code=1)
     assert not list(tmp_path.iterdir())

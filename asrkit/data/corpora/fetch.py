@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,21 @@ def _fetch(url: str, out: Path) -> Path:
         with atomic_write(path) as temporary, _opened(temporary, path.suffix) as copy:
             for block in _blocks(url):
                 copy.write(block)
+            copy.flush()
+            if path.suffix == ".tar":
+                _check_tar(temporary, url)
     return path
+
+
+def _check_tar(path: Path, url: str) -> None:
+    """Refuse what a server has sent in place of a tar file, such as a page to log in, before it is kept."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            tar.next()
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{url}: what came is no tar file ({clip(error)}); check the URL, and run the command again"
+        ) from error
 
 
 def _blocks(url: str) -> Iterator[bytes]:

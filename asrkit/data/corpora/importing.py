@@ -15,6 +15,7 @@ import soundfile
 from lhotse.cut import Cut
 
 from asrkit.data.features import load_samples
+from asrkit.data.manifest_schema import check_cut, has_surrogates
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.names import file_name
 from asrkit.data.parallel import ALONE, Workers, in_processes
@@ -30,6 +31,7 @@ OTHER_AUDIO = (
     *(".ac3", ".dts", ".spx", ".shn", ".tta", ".mpc"),
 )
 MAX_FINDINGS = 50
+MOST_SAMPLES = 1 << 40
 SPLITS = ("train", "dev", "test")
 
 
@@ -146,10 +148,11 @@ def import_recordings(
 
 
 def _unknown_values(rows: list[Row], where: Mapping[str, frozenset[str]], splitting: Splitting) -> list[str]:
-    """Findings about values to select or split by that no row has."""
+    """Findings about values to select or split by that no row has, or that should go to two sets."""
     asked = [(f"--where {name}", name, values) for name, values in where.items()]
     asked += [("--test", splitting.by, splitting.test), ("--dev", splitting.by, splitting.dev)]
-    findings = []
+    both = sorted(splitting.test & splitting.dev)
+    findings = [f"--test, --dev: {', '.join(both)} cannot be in both; leave it out of one of them"] if both else []
     for option, name, values in asked:
         there = {row.get(name) for row in rows} if values else set()
         if missing := sorted(values - there):
@@ -279,11 +282,19 @@ def _tsv_rows(source: Path, root: Path | None, with_texts: bool) -> list[Row]:
             continue
         fields = dict(zip(header, values, strict=True))
         paths = [base / fields["path"].strip() for base in bases]
-        audio = next((path for path in paths if path.is_file()), paths[0])
+        audio = next(filter(_is_file, paths), paths[0])
         rows.append(Row(f"{source}:{number}", audio, fields))
     if findings:
         raise UserError.of(findings[:MAX_FINDINGS])
     return rows
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have, such as a text in its place, is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _folder_rows(source: Path, with_texts: bool, leave_out: Path) -> list[Row]:
@@ -325,6 +336,10 @@ def _read(row: Row, language: str | None, style: str, splitting: Splitting) -> t
     """
     if row.problem:
         raise ValueError(row.problem)
+    if not row.get("path"):
+        raise ValueError("path: is empty; name a recording, or remove the row")
+    if has_surrogates(row.get("path")):
+        raise ValueError("path: the file's name is not UTF-8; rename the file")
     written = row.get("text")
     language = row.get("lang") or language
     text = None
@@ -341,7 +356,7 @@ def _read(row: Row, language: str | None, style: str, splitting: Splitting) -> t
         raise ValueError(f"split '{clip(split)}' becomes a file name; use letters, digits, - and _")
     cut_id = row.get("id") or "-".join(Path(row.get("path")).with_suffix("").parts).lstrip("/-")
     audio, rate, num_samples, channels = _audio_facts(row.audio)
-    return split, make_cut(
+    cut = make_cut(
         cut_id,
         audio,
         sampling_rate=rate,
@@ -352,18 +367,23 @@ def _read(row: Row, language: str | None, style: str, splitting: Splitting) -> t
         speaker=row.get("speaker") or None,
         custom=None if text is None else {"raw_text": row.get("raw_text") or written},
     )
+    if findings := check_cut(cut.to_dict()):  # what no other command would read
+        raise ValueError("; ".join(findings))
+    return split, cut
 
 
 def _audio_facts(path: Path) -> tuple[Path, int, int, int]:
     """Path, sampling rate, number of samples, number of channels."""
-    if not path.is_file():
-        raise ValueError(f"path: no file {path}; paths start at the TSV's folder, the one above, or --root")
+    if not _is_file(path):
+        raise ValueError(f"path: no file {clip(path)}; paths start at the TSV's folder, the one above, or --root")
     try:
         info = soundfile.info(str(path))
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"path: {path} is not audio that libsndfile reads ({error}); convert it to WAV or FLAC"
         ) from error
+    if info.frames > MOST_SAMPLES:  # as an encoder leaves it that wrote into a pipe
+        raise ValueError(f"path: {path} does not say how long it is; write it again, as by flac -d and flac, or ffmpeg")
     num_samples = info.frames
     if info.format == "MP3":  # its header may only estimate the length
         num_samples = sum(len(block) for block in soundfile.blocks(str(path), blocksize=1 << 16))

@@ -72,7 +72,7 @@ def fetch_prompts(
         raise UserError(f"--lang {', '.join(unknown)}: there are prompts in {', '.join(LANGUAGES)}; {ELSEWHERE}")
     wanted = {"rules": RULES, "languages": languages, "text": style, "dev": dev, "test": test}
     record = out / RECORD
-    if already_made(record, wanted):
+    if already_made(record, wanted, [out / "train.jsonl.gz"]):
         return None
     names = [f"asterisk-core-sounds-{language}{kind}" for language in languages for kind in ("", "-g722")]
     packages = fetch_packages(names, cache or out / "packages", say)

@@ -24,9 +24,11 @@ from asrkit.data.corpora.piper import Piper, PiperDraw, voice_files
 from asrkit.data.corpora.record import already_made, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
-from asrkit.data.manifests import SYNTHETIC, digest_of, make_cut, open_cuts, text_of, write_cuts
+from asrkit.data.manifests import SYNTHETIC, digest_of, language_of, make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.parallel import ALONE, Workers, in_processes
+from asrkit.data.text.languages import language_names
 from asrkit.data.text.normalization import TextError, normalize, sentence_key
+from asrkit.disk import check_not_read
 from asrkit.errors import UserError
 from asrkit.frames import SAMPLE_RATE
 
@@ -107,8 +109,9 @@ def synthesize(
         **({} if device == 0 else {"device": device}),
     }
     record = out / RECORD
-    if already_made(record, wanted):
+    if already_made(record, wanted, [out / "train.jsonl.gz"]):
         return None
+    check_not_read(out / "train.jsonl.gz", [*(path for path, _ in sources), *exclude])
     speaker: _Engine = _Espeak() if piper is None else Piper(piper)
     unseen = {sentence_key(text_of(cut)) for path in exclude for cut in open_cuts(path)}
     result = Synthesized([], 0, 0, 0)
@@ -119,7 +122,7 @@ def synthesize(
         if not allowed:
             raise UserError(
                 f"{path}: no usable text for language {language} ({unusable} lines cannot be read, "
-                f"{len(texts)} are excluded); give one sentence a line"
+                f"{len(texts)} are excluded); give one sentence a line, or cuts of this language"
             )
         voices_of_language = speaker.voices(language, voices)
         lists.append((language, voices_of_language, allowed))
@@ -179,7 +182,9 @@ def read_texts(path: Path, language: str) -> tuple[list[str], int]:
         UserError: the file cannot be read.
     """
     if path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz")):
-        lines = [text_of(cut) for cut in open_cuts(path) if (cut.supervisions[0].language or language) == language]
+        cuts, names = open_cuts(path), {*language_names(language)[-1:]}
+        tags = {tag for tag in {*map(language_of, cuts)} if not tag or not names.isdisjoint(language_names(tag))}
+        lines = [text_of(cut) for cut in cuts if language_of(cut) in tags]
     else:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()

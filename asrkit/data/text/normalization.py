@@ -84,7 +84,9 @@ def _without_brackets(text: str) -> str:
 def _spell(number: re.Match[str], language: str) -> str:
     digits, text = number[0], number.string
     before, after = text[: number.start()][-2:], text[number.end() :][:2]
-    glued = re.search(r"\w[-.]?$", before) or re.match(r"[-.,:/]?\d|-?[^\W\d]", after)
+    glued = re.search(r"\w[-.]?$|[-\u2010\u2011\u2013\ufe63\uff0d]$", before) or re.match(
+        r"[-.,:/]?\d|-?[^\W\d]", after
+    )
     if len(digits) > 2 or (len(digits) == 2 and digits[0] == "0") or glued:
         raise TextError("number with several readings", f"'{digits}'")
     return _number_words(int(digits), language)
