@@ -45,7 +45,7 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on ``device``. A GPU gets it through page-locked memory: the copy is queued like any other work, and nothing waits."""
     if device.type == "cpu" or tensor.device.type != "cpu" or not tensor.numel():
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be copied as it is
 
 
 def peak_memory() -> int:

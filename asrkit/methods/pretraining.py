@@ -249,10 +249,10 @@ def pretraining_loss(
     temperature = gumbel_temperature(step, settings.training.steps, settings.temperature)
     made = predict(model, batch, temperature, settings, variant, context, gates)
     losses = contrastive_nll(made.logits)
-    diversity = diversity_loss(made.probabilities, made.counted)
-    regularizer = settings.loss.diversity_scale * diversity + settings.loss.penalty_scale * made.penalty
-    with torch.no_grad():
+    with torch.autocast(losses.device.type, enabled=False):
+        diversity = diversity_loss(made.probabilities, made.counted)
         used = perplexity(code_shares(made.codes, made.probabilities.shape[-1], made.counted))
+    regularizer = settings.loss.diversity_scale * diversity + settings.loss.penalty_scale * made.penalty
     if supernet is not None:
         metrics |= member_metrics({str(variant): Metric(losses.detach().sum(), hidden)})
         metrics["sparsity"] = Metric(supernet.growth.sparsity_at(step, supernet.sparsity), 1.0)
@@ -300,7 +300,7 @@ class CollapseWatch:
     """Warns of codebooks that are hardly used for long: see ``TrainTask.watch``.
 
     Our choice: a perplexity below 5 for each codebook, or a quarter of a small one, in three logged lines in a row, from a tenth of
-    the steps on. Every run begins with few codes in use.
+    the steps on. Every run begins with few codes in use. A resumed run counts the lines anew.
     """
 
     def __init__(self, steps: int, quantizer: ContrastiveSpec) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asrkit.devices import send
 from asrkit.errors import UserError
 from asrkit.models.encoder import Caches, Encoder
 from asrkit.models.spec import HeadSpec, ModelSpec, PredictorSpec
@@ -180,7 +181,7 @@ class AsrModel(nn.Module):
         if self.encoder.languages is None or languages is None:
             return None
         numbers = [self.spec.languages.index(language) for language in languages]
-        return torch.tensor(numbers, device=self.ctc_head.weight.device)
+        return send(torch.tensor(numbers), self.ctc_head.weight.device)
 
     def submodels_of(self, variant: str | None = None) -> tuple[str, ...]:
         """The active sub-models of a variant, None being the one the model was last trained in.
@@ -202,11 +203,16 @@ class AsrModel(nn.Module):
 def tapped(model: AsrModel, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
     """Yield a dictionary that holds, after each pass through the encoder, what the named blocks gave: (B, T', D)."""
     outputs: dict[int, Tensor] = {}
+    num_frames: list[int] = []
 
     def keep(layer: int) -> Any:
-        return lambda block, arguments, output: outputs.update({layer: output[0]})
+        # Without the frames that a GPU computes to fill up a multiple.
+        return lambda block, arguments, output: outputs.update({layer: output[0][:, : num_frames[-1]]})
 
     handles = [model.encoder.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
+    handles.append(
+        model.encoder.subsampling.register_forward_hook(lambda *given: num_frames.append(given[2][0].shape[1]))
+    )
     try:
         yield outputs
     finally:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asrkit.devices import send
 from asrkit.frames import RECEPTIVE_FIELD
 from asrkit.models.spec import EncoderSpec, FeatureSpec, SubModelSpec
 from asrkit.nn.conformer import BackboneBlock, Branch, Subsampling
@@ -272,6 +273,7 @@ class Encoder(nn.Module):
                 return partial(attend, name, layer)
             return partial(self._submodel(name).layers[str(layer)], streaming=streaming)
 
+        on_device = None if gates is None else send(gates, x.device)
         conv_after: list[Tensor | None] = []
         for layer, block in enumerate(self.blocks):
             branches: dict[str, list[Branch]] = {"serial": [], "parallel": []}
@@ -281,7 +283,7 @@ class Encoder(nn.Module):
                     if layer in self._submodel(name).spec.layers:
                         added = branch(name, layer)
                         branches[self._submodel(name).spec.position].append(
-                            added if gate is None else partial(_gated, gate.to(x.device), added)
+                            added if on_device is None else partial(_gated, on_device[layer], added)
                         )
             x, history = block(x, ~valid.unsqueeze(-1), conv[layer], **branches)
             conv_after.append(history)

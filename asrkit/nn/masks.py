@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from asrkit.data.spans import spans
+from asrkit.devices import send
 
 
 class SpanMasks(nn.Module):
@@ -33,8 +34,9 @@ class SpanMasks(nn.Module):
         if not self.training:
             return x
         batch, frames, dim = x.shape
-        x = torch.where(self._drawn(batch, frames, *self.time).to(x.device).unsqueeze(-1), self.vector.to(x.dtype), x)
-        return x.masked_fill(self._drawn(batch, dim, *self.channels).to(x.device).unsqueeze(1), 0.0)
+        time, channels = self._drawn(batch, frames, *self.time), self._drawn(batch, dim, *self.channels)
+        x = torch.where(send(time, x.device).unsqueeze(-1), self.vector.to(x.dtype), x)
+        return x.masked_fill(send(channels, x.device).unsqueeze(1), 0.0)
 
     @staticmethod
     def _drawn(batch: int, size: int, probability: float, length: int) -> Tensor:

@@ -86,7 +86,8 @@ class Adapter(nn.Module):
 
 def rotations(length: int, head_dim: int, device: torch.device) -> Tensor:
     """Angles (length, head_dim / 2) of positions 0, 1, ...: one frequency for each pair of channels."""
-    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    exponents = -torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    frequency = torch.pow(10000.0, exponents)  # ** of a number copies it to the device in torch 1.13, and waits
     return torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
 
 

@@ -56,7 +56,10 @@ def resolve_precision(settings: TrainingConfig, device: torch.device) -> torch.d
     if settings.precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # From compute capability 8 on. torch.cuda.is_bf16_supported is also true of GPUs that only emulate it.
+        return (
+            torch.bfloat16 if torch.version.hip or torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+        )
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -44,7 +44,7 @@ class OptimizerConfig:
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to the last step: cosine, linear, or constant (not at all)."""
     final_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02
-    """Learning rate of the last step as a share of the peak, for cosine and linear."""
+    """Learning rate that cosine and linear end at, one step after the last, as a share of the peak."""
 
     @model_validator(mode="after")
     def _are_read(self) -> OptimizerConfig:
@@ -58,6 +58,10 @@ class OptimizerConfig:
         for name, why in unread.items():
             if why and getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name}: {why}")
+        if (self.warm_up_share or 0) + self.hold_share > 1:
+            raise ValueError(
+                f"warm_up_share, hold_share: {self.warm_up_share} and {self.hold_share} are more than all steps together; lower one of them"
+            )
         return self
 
     @property

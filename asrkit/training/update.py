@@ -70,13 +70,21 @@ class Updater:
     Args:
         publish: (averaged model, step, metrics): writes the run's weights and lineage; called in the main process only.
         slices: batches per step, over all processes.
+        scaled: whether the gradients are of losses that ``arithmetic`` scaled; those of replicas are not.
 
     Raises:
         UserError: an unusable state.
     """
 
     def __init__(
-        self, task: TrainTask, run: Path, settings: TrainingConfig, slices: int, world: World, publish: Publish
+        self,
+        task: TrainTask,
+        run: Path,
+        settings: TrainingConfig,
+        slices: int,
+        world: World,
+        publish: Publish,
+        scaled: bool = True,
     ) -> None:
         dtype = resolve_precision(settings, world.device)
         self.task, self.run, self.settings, self.world, self._publish = task, run, settings, world, publish
@@ -85,7 +93,7 @@ class Updater:
         self._average = MovingAverage(self.model, self.average)
         self._trained = trained_parameters(self.model)
         self.optimizer = make_optimizer(self._trained, settings.optimizer)
-        self._scaler = make_scaler() if dtype == torch.float16 else None
+        self._scaler = make_scaler() if scaled and dtype == torch.float16 else None
         self.older: dict[int, list[Tensor]] = {}  # see Delay
         saved = load_state(run, self.model, self.average, self.optimizer, self.older)
         self.progress = saved or Progress(slices=slices)
@@ -212,8 +220,9 @@ class Updater:
             save_state(self.run, progress, self.model, self.average, self.optimizer, self.older)
 
     def _overflowed(self, result: StepResult) -> bool:
-        """Whether the scaler has caused gradients that are not finite: every loss of every process is finite."""
-        if self._scaler is None:
+        """Whether the scaler has caused gradients that are not finite: every loss of every process is finite, and the scale not so
+        small that it has nothing to do with it."""
+        if self._scaler is None or self._scaler.get_scale() < 1:
             return False
         bad = torch.tensor(len(result.bad_cut_ids()), device=self.world.device)
         return int(all_sum(bad)) == 0

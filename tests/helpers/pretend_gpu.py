@@ -109,7 +109,7 @@ _pinned: set[int] = set()  # where page-locked memory lies, from which a copy ne
 
 def _pin(tensor: Tensor) -> Tensor:
     """``tensor.pin_memory()``, for which torch wants hardware."""
-    pinned = tensor.clone()
+    pinned = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor)  # as torch does it
     _pinned.add(pinned.data_ptr())
     weakref.finalize(pinned, _pinned.discard, pinned.data_ptr())
     return pinned

@@ -13,6 +13,7 @@ from torch import Tensor
 from asrkit.config import from_dict
 from asrkit.data.batch import Batch
 from asrkit.data.masked_batches import MaskedBatch, masked
+from asrkit.methods import pretraining
 from asrkit.methods.pretraining import (
     CollapseWatch,
     PretrainConfig,
@@ -110,6 +111,25 @@ def test_the_loss_is_that_of_a_loop(attention: bool, distractors_from: str) -> N
     assert output.count == batch.hidden.numel() == output.metrics["contrastive"].divisor
     assert output.regularizer is not None and float(output.regularizer) == pytest.approx(0.1 * diversity, abs=1e-6)
     assert float(output.metrics["contrastive"].total) == pytest.approx(sum(losses), rel=1e-4)
+
+
+def test_the_regularizer_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the precision around it: in bfloat16 the shares of all codes come out as ones that are used alike."""
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    original = pretraining.diversity_loss
+
+    def spy(probabilities: Tensor, counted: Tensor | None) -> Tensor:
+        seen.append((probabilities, counted))
+        return original(probabilities, counted)
+
+    monkeypatch.setattr(pretraining, "diversity_loss", spy)
+    settings = settings_of(mask={"distractors_from": "all"})
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        made = pretraining_loss(model, make_batch(settings), 0, settings)
+    ((probabilities, counted),) = seen
+    assert counted is not None
+    assert float(made.metrics["diversity"].total) == float(original(probabilities, counted).detach())
 
 
 @torch.no_grad()

@@ -434,6 +434,32 @@ def test_a_batch_is_split_between_the_members(monkeypatch: pytest.MonkeyPatch) -
     assert sum(float(output.metrics[name].divisor or 0) for name in (DENSE, SPARSE, RANDOM)) == output.count
 
 
+def test_the_teacher_takes_no_gradient_from_later_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast keeps the weights that the teacher's pass has cast without a gradient; the dense part after it casts them again."""
+    monkeypatch.setattr(
+        loss_module, "split", lambda batch, members: [(SPARSE, batch.part(0, 1)), (DENSE, batch.part(1, 2))]
+    )
+    under_mask = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = super_model(levels=LEVELS)
+        layer = compressed_layers(model)["encoder.blocks.0.feedforward1.widen"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = supernet_loss(
+                model,
+                batch(),
+                5,
+                LOSS,
+                CONTEXTS,
+                pruning=SelfPruningConfig(),
+                random=2,
+                distillation=InPlaceConfig(scale=0.1),
+            )
+        output.losses.sum().backward()
+        assert isinstance(layer, CompressedLinear) and layer.weight.grad is not None and not layer.mask.all()
+        under_mask.append(float(layer.weight.grad[~layer.mask].norm()))
+    assert under_mask[1] == pytest.approx(under_mask[0], rel=0.1) and under_mask[1] > 0
+
+
 def test_fewer_utterances_than_members() -> None:
     torch.manual_seed(0)
     seen = {

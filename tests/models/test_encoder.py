@@ -135,7 +135,7 @@ def test_padding_to_a_multiple_changes_no_frame_and_no_gradient(
         ).unsqueeze(2)
         gradient = torch.autograd.grad((y * weights).sum(), x)[0] if y.numel() else x
         results.append((valid(y, lens_after), gradient))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)  # rotations alone are float32
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)  # rotations alone are float32
 
 
 COMPRESSIONS: list[dict[str, Any]] = [

@@ -274,6 +274,10 @@ def test_train_lm_makes_an_n_gram_model(tmp_path: Path) -> None:
         (["--kind", "ngram", "--unit", "phone"], "--unit phone: an n-gram model is of bpe or word units"),
         (["--kind", "ngram", "--order", "11"], "ngram.order"),
         (["--kind", "ngram", "--set", "ngram.cutoffs=[1,0]"], "cutoffs must begin with 0"),
+        (
+            ["--kind", "ngram", "--set", "training.optimizer.learning_rate=1e-4", "--set", "model.dim=64"],
+            "training.optimizer.learning_rate: has no effect on an n-gram model",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, options: list[str], message: str) -> None:

@@ -26,14 +26,18 @@ from asrkit.data.sequences import SequenceBatch
 from asrkit.errors import UserError
 from asrkit.methods.pretraining import PretrainConfig, pretraining_loss
 from asrkit.models import SIZES, AsrModel, ModelSpec
+from asrkit.models.asr import tapped
 from asrkit.models.registry import build
 from asrkit.models.spec import PretrainedEncoderSpec
 from asrkit.nn.dropout import Dropout
+from asrkit.nn.masks import SpanMasks
 from asrkit.run_dir import WEIGHTS
 from asrkit.training import checkpoint, distributed, update
 from asrkit.training.asr_loss import LossConfig, asr_loss
-from asrkit.training.config import TrainingConfig
-from asrkit.training.step import BatchStream, LossOutput, TrainTask, compute_gradients
+from asrkit.training.asynchronous import shards
+from asrkit.training.config import TrainingConfig, resolve_precision
+from asrkit.training.contexts import AttentionDropoutConfig
+from asrkit.training.step import BatchStream, LossOutput, StepResult, TrainTask, compute_gradients
 from asrkit.training.stopping import Stopping
 from helpers.aligned import SHAPE
 from helpers.commands import asrkit, quick, sets
@@ -390,6 +394,126 @@ def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
     """The gradient's norm, by which the step is made or skipped; lengths are known from the loader."""
     spec = from_dict(ModelSpec, {"vocab_size": 20, "encoder": TINY, "predictor": {"dim": 8}, "joiner_dim": 16}, "test")
     assert a_step(tmp_path, lambda: AsrModel(spec), torch_loss, small_batch()).waits == {"aten::_local_scalar_dense": 1}
+
+
+SUBMODEL: dict[str, Any] = {
+    "submodels": {"joint": {"kind": "attention", "layers": [0, 1], "dim": 16, "heads": 2}},
+    "variants": {"backbone": {"submodels": []}, "joint": {"submodels": ["joint"]}},
+    "variant": "joint",
+    "languages": ["en", "fr"],
+}
+
+
+def test_attention_dropout_languages_and_masks_wait_for_nothing(tmp_path: Path) -> None:
+    """What they draw or look up on the CPU is queued like any other copy."""
+    content = {"vocab_size": 20, "encoder": TINY, "predictor": {"dim": 8}, "joiner_dim": 16, **SUBMODEL}
+    spec = from_dict(ModelSpec, content, "test")
+    dropped = AttentionDropoutConfig(probability=0.5, per="utterance")
+
+    def make() -> AsrModel:
+        model = AsrModel(spec)
+        model.encoder.masks = SpanMasks(torch.zeros(16), (0.1, 2), (0.1, 2))
+        return model
+
+    def loss(model: AsrModel, batch: Batch, step: int) -> LossOutput:
+        return asr_loss(model, batch, step, LossConfig(backend="torch"), attention_dropout=dropped)
+
+    batch = replace(small_batch(), languages=["en", "fr"])
+    assert a_step(tmp_path, make, loss, batch).waits == {"aten::_local_scalar_dense": 1}
+
+
+def test_taps_have_the_frames_of_the_output() -> None:
+    """A GPU fills the frames up to a multiple of 8 on the way."""
+    content = {"vocab_size": 20, "encoder": TINY, "predictor": {"dim": 8}, "joiner_dim": 16, **SUBMODEL}
+    model, batch = (
+        AsrModel(from_dict(ModelSpec, content, "test")).eval(),
+        replace(small_batch(), languages=["en", "fr"]),
+    )
+    with pretend_gpu(), torch.no_grad():
+        model, there = model.to(GPU), batch.to(GPU)
+        with tapped(model, [0]) as taps:
+            out, _ = model.encode(there.features, there.feature_lens, languages=model.language_ids(batch.languages))
+        assert taps[0].shape == out.shape == (2, 14, 16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_auto_is_what_a_gpu_computes_in(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """torch says of GPUs that they support bfloat16 which only emulate it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    assert resolve_precision(TrainingConfig(), torch.device("cuda:0")) == dtype
+
+
+class Scaler:
+    """Of a GPU: it halves its scale at each overflow, and wants to have scaled the losses."""
+
+    def __init__(self) -> None:
+        self.factor, self.scaled = 2.0**16, False
+
+    def scale(self, losses: torch.Tensor) -> torch.Tensor:
+        self.scaled = True
+        return losses
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.scaled, "_scale is None"
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def update(self) -> None:
+        self.factor /= 2
+
+    def get_scale(self) -> float:
+        return self.factor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def updater_in_float16(path: Path, monkeypatch: pytest.MonkeyPatch, *more: Any) -> update.Updater:
+    monkeypatch.setattr(update, "resolve_precision", lambda *_: torch.float16)
+    monkeypatch.setattr(update, "make_scaler", Scaler)
+    settings = TrainingConfig(tensorboard=False, max_skipped_in_a_row=5)
+    batches: Any = SimpleNamespace(slices=1, plan=SimpleNamespace(steps_per_epoch=1))
+    task = TrainTask(nn.Linear(2, 1), lambda *_: LossOutput(torch.zeros(1), 1.0), batches)
+    return update.Updater(task, path, settings, 1, distributed.World(0, 1, torch.device("cpu")), lambda *_: None, *more)
+
+
+def step_result(value: float) -> StepResult:
+    gradients: list[torch.Tensor | None] = [torch.full((1, 2), value), torch.full((1,), value)]
+    return StepResult(gradients, count=1.0, audio=1.0, finite=[(["a"], torch.tensor([True]))])
+
+
+def test_gradients_that_are_never_finite_end_a_run_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler lowers its scale until it cannot be the cause; then the steps count as skipped."""
+    updater = updater_in_float16(tmp_path, monkeypatch)
+    assert updater.arithmetic.scale is not None
+    updater.arithmetic.scale(torch.zeros(1))
+    with pytest.raises(UserError, match="not finite for 5 steps in a row"):
+        for _ in range(40):
+            updater.apply(step_result(float("nan")))
+    assert 17 <= updater.step < 30
+
+
+def test_gradients_of_replicas_are_not_unscaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updater = updater_in_float16(tmp_path, monkeypatch, False)
+    weight = updater.model.get_parameter("weight")
+    before = weight.detach().clone()
+    updater.apply(step_result(float("nan")))
+    assert torch.equal(weight, before) and updater.progress.skipped_in_a_row == 1
+    updater.set_rate()
+    updater.apply(step_result(1.0))
+    assert not torch.equal(weight, before)
+
+
+def test_shards_get_optimizer_states_of_the_cpu() -> None:
+    with pretend_gpu():
+        state = shards._on_cpu({"sum": torch.ones(3, device=GPU), "step": 4})
+    assert state["step"] == 4 and torch.equal(state["sum"], torch.ones(3))
 
 
 @pytest.mark.slow

@@ -41,6 +41,10 @@ def test_the_simple_loss_counts_as_its_scale_says() -> None:
     [
         (["training.optimizer.weight_decay=0.3"], "weight_decay: works with optimizer.name=adamw only"),
         (["training.optimizer.momentum=0.9"], "momentum: works with optimizer.name=sgd only"),
+        (
+            ["training.optimizer.warm_up_share=0.6", "training.optimizer.hold_share=0.6"],
+            "warm_up_share, hold_share: 0.6 and 0.6 are more than all steps together",
+        ),
         (["training.optimizer.name=sgd", "training.optimizer.betas=[0.9,0.9]"], "betas: works with adamw and scaled_adam only"),
         (["data.noise=noise.jsonl.gz"], "noise: is mixed into no cut; set data.augment.noise_probability"),
         (["steps=4"], "steps: unknown key; did you mean training.steps?"),

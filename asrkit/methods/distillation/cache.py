@@ -89,6 +89,7 @@ class TensorCache:
             write_yaml(self.path / ABOUT, self._about)
         broadcast_object(world, None)
         missing = self._missing(table)
+        gather_lists(world, [])  # the same to every process: nobody writes before all have looked
         # Longest first, so that the shares are about equal.
         ordered = sorted(missing.values(), key=lambda cut: (-cut.duration, cut.id))
         share = ordered[world.rank :: world.size]

@@ -95,6 +95,8 @@ def _transcribe(
             )
             for row, hypothesis in zip(rows, hypotheses, strict=True):
                 transcripts.append(json.dumps([batch.cut_ids[row], tokenizer.decode(hypothesis.tokens)]))
+    for teacher in {id(teacher): teacher for several in teachers.values() for teacher in several}.values():
+        teacher.model.cpu()  # training opens its own
     return dict(json.loads(line) for line in gather_lists(world, transcripts))
 
 

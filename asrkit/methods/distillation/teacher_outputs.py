@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from asrkit.devices import send
 from asrkit.losses.distillation import (
     Classes,
     Distance,
@@ -69,7 +70,7 @@ class TeacherOutputs:
         self.temperature = temperature
         self._groups: list[tuple[Tensor, list[_Forward]]] = []
         for indices, several in route(teachers, languages):
-            rows = torch.tensor(indices, device=features.device)
+            rows = send(torch.tensor(indices), features.device)
             forwards = []
             for teacher in several:
                 model = teacher.model.to(features.device)

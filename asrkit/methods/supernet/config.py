@@ -177,6 +177,8 @@ def contradictions(settings: SupernetConfig, begin: int) -> list[str]:
             findings.append(f"freeze_masks keeps the parent's masks as they are; leave out {', '.join(asked)}")
     else:
         findings += schedule_findings(settings, settings.training, begin)
+    if settings.members.random != MembersConfig().random and not settings.members.sparsities:
+        findings.append("members.random: has no effect without members.sparsities; set these, or leave it out")
     if settings.contexts != ContextsConfig():
         findings.append("contexts: the members have one context each; use --dense and --sparse instead")
     if settings.distillation.scale > 0 and settings.loss.transducer_scale == 0:

@@ -135,15 +135,13 @@ def at_levels(model: nn.Module, levels: Mapping[str, int | None]) -> Iterator[No
 def divergence_from_dense(
     model: AsrModel, batch: Batch, own: ForwardPass, context: Context, how: InPlaceConfig
 ) -> Tensor:
-    """The divergence of a sparse member's pass from the dense member's, (B,); the dense one gets no gradient.
-
-    Called after the sparse pass: autocast keeps the weights it has cast, which then have gradients.
-    """
+    """The divergence of a sparse member's pass from the dense member's, (B,); the dense one gets no gradient."""
     assert own.joiner_in is not None  # refused before training
     with torch.no_grad():
         languages = model.language_ids(batch.languages)
         encoded, lens = model.encode(batch.features, batch.feature_lens, DENSE, context, languages=languages)
         teacher = (model.joiner.project_encoder(encoded), own.joiner_in[1].detach())
+    torch.clear_autocast_cache()  # of weights that were cast without a gradient, which later passes would take
     return in_place_divergence(model, batch, own, teacher, lens, how.classes, how.delay)
 
 

@@ -185,7 +185,7 @@ class RayRunning:
         if isinstance(task.batches, OwnBatches):  # only the replicas know how much there is
             steps = self._get([worker.answer[0] for worker in self.workers])
             task.batches.plan = Epochs(round(sum(steps) / len(steps)))
-        arguments = (task, run.path, training, recipe.slices, run.world, run.publish)
+        arguments = (task, run.path, training, recipe.slices, run.world, run.publish, False)
         if len(self._parts) > 1:
             updater: Updater = self._sharded(arguments)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,11 @@ def partition(sizes: Sequence[int], shards: int) -> list[list[int]]:
         parts[emptiest].append(index)
         filled[emptiest] += sizes[index]
     return [sorted(part) for part in parts]
+
+
+def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state of a parameter, as a shard gets it, which has no GPU."""
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
 class Shard:
@@ -116,7 +121,7 @@ class ShardedUpdater(Updater):
         ]
         self._pushes: Sequence[Sequence[Any]] = []
         for actor, part in zip(actors, parts, strict=True):
-            states = [dict(self.optimizer.state[self._trained[index]]) for index in part]
+            states = [_on_cpu(self.optimizer.state[self._trained[index]]) for index in part]
             weights = [arrays(tensors[index] for index in part) for tensors in (self._trained, self._averages)]
             get(actor.load.remote(*weights, states))
 
