@@ -162,7 +162,7 @@ def evaluate(  # long: a parameter for each option
     names: list[Any] = [name.value for name in method or ()] or [usual]
     _check_beam(beam, names)
     shared: dict[str, Any] = {
-        "methods": METHODS if "all" in names else names,
+        "methods": list(dict.fromkeys(part for name in names for part in (METHODS if name == "all" else (name,)))),
         "beam": width,
         "max_duration": max_duration,
         "device": choice.device,

@@ -22,7 +22,7 @@ from asrkit.frames import SAMPLE_RATE
 
 BLOCK_SECONDS = 0.1
 PCM_SCALE = 32768.0
-HEADERS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2")  # the last four: MP3
+HEADERS = {b"RIFF": "RIFF", b"fLaC": "fLaC", b"OggS": "OggS", b"ID3": "ID3"}
 
 
 def file_blocks(path: Path, paced: bool, stopped: Callable[[], bool] = lambda: False) -> Iterator[Tensor]:
@@ -72,9 +72,9 @@ def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> 
             continue
         received = os.read(descriptor, 1 << 16)
         head += received[: 4 - len(head)]
-        if head.startswith(HEADERS):
+        if begins := _header(head):
             raise UserError(
-                f"-: begins with {head.decode()}, so it is a file with a header, not raw samples; give the file's name, or pipe it "
+                f"-: begins with {begins}, so it is a file with a header, not raw samples; give the file's name, or pipe it "
                 "through ffmpeg -i - -f s16le -ar 16000 -ac 1 -"
             )
         if not received:
@@ -86,6 +86,18 @@ def pcm_blocks(descriptor: int, stopped: Callable[[], bool] = lambda: False) -> 
         rest = received[whole:]
         if whole:
             yield torch.from_numpy(np.frombuffer(received[:whole], dtype="<i2").astype(np.float32) / PCM_SCALE)
+
+
+def _header(head: bytes) -> str | None:
+    """What the first four bytes are the header of. Two loud samples can look like that of an MP3, at one stream in 30,000."""
+    for magic, name in HEADERS.items():
+        if head.startswith(magic):
+            return name
+    if len(head) == 4 and head[:2] in (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"):
+        bit_rate, sampling_rate = head[2] >> 4, head[2] >> 2 & 3
+        if 0 < bit_rate < 15 and sampling_rate < 3:
+            return "a frame of MP3"
+    return None
 
 
 @contextmanager

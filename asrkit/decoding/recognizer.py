@@ -127,7 +127,7 @@ def _load_exported(
         choice = context or ContextChoice()
         if choice.streaming and not only.streaming:
             raise UserError(f"{path}: is for whole recordings; drop --stream, or export the run with --streaming")
-        context = choice.among([only], True, f"{path}: the exported model")
+        context = choice.among([only], False, f"{path}: the exported model")
     if context != only:
         raise UserError(f"{path}: was exported in context {only}, not {context}; {again}")
     ctc = [uses_ctc(method) for method in methods]

@@ -121,6 +121,8 @@ class StreamingRecognizer:
         search: the best hypotheses of encoder frames; each utterance begins a sentence. None: greedy.
         endpoint: when an utterance is over; None is a second's pause, or 20 seconds.
         unfinished: the search of an utterance that goes on; None: ``search``.
+        ctc: the search is of CTC, which holds a piece over several frames. Cut there, it would be said again; so an utterance ends with a chunk
+            whose last frame is a blank, or when it is twice as long as ``longest`` (our choice).
     """
 
     def __init__(
@@ -130,11 +132,12 @@ class StreamingRecognizer:
         search: NBestSearch | None = None,
         endpoint: Endpoint | None = None,
         unfinished: NBestSearch | None = None,
+        ctc: bool = False,
     ) -> None:
         greedy = partial(search_n_best, model, method="greedy", special_ids=tokenizer.special_ids)
         self.tokenizer, self.search, self.unfinished = tokenizer, search or greedy, unfinished
-        self.endpoint = endpoint or Endpoint()
-        self._features, self._encoder = OnlineFbank(), ChunkEncoder(model)
+        self.endpoint, self.ctc = endpoint or Endpoint(), ctc
+        self._features, self._encoder, self._blank = OnlineFbank(), ChunkEncoder(model), model.blank
         self._utterance: list[EncoderOutput] = []
         self._samples = 0
         self._frames = 0  # encoder frames of the whole stream
@@ -165,7 +168,9 @@ class StreamingRecognizer:
         # A chunk is known when the last sample its frames need has arrived.
         time = min(self._frames * ENCODER_SHIFT + LOOK_AHEAD_MS / 1000, self._samples / SAMPLE_RATE)
         text = self.tokenizer.decode(hypothesis.tokens)
-        if quiet * ENCODER_SHIFT >= self.endpoint.pause or length * ENCODER_SHIFT >= self.endpoint.longest:
+        holds = self.ctc and self._holds_a_piece(encoded)
+        paused = quiet * ENCODER_SHIFT >= self.endpoint.pause and not holds
+        if paused or length * ENCODER_SHIFT >= self.endpoint.longest * (2 if holds else 1):
             if text or self._shown:
                 whole = hypothesis if self.unfinished is None else self._searched(self.search)
                 yield self._partial(whole, final=True, time=time)
@@ -173,6 +178,10 @@ class StreamingRecognizer:
         elif text != self._shown:
             self._shown = text
             yield self._partial(hypothesis, final=False, time=time)
+
+    def _holds_a_piece(self, encoded: EncoderOutput) -> bool:
+        """Whether the likeliest symbol of the last frame is no blank."""
+        return encoded.ctc_log_probs is not None and int(encoded.ctc_log_probs[0, -1].argmax()) != self._blank
 
     def _searched(self, search: NBestSearch) -> Hypothesis:
         """The best hypothesis of the current utterance."""

@@ -32,7 +32,7 @@ LINE, LINES = 42, 2
 class Transcript:
     """What was recognized in one file, or in ``error`` why it could not be read.
 
-    name: what NIST's formats call the recording; of none, the file's name without suffix. nbest: where they were asked for, the likeliest texts of each piece that was decoded by itself.
+    name: what formats call the recording; of none, NIST's have the file's name without suffix, txt and json its path. nbest: where they were asked for, the likeliest texts of each piece that was decoded by itself.
     """
 
     path: Path
@@ -63,7 +63,7 @@ def render(transcripts: Sequence[Transcript], form: Format) -> str:
     if form == "json":
         return "".join(json.dumps(json_row(transcript), ensure_ascii=False) + "\n" for transcript in transcripts)
     if form == "txt":
-        return "".join(f"{transcript.path}: {transcript.text}\n" for transcript in readable)
+        return "".join(f"{transcript.name or transcript.path}: {transcript.text}\n" for transcript in readable)
     if form == "ctm":
         return "".join(line for transcript in readable for line in _ctm_lines(transcript))
     if form == "stm":
@@ -83,10 +83,11 @@ def write_transcript(folder: Path, transcript: Transcript, form: Format) -> Path
 
 def json_row(transcript: Transcript) -> dict[str, object]:
     """A transcript as one JSON object; ``confidence`` and ``nbest`` are left out where they are not known."""
+    path = transcript.name or str(transcript.path)
     if transcript.error is not None:
-        return {"path": str(transcript.path), "error": transcript.error}
+        return {"path": path, "error": transcript.error}
     words = [{key: value for key, value in asdict(word).items() if value is not None} for word in transcript.words]
-    row = {"path": str(transcript.path), "seconds": transcript.seconds, "text": transcript.text, "words": words}
+    row = {"path": path, "seconds": transcript.seconds, "text": transcript.text, "words": words}
     if transcript.nbest:
         row["nbest"] = [asdict(piece) for piece in transcript.nbest]
     return row

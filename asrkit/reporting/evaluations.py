@@ -72,18 +72,23 @@ def current_evaluations(path: Path) -> dict[Path, Result]:
 def counterpart(result: Result, candidates: Mapping[Path, Result]) -> Path | None:
     """The candidate on the same manifest by the same search; of several, the one in the same context, then variant too.
 
-    None where there is none, or still more than one.
+    None where there is none, or still more than one. Evaluations that differ by their words' confidences alone have the same words.
     """
     same = [
         (directory, other)
         for directory, other in candidates.items()
         if other.manifest_sha256 is not None
-        and (other.manifest_sha256, other.search) == (result.manifest_sha256, result.search)
+        and (other.manifest_sha256, other.whole_search) == (result.manifest_sha256, result.whole_search)
     ]
     for key in ("context", "variant"):
         if len(same) > 1:
             same = [(directory, other) for directory, other in same if getattr(other, key) == getattr(result, key)]
-    return same[0][0] if len(same) == 1 else None
+    first = same[0] if same else None
+    alike = first and all(
+        (other.context, other.variant, other.total) == (first[1].context, first[1].variant, first[1].total)
+        for _, other in same
+    )
+    return first[0] if first and alike else None
 
 
 def fits(name: str, patterns: Sequence[str]) -> bool:

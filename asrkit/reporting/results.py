@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from asrkit.config import config, from_dict, to_dict
+from asrkit.config import config, digest, from_dict, to_dict
 from asrkit.disk import sha256_of
 from asrkit.errors import UserError
 from asrkit.migration import migrate_result
@@ -136,6 +136,16 @@ class Result:
             words += [f"{name} {scale}".rstrip() for name, scale in scales.items()]
             words += ["tuned decoding"] if not self.decoding.sources else []
         return " ".join(words)
+
+    @property
+    def whole_search(self) -> tuple[str, str]:
+        """``search``, and what it does not say: the other settings, and the digests of the files that counted."""
+        graph = None if self.graph is None else {**to_dict(self.graph), "path": "", "no_path": 0}
+        settings = sources = None
+        if self.decoding is not None:
+            settings = self.decoding.settings
+            sources = {name: source.get("sha256") for name, source in self.decoding.sources.items()}
+        return self.search, digest([settings, sources, graph])
 
 
 def summarize(utterances: Sequence[Scored]) -> Errors:

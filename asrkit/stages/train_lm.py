@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from asrkit.config import Positive, Seed, config, to_dict
+from asrkit.config import Positive, Seed, config, differences, to_dict
 from asrkit.data.bucketing import BucketPlan
 from asrkit.data.senones import load_tree
 from asrkit.data.sequences import (
@@ -182,6 +182,10 @@ def _check_options(
     findings = []
     if (settings.ngram is not None) > (unit in ("bpe", "word")):
         findings.append(f"--unit {unit}: an n-gram model is of bpe or word units")
+    if settings.ngram is not None:
+        plain, network = to_dict(TrainLmConfig()), ("model", "training", "max_symbols", "num_buckets")
+        chosen = differences({key: plain[key] for key in network}, {key: to_dict(settings)[key] for key in network})
+        findings += [f"{line.partition(':')[0]}: has no effect on an n-gram model; leave it out" for line in chosen]
     if (unit == "word") > (settings.ngram is not None):
         findings.append("--unit word: works with --kind ngram only; a network predicts bpe, phone or senone units")
     if tokenizer is not None and unit != "bpe":

@@ -25,7 +25,7 @@ from asrkit.decoding.nbest import (
     word_confidence,
 )
 from asrkit.decoding.recognizer import Recognizer, load_recognizer
-from asrkit.decoding.search import CTC_GRAPH, Method
+from asrkit.decoding.search import CTC_GRAPH, Method, uses_ctc
 from asrkit.decoding.streaming import Endpoint, Partial, StreamingRecognizer
 from asrkit.decoding.transcripts import Transcript
 from asrkit.decoding.windows import Piece, read_pieces
@@ -137,10 +137,11 @@ def transcribe_stream(
     findings = domain.findings([name])
     recognizer = _prepare(run_path, name, beam, variant, choice, language, device, threads, warn, findings)
     search = make_search(recognizer, name, beam, domain, stream=True)
+    decoder = recognizer.model, recognizer.tokenizer
     for path in paths:
         if stopped():
             return
-        stream = StreamingRecognizer(recognizer.model, recognizer.tokenizer, search.run, endpoint, search.unfinished)
+        stream = StreamingRecognizer(*decoder, search.run, endpoint, search.unfinished, uses_ctc(name))
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
                 for partial in stream.accept(block):

@@ -187,6 +187,7 @@ def test_a_kind_is_found_from_the_files(
     onnx.helper.set_model_props(model, {"model_type": model_type} if model_type else {})
     for name in names.split():
         onnx.save(model, str(tmp_path / f"{name}.onnx"))
+    shutil.copy(tmp_path / f"{name}.onnx", tmp_path / "lm.onnx")  # as asrkit exports one beside the recognizer
     (tmp_path / "tokens.txt").write_text("a 0\n")
     assert sherpa.find_model(f"sherpa-onnx:{tmp_path}").kind.constructor == constructor
 

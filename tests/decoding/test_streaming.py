@@ -192,7 +192,7 @@ class Loudness:
     context = Context(4, 0)
 
     def __init__(self, letters: list[int]) -> None:
-        self.letters = letters
+        self.letters = letters  # of each frame, again and again
 
     def encode(self, features: Tensor, feature_lens: Tensor, languages: Sequence[str] | None = None) -> EncoderOutput:
         raise NotImplementedError
@@ -251,8 +251,29 @@ def test_an_utterance_has_an_end_however_long_one_speaks(points: Path) -> None:
     assert "".join(event.text for event in found) == whole.text
 
 
+def test_a_piece_that_ctc_holds_is_not_said_twice(points: Path) -> None:
+    """The end of 2 s lies in the middle of a piece that is held over 13 frames, and the next blank comes after it."""
+    tokenizer = Tokenizer.load(points / TOKENIZER)
+    q, u = (tokenizer.encode(letter)[-1] for letter in "qu")
+    letters = [0] * 40 + [q] * 4 + [u] * 13 + [0] * 3 + [q] * 20 + [0] * 20
+    samples = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE).astype(np.float32))
+
+    def finals(model: Loudness) -> list[Partial]:
+        search = partial(search_n_best, model, method="ctc", special_ids=tokenizer.special_ids)
+        stream = StreamingRecognizer(model, tokenizer, search, Endpoint(9.0, 2.0), ctc=True)
+        return [event for event in listen(stream, samples) if event.final]
+
+    whole = listen(recognizing(Loudness(letters), tokenizer, "ctc", NEVER), samples)[-1]
+    said = finals(Loudness(letters))
+    assert "".join(event.text for event in said) == whole.text and [event.start for event in said] == [0.0, 2.4]
+    assert [event.start for event in finals(Loudness([q]))] == [
+        0.0
+    ]  # a piece without end: only at twice the length, 4 s
+
+
 def test_pcm_comes_in_any_bytes() -> None:
     samples = np.random.default_rng(0).integers(-32768, 32767, 5000).astype("<i2")
+    samples[:2] = -1025, 0  # the bytes of an MP3's first frame, but for its bit rate
     reader, writer = os.pipe()
     parts = pcm_blocks(reader)
     received = []
@@ -401,6 +422,10 @@ def test_standard_input_is_raw_pcm(points: Path, manifest: Path, tmp_path: Path)
         (b"x", "-: the audio is empty"),
         (b"RIFF\0\0\0\0WAVE", "-: begins with RIFF, so it is a file with a header"),
         (b"fLaC\0\0\0\0", "-: begins with fLaC, so it is a file with a header"),
+        (b"OggS\0\0\0\0", "-: begins with OggS, so it is a file with a header"),
+        (b"ID3\4\0\0\0\0", "-: begins with ID3, so it is a file with a header"),
+        (b"\xff\xfb\x90\x64\0\0", "-: begins with a frame of MP3, so it is a file with a header"),
+        (b"\xff\xf3\x84\xc4\0\0", "-: begins with a frame of MP3, so it is a file with a header"),
     ],
 )
 def test_standard_input_that_is_not_raw_pcm(points: Path, sent: bytes, said: str) -> None:

@@ -35,6 +35,13 @@ def transcript(texts: list[str], path: str = "a b.wav", **more: Any) -> Transcri
     return Transcript(Path(path), words[-1].end if words else 1.0, " ".join(texts), words)
 
 
+def test_a_name_is_no_path() -> None:
+    """Ids of cuts may hold slashes and dots that a path would lose."""
+    named = Transcript(Path("a//b/./c"), 1.0, "one", name="a//b/./c")
+    assert json.loads(render([named], "json"))["path"] == "a//b/./c"
+    assert render([named], "txt") == "a//b/./c: one\n"
+
+
 @pytest.mark.parametrize("form", ["srt", "vtt"])
 def test_subtitles_come_back_whole(form: str) -> None:
     texts = STRANGE * 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from asrkit.config import from_dict, to_dict
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.errors import UserError
 from asrkit.reporting.compare import Comparison
-from asrkit.reporting.results import RESULT, UTTERANCES, Result, read_utterances, summarize, utterance_line
+from asrkit.reporting.evaluations import counterpart
+from asrkit.reporting.results import (
+    RESULT,
+    UTTERANCES,
+    DecodingRecord,
+    Result,
+    read_result,
+    read_utterances,
+    summarize,
+    utterance_line,
+)
 from asrkit.reporting.tables import summary_table
 from asrkit.reporting.wer import Scored
 from asrkit.run_dir import EXPORT, WEIGHTS, sha256_of
@@ -176,6 +187,26 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "test.jsonl.gz"
 
 
+def test_other_files_make_another_search(tmp_path: Path) -> None:
+    """An evaluation with another language model of the same weight is no counterpart."""
+    one = read_result(write_evaluation(tmp_path / "one", 0))
+    results = [
+        replace(
+            one,
+            decoding=DecodingRecord(
+                settings={"lm_scale": 0.3, "length_bonus": bonus}, sources={"lm": {"path": "lm", "sha256": sha}}
+            ),
+        )
+        for sha, bonus in (("aa", 0.0), ("bb", 0.0), ("aa", 1.0))
+    ]
+    assert {result.search for result in results} == {"greedy lm 0.3"}
+    paths = [Path(str(number)) for number in range(3)]
+    for number, result in enumerate(results):
+        assert counterpart(result, dict(zip(paths, results, strict=True))) == paths[number]
+        others = {path: other for path, other in zip(paths, results, strict=True) if other is not result}
+        assert counterpart(result, others) is None
+
+
 def test_evaluate_stores_speakers_and_summary_marks_what_is_significant(tmp_path: Path, manifest: Path) -> None:
     one = write_run(tmp_path / "one")
     other = Path(shutil.copytree(one, tmp_path / "other"))
@@ -197,6 +228,26 @@ def test_evaluate_stores_speakers_and_summary_marks_what_is_significant(tmp_path
         greedy_row["p_mapsswe"] == 2 / 2**4 and greedy_row["p_holm"] == 2 * 2 / 2**4 and not greedy_row["significant"]
     )
     assert "speakers" not in greedy_row and greedy_row["interval_95"]
+    # Evaluated again with another temperature of its confidences, the baseline has the same words twice.
+    (greedy,) = (one / "evaluation").glob("*-greedy")
+    again = Path(shutil.copytree(greedy, one / "evaluation" / "again"))
+    content = json.loads((again / RESULT).read_text())
+    confidence = {
+        "words": 1,
+        "right": 1.0,
+        "mean": 0.5,
+        "ece": 0.5,
+        "bins": 10,
+        "temperature": 2.0,
+        "calibrated_on": None,
+    }
+    (again / RESULT).write_text(json.dumps({**content, "confidence": confidence}))
+    twice = summarize_runs([one, other], baseline=one)
+    assert [row["comparison"] is None for row in twice][-2:] == [False, False]
+    (again / RESULT).write_text(json.dumps({**content, "variant": "near"}))
+    with pytest.raises(UserError, match="one: has an evaluation of variant near, but no such variant"):
+        summarize_runs([one])
+    shutil.rmtree(again)
     greedy_row["significant"] = True
     change = summary_table(rows).columns[7]
     assert change.header == "change" and list(change.cells) == ["-", "-", "+0.00  ", "-33.33 *"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_the_cuts_left_out_of_training_are_in_it(tmp_path: Path) -> None:
     (run / LEFT_OUT).write_text("cut-17: silent\n")
     html = report([run], tmp_path / "again.html", sounds=0).read_text(encoding="utf-8")
     assert "left_out.yaml: is damaged" in html and "the peak lies below" not in html
+
+
+def test_every_label_is_of_one_evaluation(chain: tuple[list[Path], Path], tmp_path: Path) -> None:
+    """Two language models of one weight are told apart, by the names of the evaluations."""
+    run = Path(shutil.copytree(chain[0][0], tmp_path / "run"))
+    (found,) = (run / "evaluation").iterdir()
+    content = json.loads((found / "result.json").read_text())
+    for name in "ab":
+        decoding = {"settings": {"lm_scale": 0.3}, "sources": {"lm": {"path": "lm", "sha256": name}}, "tuned_on": None}
+        other = Path(shutil.copytree(found, run / "evaluation" / name))
+        (other / "result.json").write_text(json.dumps({**content, "decoding": decoding}))
+    html = report([run], tmp_path / "report.html", sounds=0).read_text(encoding="utf-8")
+    (tests,) = data_of(html)
+    assert sorted(system["label"] for system in tests["systems"]) == ["run, a", "run, b", "run, greedy"]
 
 
 def test_what_is_in_the_file(written: Path) -> None:

@@ -107,7 +107,9 @@ def find_model(spec: str, method: str | None = None) -> Model:
     if not path.is_dir():
         raise UserError(f"{spec}: no such directory; give the directory that holds a model for sherpa-onnx")
     tokens = sorted(path.glob("*tokens.txt"))
-    graphs = sorted(path.glob("*.onnx"))
+    graphs = sorted(
+        set(path.glob("*.onnx")) - {path / "lm.onnx"}
+    )  # a language model that asrkit exports beside the recognizer
     if not graphs or len(tokens) != 1:
         count = "no tokens.txt" if not tokens else f"{len(tokens)} files *tokens.txt"
         raise UserError(

@@ -126,7 +126,7 @@ test_sets.__test__ = False  # type: ignore[attr-defined]
 
 
 def _labels(found: Sequence[tuple[Model, Path, Result]]) -> list[str]:
-    """The model's name, and what tells its evaluations apart."""
+    """The model's name, and what tells its evaluations apart: variant, context and search, else the names of their directories."""
     labels = []
     for model, _, result in found:
         own = [other for one, _, other in found if one is model]
@@ -136,7 +136,11 @@ def _labels(found: Sequence[tuple[Model, Path, Result]]) -> list[str]:
             if len({getattr(other, key) for other in own}) > 1
         ]
         labels.append(", ".join([model.name, *told]))
-    return labels
+    alike = Counter(labels)
+    return [
+        label if alike[label] == 1 else f"{model.name}, {directory.name}"
+        for label, (model, directory, _) in zip(labels, found, strict=True)
+    ]
 
 
 def _with_main(systems: Sequence[Measured]) -> list[Measured]:
