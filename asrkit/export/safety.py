@@ -89,7 +89,7 @@ def checked_script(path: Path) -> io.BytesIO:
             if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
                 raise UserError(f"{path}: is packed in a way that torch does not read; export again")
             if sum(entry.file_size for entry in entries) > path.stat().st_size + MOST_CODE:
-                raise UserError(f"{path}: holds more than its size, which no export of asrkit does")
+                raise UserError(f"{path}: unpacks to far more than its size, which no export of asrkit does")
             for entry in entries:
                 content = archive.read(entry)
                 if re.search(rb"__[sg]etstate__", content):

@@ -164,7 +164,7 @@ def test_a_page_in_place_of_a_tar_file_is_not_kept(served: tuple[str, Path], tmp
     content = tar.read_bytes()
     tar.write_text("<html>Who are you?</html>")
     try:
-        with pytest.raises(UserError, match=r"recording.000000.tar: what came is no tar file .*check the URL"):
+        with pytest.raises(UserError, match=r"recording.000000.tar: the answer is not a tar file .*check the URL"):
             fetch_shar(f"{address}/corpus/cuts.000000.jsonl.gz", tmp_path / "copy")
     finally:
         tar.write_bytes(content)

@@ -159,7 +159,7 @@ def test_bad_rows_are_all_reported_and_nothing_is_written(bad_rows, tmp_path):
         10: "id: must have 1 to 1000 characters",
         11: "no file",
         12: "path: is empty",
-        13: "does not say how long it is",
+        13: "has no length in its header",
     }.items():
         assert any(line.startswith(f"{bad_rows}:{number}: ") and said in line for line in error.value.lines), number
     assert "--bad skip" in error.value.lines[-1]

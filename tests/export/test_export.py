@@ -692,7 +692,7 @@ def test_a_script_that_does_more_than_compute_is_refused(run: Path, tmp_path: Pa
     with zipfile.ZipFile(tmp_path / "script" / "joiner.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("joiner/data/0", bytes(1 << 27))
     forge(tmp_path / "script", "joiner.pt")
-    with pytest.raises(UserError, match="joiner.pt: holds more than its size"):
+    with pytest.raises(UserError, match="joiner.pt: unpacks to far more than its size"):
         load_recognizer(tmp_path / "script")
 
 

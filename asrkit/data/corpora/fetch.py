@@ -136,7 +136,7 @@ def _check_tar(path: Path, url: str) -> None:
             tar.next()
     except tarfile.TarError as error:
         raise UserError(
-            f"{url}: what came is no tar file ({clip(error)}); check the URL, and run the command again"
+            f"{url}: the answer is not a tar file ({clip(error)}); check the URL, and run the command again"
         ) from error
 
 

@@ -383,7 +383,7 @@ def _audio_facts(path: Path) -> tuple[Path, int, int, int]:
             f"path: {path} is not audio that libsndfile reads ({error}); convert it to WAV or FLAC"
         ) from error
     if info.frames > MOST_SAMPLES:  # as an encoder leaves it that wrote into a pipe
-        raise ValueError(f"path: {path} does not say how long it is; write it again, as by flac -d and flac, or ffmpeg")
+        raise ValueError(f"path: {path} has no length in its header; rewrite it, for example with ffmpeg")
     num_samples = info.frames
     if info.format == "MP3":  # its header may only estimate the length
         num_samples = sum(len(block) for block in soundfile.blocks(str(path), blocksize=1 << 16))
