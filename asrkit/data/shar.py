@@ -48,7 +48,7 @@ def members_of(shard: Path) -> dict[str, dict[Field, tuple[Any, list[Any]]]]:
     for field in FIELDS:
         path = tar_of(shard, field)
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no file; write the Shar directory again")
+            raise UserError(f"{path}: is not a regular file; write the Shar directory again")
         if path.exists():
             for name, data, manifest in _members(path, field):
                 location = [str(path), data.offset_data, data.size, Path(data.name).suffix]

@@ -137,11 +137,12 @@ def transcribe_stream(
     findings = domain.findings([name])
     recognizer = _prepare(run_path, name, beam, variant, choice, language, device, threads, warn, findings)
     search = make_search(recognizer, name, beam, domain, stream=True)
-    decoder = recognizer.model, recognizer.tokenizer
     for path in paths:
         if stopped():
             return
-        stream = StreamingRecognizer(*decoder, search.run, endpoint, search.unfinished, uses_ctc(name))
+        stream = StreamingRecognizer(
+            recognizer.model, recognizer.tokenizer, search.run, endpoint, search.unfinished, uses_ctc(name)
+        )
         try:
             for block in pcm_blocks(0, stopped) if path == STDIN else file_blocks(path, paced, stopped):
                 for partial in stream.accept(block):

@@ -243,6 +243,14 @@ def test_members_of_a_shar_directory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_pipe_in_place_of_a_tar_file_is_not_waited_for(tmp_path: Path) -> None:
+    folder = shar(tmp_path / "shar", b"{}")
+    (folder / "recording.000000.tar").unlink()
+    os.mkfifo(folder / "recording.000000.tar")
+    with pytest.raises(UserError, match="recording.000000.tar: is not a regular file"):
+        open_cuts(folder, need_text=False)
+
+
 def test_messages_stay_short_and_printable() -> None:
     assert clip("a\nb\x1b[2Jc" + "x" * 500, 20) == "a b\N{REPLACEMENT CHARACTER}[2Jcxxxxxxxxxxxx..."
     assert len(str(UserError("y" * 200_000))) < 5000 and "\x1b" not in str(UserError("\x1b"))

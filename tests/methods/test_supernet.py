@@ -17,7 +17,14 @@ from asrkit.config import from_dict
 from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.methods.supernet import loss as loss_module
-from asrkit.methods.supernet.config import GrowthConfig, InPlaceConfig, SelfPruningConfig
+from asrkit.methods.supernet.config import (
+    GrowthConfig,
+    InPlaceConfig,
+    MembersConfig,
+    SelfPruningConfig,
+    SupernetConfig,
+    contradictions,
+)
 from asrkit.methods.supernet.cut import SearchConfig, byte_costs, cut, groups, search, sparsities
 from asrkit.methods.supernet.loss import random_levels, sparse_dropout, split, supernet_loss
 from asrkit.methods.supernet.masks import density, grow_masks, lasso_decay
@@ -458,6 +465,13 @@ def test_the_teacher_takes_no_gradient_from_later_parts(monkeypatch: pytest.Monk
         assert isinstance(layer, CompressedLinear) and layer.weight.grad is not None and not layer.mask.all()
         under_mask.append(float(layer.weight.grad[~layer.mask].norm()))
     assert under_mask[1] == pytest.approx(under_mask[0], rel=0.1) and under_mask[1] > 0
+
+
+def test_a_number_of_random_members_without_their_sparsities_is_refused() -> None:
+    settings = SupernetConfig(members=MembersConfig(random=3))
+    assert any(line.startswith("members.random: has no effect") for line in contradictions(settings, 0))
+    settings = SupernetConfig(members=MembersConfig(random=3, sparsities=[0.2]))
+    assert not any("members.random" in line for line in contradictions(settings, 0))
 
 
 def test_fewer_utterances_than_members() -> None:

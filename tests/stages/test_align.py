@@ -183,6 +183,16 @@ def test_wrong_options_of_align(corpus: Path, tmp_path: Path, words: list[str], 
     assert complaint in said and said.startswith("error: ") and "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_a_manifest_is_not_aligned_onto_itself(corpus: Path, tmp_path: Path) -> None:
+    source = tmp_path / "dev.jsonl.gz"
+    source.write_bytes((corpus / "dev.jsonl.gz").read_bytes())
+    (tmp_path / "link.jsonl.gz").symlink_to(source)
+    words = ["align", "--from", corpus / "parent", "--manifest", source, "--out", tmp_path / "link.jsonl.gz"]
+    assert "is a file that this command reads" in asrkit(*words, code=1)
+    assert source.read_bytes() == (corpus / "dev.jsonl.gz").read_bytes()
+
+
 PITCH = {"a": 0.0, "b": 3.0, "c": -3.0, "d": 5.0}  # what stands for a phone's sound in these tests
 
 

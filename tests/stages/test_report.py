@@ -68,7 +68,7 @@ def test_the_cuts_left_out_of_training_are_in_it(tmp_path: Path) -> None:
 
 
 def test_every_label_is_of_one_evaluation(chain: tuple[list[Path], Path], tmp_path: Path) -> None:
-    """Two language models of one weight are told apart by the names of their evaluations."""
+    """Evaluations with two language models of the same weight get the names of their directories."""
     run = Path(shutil.copytree(chain[0][0], tmp_path / "run"))
     (found,) = (run / "evaluation").iterdir()
     content = json.loads((found / "result.json").read_text())

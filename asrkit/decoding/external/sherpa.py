@@ -107,9 +107,8 @@ def find_model(spec: str, method: str | None = None) -> Model:
     if not path.is_dir():
         raise UserError(f"{spec}: no such directory; give the directory that holds a model for sherpa-onnx")
     tokens = sorted(path.glob("*tokens.txt"))
-    graphs = sorted(
-        set(path.glob("*.onnx")) - {path / "lm.onnx"}
-    )  # a language model that asrkit exports beside the recognizer
+    # asrkit exports a language model beside the recognizer.
+    graphs = sorted(set(path.glob("*.onnx")) - {path / "lm.onnx"})
     if not graphs or len(tokens) != 1:
         count = "no tokens.txt" if not tokens else f"{len(tokens)} files *tokens.txt"
         raise UserError(
