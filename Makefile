@@ -9,6 +9,10 @@ ifeq ($(filter k2 modern,$(ENV)),)
 $(error ENV=$(ENV) is no environment; use ENV=k2 or ENV=modern)
 endif
 
+ifneq ($(word 2,$(CURDIR)),)
+$(error $(CURDIR): make cannot work in a path with a space; move the repository)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-fast lint format generated lock wheel demo smoke ci clean
 
@@ -18,7 +22,7 @@ help: ## list the targets
 	@echo "  ENV=k2      Python 3.11, torch 1.13.1, k2 1.23.4 (the default)"
 	@echo "  ENV=modern  Python 3.11 or newer, torch 2.13.0, no k2"
 
-setup: $(VENV)/.stamp ## install the environment in .venv-$(ENV), without root
+setup: $(VENV)/.stamp ## install the environment in .venv-k2 or .venv-modern, without root
 
 # The stamp is the last thing the script writes; a lock file, the project's metadata or the script itself outdates it.
 $(VENV)/.stamp: requirements/$(ENV).txt requirements/$(ENV).hashes.txt requirements/k2-wheel.txt pyproject.toml scripts/setup.sh
@@ -40,7 +44,7 @@ format: setup ## format the code and apply safe fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-generated: setup ## rewrite the option tables in docs/ and the list of the interface in tests/golden/
+generated: setup ## rewrite the tables in docs/, settings.json and the list of the interface in tests/golden/
 	$(PY) scripts/generated.py
 
 # torch's file in `modern` differs from machine to machine, see scripts/setup.sh.

@@ -150,6 +150,10 @@ def check_writable(path: Path) -> None:
 
 def occupied(out: Path) -> list[str]:
     """Why ``out`` cannot become a new directory, for a stage to report among its other findings; [] if it can."""
+    if out.is_symlink() or out.is_mount():
+        return [
+            f"{out}: is a {'link' if out.is_symlink() else 'mount point'}, which no new directory can replace; give a name below it"
+        ]
     if out.is_dir() and any(out.iterdir()):
         return [f"{out}: exists and is not empty; remove it or choose another --out"]
     if out.exists() and not out.is_dir():
@@ -173,7 +177,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for written in (*temporary.iterdir(), temporary):
+        for written in (*temporary.rglob("*"), temporary):
             sync(written)
         replace(temporary, path)
     except OSError as error:

@@ -267,7 +267,11 @@ def open_run(path: Path) -> RunDir:
             f"{path}: not a complete run directory, missing {', '.join(missing)}; run the training stage to its first checkpoint"
         )
     lineage = check_lineage(read_yaml(path / LINEAGE), path / LINEAGE)
-    _check_digests(path, lineage[-1])
+    while findings := _digest_findings(path, lineage[-1]):
+        again = check_lineage(read_yaml(path / LINEAGE), path / LINEAGE)
+        if again == lineage:
+            raise UserError.of(findings)
+        lineage = again  # a training has replaced its weights meanwhile
     migrated = read_model(path, lineage)
     return RunDir(
         path,
@@ -279,8 +283,8 @@ def open_run(path: Path) -> RunDir:
     )
 
 
-def _check_digests(path: Path, entry: dict[str, Any]) -> None:
-    """Every file that the lineage has a digest of is there and has it; weights, n-grams and model.yaml always have one."""
+def _digest_findings(path: Path, entry: dict[str, Any]) -> list[str]:
+    """Which files that the lineage has a digest of are missing or differ; weights, n-grams and model.yaml always have one."""
     findings = []
     for key, name in DIGESTS.items():
         expected = entry.get(key)
@@ -296,8 +300,7 @@ def _check_digests(path: Path, entry: dict[str, Any]) -> None:
                 f"{path / name}: digest {digest[:12]} differs from {str(expected)[:12]} in {LINEAGE}; "
                 "the file is truncated, edited or of another run: restore it or train again"
             )
-    if findings:
-        raise UserError.of(findings)
+    return findings
 
 
 def _tensor_names(path: Path) -> list[str]:

@@ -4,6 +4,9 @@
 # resumes it, so nothing here deletes a run directory. Data are order-only prerequisites, so newer files do not restart
 # a finished run. To train again, set another EXP or remove the run directory yourself.
 
+ifneq ($(word 2,$(CURDIR)),)
+$(error $(CURDIR): make cannot work in a path with a space; move the repository)
+endif
 ENV ?= k2
 RECIPES := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 VENV := $(abspath $(RECIPES)/../.venv-$(ENV))

@@ -4,7 +4,8 @@
     make generated                           write the table anew
 
 A claim is decided by the 95 % interval of a difference over utterances (WER: paired bootstrap; means of words: the delta method), or,
-where systems should be alike, by the 90 % interval of two one-sided tests, as `asrkit compare --margin` does it:
+where systems should be alike, by the 90 % interval of two one-sided tests, as `asrkit compare --margin` does it. Where a pair was
+trained from several parents, the difference is the mean of theirs:
 
     lower by X       the system is lower than the baseline by more than X: yes, if the whole interval is; no, if none of it is
     gains X          the system is lower at all: yes, if the whole interval is below 0; no, if none of it is lower by X, which would matter
@@ -40,12 +41,11 @@ from asrkit.methods.lm_distillation.config import DistillLmConfig
 from asrkit.methods.lm_distillation.loss import frame_counts
 from asrkit.methods.lm_distillation.teachers import inventories_of, load_lm_teacher
 from asrkit.models.registry import ASR, build, spec_of_kind
-from asrkit.reporting.evaluations import find_evaluation
+from asrkit.reporting.compare import System
+from asrkit.reporting.evaluations import find_evaluation, load_system, matched
 from asrkit.reporting.machine import processor
-from asrkit.reporting.results import read_utterances
-from asrkit.reporting.significance import Estimate
+from asrkit.reporting.significance import Estimate, paired_bootstrap
 from asrkit.run_dir import CONFIG, open_run, read_yaml
-from asrkit.stages.compare import compare_runs
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "results" / "claims.yaml"
@@ -69,6 +69,7 @@ class Claim:
     source, claim, setting: in words. system, baseline, untrained, parent: run directories below EXP; the last two with "recovers" only.
     search: a pattern of the evaluation's name. metric: WER; latency, how late rightly recognized words are known; or frames, the share
     of the dev cuts' frames that the supervised head of distill-lm has right. rule: see above.
+    parents: further parents of the pair, with WER only: SYSTEM-PARENT and BASELINE-PARENT of each count as SYSTEM and BASELINE do.
     note: why it is open, or what else to know.
     """
 
@@ -82,7 +83,21 @@ class Claim:
     parent: str = ""
     search: str = "*-full-beam4"
     metric: Metric = "WER"
+    parents: tuple[str, ...] = ()
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.parents and self.metric != "WER":
+            raise ValueError(f"{self.claim}: has parents, and is not measured by WER")
+
+    def arms(self, name: str) -> list[str]:
+        """The run directories of a system, one for each parent."""
+        return [name, *(f"{name}-{parent}" for parent in self.parents)]
+
+    def key(self, system: str, baseline: str) -> str:
+        """What the result of a pair is stored under."""
+        over = "".join(f" {parent}" for parent in self.parents)
+        return f"{system} - {baseline} [{self.search}]{'' if self.metric == 'WER' else f' {self.metric}'}{over and ' and from' + over}"
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -91,59 +106,68 @@ class Claim:
 
     def result(self, results: dict[str, Any], system: str, baseline: str) -> dict[str, Any] | None:
         """What is stored of a pair."""
-        row: dict[str, Any] | None = results.get(key(system, baseline, self.search, self.metric))
+        row: dict[str, Any] | None = results.get(self.key(system, baseline))
         return row
 
 
 def claims() -> list[Claim]:
     """The rows, in their order."""
-    return [Claim(**row) for row in yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))]
+    rows = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
+    return [Claim(**{**row, "parents": tuple(row.get("parents", ()))}) for row in rows]
 
 
-def key(system: str, baseline: str, search: str, metric: Metric = "WER") -> str:
-    return f"{system} - {baseline} [{search}]{'' if metric == 'WER' else f' {metric}'}"
-
-
-def compared(claim: Claim, system: Path, baseline: Path) -> dict[str, Any]:
-    """Two evaluated runs: number of words, the baseline's rate or mean, the system's, the difference and its interval.
+def compared(claim: Claim, exp: Path, system: str, baseline: str) -> dict[str, Any]:
+    """Two evaluated systems: number of words, the baseline's rate or mean, the system's, the difference and its interval.
 
     Raises:
         UserError: one was not evaluated so.
     """
     if claim.metric == "WER":
-        [row] = compare_runs([str(baseline), str(system)], by="utterance", evaluation=[claim.search])
-        return {
-            "words": row.words,
-            "baseline": row.baseline_wer,
-            "value": row.wer,
-            "difference": row.difference,
-            "interval_95": list(row.interval_95),
-            "p_mapsswe": row.p_mapsswe,
-        }
-    if claim.metric == "latency":
-        first, second = latencies(baseline, claim.search), latencies(system, claim.search)
+        first, second = map(word_errors, evaluated(claim, exp, system, baseline))
+        estimate = paired_bootstrap(first[None, :, 0], second[None, :, 0], second[:, 1])
     else:
-        first, second = frames(baseline), frames(system)
-    estimate = difference_of_means(first, second)
+        if claim.metric == "latency":
+            first, second = map(latencies, evaluated(claim, exp, system, baseline))
+        else:
+            first, second = frames(exp / baseline), frames(exp / system)
+        estimate = difference_of_means(first, second)
     return {
         "words": int(second[:, 1].sum()),
         "baseline": float(first[:, 0].sum() / first[:, 1].sum()),
         "value": float(second[:, 0].sum() / second[:, 1].sum()),
         "difference": estimate.difference,
         "interval_95": list(estimate.interval()),
-        "p_mapsswe": None,
     }
 
 
-def latencies(run: Path, search: str) -> np.ndarray:
+def evaluated(claim: Claim, exp: Path, system: str, baseline: str) -> list[System]:
+    """The baseline and the system, with an evaluation from each parent, and their utterances in one order.
+
+    Raises:
+        UserError: one was not evaluated so, or their references differ.
+    """
+    evaluations = {
+        name: [find_evaluation(exp / arm, [claim.search]) for arm in claim.arms(name)] for name in (baseline, system)
+    }
+    return matched([load_system(name, found) for name, found in evaluations.items()])
+
+
+def word_errors(system: System) -> np.ndarray:
+    """(utterances, 2): the errors in each, the mean over parents, and its words."""
+    return np.stack([system.errors.sum(2).mean(0), system.words], 1)
+
+
+def latencies(system: System) -> np.ndarray:
     """(utterances, 2): the milliseconds by which the right words of each were late, summed, and their number.
 
     Raises:
         UserError: the run was not evaluated in chunks, on words whose times are known.
     """
-    late = [utterance.late_ms for utterance in read_utterances(find_evaluation(run, [search]))]
+    late = [utterance.late_ms for utterance in system.utterances]
     if not any(late):
-        raise UserError(f"{run}: evaluation {search} has no emission latencies; evaluate it on an aligned manifest")
+        raise UserError(
+            f"{system.name}: the evaluation has no emission latencies; evaluate the run on an aligned manifest"
+        )
     return np.array([(sum(words), len(words)) for words in late])
 
 
@@ -164,7 +188,8 @@ def frames(run: Path) -> np.ndarray:
     teachers = {name: load_lm_teacher(Path(lm["path"])) for name, lm in content["lms"].items()}
     inventories = inventories_of(teachers, settings.supervised, open_cuts(manifest))
     annotator = Annotator(inventories, settings.repeats, settings.silence == "previous")
-    return np.array(list(frame_counts(model.eval(), open_cuts(dev), annotator, settings).values()))
+    counts = frame_counts(model.eval(), open_cuts(dev), annotator, settings)
+    return np.array([counts[cut_id] for cut_id in sorted(counts)])
 
 
 def difference_of_means(first: np.ndarray, second: np.ndarray) -> Estimate:
@@ -184,7 +209,7 @@ def difference_of_means(first: np.ndarray, second: np.ndarray) -> Estimate:
 
 def collect(exp: Path) -> None:
     """Compare every pair that has been evaluated; the others keep what was stored before."""
-    wanted = {key(*pair, claim.search, claim.metric) for claim in claims() for pair in claim.pairs}
+    wanted = {claim.key(*pair) for claim in claims() for pair in claim.pairs}
     stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     results = {name: row for name, row in stored.items() if name in wanted}
     commit = subprocess.run(
@@ -193,12 +218,12 @@ def collect(exp: Path) -> None:
     for claim in claims():
         for system, baseline in claim.pairs:
             try:
-                row = compared(claim, exp / system, exp / baseline)
+                row = compared(claim, exp, system, baseline)
             except UserError as error:
                 print(f"{system}: {error}", file=sys.stderr)
                 continue
             settings = read_yaml(exp / system / CONFIG)
-            results[key(system, baseline, claim.search, claim.metric)] = {
+            results[claim.key(system, baseline)] = {
                 **row,
                 "steps": settings.get("training", {}).get("steps"),
                 "seed": settings.get("seed"),

@@ -35,6 +35,7 @@ app = App(
     cls=Commands,
     name="asrkit",
     help="Turn real speech into small, fast, streaming speech recognizers.",
+    epilog="Start with `asrkit data import` or `asrkit data prompts`, then train-backbone, evaluate, export. Every command has --help with examples.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -56,23 +57,24 @@ def _root(
     """Turn real speech into small, fast, streaming speech recognizers."""
 
 
-for _group in (
-    data,
-    label,
-    train,
-    submodel,
-    distill,
-    sequence,
-    supernet,
-    compress,
-    lm,
-    domain,
-    evaluate,
-    export,
-    inspect,
-    settings,
-):
-    _group.register(app)
+# What the commands of each module are listed under.
+PANELS = {
+    "Data": (data, label),
+    "Training": (train, submodel, distill, sequence, supernet),
+    "Compression": (compress,),
+    "Alignments, language models, graphs": (lm, domain),
+    "Recognition and export": (evaluate, export),
+    "Inspection": (inspect, settings),
+}
+
+for _panel, _modules in PANELS.items():
+    _commands, _groups = len(app.registered_commands), len(app.registered_groups)
+    for _module in _modules:
+        _module.register(app)
+    for _command in app.registered_commands[_commands:]:
+        _command.rich_help_panel = _panel
+    for _group in app.registered_groups[_groups:]:
+        _group.rich_help_panel = _panel
 
 
 def built_in() -> set[str]:

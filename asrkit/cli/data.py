@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asrkit.cli.app import App
-from asrkit.cli.options import Cluster, Jobs, io, output
+from asrkit.cli.options import Cluster, Jobs, file_named, io, output
 from asrkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def import_(
     if text == "none" and split == "hash":
         raise UserError("--split hash: divides by the texts, and --text none has none; use --split-by, or leave it out")
     if (test or dev) and not split_by:
-        raise UserError("--test, --dev: list values of a column; name it with --split-by")
+        raise UserError("--test, --dev: list values of a column; name the column with --split-by")
     if split_by and split != "auto":
         raise UserError(f"--split {split} and --split-by: are two ways to split; give one of them")
     if (jobs is not None or ray_address is not None) and not convert:
@@ -236,7 +236,9 @@ def check(
     audio: Annotated[bool, io(help="Read every recording, or look only at the manifests.")] = True,
     jobs: Jobs = None,
     ray_address: Cluster = None,
-    json_out: Annotated[Path | None, output("--json", help="Write all findings to this JSON file.")] = None,
+    json_out: Annotated[
+        Path | None, output("--json", callback=file_named(".json"), help="Write all findings to this JSON file.")
+    ] = None,
 ) -> None:
     """Describe manifests, list cuts that cannot be trained on, and find what training and test data share.
 
@@ -261,7 +263,7 @@ def check(
 
 def synthesize(  # long: a parameter for each option
     lang: Annotated[
-        list[str], io(help="Language of each --text or --manifest, in their order. Repeatable.", show_default=False)
+        list[str], io(help="Language of each --text, then of each --manifest. Repeatable.", show_default=False)
     ],
     out: Out,
     text: Annotated[list[Path] | None, io(help="Text file with one sentence per line. Repeatable.")] = None,
@@ -307,7 +309,7 @@ def synthesize(  # long: a parameter for each option
             --out data/spoken
 
     Several languages: --text en.txt --lang en --text fr.txt --lang fr, or one --manifest and several --lang.
-    To train on real and synthetic speech: lhotse combine real.jsonl.gz synthetic.jsonl.gz both.jsonl.gz
+    To train on it beside real speech: asrkit train-backbone --set 'data.also=[data/synthetic/train.jsonl.gz]' ...
     """
     from asrkit.data.corpora.synthesize import synthesize as run
     from asrkit.data.parallel import Workers

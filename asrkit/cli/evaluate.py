@@ -15,7 +15,7 @@ import typer
 
 from asrkit.cli.domain import GraphChoice, domain_options
 from asrkit.cli.fusion import FusionOptions, Tuned
-from asrkit.cli.options import Cluster, Jobs, expanded, io, output
+from asrkit.cli.options import Cluster, Jobs, expanded, file_named, io, output
 from asrkit.errors import UserError, visible
 
 # The methods of asrkit.decoding.search, which would import torch here.
@@ -42,7 +42,7 @@ Beam = Annotated[int | None, decoding(min=1, help="Hypotheses that --method beam
 Threads = Annotated[int | None, decoding(min=1, help="CPU threads. [default: torch's own choice]")]
 Variant = Annotated[
     str | None,
-    decoding(help="Variant to run; `asrkit info` lists them. [default: the one trained last]"),
+    decoding(help="Variant to run; `asrkit info` lists them and names the default."),
 ]
 ModeOption = Annotated[Mode | None, decoding(help="full: look at the whole recording at once.")]
 Chunk = Annotated[
@@ -219,7 +219,11 @@ def tune(
     run: Run,
     manifest: Annotated[Path, io(help="Dev cuts to count the errors on: .jsonl, .jsonl.gz or a Shar directory.")],
     out: Annotated[
-        Path, io(help="File to write, such as decoding.yaml, for `--decoding` of evaluate, transcribe and export.")
+        Path,
+        io(
+            callback=file_named(".yaml"),
+            help="File to write, such as decoding.yaml, for `--decoding` of evaluate, transcribe and export.",
+        ),
     ],
     over: Annotated[
         str | None,
@@ -405,6 +409,11 @@ def _check_output(stream: bool, audio: list[Path], form: str, out: Path | None, 
             f"--out: two recordings are called {name}; transcribe them separately, or rename one"
             for name in sorted(set(names))
             if names.count(name) > 1
+        ]
+        findings += [
+            f"{there}: exists beside its recording, and may be its transcript; choose another --out, or move it away"
+            for path in audio
+            if (there := path.with_name(f"{path.stem}.{form}")).exists() and out.resolve() == path.parent.resolve()
         ]
     if findings:
         raise UserError.of(findings)

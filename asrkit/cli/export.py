@@ -41,7 +41,9 @@ def export(  # long: a parameter for each option
             help="Cuts to measure on: WER of the export, of the float model and of each part's integers; speed; memory."
         ),
     ] = None,
-    variant: Annotated[str | None, of_model(help="Variant to export. [default: the one trained last]")] = None,
+    variant: Annotated[
+        str | None, of_model(help="Variant to export; `asrkit info` lists them and names the default.")
+    ] = None,
     streaming: Annotated[
         bool, of_model("--streaming", help="Export for live audio, which comes chunk by chunk.")
     ] = False,

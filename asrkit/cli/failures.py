@@ -14,12 +14,12 @@ from asrkit.errors import UserError, clip
 DEBUG = "ASRKIT_DEBUG"
 REMEDIES = {
     **dict.fromkeys(NO_SPACE, "free some space or choose another place"),
-    errno.EACCES: "check who may read and write there",
-    errno.EPERM: "check who may read and write there",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
     errno.EROFS: "choose a place that can be written",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a part of this path is a file; choose another",
-    errno.EISDIR: "is a directory; give a file",
+    errno.EISDIR: "give a file",
     errno.ENOENT: "check the path",
     errno.ELOOP: "its links go in a circle; choose another path",
     errno.EMFILE: "raise the number of open files (ulimit -n)",

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from asrkit.cli.options import io, output
+from asrkit.cli.options import file_named, io, output
 
 # The names of asrkit.reporting.compare.UNITS, which would import numpy here.
 GroupName = StrEnum("GroupName", ["speaker", "utterance", "language"])
@@ -109,7 +109,7 @@ def summary(
     baseline: Annotated[
         Path | None, io(help="Run directory that each row is compared with; significant differences are marked.")
     ] = None,
-    out: Annotated[Path | None, io(help="Also write the rows to this JSON file.")] = None,
+    out: Annotated[Path | None, io(callback=file_named(".json"), help="Also write the rows to this JSON file.")] = None,
 ) -> None:
     """Show evaluated runs in one table: a row for each variant, context and method.
 
@@ -139,7 +139,10 @@ def compare(
             help="Which evaluation of each run: a part of its directory's name, such as test, beam4 or a digest. Repeatable."
         ),
     ] = None,
-    out: Annotated[Path | None, io("--json", metavar="FILE", help="Also write everything to this JSON file.")] = None,
+    out: Annotated[
+        Path | None,
+        io("--json", metavar="FILE", callback=file_named(".json"), help="Also write everything to this JSON file."),
+    ] = None,
     baseline: Annotated[str | None, tests(help="What the others are compared with. [default: the first]")] = None,
     by: Annotated[
         GroupName | None,
@@ -198,7 +201,7 @@ def report(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, io(help="HTML file to write.")] = Path("report.html"),
+    out: Annotated[Path, io(callback=file_named(".html"), help="HTML file to write.")] = Path("report.html"),
     data: Annotated[
         list[Path] | None, io(metavar="MANIFEST", help="Manifest to describe, with or without runs. Repeatable.")
     ] = None,

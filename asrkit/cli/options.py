@@ -12,6 +12,20 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from asrkit.errors import UserError
+
+
+def file_named(suffix: str) -> Callable[[Path | None], Path | None]:
+    """A callback for an option that names a file to write: a slip must not replace a manifest, which a list of runs or cuts ends in."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None and path.suffix != suffix:
+            raise UserError(f"{path}: would be written, and its name does not end in {suffix}; give one that does")
+        return path
+
+    return check
+
+
 # The panels of --help, everyday options first: a panel stands where its first option does.
 io = partial(typer.Option, rich_help_panel="Input and output")
 training = partial(typer.Option, rich_help_panel="Training")

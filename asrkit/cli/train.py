@@ -76,7 +76,7 @@ def pretrain(
     from asrkit.stages.pretrain import pretrain as run
 
     if sparsity is not None and not supernet:
-        raise UserError(f"--sparsity {sparsity}: is of the masks that --supernet finds; give both, or neither")
+        raise UserError(f"--sparsity {sparsity}: works only with --supernet; add it, or leave --sparsity out")
     options = given(
         {"variant": variant, "seed": seed, "data.max_duration": max_duration, "supernet.sparsity": sparsity}
     )

@@ -52,12 +52,12 @@ class AudioConfig:
     also: tuple[Path, ...] = ()
     """Further manifests to train on, such as synthetic speech."""
     repeat: Annotated[int, Field(ge=1)] = 1
-    """How often the main manifest comes in an epoch for each time those of `also` do."""
+    """How many times the main manifest is used in each pass over those of `also`."""
     noise: Path | None = None
     """Manifest of noise recordings for augment.noise_probability; null makes Gaussian noise of a random color."""
     check_first: Annotated[int, Field(ge=1)] = 5_000
-    """Read the audio of so many cuts of a manifest, spread evenly, before training starts. That of a larger manifest is
-    read by `asrkit data check`, whose result is remembered, or checked as it is trained on."""
+    """Before training, read the audio of at most this many cuts of each manifest, spread evenly. The rest is checked while
+    training, unless `asrkit data check` has read it before."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training data are varied."""
 

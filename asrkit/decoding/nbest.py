@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from asrkit.data.text.tokenizer import Tokenizer
@@ -166,5 +165,7 @@ def calibrate(utterances: Sequence[WordConfidence], right: Sequence[Sequence[boo
 
     if correct.numel() == 0:
         return 1.0
+    from scipy.optimize import minimize_scalar  # a seventh of the start of every command, were it above
+
     bounds = (-np.log(HOTTEST), np.log(HOTTEST))
     return float(np.exp(minimize_scalar(cross_entropy, bounds=bounds, method="bounded").x))

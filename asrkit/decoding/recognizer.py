@@ -20,10 +20,10 @@ from asrkit.errors import UserError
 from asrkit.export.directory import CTC, FILES, is_exported, open_exported
 from asrkit.export.runtime import ExportedModel
 from asrkit.frames import ENCODER_SHIFT_MS
-from asrkit.models import load_model
+from asrkit.models import AsrModel, load_model
 from asrkit.models.surgery import in_language
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, open_run
+from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, RunDir, open_run
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ def load_recognizer(
     if is_exported(path):
         return _load_exported(path, device, variant, context, methods, language)
     torch_device = choose_device(device)
-    run = open_run(path)
-    model = load_model(run)
+    run, model, weights = _whole(path)
     if language is not None:
         model = in_language(model, language)
     tokenizer = _load_tokenizer(run.tokenizer_path, model.vocab_size)
@@ -89,10 +88,19 @@ def load_recognizer(
             f"(frames of {ENCODER_SHIFT_MS:.0f} ms); expect more errors"
         )
     acoustic = TorchAcousticModel(model.to(torch_device), name, context)
-    weights = sha256_of(run.path / WEIGHTS)
     return Recognizer(
         acoustic, tokenizer, weights, torch_device, name, context, weights, warnings, model.spec.languages, language
     )
+
+
+def _whole(path: Path) -> tuple[RunDir, AsrModel, str]:
+    """A run, its model, and the digest of just these weights, also while a training replaces them."""
+    while True:
+        run = open_run(path)
+        digest = sha256_of(run.path / WEIGHTS)
+        model = load_model(run)
+        if sha256_of(run.path / WEIGHTS) == digest:
+            return run, model, digest
 
 
 def _load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

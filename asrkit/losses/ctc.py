@@ -108,18 +108,25 @@ def _alignments(
     Args:
         log_probs: (B, T, U + 1), of what ``columns`` (B, U + 1) name: blank and the symbols.
     """
+    if log_probs.shape[1] == 0:
+        return (
+            log_probs.new_zeros(len(lens)),
+            torch.zeros_like(log_probs),
+            log_probs.new_zeros(len(lens), 0, dtype=torch.bool),
+        )
     # A symbol is known by its first column, as equal neighbors need a blank between them.
     positions = torch.arange(columns.shape[1], device=columns.device)
     same = columns.unsqueeze(2) == columns.unsqueeze(1)
     targets = torch.where(same, positions, columns.shape[1]).amin(2)[:, 1:]
     with torch.enable_grad():
         leaf = log_probs.requires_grad_()
-        lengths: tuple[Any, Any] = frames, symbol_counts  # torch takes plain numbers, and does not say so
+        # torch takes plain numbers, and does not say so. Of 0 frames torch 1.13 returns what lies before its memory.
+        lengths: tuple[Any, Any] = [max(1, count) for count in frames], symbol_counts
         losses = F.ctc_loss(leaf.transpose(0, 1), targets, *lengths, reduction="none", zero_infinity=True)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     # torch returns exp(log_prob) - posterior, which is right before a log-softmax only.
     inside = torch.arange(log_probs.shape[1], device=lens.device) < lens.unsqueeze(1)
-    losses = losses.detach()
+    losses = losses.detach().masked_fill(lens <= 0, 0.0)
     counted = inside & (losses > 0).unsqueeze(1)
     posteriors = (log_probs.detach().exp() - gradient).masked_fill(~counted.unsqueeze(2), 0.0)
     return losses, posteriors, counted

@@ -20,6 +20,7 @@ from asrkit.errors import UserError
 from asrkit.models.compression import compressed_layers, keep_pruned, masked_layers
 from asrkit.nn.compression import find_mask
 from asrkit.nn.compression_config import Mask
+from asrkit.nn.conformer import subsampled_lens
 from asrkit.training.distributed import all_sum
 from asrkit.training.step import LossOutput, TrainTask
 
@@ -101,9 +102,8 @@ def update_masks(
         scores = layer.weight.detach().abs()
         if inputs is not None and path in inputs:  # a layer that is not active has no inputs
             scores = scores * inputs[path]
-        if schedule.kind == "iterative":
-            scores = scores.masked_fill(~layer.mask, 0.0)
-        layer.mask.copy_(find_mask(scores, _at(mask, sparsity)))
+        left = layer.mask if schedule.kind == "iterative" else None
+        layer.mask.copy_(find_mask(scores, _at(mask, sparsity), left))
 
 
 def pruned_decay(model: nn.Module, schedule: MaskSchedule) -> Tensor | None:
@@ -122,14 +122,21 @@ def _at(mask: Mask, sparsity: float | None) -> Mask:
 
 
 @contextmanager
-def watch_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that collects, by layer, the sums of absolute inputs, (I,), over all forward passes in the block."""
+def watch_inputs(model: nn.Module, lens: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Yield a dictionary that collects, by layer, the sums of absolute inputs, (I,), over all forward passes in the block.
+
+    Args:
+        lens: (B,), encoder frames; what a layer reads frame by frame, (B, T', I), counts up to there, so that padding decides nothing.
+    """
     sums: dict[str, Tensor] = {}
     handles = []
 
     def watch(path: str) -> Any:
         def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].detach().float().abs().flatten(0, -2).sum(0)
+            x = arguments[0].detach().float().abs()
+            if x.dim() == 3 and len(x) == len(lens) and not path.startswith("joiner.predictor"):
+                x = x.masked_fill((torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(1)).unsqueeze(2), 0.0)
+            x = x.flatten(0, -2).sum(0)
             sums[path] = sums.get(path, torch.zeros_like(x)) + x
 
         return hook
@@ -184,7 +191,7 @@ def prune_while_training(task: TrainTask, mask: Mask, schedule: MaskSchedule) ->
     def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Any) -> None:
         inputs = None
         if schedule.score == "activation" and sparsity_due(schedule, mask, step)[0]:
-            with watch_inputs(model) as inputs, torch.no_grad():
+            with watch_inputs(model, subsampled_lens(batch.feature_lens)) as inputs, torch.no_grad():
                 plain(model, batch, step)
             torch.clear_autocast_cache()  # it holds weights cast in this pass, which have no gradient
             for path in sorted(inputs):  # every process must compute the same masks

@@ -28,7 +28,7 @@ class LayerChoice:
     only: Annotated[list[Part], Field(min_length=1)] = field(default_factory=lambda: ["encoder", "submodels"])
     """Parts of the model: encoder, submodels (the active ones), joiner, ctc_head."""
     first: Annotated[int, Field(ge=1)] | None = None
-    """Only the first so many blocks of the encoder, which lose least by compression; null is all."""
+    """Compress only the first N blocks of the encoder, which lose least by it; null: all."""
     include: list[str] = field(default_factory=list)
     """Patterns of layer paths such as *.conv.*; a layer must match one of them. Empty: every layer does."""
     exclude: list[str] = field(default_factory=list)

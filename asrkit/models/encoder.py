@@ -8,6 +8,7 @@ A a sub-model's attention dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -128,6 +129,10 @@ class Encoder(nn.Module):
         )
         # What hides frames in training, of a recognizer made of a pretrained encoder: set by the stage, in no run directory.
         self.masks: SpanMasks | None = None
+
+    def one_draw(self) -> AbstractContextManager[None]:
+        """Within, every pass of a batch hides the same frames in training."""
+        return nullcontext() if self.masks is None else self.masks.one_draw()
 
     def forward(
         self,

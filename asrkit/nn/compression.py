@@ -116,6 +116,8 @@ class QuantizedInput(NamedTuple):
 def input_codes(x: Tensor, how: ActivationQuantization) -> QuantizedInput:
     """Quantize (..., I) by its own largest values."""
     x = x.float()
+    if x.numel() == 0:  # of audio without an encoder frame, which has no largest value
+        return QuantizedInput(x, x.new_ones(1), x.new_zeros(1) if how.scale == "onnx" else None)
     if how.scale == "onnx":
         low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
         scale = _no_zero((high - low) / 255.0)
@@ -337,9 +339,12 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
 
 
-def find_mask(scores: Tensor, how: Mask) -> Tensor:
+def find_mask(scores: Tensor, how: Mask, among: Tensor | None = None) -> Tensor:
     """The weights to keep (O, I), from scores (O, I) such as their magnitudes: exactly N of every M inputs, ties included,
     or the best blocks of the layer.
+
+    Args:
+        among: (O, I) bool; blocks without any of these weights go first, whatever their scores.
 
     Raises:
         ValueError: the shape is not divisible.
@@ -353,7 +358,10 @@ def find_mask(scores: Tensor, how: Mask) -> Tensor:
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
         return mask.reshape(outputs, -1)[:, :inputs].contiguous()
     assert how.sparsity is not None
-    return spread_blocks(best_blocks(block_sums(scores.square(), how.block), how.sparsity), how.block)
+    sums = block_sums(scores.square(), how.block)
+    if among is not None:
+        sums = sums.masked_fill(block_sums(among, how.block) == 0, -torch.inf)
+    return spread_blocks(best_blocks(sums, how.sparsity), how.block)
 
 
 def block_sums(values: Tensor, block: tuple[int, int]) -> Tensor:

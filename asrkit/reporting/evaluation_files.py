@@ -53,7 +53,7 @@ def directories_for(directories: Iterable[Path]) -> Iterator[None]:
 def write_evaluation(
     directory: Path, result: Result, utterances: Sequence[Scored], more: Mapping[str, str] | None = None
 ) -> Evaluation:
-    """Write the files of one method, and ``more`` by name; result.json comes last, so where it is new, all are."""
+    """Write the files of one method, and ``more`` by name; result.json comes last, so where there is one, all are of it."""
     total = format_summary(total_words(utterances))
     heading = f"{result.manifest} by {result.run}, {result.variant}, {result.context}, {result.search}: {total}\n\n"
     contents = {
@@ -63,6 +63,8 @@ def write_evaluation(
         UTTERANCES: "".join(utterance_line(utterance) for utterance in utterances),
         RESULT: json.dumps(to_dict(result), indent=2, ensure_ascii=False) + "\n",
     }
+    for earlier in (directory / RESULT, *directory.glob("hypotheses.*")):
+        earlier.unlink(missing_ok=True)
     for name, content in contents.items():
         with atomic_write(directory / name) as temporary:
             temporary.write_text(content, encoding="utf-8")

@@ -170,6 +170,12 @@ def _check_options(out: Path, settings: AlignConfig, tokenizer: Path | None, sen
         findings.append("--tokenizer: is only used with --unit bpe; add that, or drop --tokenizer")
     if senones is not None and "senone" not in settings.units:
         findings.append("--senones: is only used with --unit senone; add that, or drop --senones")
+    if settings.passes != AlignConfig().passes and settings.phones != "gaussian":
+        findings.append("passes: only with --phones gaussian; add that, or leave passes out")
+    if settings.senones != AlignConfig().senones and ("senone" not in settings.units or senones is not None):
+        findings.append(
+            "senones: is how a tree is grown, with --unit senone and without --senones; leave senones.* out"
+        )
     if findings:
         raise UserError.of(findings)
 
@@ -184,7 +190,7 @@ def _without(cuts: Sequence[Cut], findings: Sequence[Finding], policy: str) -> l
     bad = {finding.cut_id for finding in findings}
     good = [cut for cut in cuts if cut.id not in bad]
     if not good:
-        raise UserError("no cut is left that can be aligned")
+        raise UserError("no cut can be aligned; give a model of their language, and see `asrkit data check`")
     return good
 
 

@@ -102,7 +102,7 @@ def _lines(report: Report) -> Iterator[str]:
         for label, count in held.histogram.items():
             yield f"    {label:>10} {count:7d} {'#' * round(40 * count / widest)}".rstrip()
         yield f"  {held.words} words, {held.repeated_texts} texts repeated; characters {held.characters.strip()}"
-        yield f"  languages {_counts(held.languages)}; {held.speakers or 'no'} speakers named"
+        yield f"  languages {_counts(held.languages)}; {held.speakers or 'no'} speaker{'s' * (held.speakers != 1)} named"
         yield f"  sampling rates {_counts(held.sampling_rates)}; channels {_counts(held.channels)}"
         if held.sparse:
             yield (

@@ -190,7 +190,7 @@ def _language_models(
     if request.method == "ctc-graph":
         raise UserError("--decoding: was tuned for a graph; give its --graph and --graph-scale instead")
     if request.lm is None:
-        raise UserError("--lodr, --decoding: are exported only beside a language model; give --lm too")
+        raise UserError("--lodr, --decoding: are exported only with a language model; add --lm")
     if request.method != "beam":
         raise UserError(
             f"--decoding: was tuned for --method {request.method}, and the client's language model is for the transducer; "
@@ -205,9 +205,7 @@ def _language_models(
         listed = ", ".join(
             ["hotwords"] * bool(request.hotwords) + [f"{name} {value:g}" for name, value in lost.items()]
         )
-        warn(
-            f"--decoding: {listed}: not in the directory, as the client takes it as an argument, or has no such setting"
-        )
+        warn(f"--decoding: {listed}: not exported; sherpa-onnx takes them as arguments, or cannot do it")
     use: Literal["fusion", "rescore"] = "fusion" if options.streaming else "rescore"
     if request.tuned_with is not None and request.settings.lm_use != use:
         warn(

@@ -85,7 +85,7 @@ def label(
         raise UserError(f"--out {out}: the manifest's name must end in .jsonl.gz")
     check_not_read(out, [manifest])
     if len(specs) > 2:
-        raise UserError(f"--with: {len(specs)} recognizers; give one, or a second that must agree")
+        raise UserError(f"--with: {len(specs)} recognizers; give one, or two whose texts are compared")
     threads = _threads(threads, workers)
     require("whisper", for_="label (for voice activity detection)")
     cuts = list(open_cuts(manifest, need_text=False))
@@ -122,7 +122,7 @@ def label(
     write_dropped(listed := out.with_name(f"{stem}.dropped.tsv"), rows)
     if not written:
         reasons = ", ".join(f"{number} {reason}" for reason, number in result.dropped.most_common())
-        raise UserError(f"{manifest}: no utterance is left ({reasons}); {listed} lists them; loosen the filters")
+        raise UserError(f"{manifest}: every utterance was left out ({reasons}); see {listed}, then loosen the filters")
     if twice := [cut_id for cut_id, number in Counter(cut.id for cut in written).items() if number > 1]:
         raise UserError(
             f"{manifest}: a part of a recording would get the id of the cut {clip(twice[0])}; rename that cut"

@@ -175,7 +175,7 @@ def _check(settings: PretrainConfig, parent: Path | None) -> int:
         if settings.model != EncoderConfig():
             findings.append("model: a pretrained encoder already has its shape; leave out --set model.*, or --from")
         if settings.quantizer != QuantizerConfig():
-            findings.append("quantizer: goes on from the parent's; leave out --set quantizer.*, or --from")
+            findings.append("quantizer: is taken from the parent; leave out --set quantizer.*, or --from")
     else:
         findings += idle_attention(settings.model)
     if parent is None and settings.variant is not None:

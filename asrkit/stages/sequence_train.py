@@ -112,7 +112,7 @@ def build_task(settings: SequenceTrainConfig, parent: Path, out: Path, batches: 
 
 
 def renew(every: int, model: AsrModel, optimizer: torch.optim.Optimizer, step: int, batch: Batch) -> None:
-    """Every so many steps: search with the weights of now from here on."""
+    """Every N steps: search with the current weights from here on."""
     if step % every == 0:
         weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("snapshots.")}
         model.snapshots[SEARCHER].load_state_dict(weights)

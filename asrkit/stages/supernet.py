@@ -18,7 +18,7 @@ from asrkit.data.batch import Batch
 from asrkit.data.cut_table import CutTable
 from asrkit.data.train_batches import TrainBatches
 from asrkit.errors import UserError
-from asrkit.methods.supernet.config import SupernetConfig, contradictions
+from asrkit.methods.supernet.config import MembersConfig, SupernetConfig, contradictions
 from asrkit.methods.supernet.loss import supernet_loss
 from asrkit.methods.supernet.masks import density, grow_and_decay, masks_digest
 from asrkit.methods.supernet.members import DENSE, SPARSE, idle, supernet_spec
@@ -87,6 +87,8 @@ def supernet(
         spec = supernet_spec(recognizer(origin, settings), settings, str(parent))
         if settings.draws != (1, 1) and with_levels(spec):
             findings.append("draws: every batch is split between the members of this supernet; leave draws out")
+        if settings.freeze_masks and settings.members != MembersConfig() and not with_levels(spec):
+            findings.append("members.random: this supernet has no members between its two; leave it out")
     except UserError as error:
         findings += error.lines
     if findings:

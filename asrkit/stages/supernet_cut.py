@@ -149,7 +149,7 @@ def trained_loss(run: RunDir) -> LossConfig:
         return replace(from_dict(LossConfig, content["loss"], f"{run.path / CONFIG}: loss"), warm_up_steps=0)
     trained = next((entry["losses"] for entry in reversed(run.lineage) if "losses" in entry), None)
     if trained is None:
-        raise UserError(f"{run.path}: its lineage says of no stage which losses it was trained with; restore a copy")
+        raise UserError(f"{run.path}: lineage.yaml does not record the losses of any stage; restore it from a copy")
     scales = {
         f"{name}_scale": getattr(LossConfig(), f"{name}_scale") * (name in trained) for name in ("transducer", "ctc")
     }

@@ -188,6 +188,8 @@ def _check_options(
         findings += [f"{line.partition(':')[0]}: has no effect on an n-gram model; leave it out" for line in chosen]
     if (unit == "word") > (settings.ngram is not None):
         findings.append("--unit word: works with --kind ngram only; a network predicts bpe, phone or senone units")
+    if dev is not None and settings.held_out != TrainLmConfig().held_out:
+        findings.append("held_out: with --dev no sentence is held out; leave one of them out")
     if tokenizer is not None and unit != "bpe":
         findings.append(f"--tokenizer: works with --unit bpe only; {unit} units come from the alignments or the text")
     if senones is not None and unit != "senone":

@@ -125,8 +125,9 @@ def asr_loss(
         only = forward_losses(model, batch, step, settings, variant, drawn(choices), gates)
         return LossOutput(only.losses, frames, only.metrics)
     streaming_context = drawn([context for context in choices if context.streaming])
-    full = forward_losses(model, batch, step, settings, variant, FULL, gates)
-    streaming = forward_losses(model, batch, step, settings, variant, streaming_context, gates)
+    with model.encoder.one_draw():
+        full = forward_losses(model, batch, step, settings, variant, FULL, gates)
+        streaming = forward_losses(model, batch, step, settings, variant, streaming_context, gates)
     losses = full.losses + streaming.losses
     metrics = dict(full.metrics)
     metrics |= {f"streaming_{name}": metric for name, metric in streaming.metrics.items() if name != "left_out"}

@@ -104,14 +104,25 @@ def check_finite(models: Mapping[str, nn.Module], step: int) -> None:
 
 def saved_slices(run: Path) -> int | None:
     """Batches per step of the saved run; None if nothing is saved."""
+    return int(_saved(run, "slices")) or None
+
+
+def saved_seconds(run: Path) -> float:
+    """How long the saved run has trained; 0 if nothing is saved."""
+    return float(_saved(run, "seconds"))
+
+
+def _saved(run: Path, name: str) -> Any:
+    """A number of the saved progress; 0 if there is none."""
     path = run / STATE / STATE_FILE
     if not path.is_file():
-        return None
+        return 0
     try:
         with safe_open(path, framework="pt") as file:
-            return int(json.loads(file.metadata()["progress"])["slices"]) or None
+            number = json.loads(file.metadata()["progress"])[name]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None  # damaged: load_state reports it
+        return 0  # damaged: load_state reports it
+    return number if isinstance(number, int | float) else 0
 
 
 def load_state(

@@ -212,31 +212,42 @@ def _by_content(content: Mapping[str, Any], inputs: Inputs, changed: set[str]) -
 def locked(path: Path) -> Iterator[list[str]]:
     """Hold the lock of a directory; yields lines for the user.
 
-    A record lock (POSIX) belongs to a process: a forked process does not inherit it, and it disappears with the process. The
-    file stays, because removing it would let two processes lock two different files of that name.
+    A record lock (POSIX) belongs to a process: a forked process does not inherit it, and it disappears with the process. Where
+    another process has removed the file between its opening and the lock, the next one is taken; else two could lock two files of that name.
 
     Raises:
         UserError: another process holds it. OSError: the lock file cannot be made.
     """
-    notes = []
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor, notes = _lock(path)
     try:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = os.read(descriptor, 200).decode(errors="replace").strip()
-                raise UserError(
-                    f"{path}: another run is training there ({holder or 'unknown'}); wait for it or choose another --out"
-                ) from None
-            if error.errno not in NO_LOCKS:
-                raise
-            notes = [f"{path}: its file system has no locks; make sure that no other run writes there"]
         os.ftruncate(descriptor, 0)
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {began}\n".encode())
         yield notes
     finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> tuple[int, list[str]]:
+    """A descriptor of the locked file, and lines for the user."""
+    while True:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
+                return descriptor, []
+        except FileNotFoundError:  # removed since it was opened
+            pass
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return descriptor, [f"{path}: its file system has no locks; make sure that no other run writes there"]
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise UserError(
+                f"{path}: another run is training there ({holder or 'unknown'}); wait for it or choose another --out"
+            ) from None
         os.close(descriptor)
 
 

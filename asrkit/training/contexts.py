@@ -45,7 +45,7 @@ class ContextsConfig(TrainedContexts):
     pass's pruned lattice; 0 is off."""
     distillation_classes: Advanced[Classes] = "three"
     """What in-place distillation compares: three (next symbol, blank, everything else) or all tokens."""
-    distillation_delay: Advanced[Annotated[int, Field(ge=-5, le=5)]] = 0
+    distillation_delay: Annotated[int, Field(ge=-5, le=5)] = 0
     """Encoder frames of 40 ms by which the full-context teacher, which emits earlier, is delayed. The paper tries -2 to
     2."""
 

@@ -133,7 +133,7 @@ class RunLog:
         )
         best = "  best so far" if progress.best.get("step") == progress.step else _best(progress)
         self.note(f"step {progress.step}: dev {shown(measured)}{best}")
-        self._clock = time.monotonic()
+        self._clock += seconds  # which no step took
 
     def skipped(self, step: int, cut_ids: list[str]) -> None:
         """Log a skipped step with all its cuts; the screen shows the first ten."""

@@ -37,7 +37,7 @@ class OptimizerConfig:
     warm_up_steps: Annotated[int, Field(ge=0)] = 200
     """Steps over which the learning rate rises linearly to its peak."""
     warm_up_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    """The same as a share of all steps, in place of warm_up_steps; null takes those."""
+    """The warm-up as a share of all steps, in place of warm_up_steps; null: warm_up_steps."""
     hold_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of all steps at the peak, between the warm-up and the fall. With warm_up_share=0.1, hold_share=0.4 and
     decay=linear it is the tri-stage rate of arXiv 2006.11477."""

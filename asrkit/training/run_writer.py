@@ -36,7 +36,7 @@ from asrkit.run_dir import (
     read_yaml,
     write_yaml,
 )
-from asrkit.training.checkpoint import save_weights
+from asrkit.training.checkpoint import save_weights, saved_seconds
 from asrkit.training.claim import LOCK, Inputs, claim, clear, known_inputs, unmake
 from asrkit.training.distributed import World, broadcast_object, from_main
 
@@ -124,9 +124,8 @@ class RunWriter:
         path = self.path
         self.lineage = [*([] if parent is None else open_run(parent).lineage), entry]
         if not self.fresh and (path / LINEAGE).is_file():
-            before = check_lineage(read_yaml(path / LINEAGE), path / LINEAGE)[-1]
-            self._began -= before.get("seconds") or 0.0  # the time the run took before it stopped
-            self.recorded = before
+            self.recorded = check_lineage(read_yaml(path / LINEAGE), path / LINEAGE)[-1]
+            self._began -= saved_seconds(path)  # the time the run took before it stopped
         if not self.fresh and (path / LEFT_OUT).is_file():
             self.left_out = read_sealed(path / LEFT_OUT)
         if self.finished:
@@ -203,13 +202,16 @@ class RunWriter:
             raise cannot_write(weights, error) from error
 
     def finish(self) -> None:
-        """Mark the run as complete; recipes take this file as their target.
+        """Mark the run as complete, with the time that all of it took; recipes take this file as their target.
 
         Raises:
-            UserError: its files are damaged or missing.
+            UserError: its files are damaged or missing, or there is no room to write.
         """
         if self.world.is_main:
             open_run(self.path)
+            lineage = read_yaml(self.path / LINEAGE)
+            lineage[-1]["seconds"] = round(time.monotonic() - self._began, 1)
+            write_yaml(self.path / LINEAGE, lineage)
             with atomic_write(self.path / DONE) as temporary:
                 temporary.touch()
 

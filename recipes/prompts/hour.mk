@@ -1,18 +1,24 @@
 # The demo's test with about an hour of 2 cores: `make -C recipes/prompts hour`, after `make -C recipes/minilibrispeech`, whose backbone
 # has heard other readers of English (38 minutes). It is trained further on the prompts, on the synthetic speech and on those readers, its
-# weights become 4-bit integers, and the beam search gets a 5-gram of the demo's texts, weighed on dev. READ may be several manifests,
+# weights become 4-bit integers, and the beam search gets a 5-gram of the demo's texts, whose weight is tuned on dev. READ may be several manifests,
 # separated by commas; docs/results.md has what more readers gave.
 PARENT ?= ../minilibrispeech/exp/backbone
 READ ?= ../minilibrispeech/data/train.jsonl.gz
 HOUR := $(EXP)/hour
 HOURS := $(HOUR) $(EXP)/hour-int4
 
+comma := ,
+READERS := $(subst $(comma), ,$(READ))
+
 .PHONY: hour
 hour: $(HOURS:%=%/evaluation/ngram.done)
 	$(ASRKIT) summary $(HOURS)
 
+$(PARENT)/done $(READERS):
+	@echo "$@ is missing: run \`make -C recipes/minilibrispeech\` first, or set PARENT and READ"; false
+
 $(HOURS:%=%/done): ALSO := ,$(READ)
-$(HOUR)/done: | $(PROMPTS)/train.jsonl.gz $(SPOKEN)/train.jsonl.gz
+$(HOUR)/done: | $(PARENT)/done $(READERS) $(PROMPTS)/train.jsonl.gz $(SPOKEN)/train.jsonl.gz
 	$(TRAIN) --from $(PARENT) $(TRAIN_DATA) --config hour.yaml --out $(@D) $(SET)
 
 $(EXP)/hour-int4/done: | $(HOUR)/done

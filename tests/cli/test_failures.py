@@ -29,7 +29,7 @@ def test_failures_of_the_system_are_one_line(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 300)
     cases = {
         f"{file}/below: Not a directory; a part of this path is a file": failure((file / "below").read_text),
-        f"{tmp_path}: Is a directory; is a directory; give a file": failure(tmp_path.read_text),
+        f"{tmp_path}: Is a directory; give a file": failure(tmp_path.read_text),
         "File name too long; choose a shorter name": failure(long.read_text),
         "Disk quota exceeded; free some space": OSError(errno.EDQUOT, "Disk quota exceeded", "x"),
         "Input/output error; fix that": OSError(errno.EIO, "Input/output error"),

@@ -133,6 +133,9 @@ def test_command(tmp_path):
     assert report["manifests"][str(tmp_path / "train.jsonl.gz")]["cuts"] == 2
     assert report["overlaps"][0]["speakers"] == ["x"]
     assert asrkit(*command, "--no-audio").splitlines()[-1] == "every cut can be read"
+    manifest = (tmp_path / "test.jsonl.gz").read_bytes()
+    said = asrkit("data", "check", "--json", tmp_path / "test.jsonl.gz", tmp_path / "train.jsonl.gz", code=1)
+    assert "its name does not end in .json" in said and (tmp_path / "test.jsonl.gz").read_bytes() == manifest
 
 
 def test_a_manifest_against_itself_is_an_error(tmp_path):

@@ -304,6 +304,25 @@ def test_what_would_mislead_is_refused(tmp_path):
         import_recordings(tmp_path / "a.wav", out)
 
 
+def test_manifests_of_another_source_stay(corpus, tmp_path):
+    """The same source is imported again as often as it changes; another one, or a manifest of whoever, is not replaced."""
+    out = tmp_path / "out"
+    import_recordings(corpus, out)
+    import_recordings(corpus.parent / "." / corpus.name, out)
+    wav(tmp_path / "other.wav")
+    other = tsv(tmp_path / "other.tsv", ("path", "text"), ("other.wav", "one"))
+    with pytest.raises(
+        UserError, match=r"out: holds all.jsonl.gz of \S*transcripts.tsv; choose another --out, or remove it"
+    ):
+        import_recordings(other, out)
+    assert len(read(out, "all")) == 6
+    (out / "import.json").unlink()
+    with pytest.raises(UserError, match=r"holds all.jsonl.gz of another command"):
+        import_recordings(corpus, out)
+    (out / "all.jsonl.gz").unlink()
+    assert len(import_recordings(other, out).cuts["all"]) == 1
+
+
 def test_converted_recordings_in_the_folder_are_not_imported_again(tmp_path, monkeypatch):
     wav(tmp_path / "a.wav")
     monkeypatch.chdir(tmp_path)

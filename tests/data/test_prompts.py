@@ -15,7 +15,8 @@ import pytest
 import soundfile
 
 from asrkit.data.corpora.debian import fetch_packages, members_of
-from asrkit.data.corpora.prompts import decode_g722, fetch_prompts, parse_listing
+from asrkit.data.corpora.prompts import RECORD, decode_g722, fetch_prompts, parse_listing
+from asrkit.data.corpora.record import begin
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.errors import UserError
 from helpers.commands import asrkit
@@ -159,6 +160,19 @@ def test_a_second_run_does_nothing_and_another_language_reuses_packages(archive)
     downloads = [line for line in (archive / "calls").read_text().splitlines() if "download" in line]
     assert len(downloads) == 2
     assert "asterisk-core-sounds-fr" in downloads[1] and "sounds-en" not in downloads[1]
+
+
+def test_a_manifest_of_another_command_is_not_replaced(archive):
+    """What an interrupted run has left is made anew."""
+    (archive / "out").mkdir()
+    (archive / "out" / "train.jsonl.gz").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"train.jsonl.gz: already exists, and this command has not made it"):
+        fetch_prompts(["en"], archive / "out", say=lambda line: None)
+    assert (archive / "out" / "train.jsonl.gz").read_bytes() == b"mine"
+    begin(archive / "out" / RECORD, archive / "out" / "train.jsonl.gz")
+    (archive / "out" / "train.jsonl.gz").write_bytes(b"half")  # killed before it was recorded
+    assert fetch_prompts(["en"], archive / "out", say=lambda line: None) is not None
+    assert fetch_prompts(["en"], archive / "out", say=lambda line: None) is None
 
 
 def test_without_apt_get(tmp_path, monkeypatch):

@@ -134,6 +134,23 @@ def test_several_languages_in_turn(tmp_path):
     assert {cut.supervisions[0].speaker for cut in cuts} == {"en-us+f2"}
 
 
+def test_nothing_is_replaced_that_another_command_made(texts, tmp_path):
+    """Neither speech of other options nor a manifest of whoever; what was interrupted is made anew."""
+    out = tmp_path / "out"
+    command = ["data", "synthesize", "--text", texts, "--lang", "en", "--minutes", 0.05, "--out", out]
+    asrkit(*command)
+    made = (out / "train.jsonl.gz").read_bytes()
+    said = asrkit(*command, "--seed", 1, "--band", "telephone", code=1)
+    assert "already holds what other options made (band, seed); give another --out, or remove the folder" in said
+    assert "already complete" in asrkit(*command)
+
+    (out / "synthesis.json").unlink()
+    assert "this command has not made it" in asrkit(*command, code=1)
+    assert (out / "train.jsonl.gz").read_bytes() == made
+    (out / "train.jsonl.gz").unlink()
+    assert "already complete" not in asrkit(*command)
+
+
 @pytest.mark.slow
 def test_natural_voices(texts, tmp_path):
     """Piper by its command: drawn anew for each utterance, at 16 kHz, some as devices record; and what it refuses."""
@@ -171,14 +188,15 @@ def test_natural_voices(texts, tmp_path):
         "--lang",
         "en",
     ]
-    for change in ({}, {"num_symbols": facts["num_symbols"] + 1}):
-        Path(f"{own}.json").write_text(json.dumps(facts | change))
-        assert "already complete" not in asrkit(*brief, "--out", tmp_path / "other")
+    Path(f"{own}.json").write_text(json.dumps(facts))
+    asrkit(*brief, "--out", tmp_path / "other")
+    Path(f"{own}.json").write_text(json.dumps(facts | {"num_symbols": facts["num_symbols"] + 1}))
+    assert "already holds what other options made (piper)" in asrkit(*brief, "--out", tmp_path / "other", code=1)
     for change in ({"num_speakers": 5}, {"num_speakers": 0}, {"espeak": {"voice": "en-zz"}}):
         Path(f"{own}.json").write_text(json.dumps(facts | change))
-        said = asrkit(*brief, "--out", tmp_path / "other", code=1)
+        said = asrkit(*brief, "--out", tmp_path / "new", code=1)
         assert "is not a voice for Piper" in said and said.count("\n") == 1
-    assert (tmp_path / "other" / "train.jsonl.gz").is_file()
+    assert (tmp_path / "other" / "train.jsonl.gz").is_file() and not (tmp_path / "new").exists()
 
     out = ["--out", tmp_path / "no"]
     assert "no voice is of this language, only en_US-joe-medium (en-us)" in asrkit(

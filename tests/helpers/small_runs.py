@@ -37,13 +37,13 @@ SUBMODELS: dict[str, Any] = {
 }
 
 
-def write_run(path: Path, spec: dict[str, Any] | None = None, layers: int = 1) -> Path:
+def write_run(path: Path, spec: dict[str, Any] | None = None, layers: int = 1, seed: int = 7) -> Path:
     """Write a run directory with the ``spec``'s sub-models and variants; returns ``path``."""
     tokenizer = train_tokenizer(TEXTS, "char", 100, path / TOKENIZER)
     encoder = {"dim": 16, "num_layers": layers, "feedforward_dim": 16, "kernel_size": 3, "subsampling_channels": [2, 2]}
     shape = {"vocab_size": tokenizer.vocab_size, "encoder": encoder, "predictor": {"dim": 8}, "joiner_dim": 16}
     model_spec = from_dict(ModelSpec, {**shape, **(spec or {})}, "test")
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     model = AsrModel(model_spec)
     with torch.no_grad():
         for layer in (model.joiner.out, model.ctc_head):

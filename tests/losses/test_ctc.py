@@ -36,6 +36,19 @@ def test_it_is_torch_s_loss(seed: int, batch: int, frames: int, symbols: int, vo
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
+@given(st.integers(0, 1 << 30), st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_an_utterance_without_a_frame_has_a_loss_and_a_gradient_of_0(seed: int, frames: int) -> None:
+    """Beside others, and where no utterance of the batch has one."""
+    torch.manual_seed(seed)
+    logits = torch.randn(3, frames, 5, requires_grad=True)
+    lens, symbol_lens = torch.tensor([0, frames, 0]), torch.tensor([0, 1, 2])
+    value = ctc_loss(logits, torch.tensor([[1, 1], [2, 1], [3, 4]]), lens, symbol_lens)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert value[0] == value[2] == 0 and (value[1] > 0) == (frames > 0)
+    assert not gradient[[0, 2]].any() and gradient[1].any() == (frames > 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_precisions(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

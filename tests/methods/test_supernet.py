@@ -37,6 +37,7 @@ from asrkit.nn.compression import CompressedLinear, block_sums, find_mask, sprea
 from asrkit.nn.compression_config import Compression, Mask
 from asrkit.nn.context import FULL, Context, parse_context
 from asrkit.nn.dropout import Dropout
+from asrkit.nn.masks import SpanMasks
 from asrkit.training.asr_loss import LossConfig, forward_losses
 from helpers.encoders import contexts, randomize
 
@@ -345,8 +346,10 @@ def test_the_dense_member_teaches_and_learns_nothing_from_it() -> None:
     for layer in compressed_layers(model).values():
         layer.mask.fill_(True)
     alike = {DENSE: STREAMING, SPARSE: STREAMING}
-    output = supernet_loss(model, batch(), 5, LOSS, alike, pruning=ONLY[SPARSE]["pruning"], distillation=how)
-    assert float(output.metrics["distillation"].total) == pytest.approx(0.0, abs=1e-4)
+    for masks in (None, SpanMasks(torch.zeros(16), (0.2, 3), (0.1, 2))):  # hidden frames are the same for both
+        model.encoder.masks = masks
+        output = supernet_loss(model, batch(), 5, LOSS, alike, pruning=ONLY[SPARSE]["pruning"], distillation=how)
+        assert float(output.metrics["distillation"].total) == pytest.approx(0.0, abs=1e-4)
 
 
 @settings(deadline=None, max_examples=10)
@@ -472,6 +475,10 @@ def test_a_number_of_random_members_without_their_sparsities_is_refused() -> Non
     assert any(line.startswith("members.random: has no effect") for line in contradictions(settings, 0))
     settings = SupernetConfig(members=MembersConfig(random=3, sparsities=[0.2]))
     assert not any("members.random" in line for line in contradictions(settings, 0))
+    frozen = SupernetConfig(members=MembersConfig(random=3), freeze_masks=True)  # the parent's sparsities
+    assert contradictions(frozen, 0) == []
+    (line,) = contradictions(replace(frozen, members=MembersConfig(sparsities=[0.2])), 0)
+    assert line.endswith("leave out members.sparsities")
 
 
 def test_fewer_utterances_than_members() -> None:

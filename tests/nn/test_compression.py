@@ -119,6 +119,16 @@ def test_products_are_those_of_integers(
         assert torch.equal(found.to(torch.int64), expected.unsqueeze(0))
 
 
+@pytest.mark.parametrize("scale", ["token", "tensor", "onnx"])
+def test_no_input_has_no_output(scale: Any) -> None:
+    """Audio too short for an encoder frame."""
+    rounding: Any = "half_even" if scale == "onnx" else "half_up"
+    inputs = ActivationQuantization(bits=8, scale=scale, rounding=rounding)
+    how = Compression(weights=WeightQuantization(bits=8), activations=inputs)
+    layer = CompressedLinear(8, 3, how)
+    assert layer(torch.zeros(1, 0, 8)).shape == (1, 0, 3)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(["token", "tensor", "onnx"]), st.sampled_from([4, 8]), st.integers(0, 10**6))
 def test_inputs(scale: Any, bits: Any, seed: int) -> None:

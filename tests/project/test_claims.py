@@ -15,8 +15,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import claims  # noqa: E402
 
+from asrkit.reporting.compare import System  # noqa: E402
+from asrkit.reporting.wer import Scored  # noqa: E402
 
-def claim(rule: str, untrained: str = "") -> claims.Claim:
+KEY, UNTRAINED = "a - b [x]", "u - p [x]"
+
+
+def claim(rule: str, untrained: str = "", parents: tuple[str, ...] = ()) -> claims.Claim:
     return claims.Claim(
         source="s",
         claim="c",
@@ -27,6 +32,7 @@ def claim(rule: str, untrained: str = "") -> claims.Claim:
         untrained=untrained,
         parent="p",
         search="x",
+        parents=parents,
     )
 
 
@@ -55,7 +61,7 @@ def result(low: float, high: float, baseline: float = 0.5) -> dict[str, object]:
     ],
 )  # fmt: skip
 def test_the_interval_decides(rule: str, interval: tuple[float, float], outcome: str) -> None:
-    results = {claims.key("a", "b", "x"): result(*interval), claims.key("u", "p", "x"): result(0.09, 0.11)}
+    results = {KEY: result(*interval), UNTRAINED: result(0.09, 0.11)}
     assert claims.decided(claim(rule, "u" if "recovers" in rule else ""), results)[0] == outcome
 
 
@@ -74,7 +80,8 @@ def test_the_recipe_evaluates_every_arm() -> None:
     }
     for row in claims.claims():
         option = options[row.search.strip("*-") + "-" * row.search.endswith("-*")]
-        for name in filter(None, (row.system, row.baseline, row.untrained, row.parent)):
+        systems = filter(None, (row.system, row.baseline, row.untrained, row.parent))
+        for name in (arm for system in systems for arm in row.arms(system)):
             assert any(f" --from new/{name} " in line and option in f"{line} " for line in evaluations), (
                 name,
                 row.search,
@@ -99,11 +106,45 @@ def test_means_of_unequal_numbers_are_compared() -> None:
     assert estimate.standard_error == pytest.approx(np.std(draws), rel=0.1)
 
 
+def test_a_row_over_parents_has_the_means_of_their_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An utterance that one parent's system gets wrong counts half, in whatever order each evaluation has the utterances."""
+    heard = {
+        "b": ["one two", "three four"], "b-other": ["one two", "three four"],
+        "a": ["one two", "three too"], "a-other": ["one", "fore four five"],
+    }  # fmt: skip
+    scored = {
+        name: [
+            Scored(str(number), ref, hyp)
+            for number, (ref, hyp) in enumerate(zip(["one two", "three four"], hyps, strict=True))
+        ]
+        for name, hyps in heard.items()
+    }
+    scored["a-other"].reverse()
+    monkeypatch.setattr(claims, "find_evaluation", lambda path, patterns: path / patterns[0])
+    monkeypatch.setattr(
+        claims,
+        "load_system",
+        lambda name, found: System(
+            name, tuple(tuple(scored[str(path.parent.relative_to(tmp_path))]) for path in found)
+        ),
+    )
+    first, second = map(claims.word_errors, claims.evaluated(claim("within 1", parents=("other",)), tmp_path, "a", "b"))
+    assert first.tolist() == [[0, 2], [0, 2]]
+    assert second.tolist() == [[0.5, 2], [1.5, 2]]
+    row = claims.compared(claim("within 1", parents=("other",)), tmp_path, "a", "b")
+    assert (row["words"], row["baseline"], row["value"], row["difference"]) == (4, 0, 0.5, 0.5)
+
+
+def test_parents_count_in_errors_of_words_only() -> None:
+    with pytest.raises(ValueError, match="has parents"):
+        claims.Claim(**{**vars(claim("within 1", parents=("other",))), "metric": "latency"})
+
+
 def test_what_was_not_run_is_not_decided() -> None:
     assert claims.decided(claim("lower by 2"), {})[0] == "not run"
-    assert claims.decided(claim("recovers 50%", "u"), {claims.key("a", "b", "x"): result(0, 1)})[0] == "not run"
+    assert claims.decided(claim("recovers 50%", "u"), {KEY: result(0, 1)})[0] == "not run"
     with pytest.raises(ValueError, match="is no rule"):
-        claims.decided(claim("somewhat better"), {claims.key("a", "b", "x"): result(0, 1)})
+        claims.decided(claim("somewhat better"), {KEY: result(0, 1)})
 
 
 def test_every_row_has_its_numbers() -> None:

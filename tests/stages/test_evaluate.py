@@ -111,6 +111,8 @@ def test_evaluate_writes_what_it_returns(run: Path, manifest: Path, tmp_path: Pa
         f"test-{digest}-backbone-full-beam4",
         f"test-{digest}-backbone-full-ctc",
     ]
+    (evaluations[0].directory / "hypotheses.txt").write_text("of other weights")
+    evaluations = evaluate(run, manifest, methods=METHODS, out=tmp_path / "results", max_duration=3.0)
     for evaluation in evaluations:
         assert sorted(file.name for file in evaluation.directory.iterdir()) == [
             "alignments.txt",
@@ -236,6 +238,17 @@ def test_transcribe_takes_any_format(run: Path, tmp_path: Path) -> None:
     assert all(transcript.error is None for transcript in found)
     assert all(transcript.seconds == pytest.approx(1.0, abs=0.01) for transcript in found)
     assert [word.text for word in found[0].words] == found[0].text.split()
+
+
+def test_a_transcript_beside_its_recording_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(np.random.default_rng(1), 16000), 16000)
+    (tmp_path / "a.txt").write_text("what was said")
+    words = ["transcribe", "--from", run, tmp_path / "a.wav", "--out"]
+    said = asrkit(*words, tmp_path, code=1)
+    assert "a.txt: exists beside its recording" in said and (tmp_path / "a.txt").read_text() == "what was said"
+    for _ in range(2):
+        asrkit(*words, tmp_path / "texts")
+    assert (tmp_path / "texts" / "a.txt").is_file()
 
 
 def test_transcribe_survives_files_it_cannot_read(run: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_recordings_get_texts(raw: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(counted) == 2 and out.read_bytes() == first
 
     said = asrkit(*command, "--min-confidence", 1, code=1)
-    assert sum(counted) == 2 and "no utterance is left (4 confidence, 1 no speech)" in said
+    assert sum(counted) == 2 and "every utterance was left out (4 confidence, 1 no speech)" in said
     said = asrkit(*command[:-6], "--max-seconds", 5, code=1)
     assert "has the texts of another labeling (max_seconds: 6.0 -> 5.0)" in said
 
@@ -190,7 +190,7 @@ def test_two_recognizers_must_agree(raw: Path, tmp_path: Path) -> None:
     run, out = write_run(tmp_path / "run"), tmp_path / "labeled.jsonl.gz"
     command = ["label", "--with", WHISPER, "--with", run, "--manifest", raw, "--max-seconds", 6]
     said = asrkit(*command, "--out", out, code=1)
-    assert "no utterance is left (4 disagreement, 1 no speech)" in said
+    assert "every utterance was left out (4 disagreement, 1 no speech)" in said
     asrkit(*command, "--out", out, "--max-disagreement", 100)
     assert all(cut.supervisions[0].custom["label_disagreement"] > 0.5 for cut in open_cuts(out))
 

@@ -14,6 +14,7 @@ import pytest
 
 from asrkit.data.manifests import open_cuts, text_of
 from asrkit.errors import UserError
+from asrkit.run_dir import open_run
 from asrkit.stages.report import report
 from asrkit.training.run_writer import LEFT_OUT, write_sealed
 from helpers.browser import needs_chromium, opened, until
@@ -259,5 +260,10 @@ def test_a_pretrained_encoder_has_its_stage_and_curves(chain: tuple[list[Path], 
         *sets(*(one for one in QUICK if one != "loss.backend=torch"), "training.steps=2", "model.size=tiny",
               "model.num_layers=1", "model.dim=32", "model.feedforward_dim=16"),
     )  # fmt: skip
-    html = report([tmp_path / "encoder"], tmp_path / "report.html").read_text()
+    (tmp_path / "text.txt").write_text("one two\nthree\n")
+    asrkit(
+        "train-lm", "--kind", "ngram", "--unit", "word", "--text", tmp_path / "text.txt", "--out", tmp_path / "ngram"
+    )
+    html = report([tmp_path / "encoder", tmp_path / "ngram"], tmp_path / "report.html").read_text()
+    assert open_run(tmp_path / "ngram").lineage[-1]["arpa_sha256"] in html
     assert "pretrain" in html and "Training loss" in html and data_of(html) == [] and 'id="layers"' not in html

@@ -157,6 +157,8 @@ def test_masks_are_kept_when_they_are_frozen(corpus: Path, supernet: Path, tmp_p
     )
     said = asrkit(*words[:-1], tmp_path / "no", "--sparsity", "0.4", *quick(), code=1)
     assert "leave out sparsity" in said and not (tmp_path / "no").exists()
+    said = asrkit(*words[:-1], tmp_path / "no", *quick("members.random=3"), code=1)
+    assert "members.random: this supernet has no members between its two" in said
 
 
 @pytest.mark.slow

@@ -230,6 +230,7 @@ def test_espeak_pronounces_five_languages(language: str) -> None:
         (["--text", "{text}", "--unit", "phone"], "--language en"),
         (["--text", "{text}", "--language", "en"], "--language: works with the phones or senones of a text only"),
         (["--text", "{text}", "--unit", "senone", "--language", "en"], "--senones"),
+        (["--text", "{text}", "--dev", "{text}", "--set", "held_out=0.3"], "held_out: with --dev no sentence is held out"),
         (["--text", "{text}", "--senones", "{text}"], "--senones: works with --unit senone only"),
         (["--text", "{text}", "--set", "model.architecture=transformer", "--set", "model.dim=18"], "multiple of heads"),
     ],

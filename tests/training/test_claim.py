@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from asrkit import disk
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.disk import atomic_directory, atomic_write, sha256_of
 from asrkit.errors import UserError
+from asrkit.models import load_model
 from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENS, WEIGHTS, open_run, read_yaml, write_yaml
 from asrkit.training.claim import DONE, LOCK, Claim, changes, claim, known_inputs, locked
 from asrkit.training.distributed import World, join_world
@@ -200,6 +202,36 @@ def test_a_run_that_was_stopped_says_so_where_it_is_used(tmp_path: Path) -> None
     assert len(refused.value.lines) == 1
 
 
+def test_a_run_is_read_whole_while_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training may replace the weights between any two reads: what is said of weights is said of those that were read."""
+    run, later = write_run(tmp_path / "run"), write_run(tmp_path / "later", seed=1)
+    earlier = sha256_of(run / WEIGHTS)
+    replacing = [True]
+
+    def replaced(what: Any) -> Any:
+        def first_publish(path: Any) -> Any:
+            if replacing:
+                replacing.clear()
+                for name in (LINEAGE, WEIGHTS):
+                    shutil.copy(later / name, run / name)
+            return what(path)
+
+        return first_publish
+
+    monkeypatch.setattr("asrkit.run_dir.sha256_of", replaced(sha256_of))
+    assert open_run(run).lineage[-1]["weights_sha256"] == sha256_of(later / WEIGHTS) != earlier
+
+    monkeypatch.undo()
+    shutil.rmtree(run)
+    write_run(run)
+    replacing.append(True)
+    monkeypatch.setattr("asrkit.decoding.recognizer.load_model", replaced(load_model))
+    recognizer = load_recognizer(run)
+    assert recognizer.weights_sha256 == sha256_of(later / WEIGHTS)
+    expected = load_model(open_run(later)).joiner.out.weight
+    assert torch.equal(recognizer.model.model.joiner.out.weight, expected)  # type: ignore[attr-defined]
+
+
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock of ``tmp_path``, and a process forked from it that outlives it."""
@@ -229,6 +261,22 @@ def test_a_lock_says_who_holds_it_and_dies_with_its_process(held: subprocess.Pop
     with locked(tmp_path) as notes:  # at once, although the forked process still runs
         assert notes == []
     assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_lock_that_is_removed_before_it_is_held_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was refused removes its lock; who had opened it takes the next, as a third process would."""
+    calls, lockf = [], fcntl.lockf
+
+    def lock(descriptor: int, how: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / LOCK).unlink()
+        lockf(descriptor, how)
+
+    monkeypatch.setattr("asrkit.training.claim.fcntl.lockf", lock)
+    with locked(tmp_path) as notes:
+        assert notes == [] and len(calls) == 2
+        assert (tmp_path / LOCK).read_text().startswith("process ")
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

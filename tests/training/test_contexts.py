@@ -13,6 +13,7 @@ from asrkit.config import from_dict, resolve
 from asrkit.data.batch import Batch
 from asrkit.errors import UserError
 from asrkit.models import AsrModel, ModelSpec
+from asrkit.nn.masks import SpanMasks
 from asrkit.stages.train_backbone import TrainBackboneConfig
 from asrkit.training.asr_loss import LossConfig, asr_loss, check_losses
 from asrkit.training.contexts import AttentionDropoutConfig, ContextsConfig, draw_gates
@@ -113,6 +114,20 @@ def test_joint_training_adds_both_contexts_and_the_distillation() -> None:
     assert {"pruned", "streaming_pruned", "distillation"} <= set(output.metrics)
     later = ContextsConfig(train=["full", STREAMING], sampling="joint", distillation_scale=0.5, distillation_delay=1)
     assert not torch.allclose(output.losses, loss_of(model, contexts=later, variant="joint"))
+
+
+def test_both_passes_of_joint_training_hide_the_same_frames() -> None:
+    """So that a teacher says nothing of what the student alone sees: with one context twice, there is nothing to teach."""
+    model = small_model()
+    model.encoder.masks = SpanMasks(torch.zeros(16), (0.3, 3), (0.2, 2))
+    drawn = []
+    draw = model.encoder.masks._draw
+    model.encoder.masks._draw = lambda x: drawn.append(draw(x)) or drawn[-1]  # type: ignore[method-assign, func-returns-value]
+    for sampling, passes in (("joint", 1), ("random", 1)):
+        drawn.clear()
+        loss_of(model, contexts=ContextsConfig(train=["full", STREAMING], sampling=sampling))  # type: ignore[arg-type]
+        assert len(drawn) == passes
+        assert model.encoder.masks._kept is None
 
 
 def test_distillation_teaches_the_streaming_pass_alone() -> None:

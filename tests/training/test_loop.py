@@ -25,7 +25,7 @@ from asrkit.errors import UserError
 from asrkit.migration import FORMAT
 from asrkit.models import load_model
 from asrkit.run_dir import LINEAGE, MODEL, open_run, write_yaml
-from asrkit.training.checkpoint import load_state
+from asrkit.training.checkpoint import load_state, saved_seconds
 from asrkit.training.ema import MovingAverage
 from asrkit.training.logs import earlier_lines
 from asrkit.training.run_writer import read_sealed, write_sealed
@@ -78,6 +78,9 @@ def test_a_run_directory_is_complete(uninterrupted: Path, corpus: Path) -> None:
     assert set(entry["manifests"]) == {str(corpus / "train.jsonl.gz"), str(corpus / "dev.jsonl.gz")}
     measured = [row["dev_wer"] for row in rows(uninterrupted) if "dev_wer" in row]
     assert len(measured) == 3 and entry["metrics"]["wer"] == min(measured)  # the best weights are kept
+    assert entry["seconds"] >= saved_seconds(uninterrupted) - 0.1 > 0  # the time of all steps, whichever were the best
+    waits = [row["timing"]["data_wait"] for row in metrics(uninterrupted) if "data_wait" in row.get("timing", {})]
+    assert len(waits) == 10 and max(waits) <= 1  # a share, also where the dev set was measured between two lines
     assert opened.config["training"]["optimizer"]["betas"] == [0.9, 0.98]  # defaults are written out
     assert (uninterrupted / "tokens.txt").read_text().startswith("<blk> 0\n<unk> 1\n")
     assert rows(uninterrupted)[-1]["step"] == 30

@@ -152,6 +152,9 @@ def test_masks_hide_spans_in_training_alone() -> None:
                 zeroed = any(channels[row, max(0, channel - 1) : channel + 1])
                 expected = 0.0 if zeroed else 7.0 if in_span else float(x[row, frame, channel])
                 assert float(hidden[row, frame, channel]) == expected
+    with masks.one_draw():
+        both = masks(x), masks(x)
+    assert torch.equal(*both) and not torch.equal(masks(x), both[0]) and not torch.equal(masks(x), masks(x))
     assert masks.eval()(x) is x and not masks.state_dict()
 
 

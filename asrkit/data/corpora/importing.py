@@ -14,6 +14,7 @@ from pathlib import Path
 import soundfile
 from lhotse.cut import Cut
 
+from asrkit.data.corpora.record import read_record, write_record
 from asrkit.data.features import load_samples
 from asrkit.data.manifest_schema import check_cut, has_surrogates
 from asrkit.data.manifests import make_cut, write_cuts
@@ -25,6 +26,7 @@ from asrkit.disk import atomic_write
 from asrkit.errors import UserError, clip
 from asrkit.frames import SAMPLE_RATE
 
+RECORD = "import.json"
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph", ".caf", ".w64", ".rf64")
 OTHER_AUDIO = (
     *(".m4a", ".mp4", ".m4b", ".aac", ".wma", ".amr", ".webm", ".3gp", ".mka", ".mkv", ".mov", ".ra", ".ape", ".wv"),
@@ -104,7 +106,8 @@ def import_recordings(
         convert: write 16 kHz mono FLAC to OUT/audio and let the manifests point there, by the ``workers``.
 
     Raises:
-        UserError: nothing to import, missing columns, or, unless skipped, bad rows: all of them at once, and nothing is written.
+        UserError: nothing to import, missing columns, or, unless skipped, bad rows: all of them at once; or ``out`` has manifests
+            that were made of something else. Nothing is written.
     """
     splitting = splitting or Splitting()
     if not source.exists():
@@ -136,8 +139,18 @@ def import_recordings(
             f"{out}: holds {', '.join(f'{name}.jsonl.gz' for name in left)} of another import, which this one does not make; remove "
             f"{'it' if len(left) == 1 else 'them'}, or choose another --out"
         )
+    record, made_of = out / RECORD, {"source": str(source.resolve())}
+    if taken := [name for name in result.cuts if (out / f"{name}.jsonl.gz").exists()]:
+        before = read_record(record)
+        if before != made_of:
+            of = clip(before.get("source")) if before else "another command"
+            raise UserError(
+                f"{out}: holds {', '.join(f'{name}.jsonl.gz' for name in taken)} of {of}; choose another --out, or remove "
+                f"{'it' if len(taken) == 1 else 'them'}"
+            )
     if convert:
         _convert(result, out, workers)
+    write_record(record, made_of)
     for split, cuts in result.cuts.items():
         write_cuts(out / f"{split}.jsonl.gz", cuts)
     (out / "skipped.txt").unlink(missing_ok=True)  # of an earlier import

@@ -18,7 +18,7 @@ import soundfile
 from lhotse.cut import Cut
 
 from asrkit.data.corpora.debian import ELSEWHERE, fetch_packages, members_of
-from asrkit.data.corpora.record import already_made, write_record
+from asrkit.data.corpora.record import already_made, begin, write_record
 from asrkit.data.manifests import make_cut, write_cuts
 from asrkit.data.text.normalization import SPLITS, TextError, as_written, normalize, split_of
 from asrkit.disk import atomic_write
@@ -65,23 +65,23 @@ def fetch_prompts(
         What was made, or None where ``out`` already holds exactly this.
 
     Raises:
-        UserError: an unknown language, no apt-get, a failed download, a damaged package.
+        UserError: an unknown language, no apt-get, a failed download, a damaged package; ``out`` holds another train.jsonl.gz.
     """
     languages = sorted(set(languages))
     if unknown := [language for language in languages if language not in LANGUAGES]:
         raise UserError(f"--lang {', '.join(unknown)}: there are prompts in {', '.join(LANGUAGES)}; {ELSEWHERE}")
     wanted = {"rules": RULES, "languages": languages, "text": style, "dev": dev, "test": test}
-    record = out / RECORD
-    if already_made(record, wanted, [out / "train.jsonl.gz"]):
+    record, made = out / RECORD, out / "train.jsonl.gz"
+    if already_made(record, wanted, made, replace=True):
         return None
     names = [f"asterisk-core-sounds-{language}{kind}" for language in languages for kind in ("", "-g722")]
     packages = fetch_packages(names, cache or out / "packages", say)
-    record.unlink(missing_ok=True)  # from here on the folder is between two states
+    begin(record, made)
     prompts = Prompts()
     for language, texts, sounds in zip(languages, packages[::2], packages[1::2], strict=True):
         say(f"{language}: decoding {sounds.name}")
         _add_language(prompts, language, texts, sounds, out, style=style, dev=dev, test=test)
-    for split, cuts in prompts.cuts.items():
+    for split, cuts in reversed(prompts.cuts.items()):  # train.jsonl.gz last: where it is, the others are
         write_cuts(out / f"{split}.jsonl.gz", cuts)
         for language in languages if len(languages) > 1 else ():
             write_cuts(

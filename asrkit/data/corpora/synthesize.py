@@ -21,7 +21,7 @@ from lhotse.cut import Cut
 
 from asrkit.data.corpora.channel import through_a_device
 from asrkit.data.corpora.piper import Piper, PiperDraw, voice_files
-from asrkit.data.corpora.record import already_made, write_record
+from asrkit.data.corpora.record import already_made, begin, write_record
 from asrkit.data.espeak import UTF8, load_espeak
 from asrkit.data.features import resample
 from asrkit.data.manifests import SYNTHETIC, digest_of, language_of, make_cut, open_cuts, text_of, write_cuts
@@ -95,7 +95,7 @@ def synthesize(
         What was made, or None where ``out`` already holds exactly this.
 
     Raises:
-        UserError: espeak-ng is missing, an unknown voice, no usable text.
+        UserError: espeak-ng is missing, an unknown voice, no usable text; ``out`` holds something else.
     """
     wanted = {
         "sources": [[_digest(path), language] for path, language in sources],
@@ -108,10 +108,10 @@ def synthesize(
         **({} if piper is None else {"piper": [_digest(path) for path in voice_files(piper)]}),
         **({} if device == 0 else {"device": device}),
     }
-    record = out / RECORD
-    if already_made(record, wanted, [out / "train.jsonl.gz"]):
+    record, made = out / RECORD, out / "train.jsonl.gz"
+    check_not_read(made, [*(path for path, _ in sources), *exclude])
+    if already_made(record, wanted, made):
         return None
-    check_not_read(out / "train.jsonl.gz", [*(path for path, _ in sources), *exclude])
     speaker: _Engine = _Espeak() if piper is None else Piper(piper)
     unseen = {sentence_key(text_of(cut)) for path in exclude for cut in open_cuts(path)}
     result = Synthesized([], 0, 0, 0)
@@ -130,9 +130,9 @@ def synthesize(
         result.unusable += unusable
         result.excluded += len(texts) - len(allowed)
 
-    record.unlink(missing_ok=True)  # from here on the folder is between two states
+    begin(record, made)
     result.cuts = _speak(speaker, out, _plan(lists, seed, chains, unseen), minutes * 60, seed, band, device, workers)
-    write_cuts(out / "train.jsonl.gz", result.cuts)
+    write_cuts(made, result.cuts)
     write_record(record, wanted)
     return result
 

@@ -14,6 +14,7 @@ from asrkit.data.alignment import SILENT, Annotator, PerturbedCut, Segments
 from asrkit.data.batch import Batch, evaluation_batches
 from asrkit.data.cut_table import CutTable
 from asrkit.data.text.units import Inventory
+from asrkit.devices import send
 from asrkit.losses.lm_distillation import (
     frame_accuracy,
     interpolated_labels,
@@ -75,7 +76,7 @@ def lm_distillation_loss(
     }
     metrics |= {f"lm_{name}": Metric(losses.detach().sum(), own.count) for name, losses in by_head.items()}
     weights = [settings.heads.get(name, HeadConfig()).weight for name in by_head]
-    shares = torch.tensor([1 / len(by_head) if weight is None else weight for weight in weights], device=main.device)
+    shares = send(torch.tensor([1 / len(by_head) if weight is None else weight for weight in weights]), main.device)
     losses = multi_task(main, torch.stack(list(by_head.values())), shares, settings.labels)
     return replace(own, losses=losses, metrics=metrics)
 

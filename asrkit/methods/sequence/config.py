@@ -103,11 +103,11 @@ class SequenceTrainConfig(FineTuneConfig):
     l2: NonNegative = 0.0
     """Weight of half the squared distance of the trained weights from those of the start."""
     search_every: Positive = 1
-    """Hypotheses and lattices are searched with weights that are renewed every so many steps, and scored with those of
-    now. 1 searches with those of now."""
+    """Hypotheses and lattices are searched with weights that are renewed every N steps, and scored with the current ones.
+    1 searches with the current weights."""
     cache: bool = False
     """Search once, before the training, with the weights of the start, on audio as it is, and keep hypotheses or lattices
-    in the run directory; every step scores them with the weights of now."""
+    in the run directory; every step scores them with the current weights."""
     hypotheses: HypothesesConfig = field(default_factory=HypothesesConfig)
     """mwer and sampled-mbr: what errors are counted of."""
     lattice: LatticeConfig = field(default_factory=LatticeConfig)
@@ -159,7 +159,7 @@ def check_sequence(settings: SequenceTrainConfig, parent: RunDir, manifests: int
     if settings.criterion == "sampled-mbr" and how.paths < 2:
         findings.append("hypotheses.paths=1: the estimate compares paths; raise it to 2 or more")
     if settings.criterion == "sampled-mbr" and settings.search_every > 1:
-        findings.append("search_every: sampled-mbr draws its paths from the weights of now; leave it at 1")
+        findings.append("search_every: sampled-mbr draws its paths from the current weights; leave it at 1")
     if (
         settings.criterion == "sampled-mbr"
         and settings.trained_head == "transducer"
@@ -241,7 +241,7 @@ def _cannot_be_cached(settings: SequenceTrainConfig) -> list[str]:
     """What a search before the training cannot serve, as findings."""
     augment, findings = settings.data.augment, []
     if settings.criterion == "sampled-mbr":
-        findings.append("sampled-mbr draws its paths from the weights of now; leave it out")
+        findings.append("sampled-mbr draws its paths from the current weights; leave it out")
     if settings.search_every > 1:
         findings.append("searches once; leave search_every at 1")
     timing = {"speed": augment.speed, "tempo": augment.tempo, "silence": augment.silence} if settings.lattices else {}

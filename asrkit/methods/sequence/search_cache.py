@@ -1,6 +1,6 @@
 """Hypotheses or lattices of every cut, searched once with the weights of the start and kept in the run directory.
 
-Training then only scores them with the weights of now. A folder of safetensors files, from which one cut's can be read without the
+Training then only scores them with the current weights. A folder of safetensors files, from which one cut's can be read without the
 others.
 """
 

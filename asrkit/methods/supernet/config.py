@@ -32,8 +32,8 @@ class GrowthConfig:
     """geometric: `share` of what is left goes each time until the sparsity is reached (arXiv 2207.11906). cubic: `times` times,
     the sparsity growing as 1 - (1 - i / times)^3 of its target (arXiv 2110.08352)."""
     start: Annotated[int, Field(ge=0)] | None = None
-    """Step at which the masks grow for the first time; before it both members have all weights. null: after one `interval`, as in the paper, of steps
-    in which the encoder is trained."""
+    """Step at which the masks grow for the first time; before it both members have all weights. null: after one `interval` of steps in which the
+    encoder is trained, as in the paper."""
     interval: Positive = 200
     """Steps from one growth of the masks to the next. The paper has 6,000 and 10,000 for 60,000 and 960 hours of speech."""
     share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
@@ -171,13 +171,14 @@ def contradictions(settings: SupernetConfig, begin: int) -> list[str]:
     findings = []
     if settings.freeze_masks:
         plain = SupernetConfig()
-        asked = [name for name in ("sparsity", "block", "growth", "lasso", "members", "layers")
+        asked = [name for name in ("sparsity", "block", "growth", "lasso", "layers")
                  if getattr(settings, name) != getattr(plain, name)]  # fmt: skip
+        asked += ["members.sparsities"] * bool(settings.members.sparsities)
         if asked:
             findings.append(f"freeze_masks keeps the parent's masks as they are; leave out {', '.join(asked)}")
     else:
         findings += schedule_findings(settings, settings.training, begin)
-    if settings.members.random != MembersConfig().random and not settings.members.sparsities:
+    if settings.members.random != MembersConfig().random and not (settings.members.sparsities or settings.freeze_masks):
         findings.append("members.random: has no effect without members.sparsities; set these, or leave it out")
     if settings.contexts != ContextsConfig():
         findings.append("contexts: the members have one context each; use --dense and --sparse instead")

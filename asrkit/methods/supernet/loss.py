@@ -54,14 +54,16 @@ def supernet_loss(
     for member, part in parts:
         levels = random_levels(model) if member == RANDOM else {}
         sparsities = {} if member == DENSE else sparsities_of(model, levels, sparsity)
-        with at_levels(model, levels), sparse_dropout(model, sparsities if adaptive_dropout else {}):
-            own = forward_losses(model, part, step, settings, *_how(member, contexts), None)
-        each, frames = own.losses, float(part.num_encoder_frames)
-        add_metrics(metrics, {**own.metrics, member: Metric(each.detach().sum(), frames)})
-        if distillation is not None and distillation.scale > 0 and member != DENSE:
-            divergence = divergence_from_dense(model, part, own, contexts[DENSE], distillation)
-            each = each + distillation.scale * divergence
-            add_metrics(metrics, {"distillation": Metric(divergence.detach().sum(), frames)})
+        frames = float(part.num_encoder_frames)
+        with model.encoder.one_draw():
+            with at_levels(model, levels), sparse_dropout(model, sparsities if adaptive_dropout else {}):
+                own = forward_losses(model, part, step, settings, *_how(member, contexts), None)
+            each = own.losses
+            add_metrics(metrics, {**own.metrics, member: Metric(each.detach().sum(), frames)})
+            if distillation is not None and distillation.scale > 0 and member != DENSE:
+                divergence = divergence_from_dense(model, part, own, contexts[DENSE], distillation)
+                each = each + distillation.scale * divergence
+                add_metrics(metrics, {"distillation": Metric(divergence.detach().sum(), frames)})
         losses.append(each)
     metrics["sparsity"] = Metric(sparsity, 1.0)
     return LossOutput(torch.cat(losses), float(batch.num_encoder_frames), metrics)
@@ -135,7 +137,8 @@ def at_levels(model: nn.Module, levels: Mapping[str, int | None]) -> Iterator[No
 def divergence_from_dense(
     model: AsrModel, batch: Batch, own: ForwardPass, context: Context, how: InPlaceConfig
 ) -> Tensor:
-    """The divergence of a sparse member's pass from the dense member's, (B,); the dense one gets no gradient."""
+    """The divergence of a sparse member's pass from the dense member's, (B,); the dense one gets no gradient, and has dropout, as in
+    its own steps (our choice)."""
     assert own.joiner_in is not None  # refused before training
     with torch.no_grad():
         languages = model.language_ids(batch.languages)

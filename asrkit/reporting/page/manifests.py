@@ -43,7 +43,7 @@ def look_at(path: Path, cuts: Sequence[Cut]) -> Surveyed:
     """Describe a manifest's cuts without reading their sound."""
     texts = [text_of(cut) for cut in cuts]
     words = Counter(word for text in texts for word in text.split())
-    rates = [len(text.split()) / cut.duration for cut, text in zip(cuts, texts, strict=True) if text.strip()]
+    rates = [len(text.split()) / max(cut.duration, 1e-3) for cut, text in zip(cuts, texts, strict=True) if text.strip()]
     dropped = _dropped(path)
     return Surveyed(
         str(path),

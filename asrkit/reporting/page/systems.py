@@ -42,7 +42,7 @@ class Model:
 
 def key_of(entry: Mapping[str, Any]) -> str:
     """What tells a stage's entry in a lineage from all others: its model and what it was told, as twelve hexadecimal digits."""
-    known = ("stage", "weights_sha256", "model_spec_sha256", "config_sha256")
+    known = ("stage", "weights_sha256", "arpa_sha256", "model_spec_sha256", "config_sha256")
     return digest([str(entry.get(name)) for name in known])[:12]
 
 

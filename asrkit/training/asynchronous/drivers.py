@@ -42,9 +42,11 @@ def _check(settings: AsyncConfig, name: str, workers: int, manifests: int) -> No
         findings.append(f"{workers} workers need asynchronous.driver=ray or simulated")
     if name != "simulated" and settings.staleness:
         findings.append("asynchronous.staleness is for asynchronous.driver=simulated; for ray it is max_staleness")
+    if name == "serial" and settings.fetch_every != AsyncConfig().fetch_every:
+        findings.append("asynchronous.fetch_every is for several workers; leave it out")
     if name != "ray":
         plain = AsyncConfig()
-        names = ("shards", "threads", "gpus_per_worker", "ray_address", "sites")
+        names = ("max_staleness", "shards", "threads", "gpus_per_worker", "ray_address", "sites")
         changed = [key for key in names if getattr(settings, key) != getattr(plain, key)]
         findings += [f"asynchronous.{key} is for asynchronous.driver=ray, but the driver is {name}" for key in changed]
     if settings.sites and len(settings.sites) != manifests:
