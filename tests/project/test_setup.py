@@ -150,3 +150,14 @@ def test_every_target_is_in_the_help(checkout: Path) -> None:
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
     assert {"setup", "test", "test-fast", "lint", "demo", "smoke", "ci", "clean"} <= set(targets)
     assert all(f"make {target}" in shown for target in targets)
+
+
+@pytest.mark.parametrize("makefile", ["Makefile", "recipes/fsdd/Makefile"])
+def test_a_path_with_a_space_is_refused(makefile: str, tmp_path: Path) -> None:
+    """Make splits names at spaces, so a recipe would run other programs."""
+    for name in {"Makefile", "recipes/common.mk", makefile}:
+        (path := tmp_path / "a clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, path)
+    folder = (tmp_path / "a clone" / makefile).parent
+    done = subprocess.run(["make", "-n", "-C", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 2 and "make cannot work in a path with a space; move the repository" in done.stderr

@@ -367,3 +367,17 @@ def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(tmp_path: Pa
     said = asrkit("train-backbone", "--manifest", manifest, "--out", tmp_path / "run", "--set", "tokenizer.vocab_size=30", "--set", change, code=1)  # fmt: skip
     assert "parameters" in said and "lower its dimensions" in said and len(said.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_link_or_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> None:
+    """A rename replaces neither."""
+    (tmp_path / "big").mkdir()
+    for name, target in (("link", tmp_path / "big"), ("dangling", tmp_path / "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(UserError, match=f"{name}: is a link, which no new directory can replace"):  # noqa: SIM117
+            with atomic_directory(tmp_path / name):
+                raise AssertionError("the work has begun")
+    assert disk.occupied(Path("/proc")) == [
+        "/proc: is a mount point, which no new directory can replace; give a name below it"
+    ]
+    assert disk.occupied(tmp_path / "big") == []

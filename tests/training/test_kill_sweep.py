@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -16,67 +17,98 @@ from helpers.run_dirs import weights_equal
 from helpers.small_runs import write_run
 from helpers.tones import make_corpus
 
-# Runs the command given after N in a process that kills itself before its N-th sync, rename, new file or new directory under
-# FOLDER; prints how many events there were if it lives.
+# Imports the module it is given; then, for each line [limit, folder, words], runs the command in a forked process that kills itself
+# before its event of that number (0: never): a sync, rename, new file or new directory under the folder. Answers with the exit
+# code and how many events there were. Importing takes far longer than the commands.
 KILLER = """
-import os, sys
-limit, folder, events = int(sys.argv[1]), sys.argv[2], 0
-
-def event():
-    global events
-    events += 1
-    if events == limit:
-        os.kill(os.getpid(), 9)
-
-def watch(name):
-    real = getattr(os, name)
-    def watched(*given, **options):
-        path = os.path.realpath(f"/proc/self/fd/{given[0]}") if isinstance(given[0], int) else os.path.abspath(given[0])
-        writes = name != "open" or (given[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR))
-        if writes and os.fsdecode(path).startswith(folder):
-            event()
-        return real(*given, **options)
-    setattr(os, name, watched)
-
-for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "open"):
-    watch(name)
+import importlib, json, os, sys, traceback
 import torch
 torch.set_num_threads(1)
 from asrkit.cli import app
-sys.argv = ["asrkit", *sys.argv[3:]]
-try:
+importlib.import_module(sys.argv[1])
+
+def run(limit, folder, words):
+    events = 0
+
+    def watch(name):
+        real = getattr(os, name)
+        def watched(*given, **options):
+            nonlocal events
+            path = os.path.realpath(f"/proc/self/fd/{given[0]}") if isinstance(given[0], int) else os.path.abspath(given[0])
+            writes = name != "open" or (given[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR))
+            if writes and os.fsdecode(path).startswith(folder):
+                events += 1
+                if events == limit:
+                    os.kill(os.getpid(), 9)
+            return real(*given, **options)
+        setattr(os, name, watched)
+
+    for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "open"):
+        watch(name)
+    sys.argv = ["asrkit", *words]
     app(standalone_mode=False)
-finally:
-    print("events", events, flush=True)
+    return events
+
+for line in sys.stdin:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+            os.write(writing, str(run(*json.loads(line))).encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writing)
+    events = os.read(reading, 20).decode()
+    os.close(reading)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), events]), flush=True)
 """
 
 
-def events_of(limit: int, folder: Path, words: list[str]) -> int | None:
-    """How many events the command has; None where it was killed before the one of number ``limit`` (0: never)."""
-    command = [sys.executable, "-c", KILLER, str(limit), str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode == -signal.SIGKILL:
-        return None
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split("events ")[-1])
-
-
-def sweep(words: Callable[[Path], list[str]], folder: Path, same: Callable[[Path, Path], None], kills: int) -> None:
+def sweep(
+    module: str,
+    words: Callable[[Path], list[str]],
+    folder: Path,
+    same: Callable[[Path, Path], None],
+    kills: int,
+) -> None:
     """Kill the command at ``kills`` of its events, evenly spread and each in a directory of its own, and run it again.
 
     Args:
+        module: that of the command's stage.
         words: the command that writes to a path.
         same: asserts that two outputs are equal.
     """
-    total = events_of(0, folder, words(folder / "whole"))
-    assert total is not None and total >= kills
-    for number in range(kills):
-        out = folder / f"killed-{number}"
-        at = 1 + number * total // kills
-        assert events_of(at, folder, words(out)) is None, f"event {at} of {total} did not come"
-        events_of(0, folder, words(out))
-        same(folder / "whole", out)
-        assert not list(out.rglob(".tmp-*")), at
+    command = [sys.executable, "-c", KILLER, module]
+    with (
+        open(folder / "said", "w+") as said,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+
+        def events_of(limit: int, out: Path) -> int | None:
+            """How many events the command has; None where it was killed before the one of number ``limit``."""
+            assert process.stdin is not None and process.stdout is not None
+            print(json.dumps([limit, str(folder), words(out)]), file=process.stdin, flush=True)
+            code, events = json.loads(process.stdout.readline())
+            if code == -signal.SIGKILL:
+                return None
+            assert code == 0, (folder / "said").read_text()[-3000:]
+            return int(events)
+
+        total = events_of(0, folder / "whole")
+        assert total is not None and total >= kills
+        for number in range(kills):
+            out = folder / f"killed-{number}"
+            at = 1 + number * total // kills
+            assert events_of(at, out) is None, f"event {at} of {total} did not come"
+            events_of(0, out)
+            same(folder / "whole", out)
+            assert not list(out.rglob(".tmp-*")), at
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -99,7 +131,7 @@ def test_a_training_completes_wherever_it_is_killed(tmp_path: Path) -> None:
         options = ["--manifest", manifest, "--dev", manifest, "--max-duration", 10, "--out", out]
         return ["train-backbone", *map(str, options), *settings]
 
-    sweep(words, tmp_path, same_run, 8)
+    sweep("asrkit.stages.train_backbone", words, tmp_path, same_run, 8)
 
 
 @pytest.mark.slow
@@ -117,7 +149,7 @@ def test_an_export_completes_wherever_it_is_killed(tmp_path: Path) -> None:
     def words(out: Path) -> list[str]:
         return ["export", "--from", str(run), "--out", str(out), "--pack", str(out.with_suffix(".tar"))]
 
-    sweep(words, tmp_path, same, 5)
+    sweep("asrkit.stages.export", words, tmp_path, same, 5)
 
 
 @pytest.mark.slow
@@ -130,9 +162,10 @@ def test_an_evaluation_completes_wherever_it_is_killed(tmp_path: Path) -> None:
         results = [[path.read_text() for path in sorted(folder.rglob("alignments.txt"))] for folder in (one, other)]
         assert results[0] == results[1] != []
 
-    sweep(
-        lambda out: ["evaluate", "--from", str(run), "--manifest", str(manifest), "--out", str(out)], tmp_path, same, 4
-    )
+    def words(out: Path) -> list[str]:
+        return ["evaluate", "--from", str(run), "--manifest", str(manifest), "--out", str(out)]
+
+    sweep("asrkit.stages.evaluate", words, tmp_path, same, 4)
 
 
 @pytest.mark.slow
@@ -146,4 +179,7 @@ def test_an_import_completes_wherever_it_is_killed(tmp_path: Path) -> None:
         names = [sorted(path.name for path in folder.rglob("*.jsonl.gz")) for folder in (one, other)]
         assert names[0] == names[1] != []
 
-    sweep(lambda out: ["data", "import", str(table), "--out", str(out)], tmp_path, same, 4)
+    def words(out: Path) -> list[str]:
+        return ["data", "import", str(table), "--out", str(out)]
+
+    sweep("asrkit.data.corpora.importing", words, tmp_path, same, 4)
