@@ -221,7 +221,7 @@ def tune(
     out: Annotated[
         Path,
         io(
-            callback=file_named(".yaml"),
+            callback=file_named(".yaml", ".yml"),
             help="File to write, such as decoding.yaml, for `--decoding` of evaluate, transcribe and export.",
         ),
     ],
@@ -413,7 +413,7 @@ def _check_output(stream: bool, audio: list[Path], form: str, out: Path | None, 
         findings += [
             f"{there}: exists beside its recording, and may be its transcript; choose another --out, or move it away"
             for path in audio
-            if (there := path.with_name(f"{path.stem}.{form}")).exists() and out.resolve() == path.parent.resolve()
+            if form == "txt" and out.resolve() == path.parent.resolve() and (there := path.with_suffix(".txt")).exists()
         ]
     if findings:
         raise UserError.of(findings)

@@ -201,7 +201,7 @@ def report(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, io(callback=file_named(".html"), help="HTML file to write.")] = Path("report.html"),
+    out: Annotated[Path, io(callback=file_named(".html", ".htm"), help="HTML file to write.")] = Path("report.html"),
     data: Annotated[
         list[Path] | None, io(metavar="MANIFEST", help="Manifest to describe, with or without runs. Repeatable.")
     ] = None,

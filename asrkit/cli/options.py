@@ -15,12 +15,12 @@ import typer
 from asrkit.errors import UserError
 
 
-def file_named(suffix: str) -> Callable[[Path | None], Path | None]:
+def file_named(*suffixes: str) -> Callable[[Path | None], Path | None]:
     """A callback for an option that names a file to write: a slip must not replace a manifest, which a list of runs or cuts ends in."""
 
     def check(path: Path | None) -> Path | None:
-        if path is not None and path.suffix != suffix:
-            raise UserError(f"{path}: would be written, and its name does not end in {suffix}; give one that does")
+        if path is not None and path.suffix.lower() not in suffixes:
+            raise UserError(f"{path}: would be written, and its name does not end in {suffixes[0]}; give one that does")
         return path
 
     return check

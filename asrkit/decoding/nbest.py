@@ -165,7 +165,7 @@ def calibrate(utterances: Sequence[WordConfidence], right: Sequence[Sequence[boo
 
     if correct.numel() == 0:
         return 1.0
-    from scipy.optimize import minimize_scalar  # a seventh of the start of every command, were it above
+    from scipy.optimize import minimize_scalar  # half a second, which most commands never need
 
     bounds = (-np.log(HOTTEST), np.log(HOTTEST))
     return float(np.exp(minimize_scalar(cross_entropy, bounds=bounds, method="bounded").x))

@@ -23,7 +23,7 @@ from asrkit.frames import ENCODER_SHIFT_MS
 from asrkit.models import AsrModel, load_model
 from asrkit.models.surgery import in_language
 from asrkit.nn.context import Context, parse_context
-from asrkit.run_dir import EXPORT, TOKENIZER, WEIGHTS, RunDir, open_run
+from asrkit.run_dir import EXPORT, TOKENIZER, RunDir, open_run
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def _whole(path: Path) -> tuple[RunDir, AsrModel, str]:
     """A run, its model, and the digest of just these weights, also while a training replaces them."""
     while True:
         run = open_run(path)
-        digest = sha256_of(run.path / WEIGHTS)
+        digest = sha256_of(run.weights_path)
         model = load_model(run)
-        if sha256_of(run.path / WEIGHTS) == digest:
+        if sha256_of(run.weights_path) == digest:
             return run, model, digest
 
 

@@ -122,11 +122,12 @@ def _at(mask: Mask, sparsity: float | None) -> Mask:
 
 
 @contextmanager
-def watch_inputs(model: nn.Module, lens: Tensor) -> Iterator[dict[str, Tensor]]:
+def watch_inputs(model: nn.Module, lens: Tensor, symbol_lens: Tensor) -> Iterator[dict[str, Tensor]]:
     """Yield a dictionary that collects, by layer, the sums of absolute inputs, (I,), over all forward passes in the block.
 
     Args:
-        lens: (B,), encoder frames; what a layer reads frame by frame, (B, T', I), counts up to there, so that padding decides nothing.
+        lens, symbol_lens: (B,), encoder frames and symbols; what a layer reads frame by frame, (B, T', ..., I), or symbol by
+            symbol, (B, U + 1, I), counts up to there, so that padding decides nothing.
     """
     sums: dict[str, Tensor] = {}
     handles = []
@@ -134,8 +135,10 @@ def watch_inputs(model: nn.Module, lens: Tensor) -> Iterator[dict[str, Tensor]]:
     def watch(path: str) -> Any:
         def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].detach().float().abs()
-            if x.dim() == 3 and len(x) == len(lens) and not path.startswith("joiner.predictor"):
-                x = x.masked_fill((torch.arange(x.shape[1], device=x.device) >= lens.unsqueeze(1)).unsqueeze(2), 0.0)
+            if x.dim() > 2 and len(x) == len(lens):
+                ends = symbol_lens + 1 if path.startswith("joiner.predictor") else lens
+                beyond = torch.arange(x.shape[1], device=x.device) >= ends.unsqueeze(1)
+                x = x.masked_fill(beyond.view(*beyond.shape, *[1] * (x.dim() - 2)), 0.0)
             x = x.flatten(0, -2).sum(0)
             sums[path] = sums.get(path, torch.zeros_like(x)) + x
 
@@ -191,7 +194,7 @@ def prune_while_training(task: TrainTask, mask: Mask, schedule: MaskSchedule) ->
     def before_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, batch: Any) -> None:
         inputs = None
         if schedule.score == "activation" and sparsity_due(schedule, mask, step)[0]:
-            with watch_inputs(model, subsampled_lens(batch.feature_lens)) as inputs, torch.no_grad():
+            with watch_inputs(model, subsampled_lens(batch.feature_lens), batch.symbol_lens) as inputs, torch.no_grad():
                 plain(model, batch, step)
             torch.clear_autocast_cache()  # it holds weights cast in this pass, which have no gradient
             for path in sorted(inputs):  # every process must compute the same masks

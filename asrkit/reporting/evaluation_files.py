@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ def write_evaluation(
         UTTERANCES: "".join(utterance_line(utterance) for utterance in utterances),
         RESULT: json.dumps(to_dict(result), indent=2, ensure_ascii=False) + "\n",
     }
-    for earlier in (directory / RESULT, *directory.glob("hypotheses.*")):
-        earlier.unlink(missing_ok=True)
-    for name, content in contents.items():
-        with atomic_write(directory / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    with ExitStack() as written:
+        for name, content in reversed(contents.items()):  # what is opened first is renamed last
+            written.enter_context(atomic_write(directory / name)).write_text(content, encoding="utf-8")
+        for earlier in (directory / RESULT, *directory.glob("hypotheses.*")):
+            earlier.unlink(missing_ok=True)
     return Evaluation(directory, to_dict(result), list(utterances))

@@ -205,7 +205,7 @@ def _language_models(
         listed = ", ".join(
             ["hotwords"] * bool(request.hotwords) + [f"{name} {value:g}" for name, value in lost.items()]
         )
-        warn(f"--decoding: {listed}: not exported; sherpa-onnx takes them as arguments, or cannot do it")
+        warn(f"--decoding: {listed}: not exported; sherpa-onnx takes it as an argument, or has no such setting")
     use: Literal["fusion", "rescore"] = "fusion" if options.streaming else "rescore"
     if request.tuned_with is not None and request.settings.lm_use != use:
         warn(

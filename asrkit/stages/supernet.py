@@ -87,7 +87,7 @@ def supernet(
         spec = supernet_spec(recognizer(origin, settings), settings, str(parent))
         if settings.draws != (1, 1) and with_levels(spec):
             findings.append("draws: every batch is split between the members of this supernet; leave draws out")
-        if settings.freeze_masks and settings.members != MembersConfig() and not with_levels(spec):
+        if settings.freeze_masks and settings.members.random != MembersConfig().random and not with_levels(spec):
             findings.append("members.random: this supernet has no members between its two; leave it out")
     except UserError as error:
         findings += error.lines

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ FREE = (
 )  # settings that may differ when a run is resumed: they change no result, or only what becomes of cuts that cannot be read
 
 Inputs = Mapping[str, Mapping[str, str]]  # by option: path and sha256
+
+MOST_TRIES = 100  # of a lock whose file is never the one at its path, as on some network file systems
 
 
 @dataclass
@@ -100,11 +103,13 @@ def claim(path: Path, content: dict[str, Any], lock: ExitStack) -> Claim:
             The directory is unchanged.
     """
     made: list[Path] = []
+    held = False
     try:
         _existing(path, content)  # checked before anything is written, and again under the lock
         made = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
         path.mkdir(parents=True, exist_ok=True)
         notes = lock.enter_context(locked(path))
+        held = True
         begun = _existing(path, content)
         for folder in (path, path / STATE):
             for left in folder.glob(".tmp-*"):  # of any host: only the holder of the lock writes here
@@ -113,8 +118,8 @@ def claim(path: Path, content: dict[str, Any], lock: ExitStack) -> Claim:
             clear(path)  # the files of a run that saved nothing
             write_yaml(path / CONFIG, content)
     except Exception as error:
+        unmake(made, held)
         lock.close()
-        unmake(made)
         if isinstance(error, OSError):
             raise cannot_write(path, error) from error
         raise
@@ -230,11 +235,11 @@ def locked(path: Path) -> Iterator[list[str]]:
 
 def _lock(path: Path) -> tuple[int, list[str]]:
     """A descriptor of the locked file, and lines for the user."""
-    while True:
+    for tries in count():
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)) or tries == MOST_TRIES:
                 return descriptor, []
         except FileNotFoundError:  # removed since it was opened
             pass
@@ -249,6 +254,7 @@ def _lock(path: Path) -> tuple[int, list[str]]:
                 f"{path}: another run is training there ({holder or 'unknown'}); wait for it or choose another --out"
             ) from None
         os.close(descriptor)
+    raise AssertionError  # count() has no end
 
 
 def clear(path: Path) -> None:
@@ -258,10 +264,10 @@ def clear(path: Path) -> None:
             remove(item)
 
 
-def unmake(made: list[Path]) -> None:
-    """Remove directories that were made for the run and hold only a lock."""
+def unmake(made: list[Path], held: bool) -> None:
+    """Remove directories that were made for the run and hold nothing, or only its own lock, which must still be ``held``."""
     for folder in reversed(made):
         with suppress(OSError):
-            if [item.name for item in folder.iterdir()] == [LOCK]:
+            if held and [item.name for item in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
             folder.rmdir()

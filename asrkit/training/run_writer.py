@@ -114,7 +114,7 @@ class RunWriter:
                 if world.is_main and claimed.new and not run.began:
                     clear(path)
                     if claimed.made:
-                        unmake(claimed.made)
+                        unmake(claimed.made, held=True)
                     else:
                         (path / LOCK).unlink(missing_ok=True)
                 raise
@@ -123,9 +123,10 @@ class RunWriter:
         """Read what the parent and earlier starts of this run have recorded."""
         path = self.path
         self.lineage = [*([] if parent is None else open_run(parent).lineage), entry]
+        if not self.fresh:
+            self._began -= saved_seconds(path)  # the time the run took before it stopped
         if not self.fresh and (path / LINEAGE).is_file():
             self.recorded = check_lineage(read_yaml(path / LINEAGE), path / LINEAGE)[-1]
-            self._began -= saved_seconds(path)  # the time the run took before it stopped
         if not self.fresh and (path / LEFT_OUT).is_file():
             self.left_out = read_sealed(path / LEFT_OUT)
         if self.finished:

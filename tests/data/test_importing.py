@@ -315,7 +315,13 @@ def test_manifests_of_another_source_stay(corpus, tmp_path):
         UserError, match=r"out: holds all.jsonl.gz of \S*transcripts.tsv; choose another --out, or remove it"
     ):
         import_recordings(other, out)
+    with_split = tsv(tmp_path / "split.tsv", ("path", "text", "split"), ("other.wav", "one", "train"))
+    with pytest.raises(UserError, match=r"holds all.jsonl.gz of \S*transcripts.tsv"):
+        import_recordings(with_split, out)
     assert len(read(out, "all")) == 6
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))  # the folder and its source together
+    import_recordings(moved / "mine" / "transcripts.tsv", moved / "out")
+    moved.rename(tmp_path)
     (out / "import.json").unlink()
     with pytest.raises(UserError, match=r"holds all.jsonl.gz of another command"):
         import_recordings(corpus, out)

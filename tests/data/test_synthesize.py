@@ -141,7 +141,9 @@ def test_nothing_is_replaced_that_another_command_made(texts, tmp_path):
     asrkit(*command)
     made = (out / "train.jsonl.gz").read_bytes()
     said = asrkit(*command, "--seed", 1, "--band", "telephone", code=1)
-    assert "already holds what other options made (band, seed); give another --out, or remove the folder" in said
+    assert (
+        "already holds what other texts or options made (band, seed); give another --out, or remove the folder" in said
+    )
     assert "already complete" in asrkit(*command)
 
     (out / "synthesis.json").unlink()
@@ -191,7 +193,9 @@ def test_natural_voices(texts, tmp_path):
     Path(f"{own}.json").write_text(json.dumps(facts))
     asrkit(*brief, "--out", tmp_path / "other")
     Path(f"{own}.json").write_text(json.dumps(facts | {"num_symbols": facts["num_symbols"] + 1}))
-    assert "already holds what other options made (piper)" in asrkit(*brief, "--out", tmp_path / "other", code=1)
+    assert "already holds what other texts or options made (piper)" in asrkit(
+        *brief, "--out", tmp_path / "other", code=1
+    )
     for change in ({"num_speakers": 5}, {"num_speakers": 0}, {"espeak": {"voice": "en-zz"}}):
         Path(f"{own}.json").write_text(json.dumps(facts | change))
         said = asrkit(*brief, "--out", tmp_path / "new", code=1)

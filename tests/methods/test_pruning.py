@@ -26,6 +26,7 @@ def masked_model() -> AsrModel:
         "encoder.blocks.1.conv.out",
         "encoder.submodels.joint.layers.0.query",
         "joiner.encoder_projection",
+        "joiner.predictor_projection",
     ]
     spec: dict[str, Any] = {
         "vocab_size": 11,
@@ -49,13 +50,16 @@ def test_padding_decides_no_mask() -> None:
     for row, size in enumerate(lens.tolist()):
         features[row, size:] = -23.0  # silence, as a batch pads
 
-    def sums(features: torch.Tensor, lens: torch.Tensor) -> dict[str, torch.Tensor]:
-        with watch_inputs(model, subsampled_lens(lens)) as inputs, torch.no_grad():
-            model.joiner.project_encoder(model.encode(features, lens)[0])
+    symbols, symbol_lens = torch.randint(1, 11, (3, 9)), torch.tensor([2, 9, 4])
+
+    def sums(rows: slice, size: int, length: int) -> dict[str, torch.Tensor]:
+        with watch_inputs(model, subsampled_lens(lens[rows]), symbol_lens[rows]) as inputs, torch.no_grad():
+            model.joiner.project_encoder(model.encode(features[rows, :size], lens[rows])[0])
+            model.joiner.project_predictor(model.predictor(model.predictor.contexts_of(symbols[rows, :length])))
         return inputs
 
-    together = sums(features, lens)
-    apart = [sums(features[row : row + 1, :size], lens[row : row + 1]) for row, size in enumerate(lens.tolist())]
+    together = sums(slice(3), 203, 9)
+    apart = [sums(slice(row, row + 1), int(lens[row]), int(symbol_lens[row])) for row in range(3)]
     assert together.keys() == compressed_layers(model).keys()
     for path, found in together.items():
         torch.testing.assert_close(found, sum(one[path] for one in apart), rtol=1e-4, atol=1e-4)

@@ -248,7 +248,8 @@ def test_a_transcript_beside_its_recording_is_not_replaced(run: Path, tmp_path: 
     assert "a.txt: exists beside its recording" in said and (tmp_path / "a.txt").read_text() == "what was said"
     for _ in range(2):
         asrkit(*words, tmp_path / "texts")
-    assert (tmp_path / "texts" / "a.txt").is_file()
+        asrkit(*words, tmp_path, "--format", "srt")
+    assert (tmp_path / "texts" / "a.txt").is_file() and (tmp_path / "a.srt").is_file()
 
 
 def test_transcribe_survives_files_it_cannot_read(run: Path, tmp_path: Path) -> None:

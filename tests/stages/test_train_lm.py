@@ -273,7 +273,9 @@ def test_a_language_model_is_no_recognizer(text: Path, tmp_path: Path) -> None:
     asrkit("train-lm", "--text", text, "--out", run, *sets(*SMALL, "training.steps=1"))
     with pytest.raises(UserError, match="is a language model"):
         load_model(open_run(run))
-    said = asrkit("evaluate", "--from", run, "--manifest", text, code=1)
-    assert "is a language model" in said
+    asrkit("train-lm", "--kind", "ngram", "--unit", "word", "--text", text, "--out", tmp_path / "ngram")
+    for path, kind in ((run, "is a language model"), (tmp_path / "ngram", "is an n-gram model")):
+        assert kind in asrkit("evaluate", "--from", path, "--manifest", text, code=1)
+        assert kind in asrkit("transcribe", "--from", path, text, code=1)
     said = asrkit("info", run)
     assert "train-lm" in said and "embedding" in said and "variants" not in said

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from asrkit import disk
 from asrkit.decoding.recognizer import load_recognizer
 from asrkit.disk import atomic_directory, atomic_write, sha256_of
 from asrkit.errors import UserError
 from asrkit.models import load_model
-from asrkit.run_dir import CONFIG, LINEAGE, MODEL, TOKENS, WEIGHTS, open_run, read_yaml, write_yaml
+from asrkit.run_dir import CONFIG, LINEAGE, MODEL, STATE, TOKENS, WEIGHTS, open_run, read_yaml, write_yaml
+from asrkit.training.checkpoint import STATE_FILE
 from asrkit.training.claim import DONE, LOCK, Claim, changes, claim, known_inputs, locked
 from asrkit.training.distributed import World, join_world
 from asrkit.training.run_writer import RunWriter
@@ -263,6 +266,32 @@ def test_a_lock_says_who_holds_it_and_dies_with_its_process(held: subprocess.Pop
     assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_who_is_refused_leaves_the_lock_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has made the directory that the other one has locked since."""
+    run = tmp_path / "run"
+    code = (
+        "import sys, time; from pathlib import Path; from asrkit.training.claim import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(100)"
+    )
+    others: list[subprocess.Popen[str]] = []
+
+    def overtaken(path: Path) -> Any:
+        others.append(subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True))
+        assert others[0].stdout is not None and others[0].stdout.readline() == "held\n"
+        return locked(path)
+
+    monkeypatch.setattr("asrkit.training.claim.locked", overtaken)
+    try:
+        with pytest.raises(UserError, match="another run is training there"):
+            claimed(run, content({}))
+        assert (run / LOCK).is_file()
+    finally:
+        others[0].kill()
+        others[0].wait()
+
+
 def test_a_lock_that_is_removed_before_it_is_held_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was refused removes its lock; who had opened it takes the next, as a third process would."""
     calls, lockf = [], fcntl.lockf
@@ -381,3 +410,12 @@ def test_a_link_or_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> N
         "/proc: is a mount point, which no new directory can replace; give a name below it"
     ]
     assert disk.occupied(tmp_path / "big") == []
+
+
+def test_the_time_before_a_stop_counts_though_nothing_was_published(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for saved_before in (False, True):
+        with RunWriter.open(run, "prune", {"seed": 1}, {}, "asrkit prune", ONE) as writer:
+            assert (time.monotonic() - writer._began > 999) == saved_before
+        (run / STATE).mkdir(exist_ok=True)
+        save_file({}, run / STATE / STATE_FILE, {"progress": '{"seconds": 1000.0}'})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import soundfile
 from lhotse.cut import Cut
@@ -133,21 +134,8 @@ def import_recordings(
     result.not_selected = len(rows) - len(selected)
     if result.skipped and (refuse or not result.cuts):
         raise UserError.of(_too_many(result.skipped, source, len(selected), refuse))
-    left = [name for name in SPLITS if name not in result.cuts and (out / f"{name}.jsonl.gz").is_file()]
-    if left:
-        raise UserError(
-            f"{out}: holds {', '.join(f'{name}.jsonl.gz' for name in left)} of another import, which this one does not make; remove "
-            f"{'it' if len(left) == 1 else 'them'}, or choose another --out"
-        )
-    record, made_of = out / RECORD, {"source": str(source.resolve())}
-    if taken := [name for name in result.cuts if (out / f"{name}.jsonl.gz").exists()]:
-        before = read_record(record)
-        if before != made_of:
-            of = clip(before.get("source")) if before else "another command"
-            raise UserError(
-                f"{out}: holds {', '.join(f'{name}.jsonl.gz' for name in taken)} of {of}; choose another --out, or remove "
-                f"{'it' if len(taken) == 1 else 'them'}"
-            )
+    record, made_of = out / RECORD, {"source": os.path.relpath(source.resolve(), out.resolve())}
+    _check_out(out, source, list(result.cuts), read_record(record), made_of)
     if convert:
         _convert(result, out, workers)
     write_record(record, made_of)
@@ -158,6 +146,23 @@ def import_recordings(
         with atomic_write(out / "skipped.txt") as temporary:
             temporary.write_text("\n".join(result.skipped) + "\n", encoding="utf-8")
     return result
+
+
+def _check_out(
+    out: Path, source: Path, made: Sequence[str], before: dict[str, Any] | None, made_of: Mapping[str, str]
+) -> None:
+    """Refuse a folder with manifests of another source, which would be replaced, or stay beside those that are ``made`` now."""
+    there = [name for name in (*SPLITS, "all") if (out / f"{name}.jsonl.gz").exists()]
+    left, them = [name for name in there if name not in made], "it" if len(there) == 1 else "them"
+    names = ", ".join(f"{name}.jsonl.gz" for name in there)
+    if there and before != made_of:
+        of = clip(out / str(before.get("source"))) if before else "another command, or of an earlier version"
+        raise UserError(f"{out}: holds {names} of {of}; choose another --out, or remove {them}")
+    if left:
+        raise UserError(
+            f"{out}: holds {', '.join(f'{name}.jsonl.gz' for name in left)} of another import of {source}, which this one does not "
+            f"make; remove {'it' if len(left) == 1 else 'them'}, or choose another --out"
+        )
 
 
 def _unknown_values(rows: list[Row], where: Mapping[str, frozenset[str]], splitting: Splitting) -> list[str]:

@@ -81,8 +81,9 @@ def fetch_prompts(
     for language, texts, sounds in zip(languages, packages[::2], packages[1::2], strict=True):
         say(f"{language}: decoding {sounds.name}")
         _add_language(prompts, language, texts, sounds, out, style=style, dev=dev, test=test)
-    for split, cuts in reversed(prompts.cuts.items()):  # train.jsonl.gz last: where it is, the others are
-        write_cuts(out / f"{split}.jsonl.gz", cuts)
+    for split, cuts in prompts.cuts.items():
+        if split != "train":
+            write_cuts(out / f"{split}.jsonl.gz", cuts)
         for language in languages if len(languages) > 1 else ():
             write_cuts(
                 out / f"{split}-{language}.jsonl.gz", (c for c in cuts if c.supervisions[0].language == language)
@@ -90,6 +91,7 @@ def fetch_prompts(
     with atomic_write(out / "dropped.tsv") as temporary:
         lines = ["id\treason\ttext", *(f"{d.cut_id}\t{d.reason}\t{d.text}" for d in prompts.dropped)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_cuts(made, prompts.cuts["train"])  # last: where it is, the others are
     write_record(record, wanted)
     return prompts
 

@@ -33,7 +33,7 @@ def already_made(record: Path, wanted: Mapping[str, Any], manifest: Path, *, rep
     if made != wanted and not replace:
         changed = [name for name in sorted({*made, *wanted}) if made.get(name) != wanted.get(name)]
         raise UserError(
-            f"{record.parent}: already holds what other options made ({clip(', '.join(changed))}); give another --out, or remove the folder"
+            f"{record.parent}: already holds what other texts or options made ({clip(', '.join(changed))}); give another --out, or remove the folder"
         )
     return made == wanted
 
