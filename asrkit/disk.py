@@ -150,7 +150,7 @@ def check_writable(path: Path) -> None:
 
 def occupied(out: Path) -> list[str]:
     """Why ``out`` cannot become a new directory, for a stage to report among its other findings; [] if it can."""
-    if out.is_symlink() or out.is_mount():
+    if out.is_symlink() or out.absolute().is_mount():
         return [
             f"{out}: is a {'link' if out.is_symlink() else 'mount point'}, which no new directory can replace; give a name below it"
         ]

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from lhotse.cut import Cut
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,12 +77,6 @@ class TemperatureConfig:
     decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor of each step; the paper's is 0.999995. null reaches `end` after 69 % of the steps, as that does in the
     paper's 400,000 (our choice)."""
-
-    @model_validator(mode="after")
-    def _falls(self) -> Any:
-        if self.end > self.start:
-            raise ValueError(f"temperature: cannot rise from start={self.start} to end={self.end}; lower end")
-        return self
 
 
 @config

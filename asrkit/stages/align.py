@@ -172,10 +172,8 @@ def _check_options(out: Path, settings: AlignConfig, tokenizer: Path | None, sen
         findings.append("--senones: is only used with --unit senone; add that, or drop --senones")
     if settings.passes != AlignConfig().passes and settings.phones != "gaussian":
         findings.append("passes: only with --phones gaussian; add that, or leave passes out")
-    if settings.senones != AlignConfig().senones and ("senone" not in settings.units or senones is not None):
-        findings.append(
-            "senones: is how a tree is grown, with --unit senone and without --senones; leave senones.* out"
-        )
+    if settings.senones != AlignConfig().senones and "senone" not in settings.units:
+        findings.append("senones: says how a tree is grown, for --unit senone; add that, or leave senones.* out")
     if findings:
         raise UserError.of(findings)
 

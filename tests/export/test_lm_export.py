@@ -166,7 +166,7 @@ def test_what_the_client_cannot_take_is_refused(run: Path, lm: Path, lodr: Path,
         ({"fusion": FusionRequest(lm=lodr)}, "transducers take a network, not an n-gram"),
         ({"fusion": FusionRequest(lm=transformer), "streaming": True}, "take an LSTM, not a transformer"),
         ({"fusion": FusionRequest(lm=lm, lodr=transformer)}, "subtracts an n-gram, not a network"),
-        ({"fusion": FusionRequest(lodr=lodr)}, "give --lm too"),
+        ({"fusion": FusionRequest(lodr=lodr)}, "add --lm"),
         ({"fusion": FusionRequest(lm=lm), "format": "torchscript"}, "works with ONNX files only"),
     ]
     for options, message in cases:
@@ -183,7 +183,7 @@ def test_what_was_tuned_and_is_not_exported_is_named(run: Path, lm: Path, tmp_pa
     request = FusionRequest(how, lm=lm, hotwords=tmp_path / "words.txt")
     export(run, tmp_path / "onnx", fusion=request, warn=said.append)
     (line,) = (line for line in said if line.startswith("--decoding: "))
-    assert line.startswith("--decoding: hotwords, blank_penalty 1.5, hotwords_score 3: not in the directory")
+    assert line.startswith("--decoding: hotwords, blank_penalty 1.5, hotwords_score 3: not exported")
 
 
 def test_the_scale_that_the_client_takes() -> None:

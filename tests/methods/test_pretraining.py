@@ -236,11 +236,6 @@ def test_the_temperature_falls_as_in_the_paper() -> None:
             assert gumbel_temperature(round(share * steps), steps, TemperatureConfig()) == pytest.approx(at, rel=0.01)
 
 
-def test_a_temperature_that_rises_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot rise"):
-        TemperatureConfig(start=0.1, end=2.0)
-
-
 def test_the_defaults_are_those_of_the_paper() -> None:
     settings = PretrainConfig()
     assert (settings.quantizer.groups, settings.quantizer.entries, settings.mask.distractors) == (2, 320, 100)

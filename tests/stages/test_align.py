@@ -170,6 +170,8 @@ def test_cuts_that_cannot_be_aligned_are_named(corpus: Path, tmp_path: Path) -> 
     ("words", "complaint"),
     [
         (["--out", "x.json"], "ends in .jsonl.gz"),
+        (["--set", "passes=9"], "passes: only with --phones gaussian"),
+        (["--set", "senones.number=9"], "senones: says how a tree is grown, for --unit senone"),
         (["--senones", "nowhere.yaml"], "--senones: is only used with --unit senone; add that, or drop --senones"),
         (["--unit", "senone", "--senones", "nowhere.yaml"], "no such file of senones"),
         (["--unit", "syllable"], "units"),

@@ -276,7 +276,7 @@ def test_a_parent_of_another_kind_or_shape_is_refused(corpus: Path, pretrained: 
     assert line.endswith("is a recognizer, not a pretrained encoder; train one with `asrkit pretrain`")
     lines = asrkit(*words, pretrained, *quick(), code=1).splitlines()
     assert (
-        len(lines) == 2 and "model: a pretrained encoder already has" in lines[0] and "quantizer: goes on" in lines[1]
+        len(lines) == 2 and "model: a pretrained encoder already has" in lines[0] and "quantizer: is taken" in lines[1]
     )
     (line,) = asrkit(*words, pretrained, "--variant", "far", *sets(*QUICK), code=1).splitlines()
     assert "no variant far; there are backbone, joint" in line and not (tmp_path / "run").exists()

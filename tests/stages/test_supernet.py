@@ -411,7 +411,7 @@ def test_masks_are_found_while_an_encoder_is_pretrained(corpus: Path, tmp_path: 
             [*words, *sets("supernet.growth.score=adam", "supernet.growth.start=0")],
             "set supernet.growth.start (0) above 0",
         ),
-        (["pretrain", "--sparsity", 0.5, *data(corpus)], "give both, or neither"),
+        (["pretrain", "--sparsity", 0.5, *data(corpus)], "works only with --supernet"),
     ):
         said = asrkit(*wrong, "--out", tmp_path / "no", code=1)
         assert complaint in said and said.count("\n") == 1 and not (tmp_path / "no").exists()
