@@ -7,10 +7,12 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -71,7 +73,14 @@ class _StartProcess:
         torch.set_num_threads(1)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch's handler prints a line; the training says it better
+        sys.excepthook = _unless_cut_off
         end_with(self.parent if multiprocessing.get_start_method() == "fork" else None)
+
+
+def _unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error, except of a thread that was handing a batch over when the training ended."""
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 class _InSharedMemory(torch.utils.data.Dataset[Any]):

@@ -33,7 +33,7 @@ from asrkit.data.bucketing import BucketPlan
 from asrkit.data.cut_audio import cut_features, feature_statistics
 from asrkit.data.cut_table import CutTable
 from asrkit.data.features import LOG_EPS, SILENCE, fbank
-from asrkit.data.loader import death_of, start_loader
+from asrkit.data.loader import _unless_cut_off, death_of, start_loader
 from asrkit.data.manifests import text_of
 from asrkit.data.text.tokenizer import Tokenizer, train_tokenizer
 from asrkit.data.train_batches import DataConfig, TrainBatches, perturbed_features
@@ -334,3 +334,18 @@ def test_loader_processes_do_not_keep_a_process_from_ending() -> None:
     """As where an exception still holds the loader at exit."""
     done = subprocess.run([sys.executable, "-c", HELD], timeout=120, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+class _HookNames:
+    """A batch source whose batches say what prints the errors of threads in the process that makes them."""
+
+    def __getitem__(self, number: int) -> str:
+        return sys.excepthook.__name__
+
+
+def test_a_batch_that_is_cut_off_by_the_end_of_the_training_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
+    made, _ = start_loader(_HookNames(), range(2), 1)
+    assert list(made) == [_unless_cut_off.__name__] * 2
+    for error in (EOFError(), ConnectionResetError(), ValueError("a real one")):
+        _unless_cut_off(type(error), error, None)
+    assert capfd.readouterr().err == "ValueError: a real one\n"
