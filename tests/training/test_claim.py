@@ -206,7 +206,7 @@ def test_a_run_that_was_stopped_says_so_where_it_is_used(tmp_path: Path) -> None
 
 
 def test_a_run_is_read_whole_while_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training may replace the weights between any two reads: what is said of weights is said of those that were read."""
+    """A training may replace the weights between any two reads; a result is recorded under the digest of those that were used."""
     run, later = write_run(tmp_path / "run"), write_run(tmp_path / "later", seed=1)
     earlier = sha256_of(run / WEIGHTS)
     replacing = [True]
