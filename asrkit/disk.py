@@ -152,7 +152,7 @@ def occupied(out: Path) -> list[str]:
     """Why ``out`` cannot become a new directory, for a stage to report among its other findings; [] if it can."""
     if out.is_symlink() or out.absolute().is_mount():
         return [
-            f"{out}: is a {'link' if out.is_symlink() else 'mount point'}, which no new directory can replace; give a name below it"
+            f"{out}: is a {'link' if out.is_symlink() else 'mount point'}, which a new directory cannot replace; choose another --out"
         ]
     if out.is_dir() and any(out.iterdir()):
         return [f"{out}: exists and is not empty; remove it or choose another --out"]

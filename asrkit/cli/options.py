@@ -16,7 +16,8 @@ from asrkit.errors import UserError
 
 
 def file_named(*suffixes: str) -> Callable[[Path | None], Path | None]:
-    """A callback for an option that names a file to write: a slip must not replace a manifest, which a list of runs or cuts ends in."""
+    """A callback for an option that names a file to write. `--json` takes no value in other commands; here it must not take the
+    manifest after it, and replace it."""
 
     def check(path: Path | None) -> Path | None:
         if path is not None and path.suffix.lower() not in suffixes:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -13,6 +17,23 @@ from asrkit.extras import require
 SYNCHRONOUS, UTF8 = 2, 1
 
 _held: list[object] = []  # the library calls its callback as long as the process lives
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Within, while the library speaks, Ctrl-C waits. Python would raise it in the callback, which can only print an error and go on."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        handler(came[0], None)
 
 
 @cache

@@ -239,13 +239,15 @@ def _lock(path: Path) -> tuple[int, list[str]]:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)) or tries == MOST_TRIES:
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
                 return descriptor, []
+            if tries == MOST_TRIES:
+                return descriptor, [_without_locks(path)]
         except FileNotFoundError:  # removed since it was opened
             pass
         except OSError as error:
             if error.errno in NO_LOCKS:
-                return descriptor, [f"{path}: its file system has no locks; make sure that no other run writes there"]
+                return descriptor, [_without_locks(path)]
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -255,6 +257,10 @@ def _lock(path: Path) -> tuple[int, list[str]]:
             ) from None
         os.close(descriptor)
     raise AssertionError  # count() has no end
+
+
+def _without_locks(path: Path) -> str:
+    return f"{path}: its file system has no locks; make sure that no other run writes there"
 
 
 def clear(path: Path) -> None:

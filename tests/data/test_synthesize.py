@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,10 +18,10 @@ import pytest
 
 from asrkit.data.checks import decodable_cuts, find_bad_cuts
 from asrkit.data.corpora.channel import through_a_device
-from asrkit.data.corpora.synthesize import VARIANTS, all_voices, chain_sentences, read_texts, synthesize
+from asrkit.data.corpora.synthesize import VARIANTS, Draw, _Espeak, all_voices, chain_sentences, read_texts, synthesize
 from asrkit.data.manifests import make_cut, open_cuts, text_of, write_cuts
 from asrkit.errors import UserError
-from helpers.commands import asrkit
+from helpers.commands import ONE, asrkit
 from helpers.outside import piper_voice
 
 TEXTS = ["press one to go on", "please hang up", "you have 2 messages", "please go on", "in 1984", "hang up to go home"]
@@ -266,3 +272,40 @@ def test_without_the_extra(texts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(UserError, match=r"pip install 'asrkit\[synth\]'"):
         synthesize([(texts, "en")], tmp_path / "out", minutes=0.1)
+
+
+def test_ctrl_c_while_espeak_speaks_is_not_lost():
+    """Python would raise it in the callback that takes the samples, which prints it and goes on."""
+    engine = _Espeak()
+    draw = Draw("en-us", 175, 50, 50, 0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores the signal
+    timer = threading.Timer(0.05, partial(os.kill, os.getpid(), signal.SIGINT))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            engine.say("many words " * 500, draw)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert len(engine.say("a word", draw)[0]) > 1000
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_espeak_speaks_ends_the_command(texts, tmp_path):
+    """Nearly all its time is spent within the library; the same command then makes all anew."""
+    out = tmp_path / "out"
+    words = ["data", "synthesize", "--text", texts, "--lang", "en", "--minutes", 10000, "--out", out]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores the signal
+    process = subprocess.Popen([*ONE, *map(str, words)], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    until = time.monotonic() + 120
+    while not (out / "synthesis.json").exists():  # it speaks from here on
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "stopped; run the same command again to finish\n")
+    assert not (out / "train.jsonl.gz").exists()
+    words[words.index(10000)] = 0.05
+    assert "already" not in asrkit(*words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -149,6 +150,24 @@ def test_measure_wer_agrees_with_evaluate(run: Path, manifest: Path, tmp_path: P
     assert words.rate == evaluation.result["total"]["wer"]
     assert chars.rate == evaluation.result["total"]["cer"]
     assert sorted(texts) == sorted((u.cut_id, u.ref, u.hyp) for u in evaluation.utterances)
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_the_earlier_one(
+    run: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (earlier,) = evaluate(run, manifest, methods=["greedy"], out=tmp_path)
+    before = {path.name: path.read_bytes() for path in earlier.directory.iterdir()}
+    write = Path.write_text
+
+    def full(path: Path, *given: Any, **options: Any) -> int:
+        if path.name.endswith("-utterances.jsonl"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *given, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="free some space"):
+        evaluate(run, manifest, methods=["greedy"], out=tmp_path)
+    assert {path.name: path.read_bytes() for path in earlier.directory.iterdir()} == before
 
 
 def test_evaluate_prints_a_table(

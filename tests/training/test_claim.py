@@ -308,6 +308,13 @@ def test_a_lock_that_is_removed_before_it_is_held_is_none(tmp_path: Path, monkey
         assert (tmp_path / LOCK).read_text().startswith("process ")
 
 
+def test_a_lock_file_that_is_never_the_one_at_its_path_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on network file systems that number a file anew each time: no endless loop."""
+    monkeypatch.setattr("asrkit.training.claim.os.path.samestat", lambda one, other: False)
+    with locked(tmp_path) as notes:
+        assert "no locks" in notes[0]
+
+
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -403,11 +410,11 @@ def test_a_link_or_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> N
     (tmp_path / "big").mkdir()
     for name, target in (("link", tmp_path / "big"), ("dangling", tmp_path / "nowhere")):
         (tmp_path / name).symlink_to(target)
-        with pytest.raises(UserError, match=f"{name}: is a link, which no new directory can replace"):  # noqa: SIM117
+        with pytest.raises(UserError, match=f"{name}: is a link, which a new directory cannot replace"):  # noqa: SIM117
             with atomic_directory(tmp_path / name):
                 raise AssertionError("the work has begun")
     assert disk.occupied(Path("/proc")) == [
-        "/proc: is a mount point, which no new directory can replace; give a name below it"
+        "/proc: is a mount point, which a new directory cannot replace; choose another --out"
     ]
     assert disk.occupied(tmp_path / "big") == []
 

@@ -22,7 +22,7 @@ from lhotse.cut import Cut
 from asrkit.data.corpora.channel import through_a_device
 from asrkit.data.corpora.piper import Piper, PiperDraw, voice_files
 from asrkit.data.corpora.record import already_made, begin, write_record
-from asrkit.data.espeak import UTF8, load_espeak
+from asrkit.data.espeak import UTF8, interrupted_afterwards, load_espeak
 from asrkit.data.features import resample
 from asrkit.data.manifests import SYNTHETIC, digest_of, language_of, make_cut, open_cuts, text_of, write_cuts
 from asrkit.data.parallel import ALONE, Workers, in_processes
@@ -339,7 +339,9 @@ class _Espeak:
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(draw.seed))
         self._pieces.clear()
         encoded = text.encode() + b"\0"
-        if self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, UTF8, None, None) != 0 or not self._pieces:
+        with interrupted_afterwards():
+            failed = self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, UTF8, None, None) != 0
+        if failed or not self._pieces:
             raise UserError(
                 f"espeak-ng says nothing for '{text}' as {draw.voice}; remove the line or choose another voice"
             )
