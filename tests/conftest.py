@@ -8,6 +8,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import asrkit  # noqa: F401  it may set what torch reads once
+from helpers.hangs import pytest_runtest_protocol  # noqa: F401  a hook
 
 
 @pytest.fixture(scope="session", autouse=True)

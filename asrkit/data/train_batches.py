@@ -85,7 +85,7 @@ class DataConfig(AudioConfig):
     """Batches of audio and text, and where their cuts come from."""
 
     bpe_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability that a merge of word pieces is left out, which varies how words are split (arXiv 1910.13267)."""
+    """Probability that a merge of word pieces is left out, which varies how words are split (arXiv 1910.13267); for bpe tokenizers."""
     empty_texts: Literal["refuse", "silence"] = "refuse"
     """Cuts without words: refuse them, or train on them as sound in which nobody speaks."""
 
@@ -220,10 +220,16 @@ class TrainBatches(AudioBatches):
         seed: int,
     ) -> None:
         super().__init__(table, plan, slices, settings, noise, seed)
+        if settings.bpe_dropout > 0 and not tokenizer.merges:
+            raise UserError(
+                "data.bpe_dropout leaves out merges, which only bpe tokenizers have; set data.bpe_dropout=0"
+            )
         self.tokenizer = tokenizer
 
     def _symbols(self, text: str, random: np.random.Generator) -> list[int]:
-        return self.tokenizer.encode(text, self.settings.bpe_dropout, seed=int(random.integers(1 << 31)))
+        if self.settings.bpe_dropout == 0:
+            return self.tokenizer.encode(text)
+        return self.tokenizer.encode_with_dropout(text, self.settings.bpe_dropout, random)
 
 
 Perturbed = tuple[Tensor, Tensor, tuple[float, float]]  # what ``perturbed_features`` returns

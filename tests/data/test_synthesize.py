@@ -296,8 +296,8 @@ def test_ctrl_c_while_espeak_speaks_ends_the_command(texts, tmp_path):
     """Nearly all its time is spent within the library; the same command then makes all anew."""
     out = tmp_path / "out"
     words = ["data", "synthesize", "--text", texts, "--lang", "en", "--minutes", 10000, "--out", out]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores the signal
-    process = subprocess.Popen([*ONE, *map(str, words)], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    heeding = ["env", "--default-signal=INT", *ONE]  # what runs in the background ignores the signal
+    process = subprocess.Popen([*heeding, *map(str, words)], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not (out / "synthesis.json").exists():  # it speaks from here on
         assert process.poll() is None and time.monotonic() < until

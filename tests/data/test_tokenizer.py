@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asrkit.config import from_dict
+from asrkit.data.bucketing import BucketPlan
+from asrkit.data.cut_table import CutTable
 from asrkit.data.text.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from asrkit.data.train_batches import DataConfig, TrainBatches
 from asrkit.errors import UserError
 
 # What sentencepiece's own normalization (NFKC) never gives back, or joins: Thai SARA AM, full-width forms, ligatures, a
@@ -100,3 +108,57 @@ def test_a_tokenizer_that_normalizes_is_told_with_what_it_makes(tmp_path: Path) 
     assert unicodedata.normalize("NFKC", "ｓｔｏｐ") == "stop"
     assert other.missing_characters("ｓｔｏｐ") == set()
     assert "the tokenizer makes 'stop' of 'ｓｔｏｐ'" in str(other.cannot_spell("ｓｔｏｐ"))
+
+
+ENGLISH = ["hello there my friend", "good day to you all", "some words are longer than others", "other days"]
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(ENGLISH * 5, "bpe", 60, tmp_path_factory.mktemp("bpe") / "tokenizer.model")
+
+
+@given(st.text("helotrmyfindgaus €", max_size=40))
+def test_without_dropout_the_merges_are_those_of_sentencepiece(english: Tokenizer, text: str) -> None:
+    assert english.encode_with_dropout(text, 0.0, np.random.default_rng(0)) == english.encode(text)
+
+
+@given(st.text("helotrmyfindgaus ", max_size=40), st.floats(0.0, 1.0, exclude_max=True), st.integers(0, 5))
+def test_dropout_keeps_the_text(english: Tokenizer, text: str, dropout: float, seed: int) -> None:
+    ids = english.encode_with_dropout(text, dropout, np.random.default_rng(seed))
+    assert english.decode(ids) == english.decode(english.encode(text))
+
+
+def test_dropout_leaves_out_each_merge_with_its_probability(tmp_path: Path) -> None:
+    """With one merge the share is known; a second way to make a piece is another merge, and another draw."""
+    one = train_tokenizer(["ab"] * 20, "bpe", 6, tmp_path / "one.model")
+    assert [one.id_to_piece(number) for number in range(2, one.vocab_size)].count("ab") == 1
+    random = np.random.default_rng(0)
+    pieces = [len(one.encode_with_dropout("ab", 0.3, random)) for _ in range(4000)]
+    most = max(pieces)
+    assert np.mean([count == most for count in pieces]) == pytest.approx(0.3, abs=0.03)
+
+
+def test_dropout_is_the_same_in_every_process(english: Tokenizer) -> None:
+    """sentencepiece's own draws depend on the process too."""
+    drawn = english.encode_with_dropout(ENGLISH[2], 0.5, np.random.default_rng(7))
+    code = (
+        "import sys, numpy; from pathlib import Path; from asrkit.data.text.tokenizer import Tokenizer\n"
+        "tokenizer = Tokenizer(Path(sys.argv[1]))\n"
+        "print(tokenizer.encode_with_dropout(sys.argv[2], 0.5, numpy.random.default_rng(7)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(english.path), ENGLISH[2]], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == drawn != english.encode(ENGLISH[2])
+
+
+@pytest.mark.parametrize("kind", ["char", "unigram"])
+def test_a_tokenizer_without_merges_has_no_dropout(tmp_path: Path, kind: TokenizerKind) -> None:
+    tokenizer = train_tokenizer(ENGLISH * 5, kind, 40, tmp_path / "tokenizer.model")
+    assert tokenizer.merges == {}
+    table = CutTable([])
+    plan = BucketPlan(np.ones(1), 1.0, 1, 1, 1)
+    data = from_dict(DataConfig, {"bpe_dropout": 0.1}, "test")
+    with pytest.raises(UserError, match="which only bpe tokenizers have"):
+        TrainBatches(table, plan, 1, data, tokenizer, None, 1)

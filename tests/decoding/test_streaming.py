@@ -37,6 +37,7 @@ from asrkit.reporting.live import CLEAR_LINE, show_final, show_partial
 from asrkit.run_dir import TOKENIZER
 from asrkit.stages.evaluate import evaluate
 from asrkit.stages.transcribe import transcribe_stream
+from helpers.clock import set_clock
 from helpers.commands import ONE, finish, standard_input
 from helpers.small_runs import SUBMODELS, noise, write_run
 
@@ -462,8 +463,12 @@ def test_ctrl_c_keeps_what_was_heard(points: Path, tmp_path: Path, source: str) 
 def test_a_file_is_paced(points: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that only sleeping moves, the last block of a second comes after a second."""
     now = [100.0]
-    monkeypatch.setattr("asrkit.decoding.live.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("asrkit.decoding.live.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    set_clock(
+        monkeypatch,
+        "asrkit.decoding.live",
+        monotonic=lambda: now[0],
+        sleep=lambda seconds: now.__setitem__(0, now[0] + seconds),
+    )
     soundfile.write(tmp_path / "a.wav", noise(np.random.default_rng(0), RATE + 800), RATE)
     came = [now[0] for _ in file_blocks(tmp_path / "a.wav", True)]
     assert came == pytest.approx([*np.arange(100.1, 101.05, 0.1), 101.05])

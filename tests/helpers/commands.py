@@ -88,7 +88,7 @@ def asrkit_process(*words: object, code: int = 0) -> str:
 def launched(launcher: list[str], *words: object, code: int = 0, **environment: str) -> str:
     """The same by another ``launcher``, such as ``TWO``."""
     command = [*launcher, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 

@@ -39,6 +39,14 @@ def test_a_stage_is_one_short_file() -> None:
     assert len(lengths) > 10 and not {name: length for name, length in lengths.items() if length > FILE_LINES}
 
 
+def test_no_test_stops_the_clock_of_the_process() -> None:
+    """A finalizer or a thread that waits with a timeout would never wake; see ``helpers.clock``."""
+    patched = re.compile(r"setattr\(\s*(time\b|[\"'][\w.]*\btime\.\w)")
+    assert patched.search('setattr("asrkit.x.time.sleep"') and patched.search("setattr(time, 'sleep'")
+    found = [str(path) for path in sorted(ROOT.glob("tests/**/*.py")) if patched.search(path.read_text())]
+    assert found == [__file__]
+
+
 @pytest.mark.parametrize(
     ("head", "excused"),
     [

@@ -30,6 +30,8 @@ from asrkit.training.config import TrainingConfig
 from asrkit.training.ema import MovingAverage
 from asrkit.training.logs import RunLog, earlier_lines
 from asrkit.training.run_writer import read_sealed, write_sealed
+from asrkit.training.step import batch_stream, out_of_memory_named
+from helpers.clock import set_clock
 from helpers.commands import ONE, TWO, Finished, asrkit, finish, launched, sets
 from helpers.run_dirs import metrics, weights_equal
 from helpers.tones import make_corpus
@@ -62,7 +64,13 @@ def rows(out: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "timing"} for row in metrics(out)]
 
 
-RHYTHM = ["training.steps=30", "training.log_every=3", "training.save_every=4", "training.evaluate_every=10"]
+RHYTHM = [
+    "data.bpe_dropout=0.1",
+    "training.steps=30",
+    "training.log_every=3",
+    "training.save_every=4",
+    "training.evaluate_every=10",
+]
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +377,6 @@ def test_an_average_of_nothing_is_the_last_step() -> None:
 def test_memory_that_runs_out_names_the_batch() -> None:
     """A real allocation that fails, in the place where a step's would."""
     from asrkit.data.batch import Batch
-    from asrkit.training.step import out_of_memory_named
 
     batch = Batch(torch.zeros(2, 9, 80), torch.tensor([9, 5]), ["short", "long"], ["a", "b"], ["", ""], [1.0, 30.0])
     with (
@@ -388,10 +395,11 @@ class _Broken(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_loader_processes_stay_one_line(workers: int) -> None:
-    from asrkit.training.step import BatchStream
-
-    with pytest.raises(UserError) as caught:
-        BatchStream(_Broken(), [0], workers, torch.device("cpu"))[0]  # type: ignore[arg-type]
+    with (
+        pytest.raises(UserError) as caught,
+        batch_stream(_Broken(), [0], workers, torch.device("cpu")) as stream,  # type: ignore[arg-type]
+    ):
+        stream[0]
     assert caught.value.lines == ("cut x: gone",)
 
 
@@ -437,7 +445,7 @@ def test_a_measurement_between_two_lines_is_no_part_of_the_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("asrkit.training.logs.time.monotonic", lambda: now[0])
+    set_clock(monkeypatch, "asrkit.training.logs", monotonic=lambda: now[0])
     progress = Progress(last_dev={"wer": 0.5})
     with RunLog(tmp_path, TrainingConfig(steps=4, tensorboard=False), 0, 1, True) as log:
         for step in range(1, 5):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import sentencepiece
 
 from asrkit.disk import atomic_write
@@ -70,17 +73,48 @@ class Tokenizer:
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
         return Tokenizer, (self.path,)  # sentencepiece objects do not cross process borders
 
-    def encode(self, text: str, dropout: float = 0.0, seed: int = 0) -> list[int]:
-        """Token ids of ``text``; with ``dropout`` > 0 a random segmentation, the same for the same seed.
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``."""
+        return self._model.EncodeAsIds(single_spaces(text))
 
-        For bpe the dropout is the probability that a merge is left out (BPE-dropout); for unigram it is ignored
-        in favor of sampling with smoothing 1 - dropout (subword regularization).
+    def encode_with_dropout(self, text: str, dropout: float, random: np.random.Generator) -> list[int]:
+        """Token ids of ``text``, where each possible merge is left out with probability ``dropout``, each time anew, until none is
+        left: BPE-dropout (arXiv 1910.13267, algorithm 1). For tokenizers with ``merges`` only.
+
+        sentencepiece can do it too, but its draws differ from process to process, whatever the seed.
         """
-        text = single_spaces(text)
-        if dropout <= 0.0:
-            return self._model.EncodeAsIds(text)
-        sentencepiece.set_random_generator_seed(seed)
-        return self._model.Encode(text, out_type=int, enable_sampling=True, alpha=dropout, nbest_size=-1)
+        units = self._model.Encode(single_spaces(text), out_type=str, enable_sampling=True, alpha=1.0, nbest_size=-1)
+        starts = [place for place, unit in enumerate(units) if place == 0 or unit.startswith(WORD_START)]
+        ids: list[int] = []
+        for start, end in pairwise([*starts, len(units)]):
+            word = units[start:end]
+            while kept := self._kept_merges(word, dropout, random):
+                place = max(kept, key=kept.__getitem__)  # the first of the best
+                word[place : place + 2] = [word[place] + word[place + 1]]
+            ids += map(self._model.PieceToId, word)
+        return ids
+
+    def _kept_merges(self, word: list[str], dropout: float, random: np.random.Generator) -> dict[int, float]:
+        """The merges that are possible and not left out: where, and the score of each."""
+        joined = (first + second for first, second in pairwise(word))
+        possible = {place: self.merges[piece] for place, piece in enumerate(joined) if piece in self.merges}
+        draws = random.random(len(possible)).tolist()
+        return {place: score for (place, score), draw in zip(possible.items(), draws, strict=True) if draw >= dropout}
+
+    @cached_property
+    def merges(self) -> dict[str, float]:
+        """The score of every piece that a merge can make, the highest first to be made; {} if the model is not of kind bpe."""
+        model = self._model
+        try:
+            model.Encode("a", enable_sampling=True, alpha=1.0, nbest_size=-1)
+            model.NBestEncodeAsIds("a", nbest_size=1)
+        except RuntimeError as error:
+            if "NBestEncode" not in str(error):  # of kind char, which does not sample
+                return {}
+        else:
+            return {}  # of kind unigram
+        normal = (number for number in range(self.vocab_size) if number not in self.special_ids)
+        return {model.IdToPiece(number): model.GetScore(number) for number in normal if not model.IsByte(number)}
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, in two thirds of the time."""

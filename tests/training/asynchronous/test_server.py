@@ -26,6 +26,7 @@ from asrkit.training.optim import OptimizerConfig
 from asrkit.training.step import LossOutput, Metric, StepResult, TrainTask, trained_parameters
 from asrkit.training.stopping import Stopping
 from asrkit.training.update import Updater
+from helpers.clock import set_clock
 from helpers.run_dirs import metrics
 
 CPU = torch.device("cpu")
@@ -205,7 +206,7 @@ def test_batches_are_made_ahead_and_once() -> None:
 
 def test_idle_time_and_speed_are_those_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("asrkit.training.asynchronous.server.time.monotonic", lambda: now)
+    set_clock(monkeypatch, "asrkit.training.asynchronous.server", monotonic=lambda: now)
     activity = Activity(2)
     activity.begin(0, 5)
     now = 4.0

@@ -1,0 +1,15 @@
+"""Time as a test wants it, for one module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Callable[..., object]) -> None:
+    """Replace functions of ``time`` in one module of asrkit. Patched in ``time`` itself they are everyone's, and whatever waits with
+    a timeout meanwhile, in a finalizer or another thread, waits for ever."""
+    monkeypatch.setattr(f"{module}.time", SimpleNamespace(**{**vars(time), **functions}))
