@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
 MOST_VALUES = 5_000_000  # a run's list of left-out cuts is the longest there is
-
-
-class _CoreLoader(yaml.SafeLoader):
-    """Only ``true`` and ``false`` are booleans; there are no dates, no octal numbers and no numbers to base 60."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  of this class, in place of its parent's
+MOST_NESTED = 100
 
 
 def _python(number: str) -> str:
     return number.replace(".inf", "inf").replace(".nan", "nan")
 
 
-for _kind, _pattern, _first in (
-    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
-):
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})$"), _first)
-_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_CoreLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(_python(node.value)))
+def _core(parent: Any) -> Any:
+    """A loader for which only ``true`` and ``false`` are booleans; there are no dates, no octal numbers and no numbers to base 60."""
+    loader: Any = type("CoreLoader", (parent,), {"yaml_implicit_resolvers": {}})
+    for kind, pattern, first in (
+        ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+    ):
+        loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})$"), first)
+    loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(_python(node.value)))
+    return loader
+
+
+# Each in Python, and in C where PyYAML was built with libyaml, as it usually is: ten times as fast.
+_IN_PYTHON = {"core": _core(yaml.SafeLoader), "texts": yaml.BaseLoader, "safe": yaml.SafeLoader}
+_IN_C = (
+    {"core": _core(yaml.CSafeLoader), "texts": yaml.CBaseLoader, "safe": yaml.CSafeLoader}
+    if yaml.__with_libyaml__
+    else _IN_PYTHON
+)
 
 
 def load_core(text: str) -> Any:
@@ -37,26 +46,43 @@ def load_core(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is no YAML, as in the other two.
     """
-    return _load(text, _CoreLoader)
+    return _load(text, "core")
 
 
 def load_texts(text: str) -> Any:
     """The same with every scalar as it is written."""
-    return _load(text, yaml.BaseLoader)
+    return _load(text, "texts")
 
 
 def load_safe(text: str) -> Any:
     """The same by YAML 1.1, as ``yaml.safe_dump`` writes it."""
-    return _load(text, yaml.SafeLoader)
+    return _load(text, "safe")
 
 
-def _load(text: str, loader: Any) -> Any:
+def _load(text: str, schema: str) -> Any:
+    too_deep = yaml.YAMLError("its brackets are nested too deeply")
+    if _is_deep(text):
+        raise too_deep
     try:
-        content = yaml.load(text, loader)
-    except RecursionError:
-        raise yaml.YAMLError("its brackets are nested too deeply") from None
+        content = yaml.load(text, _IN_C[schema])
+    except (yaml.YAMLError, UnicodeError):
+        try:
+            content = yaml.load(text, _IN_PYTHON[schema])  # its errors show the place
+        except RecursionError:
+            raise too_deep from None
     _check_size(content)
     return content
+
+
+def _is_deep(text: str) -> bool:
+    """Whether a text is nested so deeply that composing it could exhaust the stack, which in C ends the process."""
+    depth = 0
+    with suppress(yaml.YAMLError, UnicodeError):  # composing stops there too
+        for event in yaml.parse(text, _IN_C["texts"]):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_NESTED:
+                return True
+    return False
 
 
 def _check_size(content: Any) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from asrkit import yaml_core
 from asrkit.config import differences, digest, from_dict, resolve, to_dict
 from asrkit.errors import UserError
 from asrkit.models.compression import QuantizationConfig
@@ -16,7 +22,7 @@ from asrkit.stages.align import AlignConfig
 from asrkit.stages.distill_lm import DistillLmConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig
 from asrkit.training.start import model_spec
-from asrkit.yaml_core import load_safe
+from asrkit.yaml_core import load_core, load_safe, load_texts
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -190,6 +196,22 @@ def test_brackets_without_end_are_no_yaml(tmp_path: Path) -> None:
         resolve(TrainBackboneConfig, file)
     with pytest.raises(UserError, match="not valid YAML .*nested too deeply"):
         read_yaml(file)
+
+
+@given(st.text("ab1.-+e:,[]{}#&*|>'\"%@?~\n\t \x85\u2028é\ud800", max_size=40))
+@example("a: yes\nb: 0x1F\nc: 1e-3\nd: 2001-01-01\ne: [~, .inf, 1_000]")
+def test_yaml_by_libyaml_is_what_it_is_in_python(text: str) -> None:
+    """It takes some texts more: a tab after a value is a space."""
+
+    def outcome(load: Callable[[str], Any]) -> str:
+        try:
+            return repr(load(text))
+        except yaml.YAMLError as error:
+            return f"error: {error}"
+
+    for load, schema in ((load_core, "core"), (load_texts, "texts"), (load_safe, "safe")):
+        python, loaded = outcome(partial(yaml.load, Loader=yaml_core._IN_PYTHON[schema])), outcome(load)
+        assert loaded == python or (python.startswith("error: ") and not loaded.startswith("error: "))
 
 
 def test_aliases_that_make_yaml_endless_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ Stages (and with them torch and lhotse) are imported inside the commands, so tha
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
+import typer.main
 
 from asrkit import __version__
 from asrkit.cli import (
@@ -82,6 +84,12 @@ def built_in() -> set[str]:
     return {str(info.name) for infos in (app.registered_commands, app.registered_groups) for info in infos}
 
 
+@cache
+def _parser() -> Any:
+    """All commands, which typer would make anew at each call."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is printed line by line and ends with exit code 1, as does any other failure."""
     for line in plugins.shadowed(built_in()):
@@ -96,7 +104,7 @@ def main() -> None:
             sys.exit(2)
     try:
         try:
-            app()
+            _parser()()
         finally:
             failures.flush_output()
     except Exception as error:

@@ -19,7 +19,12 @@ from asrkit.reporting.packages import requirements, version_tuple
 def doctor(stubs: Path, arguments: tuple[str, ...] = ("--json",)) -> subprocess.CompletedProcess[str]:
     """Run the command with the modules in ``stubs`` shadowing the installed ones."""
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{stubs}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{stubs}{os.pathsep}{root}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "",
+    }
     command = [sys.executable, "-m", "asrkit", "doctor", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
