@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from asrkit.disk import atomic_write, sha256_of
 from asrkit.errors import UserError, clip
 from asrkit.migration import FORMAT, Migrated, migrate
-from asrkit.yaml_core import load_safe
+from asrkit.yaml_core import dump_safe, load_safe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,7 @@ def read_yaml(path: Path) -> Any:
 def write_yaml(path: Path, content: Any) -> None:
     """Write ``content`` as YAML, atomically, keys in the order given."""
     with atomic_write(path) as temporary:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.write_text(dump_safe(content), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,14 @@ def load_texts(text: str) -> Any:
 
 
 def load_safe(text: str) -> Any:
-    """The same by YAML 1.1, as ``yaml.safe_dump`` writes it."""
+    """The same by YAML 1.1, as ``dump_safe`` writes it."""
     return _load(text, "safe")
+
+
+def dump_safe(content: Any) -> str:
+    """Plain data as YAML 1.1, keys in the order given."""
+    dumper = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
+    return str(yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True))
 
 
 def _load(text: str, schema: str) -> Any:

@@ -22,7 +22,7 @@ from asrkit.stages.align import AlignConfig
 from asrkit.stages.distill_lm import DistillLmConfig
 from asrkit.stages.train_backbone import TrainBackboneConfig
 from asrkit.training.start import model_spec
-from asrkit.yaml_core import load_core, load_safe, load_texts
+from asrkit.yaml_core import dump_safe, load_core, load_safe, load_texts
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -212,6 +212,20 @@ def test_yaml_by_libyaml_is_what_it_is_in_python(text: str) -> None:
     for load, schema in ((load_core, "core"), (load_texts, "texts"), (load_safe, "safe")):
         python, loaded = outcome(partial(yaml.load, Loader=yaml_core._IN_PYTHON[schema])), outcome(load)
         assert loaded == python or (python.startswith("error: ") and not loaded.startswith("error: "))
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(values)
+@example({"a": "no", "b": ["1e-3", "0x1F", "2001-01-01", "~", "\x85\u2028\U0001f600"], "": 1e-3})
+def test_what_is_written_is_read(value: Any) -> None:
+    text = dump_safe(value)
+    assert load_safe(text) == value == yaml.safe_load(text)
 
 
 def test_aliases_that_make_yaml_endless_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-import yaml
-
 from asrkit.export.directory import Exported, LmRecord
 from asrkit.export.openfst import GRAPH_FST
 from asrkit.frames import FRAME_SHIFT, SUBSAMPLING, count_window
 from asrkit.nn.context import Context
 from asrkit.reporting.tables import percent
+from asrkit.yaml_core import dump_safe
 
 _HEAD = """\
 ---
@@ -390,7 +389,7 @@ def _card(exported: Exported) -> str:
         content["language"] = exported.language
     if exported.license:
         content["license"] = exported.license
-    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True)).rstrip()
+    return dump_safe(content).rstrip()
 
 
 def _measured(measured: Mapping[str, Any], context: Context) -> str:
