@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import yaml
@@ -61,21 +62,24 @@ def load_safe(text: str) -> Any:
 
 def dump_safe(content: Any) -> str:
     """Plain data as YAML 1.1, keys in the order given."""
-    dumper = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
-    return str(yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True))
+    dump = partial(yaml.dump, content, sort_keys=False, allow_unicode=True)
+    try:
+        return str(dump(Dumper=yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper))
+    except UnicodeEncodeError:  # a path that is no UTF-8
+        return str(dump(Dumper=yaml.SafeDumper))
 
 
 def _load(text: str, schema: str) -> Any:
-    too_deep = yaml.YAMLError("its brackets are nested too deeply")
+    too_deep = yaml.YAMLError(f"it is nested more than {MOST_NESTED} deep")
     if _is_deep(text):
         raise too_deep
     try:
-        content = yaml.load(text, _IN_C[schema])
-    except (yaml.YAMLError, UnicodeError):
         try:
+            content = yaml.load(text, _IN_C[schema])
+        except (yaml.YAMLError, UnicodeError):
             content = yaml.load(text, _IN_PYTHON[schema])  # its errors show the place
-        except RecursionError:
-            raise too_deep from None
+    except RecursionError:
+        raise too_deep from None
     _check_size(content)
     return content
 

@@ -7,7 +7,6 @@ DEVICE=cpu PYTHONPATH=tests python benchmarks/gpu_steps.py launches --out result
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import tempfile
@@ -95,7 +94,7 @@ class Training:
         batches: Any = _OneBatch(batch)
         self.task = TrainTask(make_model(size), lambda model, given, step: asr_loss(model, given, step, LOSS), batches)
         self.updater = Updater(self.task, folder, settings, 1, World(0, 1, device), lambda *_: None)
-        self.stream = BatchStream(itertools.repeat(batch), range(steps), device)
+        self.stream = BatchStream(batches, range(steps), 0, device)
 
     def step(self) -> None:
         number, updater = self.updater.step, self.updater

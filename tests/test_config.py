@@ -192,10 +192,17 @@ def test_values_that_only_look_right_are_refused(override: str, said: str) -> No
 def test_brackets_without_end_are_no_yaml(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("[" * 10_000)
-    with pytest.raises(UserError, match="not valid YAML .*nested too deeply"):
+    with pytest.raises(UserError, match="not valid YAML .*nested more than 100 deep"):
         resolve(TrainBackboneConfig, file)
-    with pytest.raises(UserError, match="not valid YAML .*nested too deeply"):
+    with pytest.raises(UserError, match="not valid YAML .*nested more than 100 deep"):
         read_yaml(file)
+
+
+def test_references_that_nest_deeply_are_refused() -> None:
+    """Each merges the one before, which no bracket shows."""
+    merges = "".join(f"  a{number}: &a{number} {{<<: *a{number - 1}}}\n" for number in range(1, 2000))
+    with pytest.raises(yaml.YAMLError, match="nested more than 100 deep"):
+        load_safe(f"- a0: &a0 {{x: 1}}\n{merges}- {{<<: *a1999}}\n")
 
 
 @given(st.text("ab1.-+e:,[]{}#&*|>'\"%@?~\n\t \x85\u2028é\ud800", max_size=40))
@@ -222,6 +229,7 @@ values = st.recursive(
 
 
 @given(values)
+@example({"manifest": "a\udcff.jsonl.gz"})
 @example({"a": "no", "b": ["1e-3", "0x1F", "2001-01-01", "~", "\x85\u2028\U0001f600"], "": 1e-3})
 def test_what_is_written_is_read(value: Any) -> None:
     text = dump_safe(value)

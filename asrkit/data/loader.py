@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
@@ -26,14 +27,11 @@ _LESS = (
 )
 
 
-@contextmanager
-def loading(
-    batches: Any, places: Sequence[int], num_workers: int
-) -> Iterator[tuple[Iterator[Any], Sequence[BaseProcess]]]:
+def start_loader(batches: Any, places: Sequence[int], num_workers: int) -> tuple[Iterator[Any], list[BaseProcess]]:
     """The batches of the given places, in order, made ahead in ``num_workers`` processes (0: in this one); and the processes.
 
     A signal to the whole process group, as SLURM, systemd and ``timeout`` send it, does not reach them: they are needed until
-    the training has saved its state. They end with the block, however it ends, and with this process.
+    the training has saved its state. They end with this process, however it ends.
     """
     # Without worker processes torch 2 wants no prefetch_factor, and torch 1 its default.
     options: dict[str, Any] = {"prefetch_factor": 4} if num_workers else {}
@@ -54,21 +52,15 @@ def loading(
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     processes = [process for process in multiprocessing.active_children() if process not in before]
-    try:
-        yield made, processes
-    finally:
-        _end(processes)
+    atexit.register(_kill, processes)
+    return made, processes
 
 
-def _end(processes: Sequence[BaseProcess]) -> None:
-    """Kill them. Left to itself, torch ends them where Python frees the loader, which an error's traceback may hold for long, and
-    waits 5 s for each in the middle of other work; and it sends SIGTERM, which they block."""
-    earlier = signal.signal(signal.SIGCHLD, lambda number, frame: None)  # torch's handler would raise
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    """End those that are still there at exit: multiprocessing would send SIGTERM, which they block, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
     for process in processes:
         process.kill()
-    for process in processes:
-        process.join()
-    signal.signal(signal.SIGCHLD, earlier or signal.SIG_DFL)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,7 @@ from asrkit.training.checkpoint import Progress
 from asrkit.training.config import TrainingConfig, autocast
 from asrkit.training.delay import Delay
 from asrkit.training.distributed import World, sum_gradients
-from asrkit.training.step import (
-    BatchStream,
-    StepResult,
-    TrainTask,
-    batch_stream,
-    compute_gradients,
-    seed_for,
-    set_training,
-)
+from asrkit.training.step import BatchStream, StepResult, TrainTask, compute_gradients, seed_for, set_training
 from asrkit.training.stopping import Interrupted, watched_signals
 from asrkit.training.update import Publish, Updater
 
@@ -54,24 +46,22 @@ def train(
     """
     updater = Updater(task, run, settings, task.batches.slices, world, publish)
     numbers = OwnNumbers(updater.step, settings.steps, task.batches.slices, world)
-    with (
-        watched_signals() as stopping,
-        updater.log,
-        batch_stream(task.batches, numbers, num_workers, world.device) as stream,
-    ):
-        stop = updater.measure(stopping) if updater.progress.measure_due else 0
-        while not stop and updater.step < settings.steps:
-            own = numbers.of_step(updater.step)
-            updater.set_rate()
-            if task.before_step is not None:
-                _before_step(task, updater, stream, own[0], seed)
-            with delay.applied(updater):
-                result = compute_gradients(task, updater.model, stream, own, seed, updater.arithmetic)
-            stream.fetch()
-            # Checked once per step; a later signal waits for the next step, so the run never stops without saving.
-            stop = _sum(world, result, stopping.code, list(updater.model.parameters()))
-            updater.apply(result)
-            stop = updater.finish_step(stop, stopping)
+    with watched_signals() as stopping, updater.log:
+        stream = BatchStream(task.batches, numbers, num_workers, world.device)
+        with stream.deaths_named():
+            stop = updater.measure(stopping) if updater.progress.measure_due else 0
+            while not stop and updater.step < settings.steps:
+                own = numbers.of_step(updater.step)
+                updater.set_rate()
+                if task.before_step is not None:
+                    _before_step(task, updater, stream, own[0], seed)
+                with delay.applied(updater):
+                    result = compute_gradients(task, updater.model, stream, own, seed, updater.arithmetic)
+                stream.fetch()
+                # Checked once per step; a later signal waits for the next step, so the run never stops without saving.
+                stop = _sum(world, result, stopping.code, list(updater.model.parameters()))
+                updater.apply(result)
+                stop = updater.finish_step(stop, stopping)
     if stop:
         raise Interrupted(stop)
     return updater.progress

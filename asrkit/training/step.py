@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asrkit.data.loader import death_of, loading
+from asrkit.data.loader import death_of, start_loader
 from asrkit.errors import UserError
 from asrkit.training.config import autocast
 
@@ -244,13 +244,20 @@ class Fetched(Protocol):
 
 
 class BatchStream:
-    """Batches prefetched by loader processes, in the order in which training needs them; see ``batch_stream``.
+    """Batches prefetched by loader processes, in the order in which training needs them.
 
     A GPU gets the next batch while it works: ``fetch``, once a step's work is launched, takes it from the loader and queues its copy.
+
+    Args:
+        numbers: all numbers that will be requested, in order.
     """
 
-    def __init__(self, source: Iterator[Any], numbers: Sequence[int], device: torch.device) -> None:
-        self._source, self._numbers, self._left, self._device = source, iter(numbers), len(numbers), device
+    def __init__(
+        self, batches: TrainingBatches, numbers: Sequence[int], num_workers: int, device: torch.device
+    ) -> None:
+        self._numbers, self._left = iter(numbers), len(numbers)
+        self._source, self._processes = start_loader(batches, numbers, num_workers)
+        self._device = device
         self._ahead: tuple[int, Any, float] | None = None
         self._noted: set[str] = set()
 
@@ -263,6 +270,20 @@ class BatchStream:
         """Get the next batch, if any, onto its way to a GPU; a CPU has nothing else to do meanwhile and takes it when it needs it."""
         if self._device.type != "cpu" and self._ahead is None and self._left:
             self._ahead = self._next()
+
+    @contextmanager
+    def deaths_named(self) -> Iterator[None]:
+        """Say what happened where a loader process dies, of which torch tells wherever the training happens to be.
+
+        Raises:
+            UserError: a loader process died.
+        """
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            if (death := death_of(self._processes)) is None:
+                raise
+            raise UserError(death) from error
 
     def peek(self, number: int) -> tuple[Any, float]:
         """The next batch, without consuming it."""
@@ -289,27 +310,6 @@ class BatchStream:
         for cut_id in left_out.keys() - self._noted:
             print(f"left out: cut {cut_id}: {left_out[cut_id]}", file=sys.stderr)
         self._noted |= left_out.keys()
-
-
-@contextmanager
-def batch_stream(
-    batches: TrainingBatches, numbers: Sequence[int], num_workers: int, device: torch.device
-) -> Iterator[BatchStream]:
-    """The stream of some batches, from processes that end with the block.
-
-    Args:
-        numbers: all numbers that will be requested, in order.
-
-    Raises:
-        UserError: a loader process died. torch tells of it wherever the training happens to be, so the block does all of that.
-    """
-    with loading(batches, numbers, num_workers) as (source, processes):
-        try:
-            yield BatchStream(source, numbers, device)
-        except (RuntimeError, OSError, EOFError) as error:
-            if (death := death_of(processes)) is None:
-                raise
-            raise UserError(death) from error
 
 
 @contextmanager

@@ -123,6 +123,21 @@ def test_without_dropout_the_merges_are_those_of_sentencepiece(english: Tokenize
     assert english.encode_with_dropout(text, 0.0, np.random.default_rng(0)) == english.encode(text)
 
 
+@pytest.mark.parametrize("option", ["split_by_whitespace", "treat_whitespace_as_suffix"])
+def test_merges_over_the_beginning_of_a_word_are_made(tmp_path: Path, option: str) -> None:
+    """As tokenizers of other toolkits may have them."""
+    path = tmp_path / "tokenizer.model"
+    options: dict[str, Any] = {option: option == "treat_whitespace_as_suffix"}
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(ENGLISH * 5), model_writer=file, model_type="bpe", vocab_size=60, minloglevel=2,
+            pad_id=0, pad_piece="<blk>", unk_id=1, bos_id=-1, eos_id=-1, **options,
+        )  # fmt: skip
+    tokenizer = Tokenizer(path)
+    for text in ENGLISH:
+        assert tokenizer.encode_with_dropout(text, 0.0, np.random.default_rng(0)) == tokenizer.encode(text)
+
+
 @given(st.text("helotrmyfindgaus ", max_size=40), st.floats(0.0, 1.0, exclude_max=True), st.integers(0, 5))
 def test_dropout_keeps_the_text(english: Tokenizer, text: str, dropout: float, seed: int) -> None:
     ids = english.encode_with_dropout(text, dropout, np.random.default_rng(seed))

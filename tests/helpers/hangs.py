@@ -22,6 +22,8 @@ os.environ["PYTHONFAULTHANDLER"] = "1"  # Python prints its stacks when it is ab
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     limit = float(item.config.getini("faulthandler_timeout"))
+    if limit <= 0:
+        return (yield)
     timer = threading.Timer(0.8 * limit, _abort, [os.getpid()])
     timer.daemon = True
     timer.start()

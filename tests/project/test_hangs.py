@@ -30,7 +30,7 @@ def test_that_passes():
 @pytest.mark.slow
 def test_a_test_that_hangs_fails_and_says_where(tmp_path: Path) -> None:
     (tmp_path / "test_waits.py").write_text(WAITS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nfaulthandler_timeout = 5\nfaulthandler_exit_on_timeout = true\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfaulthandler_timeout = 15\nfaulthandler_exit_on_timeout = true\n")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "helpers.hangs", "-n", "1", "-q", str(tmp_path)],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HELPERS)}, capture_output=True, text=True,

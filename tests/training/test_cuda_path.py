@@ -37,7 +37,7 @@ from asrkit.training.asr_loss import LossConfig, asr_loss
 from asrkit.training.asynchronous import shards
 from asrkit.training.config import TrainingConfig, resolve_precision
 from asrkit.training.contexts import AttentionDropoutConfig
-from asrkit.training.step import LossOutput, StepResult, TrainTask, batch_stream, compute_gradients
+from asrkit.training.step import BatchStream, LossOutput, StepResult, TrainTask, compute_gradients
 from asrkit.training.stopping import Stopping
 from helpers.aligned import SHAPE
 from helpers.commands import asrkit, quick, sets
@@ -358,7 +358,8 @@ class _Source:
 def test_the_next_batch_is_copied_while_the_gpu_works() -> None:
     for device, ahead in ((torch.device("cpu"), []), (GPU, [1])):
         source: Any = _Source()
-        with pretend_gpu() as counts, batch_stream(source, range(2), 0, device) as stream:
+        with pretend_gpu() as counts:
+            stream = BatchStream(source, range(2), 0, device)
             batch, _ = stream[0]
             assert batch.features.device == device and source.made == [0]
             stream.fetch()

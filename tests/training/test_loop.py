@@ -30,7 +30,7 @@ from asrkit.training.config import TrainingConfig
 from asrkit.training.ema import MovingAverage
 from asrkit.training.logs import RunLog, earlier_lines
 from asrkit.training.run_writer import read_sealed, write_sealed
-from asrkit.training.step import batch_stream, out_of_memory_named
+from asrkit.training.step import BatchStream, out_of_memory_named
 from helpers.clock import set_clock
 from helpers.commands import ONE, TWO, Finished, asrkit, finish, launched, sets
 from helpers.run_dirs import metrics, weights_equal
@@ -395,11 +395,8 @@ class _Broken(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_loader_processes_stay_one_line(workers: int) -> None:
-    with (
-        pytest.raises(UserError) as caught,
-        batch_stream(_Broken(), [0], workers, torch.device("cpu")) as stream,  # type: ignore[arg-type]
-    ):
-        stream[0]
+    with pytest.raises(UserError) as caught:
+        BatchStream(_Broken(), [0], workers, torch.device("cpu"))[0]  # type: ignore[arg-type]
     assert caught.value.lines == ("cut x: gone",)
 
 

@@ -84,7 +84,9 @@ class Tokenizer:
         sentencepiece can do it too, but its draws differ from process to process, whatever the seed.
         """
         units = self._model.Encode(single_spaces(text), out_type=str, enable_sampling=True, alpha=1.0, nbest_size=-1)
-        starts = [place for place, unit in enumerate(units) if place == 0 or unit.startswith(WORD_START)]
+        starts = [
+            n for n, unit in enumerate(units) if n == 0 or (unit.startswith(WORD_START) and not self._crosses_words)
+        ]
         ids: list[int] = []
         for start, end in pairwise([*starts, len(units)]):
             word = units[start:end]
@@ -93,6 +95,11 @@ class Tokenizer:
                 word[place : place + 2] = [word[place] + word[place + 1]]
             ids += map(self._model.PieceToId, word)
         return ids
+
+    @cached_property
+    def _crosses_words(self) -> bool:
+        """Whether a merge can cross the beginning of a word, as in tokenizers with pieces of several words."""
+        return any(WORD_START in piece[1:] for piece in self.merges)
 
     def _kept_merges(self, word: list[str], dropout: float, random: np.random.Generator) -> dict[int, float]:
         """The merges that are possible and not left out: where, and the score of each."""
