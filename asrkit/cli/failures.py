@@ -56,7 +56,9 @@ def _logged(error: Exception) -> str:
     """Write the traceback to a file; says where it is."""
     text = "".join(traceback.format_exception(error))
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="asrkit-", suffix=".log", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="asrkit-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
             file.write(f"{' '.join(sys.argv)}\n{text}")
     except OSError:
         return f"set {DEBUG}=1 to see where"

@@ -44,6 +44,7 @@ def test_failures_of_the_system_are_one_line(tmp_path: Path) -> None:
 
 
 def test_an_unexpected_failure_leaves_its_traceback_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["asrkit", "a path that is no UTF-8: \udcff"])
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (line,) = lines_for(failure(lambda: dict[str, int]()["key\n" * 1000]))
     (log,) = tmp_path.glob("asrkit-*.log")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -112,14 +112,10 @@ class Tokenizer:
     def merges(self) -> dict[str, float]:
         """The score of every piece that a merge can make, the highest first to be made; {} if the model is not of kind bpe."""
         model = self._model
-        try:
-            model.Encode("a", enable_sampling=True, alpha=1.0, nbest_size=-1)
-            model.NBestEncodeAsIds("a", nbest_size=1)
-        except RuntimeError as error:
-            if "NBestEncode" not in str(error):  # of kind char, which does not sample
-                return {}
-        else:
-            return {}  # of kind unigram
+        # Of kind char no model samples; of kind unigram it also lists the best ones.
+        samples = _gives(lambda: model.Encode("a", enable_sampling=True, alpha=1.0, nbest_size=-1))
+        if not samples or _gives(lambda: model.NBestEncodeAsIds("a", nbest_size=1)):
+            return {}
         normal = (number for number in range(self.vocab_size) if number not in self.special_ids)
         return {model.IdToPiece(number): model.GetScore(number) for number in normal if not model.IsByte(number)}
 
@@ -186,6 +182,14 @@ class Tokenizer:
         with atomic_write(path) as temporary:
             lines = (f"{self.id_to_piece(i)}\t{self._model.GetScore(i)}\n" for i in range(self.vocab_size))
             temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _gives(encode: Callable[[], list[int]]) -> bool:
+    """Whether a model can encode so: else sentencepiece raises an error, or in older versions gives nothing."""
+    try:
+        return bool(encode())
+    except RuntimeError:
+        return False
 
 
 def train_tokenizer(texts: Iterable[str], kind: TokenizerKind, vocab_size: int, out: Path) -> Tokenizer:
