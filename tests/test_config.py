@@ -198,6 +198,14 @@ def test_brackets_without_end_are_no_yaml(tmp_path: Path) -> None:
         read_yaml(file)
 
 
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ("{a: ", "}"), ("- ", "")])
+def test_what_is_nested_deeply_is_never_composed(opening: str, closing: str) -> None:
+    """libyaml would compose it, and crash where it is some ten times as deep."""
+    assert load_safe(opening * 90 + "1" + closing * 90)
+    with pytest.raises(yaml.YAMLError, match="nested more than 100 deep"):
+        load_safe(opening * 5000 + "1" + closing * 5000)
+
+
 def test_references_that_nest_deeply_are_refused() -> None:
     """Each merges the one before, which no bracket shows."""
     merges = "".join(f"  a{number}: &a{number} {{<<: *a{number - 1}}}\n" for number in range(1, 2000))
